@@ -1,0 +1,47 @@
+# Two commands: `make demo` runs the main job, `make test` the checks. Each sets up .venv by itself.
+#
+#   make demo SOURCE=<folder|video|/dev/video0>   camera -> node -> recorder over DDS, pictures in demo_output/
+#   make test                                     lint, types, tests
+#   make train DATA=<folder>                      train camvid_tiny again
+#   make overhead                                 the node's own cost per frame
+#
+# PYTHON chooses the interpreter (3.10 to 3.12), TORCH the PyTorch requirement, e.g. TORCH=torch for the newest build.
+
+SHELL := /bin/bash
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCE ?=
+MODEL ?= camvid_tiny
+DATA ?= ../shared/data/camvid
+PYTEST_ARGS ?=
+
+.PHONY: demo test lint train overhead clean
+
+demo: $(STAMP)
+	@$(BIN)/clustvit-ros demo --model $(MODEL) $(if $(SOURCE),--source "$(SOURCE)")
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+train: $(STAMP)
+	$(BIN)/clustvit-ros train config/train/$(MODEL).yaml --data "$(DATA)"
+
+overhead: $(STAMP)
+	$(BIN)/python scripts/node_overhead.py
+
+# torch first: what comes later must not pull in another build of it.
+$(STAMP): setup.py Makefile scripts/find_python.sh
+	@python="$$(bash scripts/find_python.sh "$(PYTHON)")" || exit 1; \
+	 if ! $(BIN)/python -c '' 2>/dev/null; then echo "creating $(VENV) with $$python"; "$$python" -m venv --clear $(VENV); fi
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[ros,opencv,train,test]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build install log dist *.egg-info demo_output

@@ -1,0 +1,1 @@
+"""The `clustvit-ros` command."""

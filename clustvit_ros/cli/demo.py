@@ -1,0 +1,5 @@
+"""`clustvit-ros demo` (being written)."""
+
+
+def add_parser(commands):
+    pass

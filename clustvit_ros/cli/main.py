@@ -1,0 +1,35 @@
+"""Entry point of `clustvit-ros`: one sub-command per module."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from clustvit_ros import __version__
+from clustvit_ros.errors import ClustvitError
+
+COMMANDS = ("demo", "evaluate", "train")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a sub-command; errors on purpose become one line and exit code 2, interruption exit code 130."""
+    parser = argparse.ArgumentParser(
+        prog="clustvit-ros", description="ClustViT segmentation: models, scores and demos."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name in COMMANDS:
+        importlib.import_module(f"clustvit_ros.cli.{name}").add_parser(commands)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except ClustvitError as error:
+        print(f"clustvit-ros: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

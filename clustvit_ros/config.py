@@ -1,0 +1,120 @@
+"""Strict, typed configuration: a mapping becomes a frozen dataclass, or one clear error says why not.
+
+Unknown keys, missing keys and wrong types are errors that name the key's full path; an integer is accepted where a
+float is expected, a list where a tuple is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from clustvit_ros.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file whose top level is a mapping.
+
+    Raises:
+        ConfigError: the file is missing, not YAML, or holds something else than a mapping.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a valid YAML file: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: got {type(content).__name__} at the top level, expected key: value pairs")
+    return content
+
+
+def from_mapping(cls: type[T], mapping: Any, where: str) -> T:
+    """Build dataclass `cls` from `mapping`.
+
+    Args:
+        cls: a dataclass whose annotations are plain types, tuples, optionals, literals, lists or further dataclasses.
+        mapping: what a YAML or JSON file held.
+        where: what errors call this mapping, e.g. "models/camvid_tiny/model.yaml: input".
+
+    Raises:
+        ConfigError: unknown or missing key, or a value of another type than annotated.
+    """
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"{where}: got {mapping!r}, expected key: value pairs")
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in mapping:
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(fields)}"
+            raise ConfigError(f"{where}: unknown key {key!r}{hint}")
+    types_ = typing.get_type_hints(cls)
+    values = {}
+    for name, field in fields.items():
+        if name in mapping:
+            values[name] = _convert(types_[name], mapping[name], f"{where}: {name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{where}: {name} is missing, expected {_describe(types_[name])}")
+    return cls(**values)
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """The inverse of `from_mapping`: plain lists and dicts, without fields that hold their default."""
+    mapping = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        if value != default:
+            mapping[field.name] = _plain(value)
+    return mapping
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_mapping(value)
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _describe(kind: Any) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return "one of " + ", ".join(repr(option) for option in typing.get_args(kind))
+    return getattr(kind, "__name__", str(kind)) if typing.get_origin(kind) is None else str(kind)
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(arg for arg in args if arg is not type(None)), value, where)
+    if origin is typing.Literal and value in args:
+        return value
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return from_mapping(kind, value, where)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        if len(args) == 2 and args[1] is Ellipsis:
+            return tuple(_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+        if len(args) == len(value):
+            return tuple(
+                _convert(arg, item, f"{where}[{i}]") for i, (arg, item) in enumerate(zip(args, value, strict=True))
+            )
+    if origin is dict and isinstance(value, dict):
+        return value
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    if kind in (int, str, bool) and type(value) is kind:
+        return value
+    raise ConfigError(f"{where}: got {value!r} ({type(value).__name__}), expected {_describe(kind)}")

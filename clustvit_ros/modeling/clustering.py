@@ -1,0 +1,195 @@
+"""Merging tokens into clusters and regenerating them: the Clusterer, the two ways to merge, and the Regenerator.
+
+From ClustViT (arXiv 2510.01948, section 3). `merge_exactly` computes what the reference implementation computes;
+`merge_to_capacity` is this project's form with static shapes: it decides how many tokens are kept before it looks at
+which, so that nothing about the image changes a shape and nothing is read back from the device.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Clusterer(nn.Module):
+    """Cluster logits per patch token: (B, N, C) -> (B, N, k+1); column 0 means "keep".
+
+    Runs on the raw residual stream, without norm.
+    """
+
+    def __init__(self, embed_dim: int, hidden_dim: int, num_clusters: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, num_clusters + 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.fc2(F.relu(self.fc1(tokens)))
+
+
+class Regenerator(nn.Module):
+    """Rebuilds a merged token from itself at the injection point and its cluster's processed representative.
+
+    The paper's MLP on the concatenation [token; representative]. Its first layer is linear, W [t; r] = W_t t + W_r r,
+    so the representative half is computed once per cluster instead of once per token.
+    """
+
+    def __init__(self, embed_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(2 * embed_dim, embed_dim)
+        self.fc2 = nn.Linear(embed_dim, embed_dim)
+
+    def forward(self, tokens: Tensor, representatives: Tensor, cluster_ids: Tensor) -> Tensor:
+        """Regenerate tokens.
+
+        Args:
+            tokens: (B, M, C), as they were at the injection point.
+            representatives: (B, k, C), after the last block.
+            cluster_ids: (B, M) int64 in 1..k. An id of 0 gives a meaningless row, for the caller to overwrite.
+
+        Returns:
+            (B, M, C)
+        """
+        weight_token, weight_representative = self.fc1.weight.chunk(2, dim=1)
+        hidden = F.linear(tokens, weight_token, self.fc1.bias)
+        per_cluster = F.linear(representatives, weight_representative)
+        hidden = hidden + _gather_rows(per_cluster, (cluster_ids - 1).clamp(min=0))
+        return self.fc2(F.gelu(hidden))
+
+
+class MergeScores(NamedTuple):
+    """How strongly each token asks to be merged, and where to.
+
+    Attributes:
+        margin: (B, N) float, L_c - L_0: the logit of the merge score m = sigmoid(margin). Comparing margins instead
+            of scores keeps tokens apart whose scores round to 1.
+        cluster: (B, N) int64 in 1..k, the best cluster c.
+    """
+
+    margin: Tensor
+    cluster: Tensor
+
+
+def merge_scores(cluster_logits: Tensor) -> MergeScores:
+    """Score tokens by their cluster logits: (B, N, k+1) -> margins and clusters."""
+    best, cluster = cluster_logits[..., 1:].max(dim=-1)
+    return MergeScores(best - cluster_logits[..., 0], cluster + 1)
+
+
+def threshold_margin(merge_threshold: float) -> float:
+    """The margin above which a token is merged: logit of the threshold, -inf at 0 and +inf at 1."""
+    if merge_threshold <= 0.0:
+        return -math.inf
+    return math.inf if merge_threshold >= 1.0 else math.log(merge_threshold / (1.0 - merge_threshold))
+
+
+def count_kept(scores: MergeScores, merge_threshold: float) -> Tensor:
+    """Tokens per image that the threshold leaves unmerged: (B,) int64, on the scores' device."""
+    return (~(scores.margin > threshold_margin(merge_threshold))).sum(dim=1)
+
+
+class Merge(NamedTuple):
+    """A decided merge: the compact sequence and what is needed to undo it.
+
+    Attributes:
+        compact: (B, 1+T+k, C): class token, kept tokens in their original order, representatives of clusters 1..k.
+        key_mask: (B, 1+T+k) bool, False = padding that no query may attend to; None when there is no padding.
+        cluster_ids: (B, N) int64, 0 = kept.
+        kept_index: (B, T) int64 positions of the kept tokens; where padded, any position.
+        merged_index: (B, N-T) int64 positions of the merged tokens; None in exact mode, where their number varies.
+    """
+
+    compact: Tensor
+    key_mask: Tensor | None
+    cluster_ids: Tensor
+    kept_index: Tensor
+    merged_index: Tensor | None
+
+
+def merge_to_capacity(x: Tensor, scores: MergeScores, capacity: int, num_clusters: int) -> Merge:
+    """Keep exactly the `capacity` tokens with the lowest merge scores, merge the rest.
+
+    Shapes depend on the capacity alone; there is no padding and no mask.
+
+    Args:
+        x: (B, 1+N, C), class token first.
+        scores: of the N patch tokens.
+        capacity: T, 0 <= T <= N.
+        num_clusters: k.
+    """
+    # Stable, so that equal scores are kept in the same order on every device.
+    order = scores.margin.argsort(dim=1, stable=True)
+    kept_index = order[:, :capacity].sort(dim=1).values
+    merged_index = order[:, capacity:]
+    cluster_ids = scores.cluster.scatter(1, kept_index, 0)
+    tokens = x[:, 1:]
+    compact = torch.cat(
+        [x[:, :1], _gather_rows(tokens, kept_index), representatives(tokens, cluster_ids, num_clusters)], dim=1
+    )
+    return Merge(compact, None, cluster_ids, kept_index, merged_index)
+
+
+def merge_exactly(x: Tensor, scores: MergeScores, merge_threshold: float, num_clusters: int) -> Merge | None:
+    """Merge as the reference implementation does: every token above the threshold, padded to the fullest image.
+
+    Reads the number of kept tokens back from the device.
+
+    Returns:
+        None when all tokens of the whole batch have one and the same id: then nothing is merged.
+    """
+    merged = scores.margin > threshold_margin(merge_threshold)
+    cluster_ids = torch.where(merged, scores.cluster, 0)
+    if bool((cluster_ids == cluster_ids[0, 0]).all()):
+        return None
+    counts = (~merged).sum(dim=1)
+    capacity = int(counts.max())
+    kept_index = merged.byte().argsort(dim=1, stable=True)[:, :capacity]
+    valid = torch.arange(capacity, device=x.device) < counts[:, None]
+    tokens = x[:, 1:]
+    kept = torch.where(valid[..., None], _gather_rows(tokens, kept_index), 0.0)
+    compact = torch.cat([x[:, :1], kept, representatives(tokens, cluster_ids, num_clusters)], dim=1)
+    key_mask = F.pad(F.pad(valid, (1, 0), value=True), (0, num_clusters), value=True)
+    return Merge(compact, key_mask, cluster_ids, kept_index, None)
+
+
+def representatives(tokens: Tensor, cluster_ids: Tensor, num_clusters: int) -> Tensor:
+    """Mean token of each cluster, zero for an empty one: (B, N, C), (B, N) -> (B, k, C)."""
+    ids = torch.arange(1, num_clusters + 1, device=tokens.device)
+    member = (cluster_ids[:, None, :] == ids[None, :, None]).to(tokens.dtype)  # B k N
+    count = member.sum(dim=2, keepdim=True).clamp(min=1.0)
+    return (member @ tokens) / count
+
+
+def unmerge(processed: Tensor, x: Tensor, merge: Merge, num_clusters: int, regenerator: Regenerator) -> Tensor:
+    """Undo a merge after the last block.
+
+    Args:
+        processed: (B, 1+T+k, C), the compact sequence after the blocks.
+        x: (B, 1+N, C), the full sequence at the injection point.
+
+    Returns:
+        (B, 1+N, C): class token and kept tokens as processed, merged tokens regenerated.
+    """
+    T = merge.kept_index.shape[1]
+    cls, kept, reps = processed[:, :1], processed[:, 1 : 1 + T], processed[:, 1 + T :]
+    tokens = x[:, 1:]
+    if merge.merged_index is not None:
+        merged_ids = merge.cluster_ids.gather(1, merge.merged_index)
+        regenerated = regenerator(_gather_rows(tokens, merge.merged_index), reps, merged_ids)
+        full = torch.cat([kept, regenerated], dim=1)
+        index = torch.cat([merge.kept_index, merge.merged_index], dim=1)
+        tokens = torch.empty_like(full).scatter(1, index[..., None].expand_as(full), full)
+    else:
+        regenerated = regenerator(tokens, reps, merge.cluster_ids)
+        is_kept = merge.cluster_ids == 0
+        slot = (is_kept.cumsum(dim=1) - 1).clamp(min=0)
+        tokens = torch.where(is_kept[..., None], _gather_rows(kept, slot), regenerated) if T else regenerated
+    return torch.cat([cls, tokens], dim=1)
+
+
+def _gather_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of each image: (B, N, C), (B, M) -> (B, M, C)."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))

@@ -1,0 +1,193 @@
+"""Model folders: `model.yaml` and `model.safetensors` together are a model; nothing in them is ever unpickled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from clustvit_ros.classes import ClassSet
+from clustvit_ros.config import from_mapping, read_yaml
+from clustvit_ros.errors import ConfigError, ModelError
+from clustvit_ros.modeling.architectures import NetworkConfig, build_network, network_config
+from clustvit_ros.modeling.segmenter import Segmenter
+from clustvit_ros.paths import MODEL_FILE, find_model
+
+WEIGHTS_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class InputConfig:
+    """How a camera image becomes the network's input.
+
+    Args:
+        size: (height, width) in pixels the model was trained for.
+        mean, std: per channel (RGB), on the 0..255 scale: normalised = (value - mean) / std.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, float, float] = (127.5, 127.5, 127.5)
+    std: tuple[float, float, float] = (127.5, 127.5, 127.5)
+
+    def __post_init__(self) -> None:
+        if min(self.size) < 1:
+            raise ConfigError(f"input: size is {list(self.size)}, expected positive (height, width)")
+        if min(self.std) <= 0:
+            raise ConfigError(f"input: std is {list(self.std)}, expected positive numbers")
+
+
+@dataclass(frozen=True)
+class _ClassEntry:
+    name: str
+    colour: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class _ModelFile:
+    """What `model.yaml` may hold; `training`, `scores` and `licence` are for people and are passed through."""
+
+    architecture: str
+    classes: tuple[_ClassEntry, ...]
+    input: InputConfig
+    format: Literal[1] = 1
+    network: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    scores: dict[str, Any] = field(default_factory=dict)
+    licence: str = ""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model without its weights.
+
+    Args:
+        name: the folder's name.
+        architecture: a name in `ARCHITECTURES`.
+        network: its hyper-parameters, overrides applied.
+        classes: names and colours.
+        input: size and normalisation.
+        overrides: what `network` states beyond the architecture, as written.
+        training, scores, licence: provenance, free form.
+    """
+
+    name: str
+    architecture: str
+    network: NetworkConfig
+    classes: ClassSet
+    input: InputConfig
+    overrides: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    scores: dict[str, Any] = field(default_factory=dict)
+    licence: str = ""
+
+
+def load_config(model: str | Path) -> ModelConfig:
+    """Read and check `model.yaml` of a model folder or shipped model.
+
+    Raises:
+        ModelError: no such model.
+        ConfigError: the file holds something unknown, mis-typed or out of range.
+    """
+    folder = find_model(model)
+    where = str(folder / MODEL_FILE)
+    content = from_mapping(_ModelFile, read_yaml(folder / MODEL_FILE), where)
+    return ModelConfig(
+        name=folder.resolve().name,
+        architecture=content.architecture,
+        network=network_config(content.architecture, content.network, f"{where}: network"),
+        classes=ClassSet(tuple(c.name for c in content.classes), tuple(c.colour for c in content.classes)),
+        input=content.input,
+        overrides=content.network,
+        training=content.training,
+        scores=content.scores,
+        licence=content.licence,
+    )
+
+
+def load_segmenter(model: str | Path) -> Segmenter:
+    """Load a model folder, or a shipped model by name, as a network in evaluation mode on the CPU, float32.
+
+    Raises:
+        ModelError: no such model, or weights that do not fit its configuration.
+        ConfigError: `model.yaml` cannot be used.
+    """
+    config = load_config(model)
+    network = build_network(config.network, len(config.classes))
+    load_weights(network, find_model(model) / WEIGHTS_FILE)
+    return network.eval()
+
+
+def load_weights(network: Segmenter, path: Path) -> None:
+    """Fill a network from a safetensors file; half-precision weights become the network's own precision.
+
+    Raises:
+        ModelError: unreadable file, or names or shapes that differ, each listed.
+    """
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path}: cannot be read ({error}); fetch the model again") from error
+    check_weights(network, weights, str(path))
+    network.load_state_dict(weights)
+
+
+def check_weights(network: Segmenter, weights: dict[str, torch.Tensor], where: str) -> None:
+    """Compare names and shapes with a network's, before any is loaded.
+
+    Raises:
+        ModelError: with every missing, unknown and mis-shaped name (the first ten of each).
+    """
+    expected = network.state_dict()
+    findings = {
+        "missing": [name for name in expected if name not in weights],
+        "unknown": [name for name in weights if name not in expected],
+        "mis-shaped": [
+            f"{name} {tuple(weights[name].shape)} instead of {tuple(expected[name].shape)}"
+            for name in expected
+            if name in weights and weights[name].shape != expected[name].shape
+        ],
+    }
+    if any(findings.values()):
+        texts = [
+            f"{kind}: {', '.join(names[:10])}{f' and {len(names) - 10} more' if len(names) > 10 else ''}"
+            for kind, names in findings.items()
+            if names
+        ]
+        raise ModelError(f"{where}: the weights do not fit the network: {'; '.join(texts)}; check model.yaml's network")
+
+
+def save_model(folder: Path, config: ModelConfig, network: Segmenter, dtype: torch.dtype = torch.float32) -> None:
+    """Write `model.yaml` and `model.safetensors`.
+
+    Args:
+        folder: made if it does not exist; files in it are replaced.
+        dtype: of floating-point weights on disk.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {
+        name: tensor.detach().cpu().to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+        for name, tensor in network.state_dict().items()
+    }
+    partial = folder / (WEIGHTS_FILE + ".partial")
+    save_file(weights, partial)
+    partial.replace(folder / WEIGHTS_FILE)
+    content = {
+        "format": 1,
+        "architecture": config.architecture,
+        "network": config.overrides,
+        "classes": [
+            {"name": name, "colour": list(colour)}
+            for name, colour in zip(config.classes.names, config.classes.colours, strict=True)
+        ],
+        "input": {"size": list(config.input.size), "mean": list(config.input.mean), "std": list(config.input.std)},
+        "training": config.training,
+        "scores": config.scores,
+        "licence": config.licence,
+    }
+    text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
+    (folder / MODEL_FILE).write_text(text, encoding="utf-8")

@@ -1,0 +1,53 @@
+"""A backbone and a decode head that together turn normalised images into class logits on the patch grid."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from clustvit_ros.modeling.mask_transformer import MaskTransformer
+from clustvit_ros.modeling.vit import Features, VisionTransformer
+
+
+class SegmenterOutput(NamedTuple):
+    """Result of a forward pass.
+
+    Attributes:
+        logits: (B, Q, h, w) float, class logits per patch, before any upsampling.
+        cluster_logits: (B, N, k+1) float; None for a backbone that does not cluster.
+        cluster_ids: (B, N) int64, 0 = kept, 1..k = merged into that cluster; None likewise.
+    """
+
+    logits: Tensor
+    cluster_logits: Tensor | None
+    cluster_ids: Tensor | None
+
+
+class Segmenter(nn.Module):
+    """Encoder and mask-transformer head. The network neither resizes nor normalises: an engine around it does."""
+
+    def __init__(self, backbone: VisionTransformer, head: MaskTransformer) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(
+        self, images: Tensor, merge_threshold: float = 0.5, token_capacity: int | None = None
+    ) -> SegmenterOutput:
+        """Segment normalised images.
+
+        Args:
+            images: (B, 3, H, W) float, normalised; any size, padded to whole patches inside.
+            merge_threshold: tokens whose merge score is above are merged: 0.5 is the paper's arg-max, 1.0 is plain ViT.
+            token_capacity: keep exactly this many tokens per image; None lets the threshold alone decide (exact mode).
+
+        Raises:
+            ImageError: not a batch of three-channel images.
+        """
+        return self.decode(self.backbone(images, merge_threshold, token_capacity))
+
+    def decode(self, features: Features) -> SegmenterOutput:
+        """Run the head on backbone features."""
+        logits = self.head(features.tokens).transpose(1, 2).unflatten(2, features.grid_size)  # B N Q -> B Q h w
+        return SegmenterOutput(logits, features.cluster_logits, features.cluster_ids)

@@ -1,0 +1,206 @@
+"""Plain vision transformer encoder, in the form that ClustViT and its published baseline use.
+
+Dosovitskiy et al., "An Image is Worth 16x16 Words", arXiv 2010.11929; the convolutional stem is from Xiao et al.,
+"Early Convolutions Help Transformers See Better", arXiv 2106.14881. As in the reference implementation of ClustViT
+(arXiv 2510.01948), the patch projection has no bias, images are zero-padded to whole patches at the bottom and right,
+and the position embedding is resized (bicubic) only when the number of tokens differs from its own.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clustvit_ros.errors import ImageError
+
+BACKBONE_NORM_EPS = 1e-6
+
+
+class Features(NamedTuple):
+    """What a backbone hands to the decode head.
+
+    Attributes:
+        tokens: (B, N, C) float, after the final norm, row-major over the patch grid, without class token.
+        grid_size: (h, w) patches, h * w == N.
+        cluster_logits: (B, N, k+1) float; None for a backbone that does not cluster.
+        cluster_ids: (B, N) int64, 0 = kept, 1..k = merged into that cluster; None likewise.
+    """
+
+    tokens: Tensor
+    grid_size: tuple[int, int]
+    cluster_logits: Tensor | None = None
+    cluster_ids: Tensor | None = None
+
+
+class PatchProjection(nn.Module):
+    """Non-overlapping patches, linearly projected: (B, 3, H, W) -> (B, C, H/p, W/p)."""
+
+    def __init__(self, embed_dim: int, patch_size: int) -> None:
+        super().__init__()
+        self.projection = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.projection(images)
+
+
+class ConvStem(nn.Module):
+    """Strided 3x3 convolutions instead of one large patch projection: (B, 3, H, W) -> (B, C, H/p, W/p).
+
+    Learns from little data where a 16x16 projection does not, at about one block's cost (arXiv 2106.14881).
+    """
+
+    def __init__(self, embed_dim: int, patch_size: int) -> None:
+        super().__init__()
+        num_layers = patch_size.bit_length() - 1  # each layer halves; config checks that patch_size is a power of two
+        widths = [3] + [max(embed_dim >> (num_layers - 1 - i), 8) for i in range(num_layers)]
+        layers: list[nn.Module] = []
+        for width_in, width_out in pairwise(widths):
+            layers += [
+                nn.Conv2d(width_in, width_out, 3, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(width_out),
+                nn.ReLU(),
+            ]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(embed_dim, embed_dim, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over (B, L, C) tokens, fused (scores are never materialised)."""
+
+    def __init__(self, embed_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
+        self.proj = nn.Linear(embed_dim, embed_dim)
+
+    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        B, L, C = x.shape
+        qkv = self.qkv(x).view(B, L, 3, self.num_heads, C // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # B L 3 H D -> 3 B H L D
+        mask = None if key_mask is None else key_mask[:, None, None, :]
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.proj(x.transpose(1, 2).reshape(B, L, C))
+
+
+class Mlp(nn.Module):
+    """Linear, exact (erf) GELU, linear: (..., C) -> (..., C)."""
+
+    def __init__(self, embed_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block.
+
+    Args:
+        norm_eps: of both LayerNorms; the backbone and the Segmenter head differ in it.
+        drop_path: probability of skipping a residual branch for an image, in training only (stochastic depth).
+    """
+
+    def __init__(
+        self, embed_dim: int, num_heads: int, mlp_ratio: float, norm_eps: float, drop_path: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(embed_dim, eps=norm_eps)
+        self.attn = Attention(embed_dim, num_heads)
+        self.norm2 = nn.LayerNorm(embed_dim, eps=norm_eps)
+        self.mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio))
+        self.drop_path = drop_path
+
+    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        x = x + self._dropped(self.attn(self.norm1(x), key_mask))
+        return x + self._dropped(self.mlp(self.norm2(x)))
+
+    def _dropped(self, branch: Tensor) -> Tensor:
+        if not self.training or self.drop_path == 0.0:
+            return branch
+        keep = torch.rand(branch.shape[0], 1, 1, device=branch.device) >= self.drop_path
+        return branch * keep / (1.0 - self.drop_path)
+
+
+class VisionTransformer(nn.Module):
+    """ViT encoder: images to normalised patch tokens.
+
+    Args:
+        image_size: (height, width) the position embedding is made for; other sizes are accepted, it is resized.
+        patch_size: side of a patch in pixels.
+        stem: "patch" for the paper's linear projection, "conv" for strided convolutions.
+        drop_path: stochastic depth of the last block, growing linearly from 0 at the first.
+    """
+
+    def __init__(
+        self,
+        image_size: tuple[int, int],
+        patch_size: int = 16,
+        stem: str = "patch",
+        embed_dim: int = 192,
+        depth: int = 12,
+        num_heads: int = 3,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.embed_dim = embed_dim
+        self.grid_size = grid_size_of(image_size, patch_size)
+        self.patch_embed = (ConvStem if stem == "conv" else PatchProjection)(embed_dim, patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid_size[0] * self.grid_size[1], embed_dim))
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio, BACKBONE_NORM_EPS, drop_path * i / max(depth - 1, 1))
+            for i in range(depth)
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=BACKBONE_NORM_EPS)
+
+    def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Patches plus class token plus position: (B, 3, H, W) -> (B, 1+N, C) and the grid (h, w).
+
+        Raises:
+            ImageError: not a batch of three-channel images.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] == 0 or images.shape[3] == 0:
+            raise ImageError(f"images: got shape {tuple(images.shape)}, expected (batch, 3, height, width)")
+        pad_bottom, pad_right = -images.shape[2] % self.patch_size, -images.shape[3] % self.patch_size
+        if pad_bottom or pad_right:
+            images = F.pad(images, (0, pad_right, 0, pad_bottom))
+        x = self.patch_embed(images)
+        grid_size = (x.shape[2], x.shape[3])
+        x = x.flatten(2).transpose(1, 2)  # B C h w -> B N C
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        return x + self.resized_pos_embed(grid_size), grid_size
+
+    def resized_pos_embed(self, grid_size: tuple[int, int]) -> Tensor:
+        """Position embedding for a grid: (1, 1+h*w, C).
+
+        A grid of another shape but the same count uses the entries as they are, in flattened order, as the reference
+        implementation does.
+        """
+        if grid_size[0] * grid_size[1] == self.grid_size[0] * self.grid_size[1]:
+            return self.pos_embed
+        cls, grid = self.pos_embed[:, :1], self.pos_embed[:, 1:]
+        grid = grid.transpose(1, 2).unflatten(2, self.grid_size)
+        grid = F.interpolate(grid, size=grid_size, mode="bicubic", align_corners=False)
+        return torch.cat([cls, grid.flatten(2).transpose(1, 2)], dim=1)
+
+    def forward(self, images: Tensor, merge_threshold: float = 0.5, token_capacity: int | None = None) -> Features:
+        """Encode images; a plain ViT has nothing to merge, so threshold and capacity have no effect here."""
+        x, grid_size = self.embed(images)
+        for block in self.blocks:
+            x = block(x)
+        return Features(self.norm(x)[:, 1:], grid_size)
+
+
+def grid_size_of(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """Patches along (height, width), the last ones padded: (H, W) -> (ceil(H/p), ceil(W/p))."""
+    return -(-image_size[0] // patch_size), -(-image_size[1] // patch_size)

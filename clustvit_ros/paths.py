@@ -1,0 +1,53 @@
+"""Where the package's configuration files and models lie, installed or in a checkout."""
+
+from __future__ import annotations
+
+import sysconfig
+from pathlib import Path
+
+from clustvit_ros.errors import ModelError
+
+MODEL_FILE = "model.yaml"
+
+
+def share_dir() -> Path:
+    """The folder that holds `config/`, `launch/` and `models/`.
+
+    A checkout (or editable install) comes first, then the prefixes that `colcon build` and `pip install` fill.
+    """
+    package = Path(__file__).resolve().parent
+    if (package.parent / "package.xml").is_file():
+        return package.parent
+    # <prefix>/lib/python3.X/site-packages/clustvit_ros, or on Debian <prefix>/local/lib/python3.X/dist-packages/...
+    prefixes = [*package.parents[2:6], Path(sysconfig.get_path("data"))]
+    for prefix in prefixes:
+        share = prefix / "share" / "clustvit_ros"
+        if (share / "package.xml").is_file():
+            return share
+    raise ModelError(
+        f"share/clustvit_ros was not found in {', '.join(map(str, prefixes))}; install the package with "
+        "'pip install .' or 'colcon build', or pass full paths"
+    )
+
+
+def find_model(name_or_path: str | Path) -> Path:
+    """The folder of a shipped model by its name, or any model folder by its path.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    given = Path(name_or_path).expanduser()
+    if (given / MODEL_FILE).is_file():
+        return given
+    if given.name == str(name_or_path):
+        models = share_dir() / "models"
+        if (models / given / MODEL_FILE).is_file():
+            return models / given
+        shipped = sorted(path.parent.name for path in models.glob(f"*/{MODEL_FILE}"))
+        raise ModelError(
+            f"model {str(name_or_path)!r} is not shipped (shipped: {', '.join(shipped) or 'none'}) and no "
+            "folder of that name holds a model.yaml; pass one of these names or the path of a model folder"
+        )
+    raise ModelError(
+        f"model folder {given} holds no {MODEL_FILE}; pass a shipped model's name or a model folder's path"
+    )

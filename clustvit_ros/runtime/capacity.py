@@ -1,0 +1,27 @@
+"""The capacity ladder: the few token counts that a network runs with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+_EIGHTHS = (1, 2, 3, 4, 6, 8)
+
+
+def default_ladder(tokens_total: int) -> tuple[int, ...]:
+    """Capacities for `tokens_total` patch tokens: 1/8, 1/4, 3/8, 1/2, 3/4 and all of them, ascending."""
+    return tuple(sorted({max(tokens_total * eighths // 8, 1) for eighths in _EIGHTHS}))
+
+
+def choose_capacity(ladder: Sequence[int], tokens_below_threshold: int, ceiling: int = 0) -> int:
+    """The smallest capacity that keeps every token below the threshold, but none above the ceiling.
+
+    Args:
+        ladder: capacities, ascending.
+        tokens_below_threshold: tokens the threshold wants kept (of the fullest image of a batch).
+        ceiling: upper bound on kept tokens; 0 is none. It need not be on the ladder.
+
+    Returns:
+        Token capacity. Slots left over keep the least certain of the tokens that could have been merged.
+    """
+    smallest = next((capacity for capacity in ladder if capacity >= tokens_below_threshold), ladder[-1])
+    return min(smallest, ceiling) if ceiling > 0 else smallest

@@ -1,0 +1,169 @@
+"""The interface between a network that runs somewhere and everything that wants masks from it.
+
+Images, masks and all maps are uint8 arrays: resize, normalisation, upsampling and arg-max happen inside the engine on
+its device. Settings are arguments of the call, never state, so that a mask is always attributable to the settings that
+made it.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from clustvit_ros.classes import ClassSet
+from clustvit_ros.errors import ConfigError, ImageError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much one call merges, and what it returns.
+
+    Args:
+        merge_threshold: a token is merged when its merge score is above this; 0.5 is the paper's arg-max, 1.0 merges
+            nothing, 0.0 everything.
+        token_capacity: upper bound on kept tokens; 0 lets the threshold alone decide.
+        confidence_threshold: pixels whose confidence (0..1) is below this get the ignore index; 0 labels every pixel.
+        output_size: (height, width) of mask, confidence and cluster map; None is the input image's size.
+        confidence: compute the confidence map.
+        clusters: compute the cluster map.
+
+    Raises:
+        ConfigError: a value outside its range.
+    """
+
+    merge_threshold: float = 0.5
+    token_capacity: int = 0
+    confidence_threshold: float = 0.0
+    output_size: tuple[int, int] | None = None
+    confidence: bool = True
+    clusters: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("merge_threshold", "confidence_threshold"):
+            value = getattr(self, name)
+            if not 0.0 <= value <= 1.0:
+                raise ConfigError(f"{name}: got {value}, expected 0.0 to 1.0")
+        if self.token_capacity < 0:
+            raise ConfigError(f"token_capacity: got {self.token_capacity}, expected 0 (automatic) or a positive count")
+        if self.output_size is not None and min(self.output_size) < 1:
+            raise ConfigError(f"output_size: got {self.output_size}, expected positive (height, width)")
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What one call did, and what it cost.
+
+    Args:
+        tokens_total: patch tokens per image.
+        tokens_kept: patch tokens that were processed individually after the injection point, mean over the batch.
+        token_capacity: slots that were available to kept tokens.
+        merge_threshold: the threshold in force.
+        stages_ms: milliseconds by stage (`preprocess`, `encode`, `decode`, `postprocess`); sum about `total_ms`.
+        total_ms: milliseconds from the call to its return.
+    """
+
+    tokens_total: int
+    tokens_kept: float
+    token_capacity: int
+    merge_threshold: float
+    total_ms: float
+    stages_ms: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Label maps of a batch of B images.
+
+    Args:
+        mask: (B, H, W) uint8 class ids (uint16 above 255 classes); 255 is unlabelled.
+        confidence: (B, H, W) uint8, softmax probability of the mask's class scaled to 0..255, 0 where the mask is 255;
+            None when not asked for.
+        cluster_map: (B, H, W) uint8, cluster id per pixel, 0 = kept; None when not asked for.
+        stats: what was used and what it cost.
+    """
+
+    mask: np.ndarray
+    confidence: np.ndarray | None
+    cluster_map: np.ndarray | None
+    stats: Stats
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What an engine runs, and where.
+
+    Args:
+        model: name of the model.
+        engine: name of the implementation, e.g. "torch".
+        device: where it runs, e.g. "cpu" or "cuda:0 (Orin)".
+        device_reason: why this device, when it was chosen automatically or fell back; else empty.
+        precision: e.g. "float32".
+        classes: names and colours.
+        input_size: (height, width) the network sees for an image of that aspect.
+        tokens_total: patch tokens at `input_size`.
+    """
+
+    model: str
+    engine: str
+    device: str
+    device_reason: str
+    precision: str
+    classes: ClassSet
+    input_size: tuple[int, int]
+    tokens_total: int
+
+
+class Engine(abc.ABC):
+    """Segments images. Calls must not overlap; an engine belongs to one thread at a time."""
+
+    @property
+    @abc.abstractmethod
+    def info(self) -> EngineInfo:
+        """What this engine runs, and where."""
+
+    @abc.abstractmethod
+    def warmup(self, image_size: tuple[int, int] | None = None) -> None:
+        """Do everything slow that a first call would do, for images of (height, width) `image_size`."""
+
+    @abc.abstractmethod
+    def segment(self, images: np.ndarray | Sequence[np.ndarray], settings: Settings = Settings()) -> Prediction:
+        """Segment one image or several of one size.
+
+        Args:
+            images: (H, W, 3) or (B, H, W, 3) uint8 RGB, or a sequence of the former.
+            settings: merge strength and outputs of this call.
+
+        Raises:
+            ImageError: wrong shape or type of an image.
+            EngineError: the device failed.
+        """
+
+    def close(self) -> None:  # noqa: B027 (most engines have nothing to free)
+        """Free the device's memory; the engine cannot be used afterwards."""
+
+
+def as_batch(images: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
+    """Check images and stack them.
+
+    Args:
+        images: (H, W, 3) or (B, H, W, 3) uint8, or a sequence of (H, W, 3).
+
+    Returns:
+        (B, H, W, 3) uint8.
+
+    Raises:
+        ImageError: not uint8, not three channels, empty, or of different sizes.
+    """
+    if not isinstance(images, np.ndarray):
+        if len(images) == 0:
+            raise ImageError("images: got an empty sequence, expected at least one image")
+        if len({image.shape for image in images}) != 1:
+            raise ImageError(f"images: got sizes {[image.shape for image in images]}, expected one size per batch")
+        images = np.stack(images)
+    batch = images[None] if images.ndim == 3 else images
+    if batch.dtype != np.uint8 or batch.ndim != 4 or batch.shape[3] != 3 or 0 in batch.shape:
+        raise ImageError(f"images: got shape {images.shape} of {images.dtype}, expected (height, width, 3) uint8 RGB")
+    return batch

@@ -1,0 +1,71 @@
+"""An engine without a network: deterministic masks and a scripted latency, for tests and for bring-up without a GPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import cv2
+import numpy as np
+
+from clustvit_ros.classes import IGNORE_INDEX, ClassSet
+from clustvit_ros.runtime.engine import Engine, EngineInfo, Prediction, Settings, Stats, as_batch
+
+_CLASSES = ClassSet(("dark", "dim", "bright", "glare"), ((40, 40, 90), (90, 90, 160), (200, 180, 60), (255, 255, 220)))
+
+
+class ScriptedEngine(Engine):
+    """Labels every pixel by its brightness: four equal bands of the green channel.
+
+    The brightness bands make a mask that a test can compute from the image it sent. Confidence is the distance to the
+    nearest band edge, and "tokens" are 16x16 patches, of which the brightest are merged first.
+
+    Args:
+        latency_ms: milliseconds of a call; a number, or a function of (call index, kept tokens, total tokens).
+        sleep: waits that many seconds; replace it to script time.
+        clock: monotonic seconds; replace it with `sleep`.
+    """
+
+    def __init__(
+        self,
+        latency_ms: float | Callable[[int, int, int], float] = 0.0,
+        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._latency_ms = latency_ms if callable(latency_ms) else lambda *_: float(latency_ms)
+        self._sleep, self._clock = sleep, clock
+        self._calls = 0
+        self._info = EngineInfo(
+            model="scripted", engine="scripted", device="cpu", device_reason="", precision="none", classes=_CLASSES,
+            input_size=(480, 640), tokens_total=1200,
+        )  # fmt: skip
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    def warmup(self, image_size: tuple[int, int] | None = None) -> None:
+        """Nothing to warm up."""
+
+    def segment(self, images: np.ndarray | Sequence[np.ndarray], settings: Settings = Settings()) -> Prediction:
+        start = self._clock()
+        batch = as_batch(images)
+        size = settings.output_size or batch.shape[1:3]
+        green = np.stack([cv2.resize(i[..., 1], size[::-1], interpolation=cv2.INTER_NEAREST) for i in batch])
+        mask, within = green >> 6, green & 63
+        confidence = 128 + 2 * np.minimum(within, 63 - within)
+        mask = np.where(confidence < settings.confidence_threshold * 255, np.uint8(IGNORE_INDEX), mask)
+        confidence = np.where(mask == IGNORE_INDEX, np.uint8(0), confidence)
+
+        total = -(-batch.shape[1] // 16) * -(-batch.shape[2] // 16)
+        kept = min(round(total * settings.merge_threshold), settings.token_capacity or total)
+        self._sleep(self._latency_ms(self._calls, kept, total) / 1000.0)
+        self._calls += 1
+        total_ms = (self._clock() - start) * 1000.0
+        stats = Stats(
+            total, kept, settings.token_capacity or total, settings.merge_threshold, total_ms, {"scripted": total_ms}
+        )
+        cluster_map = (green > 255 * settings.merge_threshold).astype(np.uint8)
+        return Prediction(
+            mask, confidence if settings.confidence else None, cluster_map if settings.clusters else None, stats
+        )

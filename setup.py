@@ -1,0 +1,67 @@
+"""Installs the package with `pip install .` and `colcon build` alike.
+
+Everything that ROS 2 looks for (launch files, parameters, models, executables) travels as `data_files`, because pip
+ignores the `install_scripts` setting that colcon relies on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+NAME = "clustvit_ros"
+ROOT = Path(__file__).parent
+
+
+def shared_files() -> Iterator[tuple[str, list[str]]]:
+    """(install folder, files) of everything under share/clustvit_ros."""
+    yield "share/ament_index/resource_index/packages", [f"resource/{NAME}"]
+    yield f"share/{NAME}", ["package.xml"]
+    folders = [
+        ROOT / "launch",
+        *(path for top in ("config", "models") for path in (ROOT / top, *(ROOT / top).rglob("*"))),
+    ]
+    for folder in folders:
+        files = [str(path.relative_to(ROOT)) for path in sorted(folder.glob("*")) if path.is_file()]
+        if files:
+            yield f"share/{NAME}/{folder.relative_to(ROOT)}", files
+
+
+setup(
+    name=NAME,
+    version="0.1.0",
+    description="ROS 2 segmentation with ClustViT: merge strength is a live knob, a budget holds the latency",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    maintainer="clustvit_ros maintainers",
+    maintainer_email="maintainers@clustvit-ros.org",
+    python_requires=">=3.10",
+    packages=find_packages(include=[NAME, f"{NAME}.*"]),
+    package_data={NAME: ["py.typed"]},
+    data_files=[
+        *shared_files(),
+        (f"lib/{NAME}", ["scripts/ros/segmentation_node", "scripts/ros/camera_node"]),
+    ],
+    # torch and rclpy are left to the robot: JetPack and apt bring builds that pip must not replace.
+    install_requires=["setuptools", "numpy", "pyyaml", "safetensors"],
+    extras_require={
+        # Linux x86-64 wheels of ROS 2 Jazzy, for machines without a ROS installation.
+        "ros": ["ros-rclpy[fastrtps]==7.1.6", "ros-sensor-msgs~=5.3.6", "ros-diagnostic-msgs~=5.3.6"],
+        "torch": ["torch>=2.1"],
+        "opencv": ["opencv-python-headless>=4.5,<5"],
+        "train": ["tqdm>=4.60", "matplotlib>=3.5"],
+        "onnx": ["onnx>=1.15", "onnxruntime>=1.17"],
+        "test": ["pytest>=7", "pytest-timeout>=2", "hypothesis>=6", "ruff>=0.6", "mypy>=1.8", "types-PyYAML"],
+    },
+    entry_points={
+        "console_scripts": [
+            "clustvit-ros = clustvit_ros.cli.main:main",
+            "segmentation_node = clustvit_ros.ros.node:main",
+            "camera_node = clustvit_ros.ros.camera:main",
+        ],
+    },
+    zip_safe=True,
+)

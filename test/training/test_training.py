@@ -1,0 +1,221 @@
+"""Targets, losses, scores, augmentation, and a whole small training run."""
+
+from __future__ import annotations
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from clustvit_ros.cli.main import main
+from clustvit_ros.errors import DataError
+from clustvit_ros.modeling import load_segmenter
+from clustvit_ros.training.augmentation import Augmentation
+from clustvit_ros.training.dataset import LabelledImages, Sample
+from clustvit_ros.training.losses import cluster_loss, frequency_weights, segmentation_loss
+from clustvit_ros.training.metrics import ConfusionMatrix
+from clustvit_ros.training.pseudo_clusters import pseudo_clusters
+
+
+def test_pseudo_clusters_and_loss_equal_the_official_ones(golden_dir):
+    golden = {
+        name: torch.from_numpy(np.asarray(value)) for name, value in np.load(golden_dir / "p_pseudo_labels.npz").items()
+    }
+    targets = pseudo_clusters(golden["masks"], 16, 3)
+    assert torch.equal(targets, golden["pseudo_labels"])
+    torch.testing.assert_close(cluster_loss(golden["cluster_logits"], targets), golden["clust_loss"], rtol=0, atol=1e-6)
+
+
+def test_pseudo_clusters_rank_by_count_and_skip_mixed_and_void_patches():
+    labels = torch.full((1, 8, 12), 255)
+    labels[:, :4, :8] = 7  # two patches of class 7
+    labels[:, :4, 8:] = 3  # one of class 3
+    labels[:, 4:, :4] = 3
+    labels[:, 5, 1] = 4  # mixed
+    assert pseudo_clusters(labels, 4, 3).tolist() == [[[1, 1, 2], [0, 0, 0]]]
+    assert pseudo_clusters(labels, 4, 1).tolist() == [[[1, 1, 0], [0, 0, 0]]]
+
+
+def test_pseudo_clusters_of_a_ragged_image_cover_its_padded_grid():
+    labels = torch.zeros(1, 20, 36, dtype=torch.long)
+    targets = pseudo_clusters(labels, 16, 2)
+    # Patches that reach beyond the image hold void and are therefore mixed.
+    assert targets.tolist() == [[[1, 1, 0], [0, 0, 0]]]
+
+
+def test_segmentation_loss_is_pytorchs_weighted_mean_and_survives_void():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 5, 4, 6), torch.randint(0, 5, (2, 8, 12))
+    labels[:, :2] = 255
+    weights = torch.rand(5) + 0.5
+    upsampled = torch.nn.functional.interpolate(logits, size=(8, 12), mode="bilinear")
+    for w in (None, weights):
+        expected = torch.nn.functional.cross_entropy(upsampled, labels, weight=w, ignore_index=255)
+        torch.testing.assert_close(segmentation_loss(logits, labels, w), expected)
+    assert segmentation_loss(logits, torch.full_like(labels, 255), weights) == 0.0
+
+
+def test_rare_classes_weigh_more_within_the_bound():
+    weights = frequency_weights(torch.tensor([1_000_000, 200_000, 0]))
+    assert weights[0] < weights[1] < weights[2]
+    assert weights.max() / weights.min() <= 10.0 + 1e-4
+
+
+def test_miou_by_hand():
+    truth = np.array([[0, 0, 1, 1], [2, 2, 255, 255]])
+    predicted = np.array([[0, 1, 1, 1], [2, 255, 0, 3]])
+    matrix = ConfusionMatrix(4)
+    matrix.add(truth, predicted)
+    iou = matrix.iou()
+    assert iou[:3].tolist() == pytest.approx([1 / 2, 2 / 3, 1 / 2])  # unlabelled pixels count against class 2
+    assert np.isnan(iou[3])  # predicted on void only
+    assert matrix.miou() == pytest.approx((1 / 2 + 2 / 3 + 1 / 2) / 3)
+    with pytest.raises(DataError, match="all void"):
+        ConfusionMatrix(4).miou()
+    with pytest.raises(DataError, match="cannot be scored"):
+        matrix.add(truth, predicted[:1])
+
+
+def test_augmentation_moves_image_and_labels_together():
+    rng = np.random.default_rng(0)
+    labels = np.zeros((120, 160), np.uint8)
+    labels[30:80, 40:110] = 1
+    image = np.repeat(np.where(labels, 230, 30).astype(np.uint8)[..., None], 3, axis=2)
+    augment = Augmentation(crop_size=(64, 96), jitter=0.0, hue_deg=0.0)
+    shares = []
+    for _ in range(50):
+        crop, crop_labels = augment(Sample(image, labels, "x"), (120, 160), rng)
+        assert crop.shape == (64, 96, 3) and crop_labels.shape == (64, 96)
+        known = crop_labels != 255
+        shares.append(((crop[..., 0] > 130) == (crop_labels == 1))[known].mean() if known.any() else 1.0)
+    assert np.mean(shares) > 0.97
+
+
+def test_augmentation_repeats_with_its_seed():
+    sample = Sample(np.random.default_rng(1).integers(0, 256, (60, 80, 3), np.uint8), np.zeros((60, 80), np.uint8), "x")
+    augment = Augmentation(crop_size=(32, 48))
+    first, second = (augment(sample, (60, 80), np.random.default_rng(7))[0] for _ in range(2))
+    assert np.array_equal(first, second)
+
+
+def write_split(folder, count, seed):
+    """Images whose colour tells the class: sky above, road below, sometimes a car between."""
+    rng = np.random.default_rng(seed)
+    for sub in ("images", "labels"):
+        (folder / sub).mkdir(parents=True)
+    for index in range(count):
+        labels = np.zeros((96, 128), np.uint8)
+        horizon = int(rng.integers(30, 66))
+        labels[horizon:] = 1
+        x = int(rng.integers(0, 90))
+        labels[horizon - 12 : horizon + 12, x : x + 30] = 2
+        colours = np.array([[200, 160, 120], [90, 90, 90], [30, 30, 220]])
+        image = colours[labels] + rng.integers(-20, 21, (96, 128, 3))
+        cv2.imwrite(str(folder / "images" / f"{index:03}.png"), np.clip(image, 0, 255).astype(np.uint8))
+        cv2.imwrite(str(folder / "labels" / f"{index:03}.png"), labels)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A small made-up data set and a recipe for it."""
+    root = tmp_path_factory.mktemp("toy")
+    write_split(root / "train", 24, 0)
+    write_split(root / "val", 6, 1)
+    recipe = {
+        "name": "toy",
+        "architecture": "clustvit_t",
+        "network": {"stem": "conv", "embed_dim": 48, "depth": 4, "injection_point": 1, "head_depth": 1},
+        "classes": [{"name": n, "colour": [i, 0, 0]} for i, n in enumerate(("sky", "road", "car"))],
+        "input": {"size": [96, 128]},
+        "augmentation": {"crop_size": [64, 96], "scale": [0.7, 1.4]},
+        "schedule": {
+            "epochs": 8,
+            "batch_size": 4,
+            "learning_rate": 0.002,
+            "validate_every": 4,
+            "kept_fractions": [1.0, 0.5],
+        },
+    }
+    (root / "toy.yaml").write_text(yaml.safe_dump(recipe))
+    return root
+
+
+def train(toy, out, recipe="toy.yaml"):
+    return main(["train", str(toy / recipe), "--data", str(toy), "--out", str(out), "--device", "cpu"])
+
+
+@pytest.fixture(scope="module")
+def trained(toy):
+    assert train(toy, toy / "run") == 0
+    return toy / "run"
+
+
+def test_training_learns_segmentation_and_clusters(trained):
+    log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    assert len(log) == 8
+    assert log[-1]["loss"] < 0.7 * log[0]["loss"]
+    assert log[-1]["cluster_accuracy"] > log[0]["cluster_accuracy"]
+    assert log[-1]["miou"] > 50
+    scores = yaml.safe_load((trained / "model" / "model.yaml").read_text())["scores"]
+    assert scores["miou"] == max(record.get("miou", 0) for record in log)
+    load_segmenter(trained / "model")
+
+
+def test_interrupted_training_ends_with_the_same_weights(toy, trained, monkeypatch):
+    from clustvit_ros.training import trainer
+
+    train_epoch = trainer.Trainer._train_epoch
+
+    def interrupted(self, epoch):
+        if epoch == 5:
+            raise KeyboardInterrupt
+        return train_epoch(self, epoch)
+
+    monkeypatch.setattr(trainer.Trainer, "_train_epoch", interrupted)
+    assert train(toy, toy / "again") == 130
+    monkeypatch.undo()
+    assert train(toy, toy / "again") == 0
+    first, second = (torch.load(run / "checkpoint.pt", weights_only=True) for run in (trained, toy / "again"))
+    for name, tensor in first["network"].items():
+        assert torch.equal(tensor, second["network"][name]), name
+
+
+def test_a_run_folder_of_another_recipe_is_refused(toy, trained, capsys):
+    recipe = yaml.safe_load((toy / "toy.yaml").read_text())
+    recipe["schedule"]["epochs"] = 9
+    (toy / "other.yaml").write_text(yaml.safe_dump(recipe))
+    assert train(toy, trained, "other.yaml") == 2
+    assert "another recipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / "labels/000.png").unlink(), "1 of 3 images have no label: 000"),
+        (lambda d: (d / "images/001.png").write_bytes(b"no image"), "001.png: cannot be read as an image"),
+        (lambda d: (d / "labels/001.png").write_bytes(b""), "001.png: got an unreadable file"),
+        (lambda d: cv2.imwrite(str(d / "labels/002.png"), np.zeros((5, 5), np.uint8)), "labels are (5, 5), the image"),
+        (
+            lambda d: cv2.imwrite(str(d / "labels/002.png"), np.full((96, 128), 9, np.uint8)),
+            "label ids [9] have no class",
+        ),
+        (lambda d: cv2.imwrite(str(d / "labels/002.png"), np.zeros((96, 128, 3), np.uint8)), "single-channel 8-bit"),
+        (lambda d: [path.unlink() for path in (d / "images").iterdir()], "no image found"),
+    ],
+)
+def test_damaged_data_is_named(tmp_path, damage, message):
+    write_split(tmp_path / "d", 3, 0)
+    damage(tmp_path / "d")
+    with pytest.raises(DataError) as error:
+        data = LabelledImages(tmp_path / "d" / "images", tmp_path / "d" / "labels", 3)
+        for index in range(len(data)):
+            data[index]
+    assert message in str(error.value)
+
+
+def test_missing_folders_are_named(tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        LabelledImages(tmp_path / "images", tmp_path / "labels", 3)
