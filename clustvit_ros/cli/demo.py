@@ -1,5 +1,196 @@
-"""`clustvit-ros demo` (being written)."""
+"""`clustvit-ros demo`: camera, node and recorder as separate processes over DDS, and what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from clustvit_ros.cli.pictures import write_image
+from clustvit_ros.cli.processes import NodeProcess
+from clustvit_ros.dds import node_environment
+from clustvit_ros.errors import ClustvitError, ConfigError, DataError
+from clustvit_ros.modeling.model_folder import load_config
+from clustvit_ros.training.dataset import find_images, read_image, read_labels
+from clustvit_ros.training.metrics import ConfusionMatrix
+
+_DEFAULT_SOURCE = Path("../shared/data/camvid/val")
+_MIN_FRAMES, _MAX_FRAMES = 60, 300
 
 
-def add_parser(commands):
-    pass
+@dataclass(frozen=True)
+class DemoSource:
+    """What the camera publishes.
+
+    Args:
+        location: for the camera node: folder of images, video file or device.
+        labels: folder of labels with the images' stems, or None.
+        frames: how many frames to send; a folder starts over when it has fewer.
+    """
+
+    location: str
+    labels: Path | None
+    frames: int
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("demo", help="see frames segmented through real ROS 2 topics")
+    parser.add_argument(
+        "--source", help="folder of images (labels/ in or beside it are scored), video file or /dev/videoN"
+    )
+    parser.add_argument("--model", default="camvid_tiny", help="a shipped model's name or a model folder")
+    parser.add_argument("--merge-threshold", type=float, default=0.5, help="0..1, 1 merges nothing (default: 0.5)")
+    parser.add_argument("--rate", type=float, default=10.0, help="frames per second of the camera (default: 10)")
+    parser.add_argument("--frames", type=int, default=0, help="frames to send (default: the folder, 60 to 300)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for pictures and figures")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if importlib.util.find_spec("rclpy") is None:
+        raise ConfigError(
+            "the demo needs ROS 2's rclpy: source a ROS 2 installation, or install this package with its 'ros' extra"
+        )
+    classes = load_config(args.model).classes
+    source = find_source(args.source, args.frames)
+    for name in ("masks", "overlays", "logs"):
+        shutil.rmtree(args.output / name, ignore_errors=True)
+    (args.output / "logs").mkdir(parents=True)
+    recording = _record(args, source)
+    report = {key: value for key, value in recording.items() if key != "frames"}
+    report["model"] = args.model
+    if source.labels is not None:
+        matrix = score(recording["frames"], args.output, source.labels, len(classes))
+        report["miou"] = round(100 * matrix.miou(), 3)
+        report["images_scored"] = sum(1 for frame in recording["frames"] if frame["mask"])
+    (args.output / "summary.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    overlays = [args.output / frame["overlay"] for frame in recording["frames"] if frame["overlay"]]
+    if overlays:
+        write_image(args.output / "summary.png", contact_sheet(overlays))
+    _print(report, args.output)
+    return 0
+
+
+def find_source(text: str | None, frames: int = 0) -> DemoSource:
+    """Resolve what the user passed, or the default.
+
+    Raises:
+        ConfigError: nothing was passed and the default is not there.
+        DataError: a folder without images, or no such file.
+    """
+    if not text:
+        if not (_DEFAULT_SOURCE / "images").is_dir():
+            raise ConfigError(
+                f"no source: {_DEFAULT_SOURCE} is not here; pass a folder of images, a video or a camera, "
+                "e.g. make demo SOURCE=/dev/video0"
+            )
+        text = str(_DEFAULT_SOURCE)
+    path = Path(text).expanduser()
+    if not path.is_dir():
+        if not path.exists() and not text.isdecimal():
+            raise DataError(f"source {text!r} does not exist; expected a folder of images, a video file or /dev/videoN")
+        return DemoSource(text if text.isdecimal() else str(path.absolute()), None, frames or _MIN_FRAMES)
+    images = path / "images" if (path / "images").is_dir() else path
+    count = len(find_images(images))
+    labels = next((folder for folder in (path / "labels", images.parent / "labels") if folder.is_dir()), None)
+    return DemoSource(str(images.absolute()), labels, frames or min(max(count, _MIN_FRAMES), _MAX_FRAMES))
+
+
+def score(frames: Sequence[dict[str, Any]], folder: Path, labels: Path, num_classes: int) -> ConfusionMatrix:
+    """Compare recorded masks with the labels of the pictures they were made from.
+
+    Args:
+        frames: entries of the recording; those without a mask or without a label do not count.
+        folder: what their file names are relative to.
+        labels: folder of <stem>.png.
+    """
+    matrix = ConfusionMatrix(num_classes)
+    for frame in frames:
+        label_path = labels / f"{Path(frame.get('name', '')).stem}.png"
+        if frame["mask"] and label_path.is_file():
+            mask = cv2.imread(str(folder / frame["mask"]), cv2.IMREAD_UNCHANGED)
+            if mask is None:
+                raise DataError(f"{folder / frame['mask']}: the recorded mask cannot be read; is the disk full?")
+            matrix.add(read_labels(label_path, num_classes), mask)
+    return matrix
+
+
+def contact_sheet(pictures: Sequence[Path], columns: int = 3, rows: int = 2, width: int = 480) -> np.ndarray:
+    """A few pictures, evenly chosen, in one: (H, W, 3) uint8 RGB."""
+    chosen = [pictures[i * len(pictures) // (columns * rows)] for i in range(min(columns * rows, len(pictures)))]
+    first = read_image(chosen[0])
+    size = (width, round(first.shape[0] * width / first.shape[1]))
+    tiles = [cv2.resize(read_image(path), size, interpolation=cv2.INTER_AREA) for path in chosen]
+    tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
+    return np.vstack([np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)])
+
+
+def _record(args: argparse.Namespace, source: DemoSource) -> dict[str, Any]:
+    """Run the three processes to their end and return the recorder's summary.
+
+    Raises:
+        ClustvitError: one of them failed; its last words are in the message.
+    """
+    output = args.output.absolute()
+    manifest = output / "manifest.jsonl"
+    manifest.unlink(missing_ok=True)
+    (output / "recording.json").unlink(missing_ok=True)
+    environ = node_environment(os.environ)
+    # A domain of its own and this host only: neither the demo nor a robot nearby hears the other.
+    environ.setdefault("ROS_DOMAIN_ID", str(random.randint(1, 100)))
+    environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
+    environ.setdefault("RCUTILS_LOGGING_USE_STDOUT", "1")
+    camera = {
+        "source": source.location, "rate_hz": args.rate, "count": source.frames, "manifest": manifest,
+        "wait_for_subscribers": 2, "wait_timeout_s": 180.0,
+    }  # fmt: skip
+    node = {"model": str(args.model), "device": args.device, "merge_threshold": args.merge_threshold}
+    recorder = {"output_folder": output, "manifest": manifest, "idle_timeout_s": 4.0, "start_timeout_s": 200.0}
+    print(
+        f"camera -> node -> recorder over DDS (ROS_DOMAIN_ID={environ['ROS_DOMAIN_ID']}): {source.frames} frames of "
+        f"{source.location} at {args.rate:g} Hz, model {args.model}",
+        flush=True,
+    )
+    with (
+        NodeProcess("recorder", recorder, environ, output / "logs" / "recorder.log") as recorder_process,
+        NodeProcess("node", node, environ, output / "logs" / "node.log") as node_process,
+        NodeProcess("camera", camera, environ, output / "logs" / "camera.log") as camera_process,
+    ):
+        processes = (recorder_process, node_process, camera_process)
+        while recorder_process.exit_code is None:
+            failed = next((process for process in processes if process.exit_code), None)
+            if failed is None and node_process.exit_code is not None:
+                failed = node_process
+            if failed is not None:
+                raise ClustvitError(f"the {failed.name} process ended early:\n{failed.last_lines()}")
+            time.sleep(0.1)
+    if recorder_process.exit_code:
+        raise ClustvitError(f"nothing was recorded; the node's last words:\n{node_process.last_lines()}")
+    return json.loads((output / "recording.json").read_text(encoding="utf-8"))
+
+
+def _print(report: dict[str, Any], output: Path) -> None:
+    node = report["node"]
+    latency, engine = report["latency_ms"], report["engine_ms"]
+    print(f"  frames sent      {report['frames_sent']}")
+    print(f"  frames received  {node.get('frames_received', '?')} by the node")
+    print(f"  frames dropped   {node.get('frames_dropped', '?')} by the node for newer ones")
+    print(f"  masks received   {report['masks_received']}, {report['fps'] or 0:.1f} fps")
+    print(f"  latency          p50 {latency['p50']:.1f} ms, p95 {latency['p95']:.1f} ms, p99 {latency['p99']:.1f} ms")
+    if engine:
+        print(f"  of it the engine p50 {engine['p50']:.1f} ms, p95 {engine['p95']:.1f} ms, p99 {engine['p99']:.1f} ms")
+    if "miou" in report:
+        print(f"  mIoU             {report['miou']:.2f} on {report['images_scored']} masks")
+    print(f"  pictures in {output}/overlays, the whole in {output}/summary.png and {output}/summary.json")

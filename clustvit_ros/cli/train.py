@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
     trainer = Trainer(recipe, train_data, run_dir, device)
     parameters = sum(parameter.numel() for parameter in trainer.network.parameters())
     print(
-        f"{recipe.name}: {parameters / 1e6:.2f} M parameters, {len(train_data)} training and {len(val_data)} validation "
+        f"{recipe.name}: {parameters / 1e6:.2f} M parameters, "
+        f"{len(train_data)} training and {len(val_data)} validation "
         f"images, device {device}{f' ({reason})' if reason else ''}, "
         f"epoch {trainer.epoch} of {recipe.schedule.epochs}"
     )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-_EIGHTHS = (1, 2, 3, 4, 6, 8)
+_RUNGS = 8
 
 
 def default_ladder(tokens_total: int) -> tuple[int, ...]:
-    """Capacities for `tokens_total` patch tokens: 1/8, 1/4, 3/8, 1/2, 3/4 and all of them, ascending."""
-    return tuple(sorted({max(tokens_total * eighths // 8, 1) for eighths in _EIGHTHS}))
+    """Capacities for `tokens_total` patch tokens: every eighth up to all of them, ascending."""
+    return tuple(sorted({max(tokens_total * rung // _RUNGS, 1) for rung in range(1, _RUNGS + 1)}))
 
 
 def choose_capacity(ladder: Sequence[int], tokens_below_threshold: int, ceiling: int = 0) -> int:

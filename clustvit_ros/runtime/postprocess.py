@@ -6,12 +6,15 @@ classes never exists: 150 classes at 512x512 would be 157 MB.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from clustvit_ros.classes import IGNORE_INDEX
 
-# Rows of one band; a band of 150 classes x 640 columns then stays within a few megabytes.
+# Rows of one band: all classes of it then stay in a CPU's cache.
 _BAND_ROWS = 16
 
 
@@ -27,27 +30,42 @@ def label_maps(
         with_confidence: compute the confidence map.
 
     Returns:
-        mask: (B, H, W) uint8 (int32 above 255 classes), the first class in case of a tie.
+        mask: (B, H, W) uint8 (int32 above 255 classes): the first class in case of a tie, the ignore index where logits
+            are not numbers.
         confidence: (B, H, W) uint8, probability scaled to 0..255 and 0 where the mask is 255; None if not asked for.
     """
     B, Q, h, w = logits.shape
     height, width = size
-    left, right, across = _interpolation(w, width, logits)
-    columns = torch.lerp(logits[..., left], logits[..., right], across)  # B Q h W
-    top, bottom, down = _interpolation(h, height, logits)
-    mask = torch.empty(B, height, width, dtype=torch.uint8 if Q <= IGNORE_INDEX else torch.int32, device=logits.device)
+    device, dtype = logits.device, logits.dtype
+    columns = (logits @ _interpolation_matrix(w, width, dtype, device)).transpose(1, 2)  # B Q h W -> B h Q W
+    mask = torch.empty(B, height, width, dtype=torch.uint8 if Q <= IGNORE_INDEX else torch.int32, device=device)
     needs_confidence = with_confidence or confidence_threshold > 0.0
-    confidence = torch.empty(B, height, width, dtype=torch.uint8, device=logits.device) if needs_confidence else None
-    for start in range(0, height, _BAND_ROWS):
-        rows = slice(start, start + _BAND_ROWS)
-        band = torch.lerp(columns[:, :, top[rows]], columns[:, :, bottom[rows]], down[rows, None])  # B Q rows W
-        best, index = band.max(dim=1)
-        mask[:, rows] = index
-        if confidence is not None:
-            probability = band.sub_(best[:, None]).exp_().sum(dim=1).reciprocal_()
-            unsure = probability < confidence_threshold
-            mask[:, rows].masked_fill_(unsure, IGNORE_INDEX)
-            confidence[:, rows] = probability.mul_(255.0).round_().masked_fill_(unsure, 0.0)
+    confidence = torch.empty(B, height, width, dtype=torch.uint8, device=device) if needs_confidence else None
+    # Falling codes make the maximum the first class of a tie; code 0 is left to pixels that equal no maximum (NaN).
+    codes = torch.arange(Q, 0, -1, dtype=dtype, device=device)[:, None, None]
+    buffer = torch.empty(Q, min(_BAND_ROWS, height), width, dtype=dtype, device=device)
+    exponentials = torch.empty_like(buffer) if needs_confidence else buffer
+    for top, bottom, start, weights in _bands(h, height):
+        rows = slice(start, start + len(weights))
+        down = torch.tensor(weights, dtype=dtype, device=device)[:, None]
+        band = buffer[:, : len(weights)]
+        for image in range(B):
+            torch.lerp(columns[image, top, :, None], columns[image, bottom, :, None], down, out=band)  # Q rows W
+            best = band.amax(dim=0)
+            if confidence is not None:
+                # Logits of the best class are 0 then, and the maximum below finds them as well.
+                torch.exp(band.sub_(best), out=exponentials[:, : len(weights)])
+                probability = exponentials[:, : len(weights)].sum(dim=0).reciprocal_().nan_to_num_(0.0)
+                best = torch.zeros_like(best).masked_fill_(best.isnan(), 1.0)
+            # Equality in place and a second maximum: several times faster on a CPU than max() or argmax(), which find
+            # indices one by one, and than a comparison that makes booleans.
+            code = band.eq_(best).mul_(codes).amax(dim=0)
+            labels = (Q - code).masked_fill_(code == 0, IGNORE_INDEX)
+            if confidence is not None:
+                unsure = (probability < confidence_threshold) | (code == 0)
+                labels.masked_fill_(unsure, IGNORE_INDEX)
+                confidence[image, rows] = probability.mul_(255.0).round_().masked_fill_(unsure, 0.0)
+            mask[image, rows] = labels
     return mask, confidence if with_confidence else None
 
 
@@ -59,9 +77,38 @@ def cluster_map(cluster_ids: Tensor, grid_size: tuple[int, int], size: tuple[int
     return grid[:, rows][:, :, columns]
 
 
-def _interpolation(length: int, target: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Source indices (lower, upper) and weight of the upper for each of `target` samples."""
-    position = (torch.arange(target, device=like.device, dtype=torch.float32) + 0.5) * (length / target) - 0.5
-    position = position.clamp(min=0.0)
-    lower = position.floor().long().clamp(max=length - 1)
-    return lower, (lower + 1).clamp(max=length - 1), (position - lower).to(like.dtype)
+@lru_cache(maxsize=64)
+def _bands(length: int, target: int) -> tuple[tuple[int, int, int, tuple[float, ...]], ...]:
+    """Bands of result rows between the same two source rows: (upper row, lower row, first result row, weights)."""
+    samples = _interpolation(length, target)
+    bands = []
+    start = 0
+    while start < target:
+        upper, lower, _ = samples[start]
+        stop = start
+        while stop < min(start + _BAND_ROWS, target) and samples[stop][:2] == (upper, lower):
+            stop += 1
+        bands.append((upper, lower, start, tuple(weight for _, _, weight in samples[start:stop])))
+        start = stop
+    return tuple(bands)
+
+
+@lru_cache(maxsize=64)
+def _interpolation(length: int, target: int) -> tuple[tuple[int, int, float], ...]:
+    """For each of `target` samples the two source positions and the weight of the second (`align_corners=False`)."""
+    samples = []
+    for index in range(target):
+        position = max((index + 0.5) * length / target - 0.5, 0.0)
+        lower = min(int(position), length - 1)
+        samples.append((lower, min(lower + 1, length - 1), position - lower))
+    return tuple(samples)
+
+
+@lru_cache(maxsize=64)
+def _interpolation_matrix(length: int, target: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Interpolation as a matrix: (length, target), two weights in each column."""
+    matrix = np.zeros((length, target), np.float32)
+    for column, (lower, upper, weight) in enumerate(_interpolation(length, target)):
+        matrix[lower, column] += 1.0 - weight
+        matrix[upper, column] += weight
+    return torch.from_numpy(matrix).to(device, dtype)

@@ -62,19 +62,10 @@ class LabelledImages:
         """
         image_path, label_path = self._pairs[index]
         image = read_image(image_path)
-        labels = cv2.imread(str(label_path), cv2.IMREAD_UNCHANGED)
-        if labels is None or labels.ndim != 2 or labels.dtype != np.uint8:
-            got = "an unreadable file" if labels is None else f"shape {labels.shape} of {labels.dtype}"
-            raise DataError(f"{label_path}: got {got}, expected a single-channel 8-bit PNG of class ids")
+        labels = read_labels(label_path, self.num_classes)
         if labels.shape != image.shape[:2]:
             raise DataError(
                 f"{label_path}: labels are {labels.shape}, the image {image_path.name} is {image.shape[:2]}"
-            )
-        wrong = np.unique(labels[(labels >= self.num_classes) & (labels != IGNORE_INDEX)])
-        if wrong.size:
-            raise DataError(
-                f"{label_path}: label ids {wrong[:10].tolist()} have no class, expected 0 to {self.num_classes - 1} or "
-                f"{IGNORE_INDEX} for void; check the model's class list"
             )
         return Sample(image, labels, image_path.stem)
 
@@ -109,6 +100,25 @@ def read_image(path: Path) -> np.ndarray:
     if image is None:
         raise DataError(f"{path}: cannot be read as an image; replace or remove the file")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def read_labels(path: Path, num_classes: int) -> np.ndarray:
+    """Read a label file: (H, W) uint8 class ids, 255 = void.
+
+    Raises:
+        DataError: it is not a single-channel 8-bit image, or holds an id without a class.
+    """
+    labels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    if labels is None or labels.ndim != 2 or labels.dtype != np.uint8:
+        got = "an unreadable file" if labels is None else f"shape {labels.shape} of {labels.dtype}"
+        raise DataError(f"{path}: got {got}, expected a single-channel 8-bit PNG of class ids")
+    wrong = np.unique(labels[(labels >= num_classes) & (labels != IGNORE_INDEX)])
+    if wrong.size:
+        raise DataError(
+            f"{path}: label ids {wrong[:10].tolist()} have no class, expected 0 to {num_classes - 1} or "
+            f"{IGNORE_INDEX} for void; check the model's class list"
+        )
+    return labels
 
 
 def _names(names: list[str], limit: int = 10) -> str:

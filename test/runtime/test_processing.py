@@ -81,7 +81,7 @@ def test_shrinking_averages():
 
 
 def test_ladder_is_ascending_and_ends_with_all_tokens():
-    assert default_ladder(660) == (82, 165, 247, 330, 495, 660)
+    assert default_ladder(660) == (82, 165, 247, 330, 412, 495, 577, 660)
     assert default_ladder(1) == (1,)
 
 
