@@ -33,6 +33,7 @@ def prefix(tmp_path_factory):
             (source / name).chmod((ROOT / name).stat().st_mode)
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index",
+         "--ignore-installed",
          "--prefix", str(target), str(source)],
         check=True,
     )  # fmt: skip

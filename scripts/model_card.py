@@ -1,0 +1,80 @@
+#!/usr/bin/env python3
+"""Writes a model's card: README.md from its model.yaml, and example.jpg from labelled images.
+
+scripts/model_card.py models/camvid_tiny --data ../shared/data/camvid/val
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from clustvit_ros.cli.pictures import comparison
+from clustvit_ros.modeling import ModelConfig, build_network, load_config
+from clustvit_ros.runtime import Settings, create_engine
+from clustvit_ros.training.dataset import LabelledImages
+
+EXAMPLE = "example.jpg"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="model folder")
+    parser.add_argument("--data", type=Path, required=True, help="folder with images/ and labels/")
+    parser.add_argument("--rows", type=int, default=3, help="images in the picture (default: 3)")
+    args = parser.parse_args()
+    config = load_config(args.model)
+    data = LabelledImages(args.data / "images", args.data / "labels", len(config.classes))
+    engine = create_engine(str(args.model))
+    rows = []
+    for index in range(args.rows):
+        sample = data[(2 * index + 1) * len(data) // (2 * args.rows)]
+        prediction = engine.segment(sample.image, Settings(clusters=True))
+        rows.append(comparison(sample, prediction, config.classes.palette()))
+    picture = cv2.resize(np.vstack(rows), None, fx=0.67, fy=0.67, interpolation=cv2.INTER_AREA)
+    cv2.imwrite(str(args.model / EXAMPLE), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 88])
+    (args.model / "README.md").write_text(card(config), encoding="utf-8")
+
+
+def card(config: ModelConfig) -> str:
+    """The model card as Markdown."""
+    network, scores = config.network, config.scores
+    parameters = sum(p.numel() for p in build_network(network, len(config.classes)).parameters())
+    classes = "\n".join(
+        f"| {index} | {name} | {', '.join(map(str, colour))} | {scores['per_class_iou'][name]:.1f} |"
+        for index, (name, colour) in enumerate(zip(config.classes.names, config.classes.colours, strict=True))
+    )
+    return f"""# {config.name}
+
+![image, prediction, ground truth, merged tokens]({EXAMPLE})
+
+*Left to right: image, prediction, ground truth (void black), merged tokens in colour over the image.*
+
+| | |
+|---|---|
+| Architecture | {config.architecture}: width {network.embed_dim}, {network.depth} blocks, {network.num_heads} heads, \
+{network.stem} stem, {network.num_clusters} clusters after block {network.injection_point}, \
+{network.head_depth} head block(s) |
+| Parameters | {parameters / 1e6:.2f} million |
+| Input | {config.input.size[0]} x {config.input.size[1]} px (other aspects: about as many pixels), RGB |
+| Data | {config.training.get("data", "")} |
+| mIoU | {scores["miou"]:.2f} on {scores["split"]} ({scores["images"]} images, single scale, whole image) at merge \
+threshold {scores["merge_threshold"]} |
+| Merged | {100 * scores["tokens_merged_mean"]:.1f} % of {scores["tokens_total"]} tokens at that threshold |
+| Licence | {config.licence} |
+
+| id | class | colour (R, G, B) | IoU |
+|---|---|---|---|
+{classes}
+
+Made by `clustvit-ros train` with the recipe `{config.training.get("recipe", "")}`, from random weights: it has seen
+nothing but the training images named above. Meant for trying the package and for road scenes like those; do not let a
+robot's safety depend on it. Thin and rare classes (low IoU in the table) are where it fails first.
+"""
+
+
+if __name__ == "__main__":
+    main()

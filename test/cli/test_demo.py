@@ -1,0 +1,99 @@
+"""`clustvit-ros demo`: choosing a source, scoring, and the whole of it over DDS."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import cv2
+import numpy as np
+import pytest
+
+from clustvit_ros.cli.demo import contact_sheet, find_source, score
+from clustvit_ros.cli.main import main
+from clustvit_ros.errors import ConfigError, DataError
+from clustvit_ros.runtime import create_engine
+from clustvit_ros.training.dataset import LabelledImages
+from clustvit_ros.training.metrics import ConfusionMatrix
+
+needs_ros = pytest.mark.skipif(importlib.util.find_spec("rclpy") is None, reason="needs rclpy (ROS 2)")
+
+
+def test_labels_are_found_in_or_beside_the_folder(labelled_dir, tmp_path):
+    for folder in (labelled_dir, labelled_dir / "images"):
+        source = find_source(str(folder))
+        assert source.location == str(labelled_dir / "images") and source.labels == labelled_dir / "labels"
+        assert source.frames == 60  # three images start over until there are enough
+    assert find_source(str(labelled_dir), frames=5).frames == 5
+    cv2.imwrite(str(tmp_path / "x.jpg"), np.zeros((8, 8, 3), np.uint8))
+    assert find_source(str(tmp_path)).labels is None
+
+
+def test_sources_that_cannot_work_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"make demo SOURCE=/dev/video0"):
+        find_source(None)
+    with pytest.raises(DataError, match="no image found"):
+        find_source(str(tmp_path))
+    with pytest.raises(DataError, match="does not exist"):
+        find_source("nowhere.mp4")
+
+
+def test_masks_are_scored_against_the_labels_of_their_picture(tmp_path):
+    (tmp_path / "labels").mkdir()
+    labels = np.zeros((4, 4), np.uint8)
+    labels[2:] = 1
+    cv2.imwrite(str(tmp_path / "labels" / "a.png"), labels)
+    cv2.imwrite(str(tmp_path / "m.png"), np.zeros((4, 4), np.uint8))
+    frames = [
+        {"name": "a.jpg", "mask": "m.png"},
+        {"name": "a.jpg", "mask": None},
+        {"name": "unknown.jpg", "mask": "m.png"},
+        {"mask": "m.png"},
+    ]
+    matrix = score(frames, tmp_path, tmp_path / "labels", 2)
+    assert matrix.counts.tolist() == [[8, 0, 0], [8, 0, 0]]
+
+
+def test_contact_sheet_fills_its_rows(labelled_dir):
+    pictures = sorted((labelled_dir / "images").iterdir())
+    assert contact_sheet(pictures, width=80).shape == (60, 240, 3)
+    assert contact_sheet(pictures[:1], width=80).shape == (60, 240, 3)
+
+
+@needs_ros
+@pytest.mark.ros
+def test_demo_scores_what_the_engine_would(model_dir, labelled_dir, tmp_path, capsys):
+    out = tmp_path / "demo"
+    arguments = ["demo", "--source", str(labelled_dir), "--model", str(model_dir), "--output", str(out)]
+    assert main([*arguments, "--rate", "20", "--frames", "12", "--device", "cpu"]) == 0
+    report = json.loads((out / "summary.json").read_text())
+    assert report["frames_sent"] == 12
+    node = report["node"]
+    assert node["frames_segmented"] == report["masks_received"] > 0
+    assert node["frames_received"] == node["frames_segmented"] + node["frames_dropped"]
+
+    recording = json.loads((out / "recording.json").read_text())
+    data = LabelledImages(labelled_dir / "images", labelled_dir / "labels", 3)
+    engine = create_engine(str(model_dir), device="cpu")
+    offline = ConfusionMatrix(3)
+    by_name = {data[index].stem: data[index] for index in range(len(data))}
+    for frame in recording["frames"]:
+        if frame["mask"]:
+            sample = by_name[frame["name"].split(".")[0]]
+            offline.add(sample.labels, engine.segment(sample.image).mask[0])
+    assert report["miou"] == pytest.approx(100 * offline.miou(), abs=0.5)
+    assert (out / "summary.png").is_file() and list((out / "overlays").iterdir())
+    printed = capsys.readouterr().out
+    for word in ("frames sent", "received", "dropped", "fps", "p50", "p95", "p99", "mIoU"):
+        assert word in printed
+
+
+@needs_ros
+@pytest.mark.ros
+def test_demo_tells_why_the_node_failed(model_dir, labelled_dir, tmp_path, capsys):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "model.yaml").write_bytes((model_dir / "model.yaml").read_bytes())
+    arguments = ["demo", "--source", str(labelled_dir), "--model", str(tmp_path / "broken")]
+    assert main([*arguments, "--output", str(tmp_path / "demo"), "--device", "cpu"]) == 2
+    assert "model.safetensors" in capsys.readouterr().err
