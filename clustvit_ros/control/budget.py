@@ -160,7 +160,7 @@ def check_budget(table: LatencyTable, budget_ms: float, min_tokens: int = 0) -> 
     minimum_ms = table[smallest]
     if not budget_ms >= minimum_ms:
         raise ConfigError(
-            f"latency_budget_ms: got {budget_ms:g}, but {smallest} tokens already take {minimum_ms:.1f} ms on this device; "
+            f"latency_budget_ms: got {budget_ms:g}, but {smallest} tokens already take {minimum_ms:.1f} ms here; "
             f"expected 0 (off) or at least {minimum_ms:.1f}"
         )
 

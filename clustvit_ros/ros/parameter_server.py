@@ -1,0 +1,90 @@
+"""Declares a parameter table on a node and keeps one immutable, always consistent set of its values.
+
+rclpy refuses an integer for a double parameter, at declaration by killing the node. So every parameter is declared with
+dynamic typing, and the table checks the type itself. A set request is checked whole before anything changes: all of
+its values apply, or none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor, SetParametersResult
+from rclpy.node import Node
+from rclpy.parameter import Parameter
+
+from clustvit_ros.errors import ConfigError
+from clustvit_ros.ros.parameter_spec import ParameterSpec, build, specs_of
+
+T = TypeVar("T")
+
+
+def descriptor_of(spec: ParameterSpec) -> ParameterDescriptor:
+    """What `ros2 param describe` and rqt show of a parameter."""
+    descriptor = ParameterDescriptor(
+        name=spec.name, description=spec.description, additional_constraints=spec.range_text, dynamic_typing=True
+    )
+    if spec.unit:
+        descriptor.description += f" [{spec.unit}]"
+    if spec.minimum is not None and spec.maximum is not None:
+        if spec.kind is float:
+            descriptor.floating_point_range = [FloatingPointRange(from_value=spec.minimum, to_value=spec.maximum)]
+        else:
+            descriptor.integer_range = [IntegerRange(from_value=int(spec.minimum), to_value=int(spec.maximum), step=1)]
+    return descriptor
+
+
+class ParameterServer(Generic[T]):
+    """The parameters of one node.
+
+    Args:
+        node: where to declare them.
+        table: a dataclass of `parameter_spec.parameter` fields.
+        locked: says why parameters that are not live cannot change now, or None when they can.
+
+    Raises:
+        ConfigError: a start value from file or command line that its parameter does not accept.
+    """
+
+    def __init__(self, node: Node, table: type[T], locked: Callable[[], str | None] = lambda: None) -> None:
+        self._specs = {spec.name: spec for spec in specs_of(table)}
+        self._locked = locked
+        values: dict[str, Any] = {}
+        for spec in self._specs.values():
+            # Declared without its range, so that a bad start value is refused in this table's words.
+            untyped = ParameterDescriptor(dynamic_typing=True)
+            values[spec.name] = node.declare_parameter(spec.name, spec.default, untyped).value
+        self._current: T = build(table, values)
+        for spec in self._specs.values():
+            node.set_descriptor(spec.name, descriptor_of(spec))
+        node.add_on_set_parameters_callback(self._on_set)
+
+    @property
+    def current(self) -> T:
+        """The values in force. Any thread may read this; what it returned never changes."""
+        return self._current
+
+    def _on_set(self, parameters: list[Parameter]) -> SetParametersResult:
+        changes: dict[str, Any] = {}
+        for item in parameters:
+            # The clock's own callback runs after this one: what it would refuse must not be half applied.
+            if item.name == "use_sim_time" and not isinstance(item.value, bool):
+                return _refused(f"use_sim_time: got {item.value!r}, expected a bool")
+            spec = self._specs.get(item.name)
+            if spec is None:
+                continue
+            try:
+                changes[item.name] = spec.coerce(item.value)
+            except ConfigError as error:
+                return _refused(str(error))
+            reason = None if spec.live else self._locked()
+            if reason and changes[item.name] != getattr(self._current, item.name):
+                return _refused(f"{item.name}: {reason}")
+        self._current = dataclasses.replace(self._current, **changes)  # type: ignore[type-var]
+        return SetParametersResult(successful=True)
+
+
+def _refused(reason: str) -> SetParametersResult:
+    return SetParametersResult(successful=False, reason=reason)

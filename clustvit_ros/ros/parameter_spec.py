@@ -1,0 +1,136 @@
+"""Node parameters as frozen dataclasses: one declaration gives type, default, range, unit and sentence.
+
+Everything that needs ROS (descriptors, declaration, the set callback) is in `parameter_server`; this module only
+decides which values are acceptable, so that the README's test needs no ROS.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from clustvit_ros.errors import ConfigError
+
+T = TypeVar("T")
+
+_TYPE_NAMES = {bool: "bool", int: "integer", float: "double", str: "string"}
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """What one parameter accepts, and what it means.
+
+    Args:
+        name: the parameter's name.
+        kind: bool, int, float or str; an integer is accepted for a float.
+        default: value when nobody sets one.
+        description: one sentence.
+        minimum: lowest accepted number, None for no bound.
+        maximum: highest accepted number, None for no bound.
+        choices: accepted strings, empty for no restriction.
+        pattern: regular expression that a string must match in full, empty for no restriction.
+        form: what `pattern` accepts, in words.
+        accepts_integer: a string parameter takes an integer for its decimal form (`source: 0`).
+        unit: physical unit, empty for none.
+        live: a change takes effect on the next frame; otherwise the node must be cleaned up first.
+    """
+
+    name: str
+    kind: type
+    default: Any
+    description: str
+    minimum: float | None = None
+    maximum: float | None = None
+    choices: tuple[str, ...] = ()
+    pattern: str = ""
+    form: str = ""
+    accepts_integer: bool = False
+    unit: str = ""
+    live: bool = False
+
+    @property
+    def type_name(self) -> str:
+        """The type's name in ROS 2: bool, integer, double or string."""
+        return _TYPE_NAMES[self.kind]
+
+    @property
+    def range_text(self) -> str:
+        """The accepted values in words, e.g. "0.0 to 1.0"; empty when every value of the type is accepted."""
+        if self.choices:
+            return ", ".join(self.choices)
+        if self.form:
+            return self.form
+        if self.minimum is not None and self.maximum is not None:
+            return f"{self.kind(self.minimum)} to {self.kind(self.maximum)}"
+        return ""
+
+    def coerce(self, value: Any) -> Any:
+        """Check `value` and return it in the parameter's own type.
+
+        Raises:
+            ConfigError: wrong type, not finite, or outside the range.
+        """
+        kind = type(value)
+        widened = kind is int and (self.kind is float or self.accepts_integer)
+        if kind is not self.kind and not widened:
+            raise self._refusal(f"{value!r} ({_TYPE_NAMES.get(kind, kind.__name__)})")
+        coerced = self.kind(value)
+        if not self._in_range(coerced):
+            raise self._refusal(repr(value))
+        return coerced
+
+    def _in_range(self, value: Any) -> bool:
+        if self.kind is str:
+            return (not self.choices or value in self.choices) and bool(re.fullmatch(self.pattern or ".*", value, re.S))
+        low = -math.inf if self.minimum is None else self.minimum
+        high = math.inf if self.maximum is None else self.maximum
+        return math.isfinite(value) and low <= value <= high
+
+    def _refusal(self, got: str) -> ConfigError:
+        wanted = f"{'an' if self.kind is int else 'a'} {self.type_name}"
+        if self.kind is str and self.range_text:
+            wanted = f"one of {self.range_text}" if self.choices else self.range_text
+        elif self.range_text:
+            wanted += f" from {self.range_text}"
+        unit = f" {self.unit}" if self.unit else ""
+        return ConfigError(f"{self.name}: got {got}, expected {wanted}{unit}")
+
+
+def parameter(default: Any, description: str, **limits: Any) -> Any:
+    """A dataclass field that is a node parameter; `limits` are the further arguments of `ParameterSpec`."""
+    return dataclasses.field(default=default, metadata={"description": description, **limits})
+
+
+def specs_of(table: type) -> tuple[ParameterSpec, ...]:
+    """The parameters that dataclass `table` declares, in order."""
+    return tuple(
+        ParameterSpec(name=field.name, kind=type(field.default), default=field.default, **field.metadata)
+        for field in dataclasses.fields(table)
+    )
+
+
+def build(table: type[T], values: Mapping[str, Any]) -> T:
+    """Make an instance of `table` from checked `values`; what is missing keeps its default.
+
+    Raises:
+        ConfigError: a value that its parameter does not accept.
+    """
+    specs = {spec.name: spec for spec in specs_of(table)}
+    return table(**{name: specs[name].coerce(value) for name, value in values.items()})
+
+
+def markdown_table(table: type) -> str:
+    """The parameters of `table` as a Markdown table, one row each."""
+    rows = ["| Parameter | Type | Default | Range | Live | Meaning |", "|---|---|---|---|---|---|"]
+    for spec in specs_of(table):
+        default = str(spec.default).lower() if spec.kind is bool else str(spec.default)
+        default = f"`{default}`" if default else "empty"
+        unit = f" {spec.unit}" if spec.unit else ""
+        live = "yes" if spec.live else "no"
+        range_text = f"{spec.range_text}{unit}" if spec.range_text else ""
+        rows.append(f"| `{spec.name}` | {spec.type_name} | {default} | {range_text} | {live} | {spec.description} |")
+    return "\n".join(rows)

@@ -1,0 +1,91 @@
+"""The parameters of the segmentation node: the one table that node, descriptors, tests and README share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from clustvit_ros.ros.parameter_spec import ParameterSpec, markdown_table, parameter, specs_of
+from clustvit_ros.runtime import ENGINES, Settings
+
+
+@dataclass(frozen=True)
+class SegmentationParameters:
+    """One consistent set of values; a frame is processed under exactly one of these."""
+
+    model: str = parameter("camvid_tiny", "Name of a shipped model, or path of a model folder.")
+    engine: str = parameter(
+        "torch", "What runs the network; `scripted` needs no network and labels by brightness.",
+        choices=ENGINES,
+    )  # fmt: skip
+    device: str = parameter(
+        "auto", "Where it runs; `auto` takes the GPU when a real kernel runs on it.",
+        pattern=r"auto|cpu|cuda(:\d{1,3})?", form="auto, cpu, cuda or cuda:N",
+    )  # fmt: skip
+    threads: int = parameter(0, "CPU threads of the engine; 0 leaves the choice to it.", minimum=0, maximum=1024)
+    merge_threshold: float = parameter(
+        0.5, "Tokens whose merge score is above this are merged; 1 merges nothing, 0 everything.",
+        minimum=0.0, maximum=1.0, live=True,
+    )  # fmt: skip
+    token_capacity: int = parameter(
+        0, "Upper bound on the tokens kept after merging; 0 lets the threshold alone decide.",
+        minimum=0, maximum=1_048_576, unit="tokens", live=True,
+    )  # fmt: skip
+    confidence_threshold: float = parameter(
+        0.0, "Pixels less confident than this become 255 (unlabelled) in the mask.",
+        minimum=0.0, maximum=1.0, live=True,
+    )  # fmt: skip
+    output_size: str = parameter(
+        "input", "Size of mask, confidence and clusters: the image's, the network's, or fixed.",
+        pattern=r"input|model|[1-9]\d{0,3}x[1-9]\d{0,3}", form="input, model or HEIGHTxWIDTH", live=True,
+    )  # fmt: skip
+    overlay_alpha: float = parameter(
+        0.5, "Weight of the class colours in the overlay; 0 shows the image alone.",
+        minimum=0.0, maximum=1.0, live=True,
+    )  # fmt: skip
+    image_transport: str = parameter(
+        "raw", "`compressed` subscribes to JPEG or PNG on `<image>/compressed`.", choices=("raw", "compressed")
+    )
+    max_image_pixels: int = parameter(
+        16_777_216, "Larger images are rejected before any memory is spent on them.",
+        minimum=1, maximum=1_073_741_824, unit="pixels", live=True,
+    )  # fmt: skip
+    input_timeout_s: float = parameter(
+        3.0, "After so long without an image, log and diagnostics say so.",
+        minimum=0.1, maximum=3600.0, unit="s", live=True,
+    )  # fmt: skip
+    autostart: bool = parameter(True, "Configure and activate at start; false waits for a lifecycle manager.")
+    scripted_latency_ms: float = parameter(
+        0.0, "How long the scripted engine takes per frame.", minimum=0.0, maximum=60_000.0, unit="ms"
+    )
+
+    def settings(self, model_size: tuple[int, int], confidence: bool, clusters: bool) -> Settings:
+        """What one engine call gets.
+
+        Args:
+            model_size: (height, width) that the network works at, for `output_size: model`.
+            confidence: somebody wants the confidence map.
+            clusters: somebody wants the cluster map.
+        """
+        size: tuple[int, int] | None = None
+        if self.output_size == "model":
+            size = model_size
+        elif self.output_size != "input":
+            height, width = self.output_size.split("x")
+            size = (int(height), int(width))
+        return Settings(
+            merge_threshold=self.merge_threshold,
+            token_capacity=self.token_capacity,
+            confidence_threshold=self.confidence_threshold,
+            output_size=size,
+            confidence=confidence,
+            clusters=clusters,
+        )
+
+
+PARAMETERS: tuple[ParameterSpec, ...] = specs_of(SegmentationParameters)
+"""Every parameter of the segmentation node, in the order of the README's table."""
+
+
+def as_markdown_table() -> str:
+    """The table for the README; a test compares the two."""
+    return markdown_table(SegmentationParameters)

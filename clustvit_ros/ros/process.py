@@ -1,0 +1,66 @@
+"""One way for every node of this package to live and end as a process."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import rclpy
+from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.node import Node
+
+from clustvit_ros.errors import ClustvitError, ConfigError
+from clustvit_ros.runtime.memory import keep_freed_memory
+
+N = TypeVar("N", bound=Node)
+
+
+def run_node(
+    name: str, create: Callable[[], N], run: Callable[[N, SingleThreadedExecutor], int], arguments: list[str] | None
+) -> int:
+    """Create a node, run it, and clean up after it, whatever ends it.
+
+    Args:
+        name: logger for what goes wrong before there is a node.
+        create: makes the node; it must have a method `close` that stops its threads and returns an exit code.
+        run: spins the executor, which holds the node, and returns an exit code.
+        arguments: of the command line; None takes the process's own.
+
+    Returns:
+        The worst of the exit codes; 1 when the node cannot start. SIGINT and SIGTERM are no errors.
+    """
+    node: Any = None
+    code = 0
+    try:
+        keep_freed_memory()
+        _initialise(arguments)
+        node = create()
+        executor = SingleThreadedExecutor()
+        executor.add_node(node)
+        code = run(node, executor)
+        # A signal during a start makes the start fail; that is an end like any other.
+        code = code if rclpy.ok() else 0
+    except (KeyboardInterrupt, ExternalShutdownException):
+        pass
+    except (ClustvitError, OSError) as error:
+        rclpy.logging.get_logger(name).fatal(str(error))
+        code = 1
+    except Exception:
+        if rclpy.ok():
+            raise  # else a signal shut ROS down under a node that was still starting, and whatever it called failed
+    finally:
+        # A second Ctrl-C must not tear down a shutdown half done; `close` takes a few seconds at most.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if node is not None:
+            code = max(code, node.close())
+            node.destroy_node()
+        rclpy.try_shutdown()
+    return code
+
+
+def _initialise(arguments: list[str] | None) -> None:
+    try:
+        rclpy.init(args=arguments)
+    except RuntimeError as error:  # a parameter file or argument that rcl cannot read
+        raise ConfigError(str(error)) from error

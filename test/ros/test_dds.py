@@ -1,0 +1,56 @@
+"""The environment of ROS processes."""
+
+from __future__ import annotations
+
+import os
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from clustvit_ros.dds import PROFILE_VARIABLES, dds_environment, node_environment
+from clustvit_ros.paths import share_dir
+
+PROFILE = str(share_dir() / "config" / "fastdds_shm.xml")
+
+
+@pytest.mark.parametrize(
+    ("distribution", "variable"),
+    [("humble", PROFILE_VARIABLES[0]), ("jazzy", PROFILE_VARIABLES[0]), ("kilted", PROFILE_VARIABLES[1])],
+)
+def test_profile_is_set_under_the_distributions_name(distribution: str, variable: str) -> None:
+    assert dds_environment({"ROS_DISTRO": distribution}) == {variable: PROFILE}
+
+
+def test_profile_is_set_without_a_distribution() -> None:
+    added = dds_environment({})
+    assert added
+    assert set(added) <= set(PROFILE_VARIABLES)
+
+
+@pytest.mark.parametrize("chosen", [{PROFILE_VARIABLES[0]: "/my.xml"}, {PROFILE_VARIABLES[1]: "/my.xml"}])
+def test_the_users_profile_stays(chosen: dict[str, str]) -> None:
+    assert dds_environment(chosen) == {}
+
+
+def test_other_middleware_gets_no_profile() -> None:
+    assert dds_environment({"RMW_IMPLEMENTATION": "rmw_cyclonedds_cpp"}) == {}
+    assert dds_environment({"RMW_IMPLEMENTATION": "rmw_fastrtps_cpp"})
+
+
+def test_children_start_without_the_parents_marker() -> None:
+    libraries = os.pathsep.join([f"{sys.prefix}/lib", "/opt/vendor/lib"])
+    environ = {"_ROS_WHEELS_BOOTSTRAP_COMPLETE": "1", "LD_LIBRARY_PATH": libraries, "HOME": "/home/robot"}
+    child = node_environment(environ)
+    assert "_ROS_WHEELS_BOOTSTRAP_COMPLETE" not in child
+    assert child["LD_LIBRARY_PATH"] == "/opt/vendor/lib"
+    assert child["HOME"] == "/home/robot"
+    assert environ["_ROS_WHEELS_BOOTSTRAP_COMPLETE"] == "1"
+
+
+def test_segment_holds_several_full_hd_images() -> None:
+    root = ElementTree.parse(Path(PROFILE)).getroot()
+    sizes = [int(node.text or 0) for node in root.iter() if node.tag.endswith("segment_size")]
+    assert sizes == [32 * 1024 * 1024]
+    assert sizes[0] > 4 * 1920 * 1080 * 3

@@ -1,0 +1,176 @@
+"""One frame through decode, engine and publishers, without a node around it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sensor_msgs", reason="needs ROS 2 (sensor_msgs)")
+
+from sensor_msgs.msg import Image
+from std_msgs.msg import Header
+
+from clustvit_ros.errors import EngineError, ImageError
+from clustvit_ros.ros.conversions import image_message
+from clustvit_ros.ros.frame_pipeline import Frame, FramePipeline, MaskPublishers
+from clustvit_ros.ros.frame_runner import FrameRunner
+from clustvit_ros.ros.parameter_spec import build
+from clustvit_ros.ros.parameters import SegmentationParameters
+from clustvit_ros.runtime import Engine, EngineInfo, Prediction, ScriptedEngine, Settings
+
+SECOND_NS = 1_000_000_000
+ALL = ("mask", "confidence", "overlay", "clusters")
+
+
+class FakePublisher:
+    """Stands in for an rclpy publisher."""
+
+    def __init__(self, subscribers: int) -> None:
+        self.subscribers = subscribers
+        self.messages: list[Image] = []
+
+    def get_subscription_count(self) -> int:
+        return self.subscribers
+
+    def publish(self, message: Image) -> None:
+        self.messages.append(message)
+
+
+class SpyEngine(Engine):
+    """The scripted engine, remembering what it was asked, and failing on request."""
+
+    def __init__(self) -> None:
+        self._engine = ScriptedEngine()
+        self.settings: list[Settings] = []
+        self.warmed: list[tuple[int, int] | None] = []
+        self.failure: Exception | None = None
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._engine.info
+
+    def warmup(self, image_size: tuple[int, int] | None = None) -> None:
+        self.warmed.append(image_size)
+
+    def segment(self, images: Any, settings: Settings = Settings()) -> Prediction:
+        self.settings.append(settings)
+        if self.failure is not None:
+            raise self.failure
+        return self._engine.segment(images, settings)
+
+
+class FakeLogger:
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+
+    def error(self, text: str, **_throttle: Any) -> None:
+        self.errors.append(text)
+
+
+class Bench:
+    """A pipeline with fake publishers, of which `subscribed` have a subscriber."""
+
+    def __init__(self, *subscribed: str) -> None:
+        self.engine = SpyEngine()
+        self.published: dict[str, FakePublisher] = {}
+        self.now_ns = 100 * SECOND_NS
+
+        def create(_kind: type, topic: str, *_qos: Any, **_options: Any) -> FakePublisher:
+            name = topic.removeprefix("segmentation/")
+            return self.published.setdefault(name, FakePublisher(int(name in subscribed)))
+
+        self.pipeline = FramePipeline(self.engine, MaskPublishers(create), lambda: self.now_ns)
+
+    def frame(self, pixels: np.ndarray, stamp_s: int = 99) -> Frame:
+        header = Header(frame_id="camera")
+        header.stamp.sec = stamp_s
+        return Frame(image_message(pixels, "rgb8", header), arrival_ns=self.now_ns - 20_000_000)
+
+    def counts(self) -> dict[str, int]:
+        return {name: len(publisher.messages) for name, publisher in self.published.items()}
+
+
+@pytest.fixture
+def pixels(rng: np.random.Generator) -> np.ndarray:
+    return rng.integers(0, 256, (32, 48, 3), dtype=np.uint8)
+
+
+def test_mask_is_the_engines_with_the_frames_header(pixels: np.ndarray) -> None:
+    bench = Bench("mask")
+    frame = bench.frame(pixels)
+    report = bench.pipeline.process(frame, SegmentationParameters())
+    message = bench.published["mask"].messages[0]
+    assert message.header == frame.message.header
+    assert (message.encoding, message.step, message.height, message.width) == ("mono8", 48, 32, 48)
+    np.testing.assert_array_equal(np.frombuffer(message.data, np.uint8).reshape(32, 48), pixels[..., 1] >> 6)
+    assert report.stamped
+    assert report.age_ms == pytest.approx(1000.0)
+
+
+def test_only_the_mask_is_computed_for_nobody(pixels: np.ndarray) -> None:
+    bench = Bench()
+    bench.pipeline.process(bench.frame(pixels), SegmentationParameters())
+    assert bench.counts() == {"mask": 1, "confidence": 0, "overlay": 0, "clusters": 0}
+    assert (bench.engine.settings[0].confidence, bench.engine.settings[0].clusters) == (False, False)
+
+
+def test_everything_is_published_when_subscribed(pixels: np.ndarray) -> None:
+    bench = Bench(*ALL)
+    bench.pipeline.process(bench.frame(pixels), build(SegmentationParameters, {"output_size": "20x10"}))
+    sizes = {name: (p.messages[0].height, p.messages[0].width) for name, p in bench.published.items()}
+    assert sizes == {"mask": (20, 10), "confidence": (20, 10), "clusters": (20, 10), "overlay": (32, 48)}
+    encodings = {name: publisher.messages[0].encoding for name, publisher in bench.published.items()}
+    assert encodings == {"mask": "mono8", "confidence": "mono8", "clusters": "mono8", "overlay": "rgb8"}
+
+
+def test_unstamped_frames_are_aged_from_their_arrival(pixels: np.ndarray) -> None:
+    bench = Bench()
+    report = bench.pipeline.process(bench.frame(pixels, stamp_s=0), SegmentationParameters())
+    assert not report.stamped
+    assert report.age_ms == pytest.approx(20.0)
+
+
+def test_engine_is_warmed_once_for_each_size(pixels: np.ndarray) -> None:
+    bench = Bench()
+    for image in (pixels, pixels, pixels[:16], pixels):
+        bench.pipeline.process(bench.frame(image), SegmentationParameters())
+    assert bench.engine.warmed == [(32, 48), (16, 48)]
+
+
+def test_bad_frames_and_engine_failures_are_counted_and_survived(pixels: np.ndarray) -> None:
+    bench, logger, reports = Bench(), FakeLogger(), []
+    runner = FrameRunner(
+        bench.pipeline, SegmentationParameters, lambda *report: reports.append(report), logger, lambda: True
+    )
+    good, bad = bench.frame(pixels), bench.frame(pixels)
+    bad.message.encoding = "32FC1"
+    handle, on_fault = runner._handle, runner._on_fault  # the worker's two ways, without its thread
+
+    for frame, failure in ((bad, None), (good, EngineError("device lost")), (good, ValueError("bug")), (good, None)):
+        bench.engine.failure = failure
+        try:
+            handle(frame)
+        except Exception as error:
+            on_fault(error)
+    account = runner.account()
+    assert (account.counts.rejected, account.counts.failed, account.counts.segmented) == (1, 2, 1)
+    assert "32FC1" in account.last_rejection
+    assert account.last_failure == "bug"
+    assert logger.errors[0].startswith("image not segmented (1 so far): encoding: got '32FC1'")
+    assert logger.errors[1] == "engine failed (1 frames so far): device lost"
+    assert "Traceback" in logger.errors[2]
+    assert len(reports) == 1
+
+
+def test_a_bad_frame_reaches_neither_engine_nor_topics(pixels: np.ndarray) -> None:
+    bench = Bench(*ALL)
+    frame = bench.frame(pixels)
+    frame.message.step += 1
+    with pytest.raises(ImageError):
+        bench.pipeline.process(frame, SegmentationParameters())
+    assert not bench.engine.settings
+    assert set(bench.counts().values()) == {0}

@@ -1,0 +1,59 @@
+"""The launch file: always compiled, and run where `launch` is installed."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clustvit_ros.paths import share_dir
+from clustvit_ros.ros.parameters import PARAMETERS
+
+FILE = share_dir() / "launch" / "segment.launch.py"
+
+
+def load(file: Path) -> Any:
+    """Import the launch file as a module."""
+    spec = importlib.util.spec_from_file_location("segment_launch", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_parameters_of_the_launch_file_exist_on_the_node() -> None:
+    tree = ast.parse(FILE.read_text())
+    compile(tree, str(FILE), "exec")
+    table = next(
+        node.value for node in tree.body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "_PARAMETERS"
+    )  # fmt: skip
+    assert isinstance(table, ast.Dict)
+    names = {ast.literal_eval(key) for key in table.keys if key is not None}
+    assert names - {"use_sim_time"} <= {spec.name for spec in PARAMETERS}
+
+
+def test_arguments_become_parameters_only_when_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("launch_ros", reason="needs launch_ros")
+    from launch import LaunchContext
+    from launch.actions import DeclareLaunchArgument
+
+    module = load(FILE)
+    monkeypatch.setattr(module, "Node", dict)
+    context = LaunchContext()
+    for entity in module.generate_launch_description().entities:
+        if isinstance(entity, DeclareLaunchArgument):
+            assert entity.description
+            entity.execute(context)
+    (plain,) = module._start_node(context)
+    context.launch_configurations["merge_threshold"] = "1"
+    (tuned,) = module._start_node(context)
+    assert len(plain["parameters"]) == 1
+    assert plain["name"] == "segmentation"
+    assert [value.value for value in tuned["parameters"][1].values()] == [1.0]
+    context.launch_configurations["merge_threshold"] = "low"
+    with pytest.raises(ValueError, match="merge_threshold: got 'low', expected a number"):
+        module._start_node(context)

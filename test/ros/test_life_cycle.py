@@ -1,0 +1,98 @@
+"""Life cycle through the real services, and clean ends by signal in every state."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("rclpy", reason="needs ROS 2 (rclpy)")
+
+from lifecycle_msgs.msg import Transition
+from lifecycle_msgs.srv import ChangeState, GetState
+from sensor_msgs.msg import Image
+from std_msgs.msg import Header
+
+from clustvit_ros.ros.conversions import image_message
+
+pytestmark = pytest.mark.ros
+
+NODE = "/managed/segmentation"
+
+
+def change(client: Any, transition: int) -> bool:
+    request = ChangeState.Request(transition=Transition(id=transition))
+    return client.call(ChangeState, f"{NODE}/change_state", request).success
+
+
+def state(client: Any) -> str:
+    return client.call(GetState, f"{NODE}/get_state", GetState.Request()).current_state.label
+
+
+def test_masks_flow_only_while_active(ros_client: Any, start_node: Callable[..., Any]) -> None:
+    process = start_node("node", "-r", "__ns:=/managed", "-p", "engine:=scripted", "-p", "autostart:=false")
+    assert state(ros_client) == "unconfigured"
+    frame = image_message(np.zeros((8, 8, 3), np.uint8), "rgb8", Header())
+    for _ in range(2):  # everything can be repeated
+        assert change(ros_client, Transition.TRANSITION_CONFIGURE)
+        assert state(ros_client) == "inactive"
+        assert ros_client.node.count_subscribers("/managed/image") == 0
+        assert change(ros_client, Transition.TRANSITION_ACTIVATE)
+        camera = ros_client.image_publisher("/managed/image")
+        masks: list[Image] = ros_client.collect(Image, "/managed/segmentation/mask")
+        ros_client.send_until(camera, frame, lambda masks=masks: bool(masks), "mask")
+        assert change(ros_client, Transition.TRANSITION_DEACTIVATE)
+        ros_client.spin_until(lambda camera=camera: camera.get_subscription_count() == 0, "end of the subscription")
+        assert change(ros_client, Transition.TRANSITION_CLEANUP)
+        assert state(ros_client) == "unconfigured"
+        ros_client.spin_until(
+            lambda: ros_client.node.count_publishers("/managed/segmentation/mask") == 0, "end of the publisher"
+        )
+    assert change(ros_client, Transition.TRANSITION_UNCONFIGURED_SHUTDOWN)
+    assert state(ros_client) == "finalized"
+    assert process.stop() == 0
+
+
+def test_shutdown_from_active_stops_the_work(ros_client: Any, start_node: Callable[..., Any]) -> None:
+    process = start_node("node", "-r", "__ns:=/managed", "-p", "engine:=scripted")
+    process.wait_for_output("active:")
+    assert state(ros_client) == "active"
+    assert change(ros_client, Transition.TRANSITION_ACTIVE_SHUTDOWN)
+    assert state(ros_client) == "finalized"
+    assert process.stop(signal.SIGTERM) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_an_active_node_cleanly(start_node: Callable[..., Any], number: signal.Signals) -> None:
+    process = start_node("node", "-p", "engine:=scripted", "-p", "input_timeout_s:=0.1")
+    # The hint proves that it spins, and is what a user sees without a camera.
+    process.wait_for_output("no image on /image for")
+    assert "nobody publishes there; start the camera or remap" in process.output
+    assert process.stop(number) == 0
+    assert "Traceback" not in process.output
+
+
+def test_autostart_without_a_model_ends_with_an_error(start_node: Callable[..., Any]) -> None:
+    pytest.importorskip("torch", reason="needs PyTorch")
+    process = start_node("node", "-p", "model:=/nowhere/model")
+    assert process.wait() == 1
+    assert "configuring failed: " in process.output
+    assert "/nowhere/model" in process.output
+    assert "Traceback" not in process.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["-p", "merge_threshold:=1.5"], "merge_threshold: got 1.5, expected a double from 0.0 to 1.0"),
+        (["--params-file", "/nowhere.yaml"], "/nowhere.yaml"),
+    ],
+)
+def test_bad_start_values_end_with_one_line(start_node: Callable[..., Any], arguments: list[str], text: str) -> None:
+    process = start_node("node", "-p", "engine:=scripted", *arguments)
+    assert process.wait() == 1
+    assert text in process.output
+    assert "Traceback" not in process.output
