@@ -7,9 +7,9 @@ import importlib
 import sys
 
 from clustvit_ros import __version__
-from clustvit_ros.errors import ClustvitError
+from clustvit_ros.errors import ClustvitError, ConfigError
 
-COMMANDS = ("demo", "evaluate", "train")
+COMMANDS = ("demo", "evaluate", "train", "tune")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,7 +20,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name in COMMANDS:
-        importlib.import_module(f"clustvit_ros.cli.{name}").add_parser(commands)
+        try:
+            importlib.import_module(f"clustvit_ros.cli.{name}").add_parser(commands)
+        except ModuleNotFoundError as error:
+            _add_unavailable(commands, name, error)
     args = parser.parse_args(argv)
     try:
         return args.run(args)
@@ -29,6 +32,19 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _add_unavailable(commands: argparse._SubParsersAction, name: str, error: ModuleNotFoundError) -> None:
+    """A robot need not have what training needs: the other commands work all the same."""
+
+    def refuse(_: argparse.Namespace) -> int:
+        raise ConfigError(
+            f"'{name}' needs the Python package {error.name!r}; install it, or this package with its 'train' extra"
+        )
+
+    parser = commands.add_parser(name, help=f"not available: {error.name} is not installed", prefix_chars=" ")
+    parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
+    parser.set_defaults(run=refuse)
 
 
 if __name__ == "__main__":

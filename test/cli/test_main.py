@@ -1,0 +1,33 @@
+"""The command line as a whole."""
+
+from __future__ import annotations
+
+import builtins
+import sys
+
+import pytest
+
+from clustvit_ros.cli.main import COMMANDS, main
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in COMMANDS)
+
+
+def test_a_missing_package_disables_only_the_commands_that_need_it(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "clustvit_ros.cli.train", raising=False)
+    monkeypatch.delitem(sys.modules, "clustvit_ros.training.trainer", raising=False)
+    import_ = builtins.__import__
+
+    def without_tqdm(name, *args, **kwargs):
+        if name == "tqdm":
+            raise ModuleNotFoundError("No module named 'tqdm'", name="tqdm")
+        return import_(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_tqdm)
+    assert main(["train", "recipe.yaml", "--data", "somewhere"]) == 2
+    assert "'train' needs the Python package 'tqdm'" in capsys.readouterr().err
