@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import colorsys
 from dataclasses import dataclass
 
 import numpy as np
+import yaml
 
 from clustvit_ros.errors import ConfigError
+from clustvit_ros.paths import share_dir
 
 IGNORE_INDEX = 255
 """Label of pixels that have no class: void in the data, below the confidence threshold in a mask."""
@@ -42,6 +45,17 @@ class ClassSet:
     def __len__(self) -> int:
         return len(self.names)
 
+    @classmethod
+    def numbered(cls, count: int) -> ClassSet:
+        """Classes without names of their own: "class_0", "class_1", ... in colours that differ between neighbours."""
+        # Steps of the golden ratio around the colour circle keep any two near ids far apart.
+        hues = [index * 0.618034 % 1.0 for index in range(count)]
+        colours = [colorsys.hsv_to_rgb(hue, 0.65, 0.95 - 0.35 * (index % 2)) for index, hue in enumerate(hues)]
+        return cls(
+            tuple(f"class_{index}" for index in range(count)),
+            tuple((round(255 * r), round(255 * g), round(255 * b)) for r, g, b in colours),
+        )
+
     def palette(self) -> np.ndarray:
         """Colours for every value a mask can hold.
 
@@ -51,3 +65,20 @@ class ClassSet:
         table = np.zeros((max(IGNORE_INDEX + 1, len(self)), 3), np.uint8)
         table[: len(self)] = self.colours
         return table
+
+
+def class_set_names() -> list[str]:
+    """Names of the class lists that come with the package."""
+    return sorted(path.stem for path in (share_dir() / "config" / "classes").glob("*.yaml"))
+
+
+def load_class_set(name: str) -> ClassSet:
+    """A class list that comes with the package.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name not in class_set_names():
+        raise ConfigError(f"classes: got {name!r}, expected one of {', '.join(class_set_names())}")
+    entries = yaml.safe_load((share_dir() / "config" / "classes" / f"{name}.yaml").read_text(encoding="utf-8"))
+    return ClassSet(tuple(e["name"] for e in entries), tuple(tuple(e["colour"]) for e in entries))

@@ -9,7 +9,7 @@ import sys
 from clustvit_ros import __version__
 from clustvit_ros.errors import ClustvitError, ConfigError
 
-COMMANDS = ("demo", "evaluate", "train", "tune")
+COMMANDS = ("demo", "evaluate", "import_checkpoint", "train", "tune")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,10 +39,10 @@ def _add_unavailable(commands: argparse._SubParsersAction, name: str, error: Mod
 
     def refuse(_: argparse.Namespace) -> int:
         raise ConfigError(
-            f"'{name}' needs the Python package {error.name!r}; install it, or this package with its 'train' extra"
+            f"'{name.replace('_', '-')}' needs the Python package {error.name!r}; install it, or this package with its 'train' extra"
         )
 
-    parser = commands.add_parser(name, help=f"not available: {error.name} is not installed", prefix_chars=" ")
+    parser = commands.add_parser(name.replace("_", "-"), help=f"not available: {error.name} is not installed", prefix_chars=" ")
     parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
     parser.set_defaults(run=refuse)
 

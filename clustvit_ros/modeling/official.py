@@ -1,10 +1,23 @@
-"""Key names of the official ClustViT checkpoints (OpenMMLab layout), to and from ours."""
+"""The official ClustViT checkpoints (OpenMMLab layout): key names to and from ours, and what their shapes tell.
+
+Files are read with `weights_only=True`; nothing in them is ever executed. A checkpoint's own configuration, Python text
+in the file, is read as literals only.
+"""
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import pickle
 import re
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+from clustvit_ros.errors import ConfigError, ModelError
+from clustvit_ros.modeling.architectures import ARCHITECTURES, NetworkConfig
 
 _BLOCK = {
     "ln1": "norm1",
@@ -28,9 +41,112 @@ _HEAD = {
 }
 
 
+class Checkpoint(NamedTuple):
+    """An official checkpoint file.
+
+    Attributes:
+        weights: official parameter names to tensors.
+        model: the `model` section of the configuration that the file carries; empty when it carries none.
+    """
+
+    weights: dict[str, Tensor]
+    model: dict[str, Any]
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint without executing anything in it.
+
+    Raises:
+        ModelError: unreadable, or no checkpoint of this kind.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise ModelError(
+            f"{path}: cannot be read as a checkpoint of plain tensors ({str(error).splitlines()[0]}); if it is a "
+            "training checkpoint with other objects in it, save its state_dict alone"
+        ) from error
+    weights = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
+        raise ModelError(f"{path}: holds no state_dict of tensors; expected an OpenMMLab checkpoint")
+    meta = content.get("meta", {})
+    text = meta.get("cfg", "") if isinstance(meta, dict) else ""
+    return Checkpoint(weights, _model_section(text) if isinstance(text, str) else {})
+
+
+def network_of(checkpoint: Checkpoint, known: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The architecture of a checkpoint.
+
+    Shapes tell most of it; the rest comes from `known`, then from the checkpoint's own configuration, then from the
+    official defaults (injection point 3, 64 channels per head, a square trained size).
+
+    Args:
+        checkpoint: as read.
+        known: hyper-parameters by the names of `NetworkConfig`; they are checked against the shapes.
+
+    Returns:
+        Name in `ARCHITECTURES`, and the overrides for `network_config`.
+
+    Raises:
+        ModelError: parameters that every ViT or Segmenter has are missing.
+        ConfigError: `known` contradicts the shapes, or a trained size that is not square was not given.
+    """
+    weights = checkpoint.weights
+    try:
+        embed_dim = weights["backbone.cls_token"].shape[2]
+        shapes: dict[str, Any] = {
+            "backbone": "clustvit" if "backbone.clusterer.net.0.weight" in weights else "vit",
+            "embed_dim": embed_dim,
+            "depth": _count_layers(weights, "backbone"),
+            "patch_size": weights["backbone.patch_embed.projection.weight"].shape[2],
+            "mlp_ratio": weights["backbone.layers.0.ffn.layers.0.0.weight"].shape[0] / embed_dim,
+            "head_depth": _count_layers(weights, "decode_head"),
+        }
+        num_tokens = weights["backbone.pos_embed"].shape[1] - 1
+        if shapes["backbone"] == "clustvit":
+            shapes["cluster_mlp_dim"] = weights["backbone.clusterer.net.0.weight"].shape[0]
+            shapes["num_clusters"] = weights["backbone.clusterer.net.2.weight"].shape[0] - 1
+    except KeyError as error:
+        raise ModelError(
+            f"checkpoint has no {error.args[0]}; expected a ViT or ClustViT with a Segmenter head"
+        ) from error
+    for name, value in known.items():
+        if name in shapes and shapes[name] != value:
+            raise ConfigError(f"{name}: got {value!r}, but the checkpoint's shapes say {shapes[name]!r}")
+    backbone = {"num_heads": max(embed_dim // 64, 1), **_hints(checkpoint.model)}
+    network = {**backbone, **shapes, **known}
+    if "image_size" not in network:
+        side = round(num_tokens**0.5) * shapes["patch_size"]
+        network["image_size"] = [side, side]
+    height, width = (length // shapes["patch_size"] for length in network["image_size"])
+    if height * width != num_tokens:
+        raise ConfigError(
+            f"image_size: {list(network['image_size'])} makes {height * width} patches, the checkpoint's position "
+            f"embedding has {num_tokens}; pass the size it was trained with"
+        )
+    architecture = next(
+        (n for n, shape in ARCHITECTURES.items() if all(network.get(key) == value for key, value in shape.items())),
+        f"{network['backbone']}_t",
+    )
+    defaults = {field.name: field.default for field in dataclasses.fields(NetworkConfig)} | ARCHITECTURES[architecture]
+    return architecture, {name: value for name, value in network.items() if defaults[name] != value}
+
+
 def from_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename the parameters of an official checkpoint; names that are not recognised stay as they are."""
     return {_rename(name): tensor for name, tensor in state_dict.items()}
+
+
+def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The way back.
+
+    Raises:
+        ModelError: parameters that the official layout has no name for (a convolutional stem).
+    """
+    stem = [name for name in state_dict if name.startswith("backbone.patch_embed.layers.")]
+    if stem:
+        raise ModelError(f"the official layout has no name for a convolutional stem ({stem[0]}, ...)")
+    return {_rename_back(name): tensor for name, tensor in state_dict.items()}
 
 
 def _rename(name: str) -> str:
@@ -52,3 +168,69 @@ def _rename(name: str) -> str:
         if name.startswith(theirs):
             return ours + name[len(theirs) :]
     return name
+
+
+def _rename_back(name: str) -> str:
+    block = re.fullmatch(r"(backbone|head)\.blocks\.(\d+)\.(.+)", name)
+    if block:
+        room, index, rest = block.groups()
+        room = "decode_head" if room == "head" else room
+        return f"{room}.layers.{index}.{_swap_prefix(rest, _BLOCK)}"
+    if name.startswith("head."):
+        return "decode_head." + _swap_prefix(name.removeprefix("head."), _HEAD)
+    return _swap_prefix(name, _BACKBONE)
+
+
+def _swap_prefix(name: str, table: dict[str, str]) -> str:
+    for theirs, ours in table.items():
+        if name.startswith(ours):
+            return theirs + name[len(ours) :]
+    return name
+
+
+def _count_layers(weights: dict[str, Tensor], room: str) -> int:
+    matches = (re.match(rf"{room}\.layers\.(\d+)\.", name) for name in weights)
+    return 1 + max((int(match.group(1)) for match in matches if match), default=-1)
+
+
+def _hints(model: dict[str, Any]) -> dict[str, Any]:
+    """What a configuration's `model` section says that shapes cannot."""
+    backbone, head = model.get("backbone", {}), model.get("decode_head", {})
+    hints: dict[str, Any] = {}
+    if isinstance(backbone.get("num_heads"), int):
+        hints["num_heads"] = backbone["num_heads"]
+    points = backbone.get("injection_points")
+    if points:
+        if len(points) != 1:
+            raise ConfigError(f"injection_points: got {points}, expected exactly one")
+        hints["injection_point"] = points[0]
+    size = backbone.get("img_size")
+    if size:
+        hints["image_size"] = [size, size] if isinstance(size, int) else list(size)
+    if isinstance(head.get("num_heads"), int):
+        hints["head_heads"] = head["num_heads"]
+    return hints
+
+
+def _model_section(text: str) -> dict[str, Any]:
+    """The `model = dict(...)` of a configuration text, literals and dict() calls only; empty when there is none."""
+    try:
+        tree = ast.parse(text)
+    except SyntaxError:
+        return {}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "model":
+            value = _literal(node.value)
+            return value if isinstance(value, dict) else {}
+    return {}
+
+
+def _literal(node: ast.expr) -> Any:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
+        return {keyword.arg: _literal(keyword.value) for keyword in node.keywords}
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return [_literal(item) for item in node.elts]
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return None

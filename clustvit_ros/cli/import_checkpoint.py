@@ -1,0 +1,122 @@
+"""`clustvit-ros import-checkpoint`: an official checkpoint becomes a model folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from clustvit_ros.classes import ClassSet, class_set_names, load_class_set
+from clustvit_ros.errors import ConfigError
+from clustvit_ros.modeling.architectures import build_network, network_config
+from clustvit_ros.modeling.model_folder import InputConfig, ModelConfig, check_weights, save_model
+from clustvit_ros.modeling.official import from_official, network_of, read_checkpoint
+
+# Keys of a configuration file, as the reference cases name them, and ours.
+_CONFIG_KEYS = {
+    "arch": "backbone",
+    "embed_dims": "embed_dim",
+    "num_layers": "depth",
+    "num_heads": "num_heads",
+    "img_size": "image_size",
+    "patch_size": "patch_size",
+    "num_clusters": "num_clusters",
+    "injection_point": "injection_point",
+    "cluster_mlp_size": "cluster_mlp_dim",
+    "head_layers": "head_depth",
+    "head_heads": "head_heads",
+}
+_IGNORED_CONFIG_KEYS = {"num_classes", "batch_size", "input_size", "test_cfg", "weights"}
+_CLUSTERING_ONLY = {"num_clusters", "injection_point", "cluster_mlp_dim"}
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "import-checkpoint", help="make a model folder of an official ClustViT or ViT checkpoint"
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, help="OpenMMLab checkpoint (.pth)")
+    parser.add_argument("--out", type=Path, required=True, help="model folder to write, e.g. models/NAME")
+    parser.add_argument("--config", type=Path, help="JSON file with what shapes cannot tell; options below override it")
+    parser.add_argument("--injection-point", type=int, help="blocks before merging (official default: 3)")
+    parser.add_argument("--num-heads", type=int, help="heads of the encoder (official default: one per 64 channels)")
+    parser.add_argument("--head-heads", type=int, help="heads of the decode head (default: as the encoder)")
+    parser.add_argument("--image-size", help="HxW the position embedding was trained for (default: square)")
+    parser.add_argument("--classes", help="a packaged class list; default: the one with as many classes, else numbers")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    checkpoint = read_checkpoint(args.checkpoint)
+    known = _read_config(args.config) if args.config else {}
+    for name in ("injection_point", "num_heads", "head_heads"):
+        if getattr(args, name) is not None:
+            known[name] = getattr(args, name)
+    if args.image_size:
+        known["image_size"] = _size(args.image_size)
+    architecture, overrides = network_of(checkpoint, known)
+    network_settings = network_config(architecture, overrides)
+    weights = from_official(checkpoint.weights)
+    if "head.class_embed" not in weights:
+        raise ConfigError(
+            f"{args.checkpoint}: has no Segmenter head (decode_head.cls_emb); other heads cannot be imported"
+        )
+    classes = _classes(args.classes, weights["head.class_embed"].shape[1])
+    network = build_network(network_settings, len(classes))
+    check_weights(network, weights, str(args.checkpoint))
+    network.load_state_dict(weights)
+    config = ModelConfig(
+        name=args.out.name,
+        architecture=architecture,
+        network=network_settings,
+        classes=classes,
+        input=InputConfig(size=network_settings.image_size),
+        overrides=overrides,
+        training={"data": f"imported from {args.checkpoint.name}"},
+    )
+    save_model(args.out, config, network)
+    point = (
+        f", merging after block {network_settings.injection_point}" if network_settings.backbone == "clustvit" else ""
+    )
+    print(
+        f"{args.out}: {architecture}, width {network_settings.embed_dim}, {network_settings.depth} blocks of "
+        f"{network_settings.num_heads} heads{point}, {len(classes)} classes"
+    )
+    return 0
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: got {type(content).__name__}, expected an object")
+    unknown = sorted(content.keys() - _CONFIG_KEYS.keys() - _IGNORED_CONFIG_KEYS)
+    if unknown:
+        raise ConfigError(f"{path}: unknown keys {', '.join(unknown)}; known: {', '.join(_CONFIG_KEYS)}")
+    known = {_CONFIG_KEYS[key]: value for key, value in content.items() if key in _CONFIG_KEYS and value is not None}
+    if known.get("backbone") == "vit":
+        known = {key: value for key, value in known.items() if key not in _CLUSTERING_ONLY}
+    return known
+
+
+def _size(text: str) -> list[int]:
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise ConfigError(f"--image-size: got {text!r}, expected HEIGHTxWIDTH such as 512x512")
+    return [int(height), int(width)]
+
+
+def _classes(name: str | None, count: int) -> ClassSet:
+    if name is not None:
+        classes = load_class_set(name)
+        if len(classes) != count:
+            raise ConfigError(f"--classes: {name} has {len(classes)} classes, the checkpoint has {count}")
+        return classes
+    for packaged in class_set_names():
+        classes = load_class_set(packaged)
+        if len(classes) == count:
+            print(f"{count} classes: named as in {packaged} (--classes chooses another list)")
+            return classes
+    return ClassSet.numbered(count)
