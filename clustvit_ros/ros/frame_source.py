@@ -12,9 +12,7 @@ import cv2
 import numpy as np
 
 from clustvit_ros.errors import DataError
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-"""Files of a folder that are taken for pictures."""
+from clustvit_ros.image_files import IMAGE_SUFFIXES, list_images
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class FolderSource(FrameSource):
 
     def __init__(self, folder: Path) -> None:
         nested = folder / "images"
-        self._files = _pictures(folder) or (_pictures(nested) if nested.is_dir() else [])
+        self._files = list_images(folder) or (list_images(nested) if nested.is_dir() else [])
         if not self._files:
             raise DataError(f"source: {folder} holds no pictures, expected files ending in {', '.join(IMAGE_SUFFIXES)}")
         super().__init__(f"{len(self._files)} pictures of {self._files[0].parent}")
@@ -161,7 +159,3 @@ def open_source(source: str, width: int = 0, height: int = 0) -> FrameSource:
     if path.is_file():
         return VideoSource(path)
     raise DataError(f"source: got {source!r}, expected a folder of pictures, a video file, /dev/videoN or N")
-
-
-def _pictures(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())

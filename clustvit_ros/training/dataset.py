@@ -10,8 +10,7 @@ import numpy as np
 
 from clustvit_ros.classes import IGNORE_INDEX
 from clustvit_ros.errors import DataError
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+from clustvit_ros.image_files import IMAGE_SUFFIXES, list_images
 
 
 class Sample(NamedTuple):
@@ -80,11 +79,10 @@ def find_images(images_dir: Path) -> dict[str, Path]:
     if not images_dir.is_dir():
         raise DataError(f"image folder {images_dir} does not exist")
     found: dict[str, Path] = {}
-    for path in sorted(images_dir.iterdir()):
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            if path.stem in found:
-                raise DataError(f"{images_dir}: {found[path.stem].name} and {path.name} share a stem; keep one of them")
-            found[path.stem] = path
+    for path in list_images(images_dir):
+        if path.stem in found:
+            raise DataError(f"{images_dir}: {found[path.stem].name} and {path.name} share a stem; keep one of them")
+        found[path.stem] = path
     if not found:
         raise DataError(f"{images_dir}: no image found, expected files ending in {', '.join(IMAGE_SUFFIXES)}")
     return found
