@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from clustvit_ros.errors import ModelError
@@ -28,6 +30,15 @@ def share_dir() -> Path:
         f"share/clustvit_ros was not found in {', '.join(map(str, prefixes))}; install the package with "
         "'pip install .' or 'colcon build', or pass full paths"
     )
+
+
+def user_cache_dir() -> Path:
+    """Where measurements and generated files are kept between runs; it need not exist yet."""
+    given = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(given) if given else Path.home() / ".cache") / "clustvit_ros"
+    except RuntimeError:  # a container's user without a home
+        return Path(tempfile.gettempdir()) / "clustvit_ros"
 
 
 def find_model(name_or_path: str | Path) -> Path:

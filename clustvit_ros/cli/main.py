@@ -9,7 +9,7 @@ import sys
 from clustvit_ros import __version__
 from clustvit_ros.errors import ClustvitError, ConfigError
 
-COMMANDS = ("demo", "evaluate", "import_checkpoint", "train", "tune")
+COMMANDS = ("bench", "demo", "evaluate", "export", "import_checkpoint", "train", "tune")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,13 +36,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _add_unavailable(commands: argparse._SubParsersAction, name: str, error: ModuleNotFoundError) -> None:
     """A robot need not have what training needs: the other commands work all the same."""
+    command = name.replace("_", "-")
 
     def refuse(_: argparse.Namespace) -> int:
         raise ConfigError(
-            f"'{name.replace('_', '-')}' needs the Python package {error.name!r}; install it, or this package with its 'train' extra"
+            f"{command!r} needs the Python package {error.name!r}; install it, or this package with its 'train' extra"
         )
 
-    parser = commands.add_parser(name.replace("_", "-"), help=f"not available: {error.name} is not installed", prefix_chars=" ")
+    parser = commands.add_parser(command, help=f"not available: {error.name} is not installed", prefix_chars=" ")
     parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
     parser.set_defaults(run=refuse)
 

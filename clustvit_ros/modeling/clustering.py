@@ -109,7 +109,7 @@ class Merge(NamedTuple):
     merged_index: Tensor | None
 
 
-def merge_to_capacity(x: Tensor, scores: MergeScores, capacity: int, num_clusters: int) -> Merge:
+def merge_to_capacity(x: Tensor, scores: MergeScores, capacity: int | Tensor, num_clusters: int) -> Merge:
     """Keep exactly the `capacity` tokens with the lowest merge scores, merge the rest.
 
     Shapes depend on the capacity alone; there is no padding and no mask.
@@ -117,7 +117,7 @@ def merge_to_capacity(x: Tensor, scores: MergeScores, capacity: int, num_cluster
     Args:
         x: (B, 1+N, C), class token first.
         scores: of the N patch tokens.
-        capacity: T, 0 <= T <= N.
+        capacity: T, 0 <= T <= N; an int64 scalar where an export traces it as a run-time input.
         num_clusters: k.
     """
     # Stable, so that equal scores are kept in the same order on every device.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -134,6 +135,23 @@ def load_weights(network: Segmenter, path: Path) -> None:
         raise ModelError(f"{path}: cannot be read ({error}); fetch the model again") from error
     check_weights(network, weights, str(path))
     network.load_state_dict(weights)
+
+
+def hash_weights(model: str | Path) -> str:
+    """SHA-256 of a model's weights file, as `sha256sum` prints it.
+
+    Raises:
+        ModelError: no such model, or no weights in it.
+    """
+    path = find_model(model) / WEIGHTS_FILE
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror}); fetch the model again") from error
+    return digest.hexdigest()
 
 
 def check_weights(network: Segmenter, weights: dict[str, torch.Tensor], where: str) -> None:

@@ -6,7 +6,7 @@ from clustvit_ros.errors import ConfigError
 from clustvit_ros.runtime.engine import Engine, EngineInfo, Prediction, Settings, Stats
 from clustvit_ros.runtime.scripted_engine import ScriptedEngine
 
-ENGINES = ("torch", "scripted")
+ENGINES = ("torch", "onnxruntime", "scripted")
 
 __all__ = [
     "ENGINES", "Engine", "EngineInfo", "Prediction", "ScriptedEngine", "Settings", "Stats", "create_engine",
@@ -25,7 +25,7 @@ def create_engine(model: str, engine: str = "torch", device: str = "auto", threa
     Raises:
         ConfigError: unknown engine or device name, or an unusable model configuration.
         ModelError: the model cannot be loaded.
-        EngineError: the device does not work.
+        EngineError: the device does not work, or the engine's packages are not installed.
     """
     if engine == "scripted":
         return ScriptedEngine()
@@ -34,4 +34,8 @@ def create_engine(model: str, engine: str = "torch", device: str = "auto", threa
         from clustvit_ros.runtime.torch_engine import TorchEngine
 
         return TorchEngine.from_model(model, device, threads)
+    if engine == "onnxruntime":
+        from clustvit_ros.runtime.onnx_engine import OnnxEngine
+
+        return OnnxEngine(model, device, threads)
     raise ConfigError(f"engine: got {engine!r}, expected one of {', '.join(ENGINES)}")

@@ -61,7 +61,8 @@ class Stats:
         tokens_kept: patch tokens that were processed individually after the injection point, mean over the batch.
         token_capacity: slots that were available to kept tokens.
         merge_threshold: the threshold in force.
-        stages_ms: milliseconds by stage (`preprocess`, `encode`, `decode`, `postprocess`); sum about `total_ms`.
+        stages_ms: milliseconds by stage; sum about `total_ms`. `preprocess` and `postprocess`, and between them what
+            the engine can tell apart: `encode` (up to the injection point), `finish` (from there), `decode` (the head).
         total_ms: milliseconds from the call to its return.
     """
 
@@ -104,6 +105,7 @@ class EngineInfo:
         classes: names and colours.
         input_size: (height, width) the network sees for an image of that aspect.
         tokens_total: patch tokens at `input_size`.
+        weights_sha256: of the weights file, so that measurements can be kept for it; empty when there is none.
     """
 
     model: str
@@ -114,6 +116,7 @@ class EngineInfo:
     classes: ClassSet
     input_size: tuple[int, int]
     tokens_total: int
+    weights_sha256: str = ""
 
 
 class Engine(abc.ABC):
@@ -127,6 +130,14 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def warmup(self, image_size: tuple[int, int] | None = None) -> None:
         """Do everything slow that a first call would do, for images of (height, width) `image_size`."""
+
+    def capacities(self, image_size: tuple[int, int]) -> tuple[int, ...]:
+        """The ladder of token capacities that this engine runs with, ascending; the last one keeps every token.
+
+        Args:
+            image_size: (height, width) of the camera image.
+        """
+        raise NotImplementedError
 
     @abc.abstractmethod
     def segment(self, images: np.ndarray | Sequence[np.ndarray], settings: Settings = Settings()) -> Prediction:

@@ -14,7 +14,7 @@ def keep_freed_memory() -> None:
     """Let malloc reuse the memory of one image for the next.
 
     By default glibc gives buffers of an image's size back to the system and gets them anew, page by page, for every
-    message and every copy: ten times the cost of the copying itself. Does nothing where there is no glibc.
+    message, copy and activation: ten times the cost of copying an image. Does nothing where there is no glibc.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")

@@ -30,3 +30,12 @@ def toy_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "toy"
     save_model(folder, config, network)
     return folder
+
+
+@pytest.fixture(scope="session")
+def onnx_cache(tmp_path_factory):
+    """The user's cache for exported files, empty at first and shared by the tests."""
+    cache = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        yield cache / "clustvit_ros" / "onnx"

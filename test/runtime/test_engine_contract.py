@@ -12,7 +12,10 @@ from clustvit_ros.runtime import ENGINES, Settings, create_engine
 
 
 @pytest.fixture(params=ENGINES)
-def engine(request, toy_model):
+def engine(request, toy_model, onnx_cache):
+    if request.param == "onnxruntime":
+        for package in ("onnx", "onnxruntime"):
+            pytest.importorskip(package, reason=f"needs {package}, of the extra 'onnx'")
     engine = create_engine(str(toy_model), request.param, device="cpu")
     engine.warmup((120, 160))
     yield engine

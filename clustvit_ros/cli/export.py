@@ -1,0 +1,34 @@
+"""`clustvit-ros export`: a model as one ONNX file, compared with PyTorch before it is handed over."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from clustvit_ros.cli.arguments import parse_batch, parse_size
+from clustvit_ros.paths import find_model
+from clustvit_ros.runtime.onnx_engine import ONNX_FILE
+from clustvit_ros.runtime.onnx_export import INPUT_NAMES, OUTPUT_NAMES, export_onnx
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("export", help="write a model as an ONNX file")
+    parser.add_argument("--model", required=True, help="a shipped model's name or a model folder")
+    parser.add_argument(
+        "--out", type=Path, help=f"file to write (default: {ONNX_FILE} in the model folder, where the engine looks)"
+    )
+    parser.add_argument("--size", type=parse_size, metavar="HxW", help="input size (default: the model's own)")
+    parser.add_argument("--batch", type=parse_batch, default=None, help="a fixed count, or dynamic (default: dynamic)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    path = args.out or find_model(args.model) / ONNX_FILE
+    export = export_onnx(args.model, path, args.size, args.batch)
+    print(
+        f"{export.path}: {export.path.stat().st_size / 1e6:.1f} MB, input {export.metadata['input_size']}, "
+        f"batch {export.metadata['batch']}\n"
+        f"inputs {', '.join(INPUT_NAMES)}; outputs {', '.join(OUTPUT_NAMES)}\n"
+        f"logits differ from PyTorch's by at most {export.max_difference:.2g}"
+    )
+    return 0

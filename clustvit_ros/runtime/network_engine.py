@@ -1,0 +1,185 @@
+"""What all engines that run a network share: image in, normalised input, class logits, label maps out."""
+
+from __future__ import annotations
+
+import abc
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clustvit_ros.errors import EngineError
+from clustvit_ros.modeling.model_folder import ModelConfig
+from clustvit_ros.modeling.vit import grid_size_of
+from clustvit_ros.runtime.capacity import default_ladder
+from clustvit_ros.runtime.engine import Engine, EngineInfo, Prediction, Settings, Stats, as_batch
+from clustvit_ros.runtime.memory import keep_freed_memory
+from clustvit_ros.runtime.postprocess import cluster_map, label_maps
+from clustvit_ros.runtime.preprocess import network_size, to_input
+
+Lap = Callable[[str], None]
+"""Called at the end of each stage with its name."""
+
+# Names that not every PyTorch since 2.1 has.
+_DEVICE_ERRORS = (
+    torch.cuda.OutOfMemoryError,
+    *(getattr(torch, name) for name in ("OutOfMemoryError", "AcceleratorError") if hasattr(torch, name)),
+)
+
+
+class NetworkOutput(NamedTuple):
+    """What a network made of a batch, on the engine's device.
+
+    Attributes:
+        logits: (B, Q, h, w) float, class logits per patch.
+        cluster_ids: (B, N) int64, 0 = kept; None for a network that does not cluster.
+        grid_size: (h, w) patches.
+        token_capacity: slots that were available to kept tokens.
+    """
+
+    logits: Tensor
+    cluster_ids: Tensor | None
+    grid_size: tuple[int, int]
+    token_capacity: int
+
+
+class NetworkEngine(Engine):
+    """An engine around a network; what runs the network is the subclass's.
+
+    Args:
+        engine: the implementation's name.
+        config: the model's classes and input.
+        device: where input and output of the network lie, and where pre- and post-processing run.
+        device_name: the same for people.
+        device_reason: why this device, when it was chosen automatically; else empty.
+        weights_sha256: of the model's weights file; empty for a network that comes from none.
+    """
+
+    def __init__(
+        self,
+        engine: str,
+        config: ModelConfig,
+        device: torch.device,
+        device_name: str,
+        device_reason: str,
+        weights_sha256: str = "",
+    ) -> None:
+        keep_freed_memory()
+        self._config = config
+        self._device = device
+        self._warm_sizes: set[tuple[int, int]] = set()
+        grid_size = grid_size_of(config.input.size, config.network.patch_size)
+        self._info = EngineInfo(
+            model=config.name,
+            engine=engine,
+            device=device_name,
+            device_reason=device_reason,
+            precision="float32",
+            classes=config.classes,
+            input_size=config.input.size,
+            tokens_total=grid_size[0] * grid_size[1],
+            weights_sha256=weights_sha256,
+        )
+
+    @abc.abstractmethod
+    def infer(self, x: Tensor, settings: Settings, lap: Lap = lambda stage: None) -> NetworkOutput:
+        """Run the network alone.
+
+        Args:
+            x: (B, 3, H, W) float32, normalised, on the engine's device.
+            settings: threshold and capacity are used.
+            lap: called after each of the stages that this engine can tell apart.
+
+        Raises:
+            EngineError: the device failed.
+        """
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    @property
+    def device(self) -> torch.device:
+        """Where `infer` takes its input and leaves its output."""
+        return self._device
+
+    def warmup(self, image_size: tuple[int, int] | None = None) -> None:
+        """Run every capacity once, for images of (height, width) `image_size`."""
+        size = image_size or self._config.input.size
+        image = np.zeros((*size, 3), np.uint8)
+        self.segment(image)
+        # Cameras of one aspect end in one network size: once is enough, and a node waits for this.
+        warm = network_size(size, self._config.input.size, self._config.network.patch_size)
+        if warm in self._warm_sizes:
+            return
+        self._warm_sizes.add(warm)
+        for capacity in self.capacities(size):
+            self.segment(image, Settings(merge_threshold=1.0, token_capacity=capacity))
+
+    def capacities(self, image_size: tuple[int, int]) -> tuple[int, ...]:
+        """The ladder for images of (height, width) `image_size`; a network that does not merge keeps all tokens."""
+        patch_size = self._config.network.patch_size
+        size = network_size(image_size, self._config.input.size, patch_size)
+        grid_size = grid_size_of(size, patch_size)
+        tokens_total = grid_size[0] * grid_size[1]
+        return default_ladder(tokens_total) if self._config.network.backbone == "clustvit" else (tokens_total,)
+
+    def segment(self, images: np.ndarray | Sequence[np.ndarray], settings: Settings = Settings()) -> Prediction:
+        batch = as_batch(images)
+        timer = StageTimer(self._device)
+        try:
+            with torch.inference_mode():
+                return self._segment(batch, settings, timer)
+        except _DEVICE_ERRORS as error:
+            raise EngineError(f"{self._info.device} failed on an image of {batch.shape[1:3]}: {error}") from error
+
+    def _segment(self, batch: np.ndarray, settings: Settings, timer: StageTimer) -> Prediction:
+        size = network_size(batch.shape[1:3], self._config.input.size, self._config.network.patch_size)
+        x = to_input(batch, size, self._config.input, self._device)
+        timer.lap("preprocess")
+        output = self.infer(x, settings, timer.lap)
+        output_size = settings.output_size or batch.shape[1:3]
+        mask, confidence = label_maps(output.logits, output_size, settings.confidence_threshold, settings.confidence)
+        tokens_total = output.grid_size[0] * output.grid_size[1]
+        tokens_kept, clusters = float(tokens_total), None
+        if output.cluster_ids is not None:
+            tokens_kept = float((output.cluster_ids == 0).sum(dim=1).float().mean())
+            if settings.clusters:
+                clusters = cluster_map(output.cluster_ids, output.grid_size, output_size).cpu().numpy()
+        mask_array = mask.cpu().numpy()
+        prediction_mask = mask_array if mask_array.dtype == np.uint8 else mask_array.astype(np.uint16)
+        confidence_array = None if confidence is None else confidence.cpu().numpy()
+        timer.lap("postprocess")
+        stats = Stats(
+            tokens_total=tokens_total,
+            tokens_kept=tokens_kept,
+            token_capacity=output.token_capacity,
+            merge_threshold=settings.merge_threshold,
+            total_ms=timer.total_ms,
+            stages_ms=timer.stages_ms,
+        )
+        return Prediction(prediction_mask, confidence_array, clusters, stats)
+
+
+class StageTimer:
+    """Milliseconds by stage; on a GPU each lap waits for the device, so that a stage's time is its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._start = self._last = time.perf_counter()
+        self.stages_ms: dict[str, float] = {}
+
+    def lap(self, stage: str) -> None:
+        """End a stage; the next one begins."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        self.stages_ms[stage] = (now - self._last) * 1000.0
+        self._last = now
+
+    @property
+    def total_ms(self) -> float:
+        return (self._last - self._start) * 1000.0

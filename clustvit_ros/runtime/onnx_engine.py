@@ -1,0 +1,140 @@
+"""The engine that runs an exported file with ONNX Runtime, on a CPU or with its CUDA or TensorRT provider."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clustvit_ros.errors import EngineError, ModelError
+from clustvit_ros.modeling.model_folder import ModelConfig, hash_weights, load_config
+from clustvit_ros.modeling.vit import grid_size_of
+from clustvit_ros.paths import find_model
+from clustvit_ros.runtime.device import describe_device, select_device
+from clustvit_ros.runtime.engine import Settings
+from clustvit_ros.runtime.network_engine import Lap, NetworkEngine, NetworkOutput
+from clustvit_ros.runtime.onnx_export import describe_export, export_onnx
+from clustvit_ros.runtime.onnx_session import open_session, read_metadata
+
+ONNX_FILE = "model.onnx"
+_LOG = logging.getLogger(__name__)
+
+
+def default_cache_dir() -> Path:
+    """Where exported files are kept: a folder in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clustvit_ros" / "onnx"
+
+
+class OnnxEngine(NetworkEngine):
+    """Runs a model's ONNX file; makes the file when the model has none for the size at hand.
+
+    A file is for one size of the network's input. The session of the last size stays open; a camera has one size.
+
+    Args:
+        model: a shipped model's name or a model folder's path. Its `model.onnx` is used when it was made from its
+            weights for the size at hand, else one in the cache, which is made on first use.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        threads: CPU threads; 0 is automatic.
+        execution_provider: "cpu", "cuda" or "tensorrt"; empty takes the device's own (TensorRT must be asked for: it
+            builds for minutes on first use).
+        cache_dir: for exported files and TensorRT's engines; None is the user's cache.
+
+    Raises:
+        ModelError, ConfigError: the model cannot be loaded, or the provider does not run on such a device.
+        EngineError: onnxruntime is missing, or a named device does not work, or its provider fell back to the CPU.
+    """
+
+    def __init__(
+        self, model: str | Path, device: str = "auto", threads: int = 0, execution_provider: str = "",
+        cache_dir: Path | None = None,
+    ) -> None:  # fmt: skip
+        if threads > 0:
+            torch.set_num_threads(threads)
+        self._model, self._threads, self._execution_provider = model, threads, execution_provider
+        self._cache_dir = cache_dir or default_cache_dir()
+        config = load_config(model)
+        self._weights_sha256 = hash_weights(model)
+        selected, reason = select_device(device)
+        session, problem = self._open(config, config.input.size, selected)
+        if problem:
+            if device != "auto" or execution_provider:
+                raise EngineError(
+                    f"device {device!r} cannot be used: {problem}; install an onnxruntime-gpu that fits this "
+                    "machine's CUDA, or set device to cpu or auto"
+                )
+            selected, reason = torch.device("cpu"), problem
+            session, _ = self._open(config, config.input.size, selected)
+        super().__init__("onnxruntime", config, selected, describe_device(selected), reason, self._weights_sha256)
+        self._session, self._session_size = session, config.input.size
+
+    def infer(self, x: Tensor, settings: Settings, lap: Lap = lambda stage: None) -> NetworkOutput:
+        """Run the network alone; its one stage is `network`."""
+        size = (x.shape[2], x.shape[3])
+        if size != self._session_size:
+            self._session, problem = self._open(self._config, size, self._device)
+            if problem:
+                raise EngineError(f"{self._info.device}: {problem}")
+            self._session_size = size
+        grid_size = grid_size_of(size, self._config.network.patch_size)
+        B, N = x.shape[0], grid_size[0] * grid_size[1]
+        x = x.contiguous()
+        logits = torch.empty(B, len(self._config.classes), *grid_size, device=self._device)
+        cluster_ids = torch.empty(B, N, dtype=torch.int64, device=self._device)
+        capacity = np.empty((), np.int64)
+
+        binding = self._session.io_binding()
+        binding.bind_cpu_input("merge_threshold", np.array(settings.merge_threshold, np.float32))
+        binding.bind_cpu_input("token_capacity", np.array(settings.token_capacity, np.int64))
+        device = {"device_type": self._device.type, "device_id": self._device.index or 0}
+        binding.bind_input("images", **device, **_buffer(x, np.float32))
+        binding.bind_output("logits", **device, **_buffer(logits, np.float32))
+        binding.bind_output("cluster_ids", **device, **_buffer(cluster_ids, np.int64))
+        binding.bind_output("capacity", "cpu", 0, element_type=np.int64, shape=(), buffer_ptr=capacity.ctypes.data)
+        if self._device.type == "cuda":
+            # ONNX Runtime has a stream of its own, which does not wait for the one that fills x.
+            torch.cuda.current_stream(self._device).synchronize()
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
+            raise EngineError(f"{self._info.device} failed on a batch of shape {tuple(x.shape)}: {error}") from error
+        lap("network")
+        clusters = self._config.network.backbone == "clustvit"
+        return NetworkOutput(logits, cluster_ids if clusters else None, grid_size, int(capacity))
+
+    def _open(self, config: ModelConfig, size: tuple[int, int], device: torch.device) -> tuple[Any, str]:
+        """A session for a size of the network's input, and why it is not on the wanted provider."""
+        path = self._find_file(config, size)
+        return open_session(path, device, self._threads, self._execution_provider, self._cache_dir)
+
+    def _find_file(self, config: ModelConfig, size: tuple[int, int]) -> Path:
+        wanted = describe_export(config, self._weights_sha256, size, None)
+        shipped = find_model(self._model) / ONNX_FILE
+        if shipped.is_file():
+            found = read_metadata(shipped)
+            stale = [name for name in ("format", "weights_sha256", "network") if found.get(name) != wanted[name]]
+            if stale:
+                raise ModelError(
+                    f"{shipped}: its {', '.join(stale)} differs from the model's; delete the file, or make it again "
+                    f"with 'clustvit-ros export --model {self._model}'"
+                )
+            if found["input_size"] == wanted["input_size"] and found["batch"] == wanted["batch"]:
+                return shipped
+        # The metadata decides a file's content, so it also names the file.
+        key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]
+        cached = self._cache_dir / f"{config.name}-{size[0]}x{size[1]}-{key}.onnx"
+        if not cached.is_file():
+            _LOG.info("exporting %s for %dx%d to %s", config.name, *size, cached)
+            export_onnx(self._model, cached, size)
+        return cached
+
+
+def _buffer(tensor: Tensor, element_type: type) -> dict[str, Any]:
+    """A tensor's memory, as ONNX Runtime wants it bound."""
+    return {"element_type": element_type, "shape": tuple(tensor.shape), "buffer_ptr": tensor.data_ptr()}

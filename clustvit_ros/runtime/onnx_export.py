@@ -1,0 +1,235 @@
+"""Exporting a model as one ONNX file whose merge threshold and token capacity are inputs of the call.
+
+The file takes normalised images, not uint8: resizing comes before normalisation and is the engine's work either way, so
+an engine has the float tensor at hand, on its device, and all engines share one preprocessing. The numbers that
+normalise are in the metadata.
+
+The exporter is PyTorch's TorchScript-based one, which records a tensor-valued slice as it is. `torch.export` refuses
+attention over a sequence whose length is computed from data, and PyTorch has had it only since 2.5.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from inspect import signature
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.onnx import symbolic_helper
+
+from clustvit_ros import __version__
+from clustvit_ros.errors import ConfigError, EngineError
+from clustvit_ros.modeling.clustering import merge_scores, merge_to_capacity, unmerge
+from clustvit_ros.modeling.clustvit import ClustViT
+from clustvit_ros.modeling.model_folder import ModelConfig, hash_weights, load_config, load_segmenter
+from clustvit_ros.modeling.segmenter import Segmenter
+from clustvit_ros.modeling.vit import Features, grid_size_of
+from clustvit_ros.runtime.capacity import default_ladder
+from clustvit_ros.runtime.onnx_check import check_against_torch
+
+FORMAT = "1"
+INPUT_NAMES = ("images", "merge_threshold", "token_capacity")
+OUTPUT_NAMES = ("logits", "cluster_ids", "capacity")
+# LayerNormalization appeared in 17; onnxruntime 1.17 and TensorRT 8.6 (JetPack 6) both read it.
+_OPSET = 17
+
+
+class Export(NamedTuple):
+    """A finished export.
+
+    Attributes:
+        path: the file.
+        max_difference: largest difference between its logits and PyTorch's that the check found.
+        metadata: what the file says about itself.
+    """
+
+    path: Path
+    max_difference: float
+    metadata: dict[str, str]
+
+
+class CapacitySegmenter(nn.Module):
+    """A segmenter whose threshold and capacity are tensors, and which chooses the rung of the ladder by itself.
+
+    A capacity of all tokens merges nothing and is plain ViT.
+
+    Args:
+        network: in evaluation mode.
+        tokens_total: N, patch tokens of the images it will get.
+    """
+
+    ladder: Tensor
+
+    def __init__(self, network: Segmenter, tokens_total: int) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("ladder", torch.tensor(default_ladder(tokens_total)), persistent=False)
+
+    def forward(self, images: Tensor, merge_threshold: Tensor, token_capacity: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Segment normalised images.
+
+        Args:
+            images: (B, 3, H, W) float32, normalised.
+            merge_threshold: () float32 in 0..1.
+            token_capacity: () int64, upper bound on kept tokens; 0 is none.
+
+        Returns:
+            logits: (B, Q, h, w) float32.
+            cluster_ids: (B, N) int64, 0 = kept; all 0 for a network that does not cluster.
+            capacity: () int64, tokens kept per image.
+        """
+        backbone = self.network.backbone
+        if not isinstance(backbone, ClustViT):
+            features = backbone(images)
+            nothing_merged = images.new_zeros(features.tokens.shape[:2], dtype=torch.int64)
+            # The unused inputs take part, so that one signature serves all architectures.
+            capacity = self.ladder[-1] + 0 * token_capacity + (0 * merge_threshold).long()
+            return self.network.decode(features).logits, nothing_merged, capacity
+        state = backbone.encode(images)
+        scores = merge_scores(state.cluster_logits)
+        capacity = self._capacity(scores.margin, merge_threshold, token_capacity)
+        merge = merge_to_capacity(state.x, scores, capacity, backbone.num_clusters)
+        # Without merged tokens there are no representatives either: the sequence is plain ViT's.
+        num_representatives = torch.where(capacity < self.ladder[-1], backbone.num_clusters, 0)
+        compact = merge.compact[:, : 1 + capacity + num_representatives]
+        for block in backbone.blocks[backbone.injection_point :]:
+            compact = block(compact)
+        x = unmerge(compact, state.x, merge, backbone.num_clusters, backbone.regenerator)
+        features = Features(backbone.norm(x)[:, 1:], state.grid_size)
+        return self.network.decode(features).logits, merge.cluster_ids, capacity
+
+    def _capacity(self, margin: Tensor, merge_threshold: Tensor, token_capacity: Tensor) -> Tensor:
+        """`choose_capacity` for the fullest image, as tensor operations: (B, N) margins -> () int64."""
+        # logit(0) = -inf and logit(1) = inf, as `threshold_margin` has them
+        kept = (~(margin > torch.log(merge_threshold / (1.0 - merge_threshold)))).sum(dim=1).max()
+        rung = torch.where(self.ladder >= kept, self.ladder, self.ladder[-1]).min()
+        return torch.where(token_capacity > 0, torch.minimum(rung, token_capacity), rung)
+
+
+def describe_export(
+    config: ModelConfig, weights_sha256: str, size: tuple[int, int], batch: int | None
+) -> dict[str, str]:
+    """The metadata of an export: everything that decides its content.
+
+    Args:
+        config: the model's.
+        weights_sha256: of the model's safetensors file.
+        size: (height, width) of the network's input.
+        batch: fixed batch size; None is dynamic.
+
+    Returns:
+        Texts by name; what is not text is JSON.
+    """
+    classes = zip(config.classes.names, config.classes.colours, strict=True)
+    grid_size = grid_size_of(size, config.network.patch_size)
+    values: dict[str, Any] = {
+        "classes": [{"name": name, "colour": colour} for name, colour in classes],
+        "normalisation": {"channels": "RGB", "range": [0, 255], "mean": config.input.mean, "std": config.input.std},
+        "input_size": size,
+        "batch": batch or "dynamic",
+        "patch_size": config.network.patch_size,
+        "capacity_ladder": default_ladder(grid_size[0] * grid_size[1]),
+        "network": dataclasses.asdict(config.network),
+    }
+    return {
+        "format": FORMAT,
+        "model": config.name,
+        "architecture": config.architecture,
+        "exporter_version": __version__,
+        "precision": "float32",
+        "weights_sha256": weights_sha256,
+        **{name: json.dumps(value, separators=(",", ":")) for name, value in values.items()},
+    }
+
+
+def export_onnx(model: str | Path, path: Path, size: tuple[int, int] | None = None, batch: int | None = None) -> Export:
+    """Export a model and compare the file with PyTorch; the file appears only when its numbers match.
+
+    Args:
+        model: a shipped model's name or a model folder's path.
+        path: of the file; its folder is made if it does not exist.
+        size: (height, width) of the network's input; None is the size the model was trained for.
+        batch: a fixed batch size; None makes it an input dimension.
+
+    Raises:
+        ModelError, ConfigError: the model cannot be loaded, or size or batch are not positive.
+        EngineError: a package of the `onnx` extra is missing, the exporter failed, or the numbers do not match.
+    """
+    config = load_config(model)
+    size = size or config.input.size
+    if min(*size, 1 if batch is None else batch) < 1:
+        raise ConfigError(f"export: got size {size} and batch {batch}, expected positive numbers")
+    network = load_segmenter(model).requires_grad_(False)
+    metadata = describe_export(config, hash_weights(model), size, batch)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # With the process in its name: two processes may export the same model into one cache.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        _trace(network, partial, size, batch)
+        _write_metadata(partial, metadata)
+        difference = check_against_torch(partial, network, size, batch)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return Export(path, difference, metadata)
+
+
+def _trace(network: Segmenter, path: Path, size: tuple[int, int], batch: int | None) -> None:
+    grid_size = grid_size_of(size, network.backbone.patch_size)
+    tokens_total = grid_size[0] * grid_size[1]
+    # Neither 1 image nor 0 or all tokens kept: the tracer must not meet a special case.
+    example = (torch.zeros(batch or 2, 3, *size), torch.tensor(0.5), torch.tensor(max(tokens_total // 2, 1)))
+    dynamic_axes = None if batch else {name: {0: "batch"} for name in (INPUT_NAMES[0], *OUTPUT_NAMES[:2])}
+    # Older versions of PyTorch have no such choice, and only this exporter.
+    choice: dict[str, Any] = {"dynamo": False} if "dynamo" in signature(torch.onnx.export).parameters else {}
+    with warnings.catch_warnings(), _stable_argsort():
+        # The tracer warns of each shape that becomes a constant (size and grid are meant to be, the check that follows
+        # finds any other) and of being the older one of two exporters.
+        warnings.simplefilter("ignore")
+        try:
+            torch.onnx.export(
+                CapacitySegmenter(network, tokens_total).eval(), example, str(path), opset_version=_OPSET,
+                input_names=list(INPUT_NAMES), output_names=list(OUTPUT_NAMES), dynamic_axes=dynamic_axes, **choice,
+            )  # fmt: skip
+        except (torch.onnx.errors.OnnxExporterError, RuntimeError, ImportError) as error:
+            problem = str(error).strip().splitlines()[-1]
+            raise EngineError(f"PyTorch {torch.__version__} cannot export the network to ONNX: {problem}") from error
+
+
+@contextmanager
+def _stable_argsort() -> Iterator[None]:
+    """Lets the exporter write a stable argsort, for which it has no rule: ONNX's TopK prefers the lower index."""
+
+    @symbolic_helper.parse_args("v", "b", "i", "b")
+    def argsort(g, x, stable, dim, descending):
+        axis = g.op("Constant", value_t=torch.tensor([dim]))
+        count = g.op("Gather", g.op("Shape", x), axis, axis_i=0)
+        _, indices = g.op("TopK", x, count, axis_i=dim, largest_i=int(descending), sorted_i=1, outputs=2)
+        return indices
+
+    torch.onnx.register_custom_op_symbolic("aten::argsort", argsort, _OPSET)
+    try:
+        yield
+    finally:
+        torch.onnx.unregister_custom_op_symbolic("aten::argsort", _OPSET)
+
+
+def _write_metadata(path: Path, metadata: dict[str, str]) -> None:
+    try:
+        import onnx
+    except ImportError as error:
+        raise EngineError(
+            f"export needs the package 'onnx', which cannot be imported ({error}); "
+            "install clustvit_ros with its 'onnx' extra"
+        ) from error
+    file = onnx.load(str(path))
+    file.producer_name, file.producer_version = "clustvit_ros", __version__
+    onnx.helper.set_model_props(file, metadata)
+    onnx.save(file, str(path))

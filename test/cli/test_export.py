@@ -1,0 +1,49 @@
+"""`clustvit-ros export`, from the command line to the file."""
+
+from __future__ import annotations
+
+import pytest
+
+from clustvit_ros.cli.main import main
+from clustvit_ros.runtime import onnx_check
+
+for package in ("onnx", "onnxruntime"):
+    pytest.importorskip(package, reason=f"needs {package}, of the extra 'onnx'")
+
+
+def test_the_file_is_written_and_described(model_dir, tmp_path, capsys):
+    out = tmp_path / "deep" / "toy.onnx"
+    assert main(["export", "--model", str(model_dir), "--out", str(out), "--size", "64x96", "--batch", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert out.is_file() and str(out) in printed and "input [64,96], batch 2" in printed
+    assert "inputs images, merge_threshold, token_capacity; outputs logits, cluster_ids, capacity" in printed
+
+
+def test_without_out_the_file_lies_where_the_engine_looks(model_dir):
+    try:
+        assert main(["export", "--model", str(model_dir)]) == 0
+        assert (model_dir / "model.onnx").is_file()
+    finally:
+        (model_dir / "model.onnx").unlink(missing_ok=True)
+
+
+def test_numbers_that_differ_fail_the_command(model_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(onnx_check, "LOGIT_TOLERANCE", 0.0)
+    assert main(["export", "--model", str(model_dir), "--out", str(tmp_path / "toy.onnx")]) == 2
+    assert "logits differ from PyTorch's" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "640"], "expected HEIGHTxWIDTH in pixels"),
+        (["--size", "0x4"], "expected HEIGHTxWIDTH in pixels"),
+        (["--batch", "0"], "expected a positive count or dynamic"),
+        (["--batch", "many"], "expected a positive count or dynamic"),
+    ],
+)
+def test_unusable_arguments_are_refused(model_dir, arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["export", "--model", str(model_dir), *arguments])
+    assert message in capsys.readouterr().err
