@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from clustvit_ros.classes import ClassSet
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -26,3 +29,33 @@ def golden_dir() -> Path:
 def camvid_dir() -> Path:
     """CamVid with folders `train` and `val`."""
     return _shared("data/camvid")
+
+
+@pytest.fixture(scope="session")
+def make_toy_model(tmp_path_factory) -> Callable[[ClassSet], Path]:
+    """Makes the folder of a small untrained ClustViT whose merge scores spread over the whole range."""
+    import torch
+
+    from clustvit_ros.modeling import ModelConfig, build_network, network_config, save_model
+    from clustvit_ros.modeling.model_folder import InputConfig
+
+    def make(classes: ClassSet) -> Path:
+        torch.manual_seed(0)
+        overrides = {"image_size": [96, 128], "embed_dim": 48, "depth": 3, "injection_point": 1, "head_depth": 1}
+        config = ModelConfig(
+            name="toy",
+            architecture="clustvit_t",
+            network=network_config("clustvit_t", overrides),
+            classes=classes,
+            input=InputConfig(size=(96, 128)),
+            overrides=overrides,
+        )
+        network = build_network(config.network, len(classes))
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        folder = tmp_path_factory.mktemp("models") / "toy"
+        save_model(folder, config, network)
+        return folder
+
+    return make

@@ -193,6 +193,7 @@ def save_model(folder: Path, config: ModelConfig, network: Segmenter, dtype: tor
     }
     partial = folder / (WEIGHTS_FILE + ".partial")
     save_file(weights, partial)
+    partial.chmod(0o644)  # safetensors writes for the owner alone, and an installed model is read by others
     partial.replace(folder / WEIGHTS_FILE)
     content = {
         "format": 1,

@@ -112,3 +112,7 @@ def test_damaged_weights_are_refused(folder, content):
 def test_configuration_is_frozen(folder):
     with pytest.raises(dataclasses.FrozenInstanceError):
         folder[1].name = "other"
+
+
+def test_weights_are_readable_for_other_users(folder):
+    assert (folder[0] / "model.safetensors").stat().st_mode & 0o044 == 0o044
