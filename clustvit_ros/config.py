@@ -68,14 +68,8 @@ def from_mapping(cls: type[T], mapping: Any, where: str) -> T:
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
-    """The inverse of `from_mapping`: plain lists and dicts, without fields that hold their default."""
-    mapping = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-        if value != default:
-            mapping[field.name] = _plain(value)
-    return mapping
+    """The inverse of `from_mapping`: plain lists and dicts, every field included."""
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
 def _plain(value: Any) -> Any:

@@ -13,11 +13,15 @@ from clustvit_ros.cli.evaluation import evaluate
 from clustvit_ros.config import to_mapping
 from clustvit_ros.modeling.model_folder import load_segmenter, save_model
 from clustvit_ros.modeling.segmenter import Segmenter
+from clustvit_ros.runtime import Settings
 from clustvit_ros.runtime.device import select_device
 from clustvit_ros.runtime.torch_engine import TorchEngine
 from clustvit_ros.training.dataset import LabelledImages
 from clustvit_ros.training.recipe import read_recipe
 from clustvit_ros.training.trainer import Trainer
+
+# mIoU points; half-precision weights that cost more than this are not shipped.
+_MAX_HALF_PRECISION_LOSS = 0.02
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -58,15 +62,22 @@ def run(args: argparse.Namespace) -> int:
         save_model(run_dir / "model", config, network)
 
     trainer.train(validate, save_best)
-    scores = evaluate(TorchEngine.from_model(run_dir / "model", args.device), val_data)
+    # The best weights of all validations, halved on disk unless that costs accuracy.
+    best = load_segmenter(run_dir / "model")
+    full = validate(best)
+    save_model(run_dir / "model", config, best, torch.float16)
+    scores = validate(load_segmenter(run_dir / "model"))
+    dtype = torch.float16 if scores["miou"] >= full["miou"] - _MAX_HALF_PRECISION_LOSS else torch.float32
+    if dtype is torch.float32:
+        scores = full
     provenance = {
+        "data": recipe.data,
         "recipe": args.recipe.name,
-        **{name: to_mapping(getattr(recipe, name)) for name in ("augmentation", "schedule")},
+        "augmentation": to_mapping(recipe.augmentation),
+        "schedule": to_mapping(recipe.schedule),
     }
-    described = dataclasses.replace(
-        config, training={"data": recipe.data, **provenance}, scores={"split": "val", "merge_threshold": 0.5, **scores}
-    )
-    save_model(run_dir / "model", described, load_segmenter(run_dir / "model"))
+    scores = {"split": "val", "merge_threshold": Settings().merge_threshold, **scores}
+    save_model(run_dir / "model", dataclasses.replace(config, training=provenance, scores=scores), best, dtype)
     print(
         f"mIoU {scores['miou']:.2f} with {100 * scores['tokens_merged_mean']:.1f} % of the tokens merged; "
         f"model in {run_dir / 'model'}"

@@ -1,0 +1,65 @@
+"""Strict configuration: what becomes a dataclass, and what one clear error says of the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from clustvit_ros.config import from_mapping, read_yaml, to_mapping
+from clustvit_ros.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Inner:
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Outer:
+    name: str
+    inner: Inner
+    rate: float = 1.0
+    mode: Literal["a", "b"] = "a"
+    note: str | None = None
+    items: tuple[Inner, ...] = ()
+    extra: dict[str, int] = field(default_factory=dict)
+
+
+GOOD = {"name": "x", "inner": {"size": [1, 2]}}
+
+
+def test_round_trip():
+    config = from_mapping(Outer, {**GOOD, "rate": 3, "items": [{"size": [3, 4]}], "note": None}, "f")
+    assert config == Outer("x", Inner((1, 2)), 3.0, items=(Inner((3, 4)),))
+    assert from_mapping(Outer, to_mapping(config), "f") == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"naem": 1}, "f: unknown key 'naem'; did you mean 'name'?"),
+        ({"name": 5}, "f: name: got 5 (int), expected str"),
+        ({"rate": True}, "f: rate: got True (bool), expected float"),
+        ({"rate": float("nan")}, "f: rate: got nan"),
+        ({"mode": "c"}, "f: mode: got 'c' (str), expected one of 'a', 'b'"),
+        ({"inner": {"size": [1]}}, "f: inner: size: got [1]"),
+        ({"inner": {"size": [1, "2"]}}, "f: inner: size[1]: got '2' (str), expected int"),
+        ({"inner": 7}, "f: inner: got 7, expected key: value pairs"),
+        ({"items": [{"size": [1, 2]}, {}]}, "f: items[1]: size is missing"),
+    ],
+)
+def test_errors_name_the_path_and_what_was_expected(change, message):
+    with pytest.raises(ConfigError) as error:
+        from_mapping(Outer, {**GOOD, **change}, "f")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "\x00", None])
+def test_files_that_are_no_mappings(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=r"c\.yaml"):
+        read_yaml(path)
