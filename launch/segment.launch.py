@@ -19,6 +19,7 @@ _PARAMETERS = {
     "device": (str, "Where it runs: auto, cpu, cuda or cuda:N."),
     "merge_threshold": (float, "0.0 merges all tokens (fastest), 1.0 none (plain ViT)."),
     "token_capacity": (int, "At most so many tokens are kept; 0 leaves it to the threshold."),
+    "latency_budget_ms": (float, "A frame may take so many milliseconds; 0 is no budget."),
     "autostart": (bool, "Configure and activate at start; false waits for a lifecycle manager."),
     "use_sim_time": (bool, "Take the time from /clock."),
 }

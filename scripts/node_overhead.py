@@ -40,7 +40,7 @@ class FixedEngine(Engine):
 
     def __init__(self, size: tuple[int, int]) -> None:
         maps = np.zeros((1, *size), np.uint8)
-        stats = Stats(tokens_total=1, tokens_kept=1.0, token_capacity=1, merge_threshold=0.5, total_ms=0.0)
+        stats = Stats(tokens_total=1, tokens_kept=1.0, token_capacity=1, merge_threshold=0.5, total_ms=0.001)
         self._prediction = Prediction(maps, maps, None, stats)
         self.cpu_ms: list[float] = []
         """CPU time of the whole process at each call."""
@@ -53,6 +53,10 @@ class FixedEngine(Engine):
 
     def warmup(self, image_size: tuple[int, int] | None = None) -> None:
         """Nothing to warm up."""
+
+    def capacities(self, image_size: tuple[int, int]) -> tuple[int, ...]:
+        """One: nothing is merged."""
+        return (1,)
 
     def segment(self, images: np.ndarray | Sequence[np.ndarray], settings: Settings = Settings()) -> Prediction:
         """The prediction that it was made with."""

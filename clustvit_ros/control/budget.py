@@ -7,6 +7,7 @@ paid for in advance; a lasting change of load replaces those frames at once inst
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from dataclasses import dataclass
@@ -22,6 +23,14 @@ _FALLEN_FRAMES = 6
 # A larger capacity must fit with this to spare, for so many frames in a row, before it is taken.
 _HEADROOM = 0.05
 _STEADY_FRAMES = 6
+# Of so many frames, one in twenty may be above the estimate, however seldom and wild spikes are; with fewer frames than
+# the second number, a share says nothing.
+_TAIL_WINDOW = 60
+_MIN_TAIL_FRAMES = 40
+_TAIL_SHARE = 0.05
+# A spread over fewer frames than this is a guess; what was seen bounds it.
+_FEW_FRAMES = 8
+_BEYOND_SEEN = 1.1
 # Noise is assumed to be at least this much, relative.
 _MIN_SPREAD = 0.01
 # Spreads above the median that the estimate covers: under normal noise it is exceeded by 6 frames in 1,000.
@@ -58,42 +67,60 @@ class BudgetController:
     """Chooses the largest token capacity whose predicted latency fits the budget.
 
     Call `decide` before a frame and `observe` after it. Deterministic: the same observations give the same decisions.
+    A budget that cannot be held gets the smallest capacity allowed, and `Decision.feasible` says so; `check_budget`
+    refuses it beforehand.
 
     Args:
         table: calibrated latencies.
-        budget_ms: milliseconds a frame may take.
+        budget_ms: milliseconds a frame may take; infinity is no budget.
         min_tokens: smallest capacity that may be chosen, whatever the budget.
-
-    Raises:
-        ConfigError: no capacity fits the budget even on an idle device; the message names the feasible minimum.
+        counts_overhead: milliseconds outside the engine count against the budget.
     """
 
-    def __init__(self, table: LatencyTable, budget_ms: float, min_tokens: int = 0) -> None:
+    def __init__(
+        self, table: LatencyTable, budget_ms: float = math.inf, min_tokens: int = 0, counts_overhead: bool = True
+    ) -> None:
         self._table = table
-        self._capacities = [c for c in table.capacities if c >= min_tokens] or [table.capacities[-1]]
-        check_budget(table, budget_ms, min_tokens)
-        self._budget_ms = budget_ms
         self._slowdowns = _Estimate()
         self._overheads = _Estimate()
         self._frame = 0
-        self._raised_at = -_RETRY_FRAMES
+        self._target: tuple[float, int, bool] | None = None
+        self.retarget(budget_ms, min_tokens, counts_overhead)
+
+    def retarget(self, budget_ms: float, min_tokens: int = 0, counts_overhead: bool = True) -> None:
+        """Hold another budget from the next frame on; what was learnt about the device's load stays."""
+        if self._target == (budget_ms, min_tokens, counts_overhead):
+            return
+        self._target = (budget_ms, min_tokens, counts_overhead)
+        self._budget_ms, self._counts_overhead = budget_ms, counts_overhead
+        self._capacities = _allowed(self._table, min_tokens)
+        self._raised_at = self._frame - _RETRY_FRAMES
         self._retry_at: dict[int, int] = {}
         self._retry_frames: dict[int, int] = {}
         self._wanted_larger = 0
-        self._capacity = self._fitting(budget_ms)[0]
+        self._capacity = self._fitting()[0]
+
+    @property
+    def typical_slowdown(self) -> float:
+        """Measured over calibrated latency of recent frames, without the margin for noise; 1 before any frame."""
+        return self._slowdowns.median(1.0)
+
+    @property
+    def typical_overhead_ms(self) -> float:
+        """Milliseconds outside the engine of recent frames, without the margin; 0 before any frame."""
+        return self._overheads.median(0.0)
 
     def decide(self) -> Decision:
         """The largest capacity allowed for the next frame."""
-        slowdown, overhead_ms = self._slowdowns.upper(1.0), self._overheads.upper(0.0)
+        slowdown, overhead_ms = self._slowdowns.upper(1.0), self._overhead_ms()
         engine_budget_ms = self._budget_ms - overhead_ms
-        predicted_ms = self._table[self._capacity] * slowdown
         return Decision(
             capacity=self._capacity,
             budget_ms=self._budget_ms,
             engine_budget_ms=engine_budget_ms,
             slowdown=slowdown,
             overhead_ms=overhead_ms,
-            predicted_ms=predicted_ms,
+            predicted_ms=self._table[self._capacity] * slowdown,
             feasible=self._table[self._capacities[0]] * slowdown <= engine_budget_ms,
         )
 
@@ -103,7 +130,7 @@ class BudgetController:
         Args:
             capacity: that it was processed with; it may be below the one allowed.
             engine_ms: milliseconds in the engine.
-            overhead_ms: milliseconds outside it that count against the budget.
+            overhead_ms: milliseconds outside it; learnt even while they do not count.
         """
         self._frame += 1
         if self._slowdowns.add(engine_ms / self._table[capacity]) < 0:
@@ -111,9 +138,7 @@ class BudgetController:
             self._retry_at.clear()
             self._retry_frames.clear()
         self._overheads.add(overhead_ms)
-        budget_ms = self._budget_ms - self._overheads.upper(0.0)
-        slowdown = self._slowdowns.upper(1.0)
-        fitting, roomy = self._fitting(budget_ms / slowdown)
+        fitting, roomy = self._fitting()
         if fitting < self._capacity:
             self._lower(fitting)
         elif roomy > self._capacity:
@@ -123,8 +148,12 @@ class BudgetController:
         else:
             self._wanted_larger = 0
 
-    def _fitting(self, budget_ms: float) -> tuple[int, int]:
+    def _overhead_ms(self) -> float:
+        return self._overheads.upper(0.0) if self._counts_overhead else 0.0
+
+    def _fitting(self) -> tuple[int, int]:
         """The largest capacity that fits, and the largest allowed one that fits with headroom."""
+        budget_ms = (self._budget_ms - self._overhead_ms()) / self._slowdowns.upper(1.0)
         fitting = roomy = self._capacities[0]
         for capacity in self._capacities:
             if self._table[capacity] <= budget_ms:
@@ -150,19 +179,37 @@ class BudgetController:
         self._wanted_larger = 0
 
 
-def check_budget(table: LatencyTable, budget_ms: float, min_tokens: int = 0) -> None:
-    """Refuse a budget that cannot be held on an idle device.
+def check_budget(
+    table: LatencyTable, budget_ms: float, min_tokens: int = 0, slowdown: float = 1.0, overhead_ms: float = 0.0
+) -> None:
+    """Refuse a budget that cannot be held.
+
+    Args:
+        table: calibrated latencies.
+        budget_ms: the budget.
+        min_tokens: smallest capacity that may be chosen.
+        slowdown: measured over calibrated latency; only a device that turned out faster than calibrated counts, since
+            a load may go away.
+        overhead_ms: milliseconds outside the engine that count against the budget.
 
     Raises:
         ConfigError: naming the feasible minimum.
     """
-    smallest = next((c for c in table.capacities if c >= min_tokens), table.capacities[-1])
-    minimum_ms = table[smallest]
-    if not budget_ms >= minimum_ms:
-        raise ConfigError(
-            f"latency_budget_ms: got {budget_ms:g}, but {smallest} tokens already take {minimum_ms:.1f} ms here; "
-            f"expected 0 (off) or at least {minimum_ms:.1f}"
-        )
+    smallest = _allowed(table, min_tokens)[0]
+    engine_ms = table[smallest] * min(slowdown, 1.0)
+    if budget_ms >= engine_ms + overhead_ms:
+        return
+    # With the margin that the controller takes: what is named here will be held.
+    minimum_ms = (engine_ms + overhead_ms) * (1.0 + _SPREADS * _MIN_SPREAD)
+    outside = f" and {overhead_ms:.1f} ms pass outside the engine" if overhead_ms else ""
+    raise ConfigError(
+        f"latency_budget_ms: got {budget_ms:g}, but {smallest} tokens already take {engine_ms:.1f} ms here{outside}; "
+        f"expected 0 (off) or at least {math.ceil(round(minimum_ms * 10, 6)) / 10:.1f}"
+    )
+
+
+def _allowed(table: LatencyTable, min_tokens: int) -> list[int]:
+    return [capacity for capacity in table.capacities if capacity >= min_tokens] or [table.capacities[-1]]
 
 
 class _Estimate:
@@ -170,6 +217,7 @@ class _Estimate:
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=_WINDOW)
+        self._tail: deque[float] = deque(maxlen=_TAIL_WINDOW)
 
     def add(self, value: float) -> int:
         """Take in a value.
@@ -184,14 +232,29 @@ class _Estimate:
             kept = list(self._recent)[len(self._recent) - latest + 1 :]
             self._recent.clear()
             self._recent.extend(kept)
+            self._tail.clear()
+            self._tail.extend(kept)
         self._recent.append(value)
+        self._tail.append(value)
         return int(risen) - int(fallen)
 
+    def median(self, default: float) -> float:
+        """The middle of the recent values; `default` before any value."""
+        return statistics.median(self._recent) if self._recent else default
+
     def upper(self, default: float) -> float:
-        """Median plus spread: a single spike does not move it. `default` before any value."""
+        """Median plus spread, or what one frame in twenty exceeds: a single spike moves neither.
+
+        `default` before any value.
+        """
         if not self._recent:
             return default
-        return statistics.median(self._recent) + _SPREADS * _spread(self._recent)
+        upper = statistics.median(self._recent) + _SPREADS * _spread(self._recent)
+        if len(self._recent) < _FEW_FRAMES:
+            upper = min(upper, _BEYOND_SEEN * max(self._recent))
+        if len(self._tail) >= _MIN_TAIL_FRAMES:
+            upper = max(upper, sorted(self._tail)[math.ceil((1.0 - _TAIL_SHARE) * len(self._tail)) - 1])
+        return upper
 
     def _outside(self, count: int, value: float, above: bool) -> bool:
         """The latest `count` values, `value` included, all lie beyond what the ones before them suggest."""

@@ -26,6 +26,7 @@ class FrameCounts:
         received: came over the image topic.
         segmented: a mask was published.
         dropped: a newer frame came before this one's turn.
+        late: segmented after its deadline and, as `deadline_policy: drop` wants it, not published.
         rejected: a message that cannot be segmented.
         failed: the engine raised.
     """
@@ -33,6 +34,7 @@ class FrameCounts:
     received: int = 0
     segmented: int = 0
     dropped: int = 0
+    late: int = 0
     rejected: int = 0
     failed: int = 0
 
@@ -76,6 +78,9 @@ class Health:
         last_failure: what the engine last raised.
         unstamped: frames come without a stamp, so that their age is unknown.
         qos_problem: a policy that kept a camera from being heard, or empty.
+        input_age_s: how old the newest image was when it came; negative when it was stamped in the future.
+        budget_problem: what keeps the latency budget from being held, or empty.
+        throttling: why the platform makes the machine slower than it could be, or empty.
     """
 
     state: str
@@ -89,6 +94,9 @@ class Health:
     last_failure: str = ""
     unstamped: bool = False
     qos_problem: str = ""
+    input_age_s: float = 0.0
+    budget_problem: str = ""
+    throttling: str = ""
 
 
 def judge(health: Health) -> tuple[int, str]:
@@ -102,7 +110,7 @@ def judge(health: Health) -> tuple[int, str]:
         return ERROR, health.fault
     if health.state != "active":
         return OK, f"{health.state}: waiting for a lifecycle transition"
-    if recent.failed and not recent.segmented:
+    if recent.failed and not recent.segmented + recent.late:
         return ERROR, f"engine fails on every frame: {health.last_failure}"
     if health.input_silence_s > health.input_timeout_s:
         because = f" ({health.qos_problem})" if health.qos_problem else ""
@@ -111,11 +119,19 @@ def judge(health: Health) -> tuple[int, str]:
         return WARN, f"engine failed on {recent.failed} frames: {health.last_failure}"
     if recent.rejected:
         return WARN, f"{recent.rejected} unusable images: {health.last_rejection}"
+    if health.budget_problem:
+        return WARN, "; ".join(filter(None, (health.budget_problem, health.throttling)))
+    if abs(health.input_age_s) > health.input_timeout_s:
+        side = "old when they arrive" if health.input_age_s > 0 else "from the future"
+        return WARN, (
+            f"images are {abs(health.input_age_s):.1f} s {side}: the camera lags, or its clock differs from this "
+            "node's (set use_sim_time where a bag is replayed)"
+        )
     if health.qos_problem:
         return WARN, health.qos_problem
     if health.unstamped:
         return WARN, "images come without a time stamp: latency is unknown and time synchronisation will fail"
-    if not health.counts.segmented:
+    if not health.counts.segmented + health.counts.late:
         return OK, "waiting for the first image"
     return OK, "segmenting"
 
@@ -152,7 +168,11 @@ def frame_pairs(report: FrameReport, counts: FrameCounts) -> dict[str, str]:
         "engine_ms": f"{engine.total_ms:.3f}",
         "publish_ms": f"{report.publish_ms:.3f}",
         "age_ms": f"{report.age_ms:.3f}",
+        "deadline_missed": str(report.deadline_missed).lower(),
+        "deadline_misses": str(report.misses.total),
+        "published": str(report.published).lower(),
     }
+    pairs.update(report.allowance.as_pairs())
     pairs.update({f"stage.{name}_ms": f"{value:.3f}" for name, value in engine.stages_ms.items()})
     pairs.update(counts.as_pairs())
     return pairs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,10 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.qos_overriding_options import QoSOverridingOptions
 from sensor_msgs.msg import CompressedImage, Image
 
+from clustvit_ros.control import Allowance, Misses
 from clustvit_ros.ros.compressed import decode_compressed
 from clustvit_ros.ros.conversions import decode_image, image_message
+from clustvit_ros.ros.latency_control import LatencyControl
 from clustvit_ros.ros.overlay import draw_overlay
 from clustvit_ros.ros.parameters import SegmentationParameters
 from clustvit_ros.runtime import Engine, Prediction, Stats
@@ -22,8 +24,6 @@ OUTPUT_QOS = QoSProfile(depth=5, reliability=ReliabilityPolicy.RELIABLE)
 """Reliable and volatile: consumers may ask for less."""
 
 _IMAGE_OUTPUTS = ("mask", "confidence", "overlay", "clusters")
-# Warming an engine for a size can cost seconds and memory; a stream that changes its size for ever must not add up.
-_REMEMBERED_SIZES = 16
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,14 @@ class FrameReport:
         image_size: (height, width) of the camera image.
         mask_size: (height, width) of the mask.
         engine: what the engine did under which settings.
+        allowance: the latency settings of this frame.
+        deadline_missed: it took longer than its budget.
+        misses: of all frames so far, this one included.
+        published: the mask went out; only a late one may not.
         confidence_threshold: the threshold in force.
         decode_ms: message to RGB array.
         publish_ms: mask and confidence to messages, handed to DDS.
+        arrival_age_ms: from the frame's stamp to its arrival, node clock; 0 when it has none.
         age_ms: from the frame's stamp (from its arrival when it has none) to the publication of the mask, node clock.
         stamped: the frame had a stamp.
     """
@@ -57,9 +62,14 @@ class FrameReport:
     image_size: tuple[int, int]
     mask_size: tuple[int, int]
     engine: Stats
+    allowance: Allowance
+    deadline_missed: bool
+    misses: Misses
+    published: bool
     confidence_threshold: float
     decode_ms: float
     publish_ms: float
+    arrival_age_ms: float
     age_ms: float
     stamped: bool
 
@@ -98,14 +108,17 @@ class FramePipeline:
         engine: used by one thread at a time.
         publishers: where results go.
         now_ns: node clock, nanoseconds.
+        latency: says how many tokens a frame may keep, and learns what that cost.
     """
 
-    def __init__(self, engine: Engine, publishers: MaskPublishers, now_ns: Callable[[], int]) -> None:
+    def __init__(
+        self, engine: Engine, publishers: MaskPublishers, now_ns: Callable[[], int], latency: LatencyControl
+    ) -> None:
         self._engine = engine
+        self._latency = latency
         self._publishers = publishers
         self._now_ns = now_ns
         self._palette = engine.info.classes.palette()
-        self._warmed_sizes: set[tuple[int, int]] = set()
 
     def process(self, frame: Frame, parameters: SegmentationParameters) -> FrameReport:
         """Segment one frame under one set of parameters and publish what is wanted.
@@ -119,49 +132,60 @@ class FramePipeline:
         image = decode(frame.message, parameters.max_image_pixels)
         decode_ms = _since_ms(start_s)
 
-        self._warm_up(image.shape[:2])
+        image_size = (image.shape[0], image.shape[1])
+        allowance = self._latency.allow(image_size, parameters)
         settings = parameters.settings(
             self._engine.info.input_size,
             confidence=self._publishers.wanted("confidence"),
             clusters=self._publishers.wanted("clusters"),
         )
+        settings = replace(settings, token_capacity=allowance.token_ceiling)
         prediction = self._engine.segment(image, settings)
 
         start_s = time.perf_counter()
         header = frame.message.header
         mask = prediction.mask[0]
-        self._publishers.publish("mask", mask, "mono8" if mask.dtype == np.uint8 else "mono16", header)
         stamp_ns = header.stamp.sec * 1_000_000_000 + header.stamp.nanosec
-        age_ms = (self._now_ns() - (stamp_ns or frame.arrival_ns)) / 1e6
-        self._publish_companions(prediction, header)
+        engine_ms, age_ms = prediction.stats.total_ms, self._age_ms(stamp_ns or frame.arrival_ns)
+        published = allowance.policy != "drop" or not allowance.is_missed(engine_ms, age_ms)
+        if published:
+            self._publishers.publish("mask", mask, "mono8" if mask.dtype == np.uint8 else "mono16", header)
+            age_ms = self._age_ms(stamp_ns or frame.arrival_ns)
+            self._publish_companions(prediction, header)
         publish_ms = _since_ms(start_s)
+        missed = allowance.is_missed(engine_ms, age_ms)
+        misses = self._latency.observe(allowance, prediction.stats, age_ms, missed)
 
-        if self._publishers.wanted("overlay"):
+        if published and self._publishers.wanted("overlay"):
             overlay = draw_overlay(image, mask, self._palette, parameters.overlay_alpha)
             self._publishers.publish("overlay", overlay, "rgb8", header)
         return FrameReport(
-            image_size=(image.shape[0], image.shape[1]),
+            image_size=image_size,
             mask_size=(mask.shape[0], mask.shape[1]),
             engine=prediction.stats,
+            allowance=allowance,
+            deadline_missed=missed,
+            misses=misses,
+            published=published,
             confidence_threshold=settings.confidence_threshold,
             decode_ms=decode_ms,
             publish_ms=publish_ms,
+            arrival_age_ms=(frame.arrival_ns - stamp_ns) / 1e6 if stamp_ns else 0.0,
             age_ms=age_ms,
             stamped=stamp_ns != 0,
         )
+
+    def use_idle_time(self, idle: Callable[[], bool]) -> None:
+        """Do what can wait, as long as `idle()`: see `LatencyControl.use_idle_time`."""
+        self._latency.use_idle_time(idle)
 
     def _publish_companions(self, prediction: Prediction, header: Any) -> None:
         for name, maps in (("confidence", prediction.confidence), ("clusters", prediction.cluster_map)):
             if maps is not None:
                 self._publishers.publish(name, maps[0], "mono8", header)
 
-    def _warm_up(self, image_size: tuple[int, int]) -> None:
-        if image_size in self._warmed_sizes:
-            return
-        self._engine.warmup(image_size)
-        if len(self._warmed_sizes) >= _REMEMBERED_SIZES:
-            self._warmed_sizes.clear()
-        self._warmed_sizes.add(image_size)
+    def _age_ms(self, since_ns: int) -> float:
+        return (self._now_ns() - since_ns) / 1e6
 
 
 def _since_ms(start_s: float) -> float:

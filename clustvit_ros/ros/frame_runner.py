@@ -28,6 +28,7 @@ class Account:
         last_rejection: why the last rejected message was.
         last_failure: what the engine last raised.
         unstamped: the newest frame had no stamp.
+        arrival_age_ms: the newest frame's, from its stamp to its arrival; negative when it came from the future.
     """
 
     counts: FrameCounts = field(default_factory=FrameCounts)
@@ -36,6 +37,7 @@ class Account:
     last_rejection: str = ""
     last_failure: str = ""
     unstamped: bool = False
+    arrival_age_ms: float = 0.0
 
 
 class FrameRunner:
@@ -44,7 +46,7 @@ class FrameRunner:
     Args:
         pipeline: handles one frame.
         parameters: the parameters in force; asked once per frame, so that a frame sees one consistent set.
-        on_report: called in the worker's thread after each segmented frame.
+        on_report: called in the worker's thread after each segmented frame, late ones included.
         logger: an rclpy logger.
         context_ok: False once ROS is shutting down: publishing then fails, and that is no fault.
     """
@@ -97,11 +99,14 @@ class FrameRunner:
     def _handle(self, frame: Frame) -> None:
         report = self._pipeline.process(frame, self._parameters())
         account = self._account
-        account.counts.segmented += 1
+        account.counts.segmented += report.published
+        account.counts.late += not report.published
         account.unstamped = not report.stamped
+        account.arrival_age_ms = report.arrival_age_ms
         account.age.samples.append(report.age_ms)
         account.engine.samples.append(report.engine.total_ms)
         self._on_report(frame, report, self._counts())
+        self._pipeline.use_idle_time(lambda: self._slot.idle)
 
     def _on_fault(self, error: Exception) -> None:
         if not self._context_ok():

@@ -29,6 +29,11 @@ class LatestSlot(Generic[T]):
         """Items that were replaced or cleared before anybody took them."""
         return self._dropped
 
+    @property
+    def idle(self) -> bool:
+        """True while nothing waits to be taken and more may come."""
+        return self._item is None and not self._closed
+
     def put(self, item: T) -> None:
         """Store `item` as the newest; never blocks."""
         with self._condition:

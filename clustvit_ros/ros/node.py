@@ -16,20 +16,25 @@ from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.clock import Clock, ClockType
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
+from rclpy.parameter import Parameter
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.qos_overriding_options import QoSOverridingOptions
 from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import Header
 
+from clustvit_ros.control import BudgetStatus
 from clustvit_ros.errors import ClustvitError
 from clustvit_ros.ros.diagnostics import OK, FrameCounts, Health, diagnostic_array, engine_pairs, frame_pairs, judge
 from clustvit_ros.ros.frame_pipeline import OUTPUT_QOS, Frame, FramePipeline, FrameReport, MaskPublishers
 from clustvit_ros.ros.frame_runner import Account, FrameRunner
 from clustvit_ros.ros.input_watch import InputWatch, subscription_events
+from clustvit_ros.ros.latency_control import LatencyControl
 from clustvit_ros.ros.parameter_server import ParameterServer
 from clustvit_ros.ros.parameters import SegmentationParameters
 from clustvit_ros.ros.process import run_node
 from clustvit_ros.runtime import Engine, ScriptedEngine, create_engine
+from clustvit_ros.runtime.machine import throttling
+from clustvit_ros.runtime.scripted_engine import proportional
 
 INPUT_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
 """As sensor data, but keep the newest only: it is the one that will be segmented."""
@@ -44,7 +49,7 @@ def load_engine(parameters: SegmentationParameters) -> Engine:
         ClustvitError: the model cannot be loaded, or the device does not work.
     """
     if parameters.engine == "scripted":
-        return ScriptedEngine(latency_ms=parameters.scripted_latency_ms)
+        return ScriptedEngine(latency_ms=proportional(parameters.scripted_latency_ms))
     return create_engine(parameters.model, parameters.engine, parameters.device, parameters.threads)
 
 
@@ -65,6 +70,7 @@ class SegmentationNode(LifecycleNode):
         super().__init__("segmentation", **arguments)
         self._engine_factory = engine_factory
         self._engine: Engine | None = None
+        self._latency: LatencyControl | None = None
         self._runner: FrameRunner | None = None
         self._watch: InputWatch | None = None
         self._subscription: Any = None
@@ -74,7 +80,7 @@ class SegmentationNode(LifecycleNode):
         self._fault = ""
         self._first_mask_told = True
         self._reported = FrameCounts()
-        self._server = ParameterServer(self, SegmentationParameters, self._why_locked)
+        self._server = ParameterServer(self, SegmentationParameters, self._why_locked, self._check)
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         # Steady, so that diagnostics keep their pace while simulated time stands still.
         self._timer = self.create_timer(_REPORT_PERIOD_S, self._report, clock=Clock(clock_type=ClockType.STEADY_TIME))
@@ -165,6 +171,7 @@ class SegmentationNode(LifecycleNode):
             self._destroy_publishers()
             raise
         self._engine = engine
+        self._latency = LatencyControl(engine, self.get_logger())
         info = engine.info
         reason = f" ({info.device_reason})" if info.device_reason else ""
         self.get_logger().info(
@@ -176,8 +183,9 @@ class SegmentationNode(LifecycleNode):
     def _activate(self) -> None:
         if self._runner is not None and self._runner.busy:
             raise ClustvitError("the engine is still busy with the last frame; try again in a moment")
-        assert self._engine is not None and self._masks is not None  # the state machine activates after configuring
-        pipeline = FramePipeline(self._engine, self._masks, lambda: self.get_clock().now().nanoseconds)
+        # The state machine activates after configuring.
+        assert self._engine is not None and self._masks is not None and self._latency is not None
+        pipeline = FramePipeline(self._engine, self._masks, lambda: self.get_clock().now().nanoseconds, self._latency)
         self._runner = FrameRunner(
             pipeline, lambda: self.parameters, self._on_frame_report, self.get_logger(), self.context.ok
         )
@@ -222,6 +230,7 @@ class SegmentationNode(LifecycleNode):
         self._masks = self._stats = None
 
     def _free_engine(self) -> None:
+        self._latency = None
         if self._engine is not None:
             self._engine.close()
             self._engine = None
@@ -233,6 +242,10 @@ class SegmentationNode(LifecycleNode):
             f"cannot change while the node is {self._state}; deactivate and clean up first "
             f"(`ros2 lifecycle set {self.get_fully_qualified_name()} ...`), or restart with the new value"
         )
+
+    def _check(self, old: SegmentationParameters, new: SegmentationParameters) -> None:
+        if self._latency is not None:
+            self._latency.check(old, new)
 
     # Frames.
 
@@ -264,10 +277,14 @@ class SegmentationNode(LifecycleNode):
         if self._watch is not None:
             self._watch.check(self.parameters.input_timeout_s)
         account = self._runner.account() if self._runner is not None else Account()
-        level, sentence = judge(self._health(account))
+        status = self._latency.status if self._latency is not None else BudgetStatus()
+        if status.recalibrated and self.parameters.recalibrate:
+            self.set_parameters([Parameter("recalibrate", value=False)])
+        level, sentence = judge(self._health(account, status.problem()))
         pairs = {"state": self._state, **account.counts.as_pairs()}
         if self._engine is not None:
             pairs.update(engine_pairs(self._engine.info))
+        pairs.update(status.as_pairs())
         pairs.update(account.age.as_pairs("age"))
         pairs.update(account.engine.as_pairs("engine"))
         header = Header(stamp=self.get_clock().now().to_msg())
@@ -276,7 +293,7 @@ class SegmentationNode(LifecycleNode):
         self._diagnostics.publish(diagnostic_array(header, name, device, level, sentence, pairs))
         self._reported = account.counts
 
-    def _health(self, account: Account) -> Health:
+    def _health(self, account: Account, budget_problem: str) -> Health:
         watch = self._watch
         return Health(
             state=self._state,
@@ -290,6 +307,9 @@ class SegmentationNode(LifecycleNode):
             last_failure=account.last_failure,
             unstamped=account.unstamped,
             qos_problem=watch.qos_problem if watch else "",
+            input_age_s=account.arrival_age_ms / 1000.0,
+            budget_problem=budget_problem,
+            throttling=throttling() if budget_problem else "",
         )
 
 

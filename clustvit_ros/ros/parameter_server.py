@@ -43,14 +43,22 @@ class ParameterServer(Generic[T]):
         node: where to declare them.
         table: a dataclass of `parameter_spec.parameter` fields.
         locked: says why parameters that are not live cannot change now, or None when they can.
+        check: gets the values in force and those that are to replace them; raises ConfigError to refuse the change.
 
     Raises:
         ConfigError: a start value from file or command line that its parameter does not accept.
     """
 
-    def __init__(self, node: Node, table: type[T], locked: Callable[[], str | None] = lambda: None) -> None:
+    def __init__(
+        self,
+        node: Node,
+        table: type[T],
+        locked: Callable[[], str | None] = lambda: None,
+        check: Callable[[T, T], None] = lambda old, new: None,
+    ) -> None:
         self._specs = {spec.name: spec for spec in specs_of(table)}
         self._locked = locked
+        self._check = check
         values: dict[str, Any] = {}
         for spec in self._specs.values():
             # Declared without its range, so that a bad start value is refused in this table's words.
@@ -82,7 +90,12 @@ class ParameterServer(Generic[T]):
             reason = None if spec.live else self._locked()
             if reason and changes[item.name] != getattr(self._current, item.name):
                 return _refused(f"{item.name}: {reason}")
-        self._current = dataclasses.replace(self._current, **changes)  # type: ignore[type-var]
+        changed: T = dataclasses.replace(self._current, **changes)  # type: ignore[type-var]
+        try:
+            self._check(self._current, changed)
+        except ConfigError as error:
+            return _refused(str(error))
+        self._current = changed
         return SetParametersResult(successful=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from clustvit_ros.control import POLICIES, REFERENCES
 from clustvit_ros.ros.parameter_spec import ParameterSpec, markdown_table, parameter, specs_of
 from clustvit_ros.runtime import ENGINES, Settings
 
@@ -30,6 +31,25 @@ class SegmentationParameters:
         0, "Upper bound on the tokens kept after merging; 0 lets the threshold alone decide.",
         minimum=0, maximum=1_048_576, unit="tokens", live=True,
     )  # fmt: skip
+    latency_budget_ms: float = parameter(
+        0.0, "What a frame may take; as many tokens are merged as it needs. 0 is no budget.",
+        minimum=0.0, maximum=60_000.0, unit="ms", live=True,
+    )  # fmt: skip
+    budget_reference: str = parameter(
+        "inference", "What the budget covers: the engine alone, or from the image's stamp to the mask's publication.",
+        choices=REFERENCES, live=True,
+    )  # fmt: skip
+    deadline_policy: str = parameter(
+        "publish_late", "What becomes of a mask that missed the budget; it is counted in any case.",
+        choices=POLICIES, live=True,
+    )  # fmt: skip
+    min_tokens: int = parameter(
+        0, "The budget keeps at least so many tokens, even if it is missed; `token_capacity` comes first.",
+        minimum=0, maximum=1_048_576, unit="tokens", live=True,
+    )  # fmt: skip
+    recalibrate: bool = parameter(
+        False, "Times the engine again instead of using the kept calibration; becomes false when done.", live=True
+    )
     confidence_threshold: float = parameter(
         0.0, "Pixels less confident than this become 255 (unlabelled) in the mask.",
         minimum=0.0, maximum=1.0, live=True,
@@ -55,8 +75,9 @@ class SegmentationParameters:
     )  # fmt: skip
     autostart: bool = parameter(True, "Configure and activate at start; false waits for a lifecycle manager.")
     scripted_latency_ms: float = parameter(
-        0.0, "How long the scripted engine takes per frame.", minimum=0.0, maximum=60_000.0, unit="ms"
-    )
+        0.0, "How long the scripted engine takes with every token kept; merging saves up to three quarters.",
+        minimum=0.0, maximum=60_000.0, unit="ms",
+    )  # fmt: skip
 
     def settings(self, model_size: tuple[int, int], confidence: bool, clusters: bool) -> Settings:
         """What one engine call gets.

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-_NODE_COUNTS = ("frames_received", "frames_segmented", "frames_dropped", "frames_rejected", "frames_failed")
+_NODE_COUNTS = tuple(f"frames_{fate}" for fate in ("received", "segmented", "dropped", "late", "rejected", "failed"))
 
 
 @dataclass

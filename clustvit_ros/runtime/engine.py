@@ -131,13 +131,13 @@ class Engine(abc.ABC):
     def warmup(self, image_size: tuple[int, int] | None = None) -> None:
         """Do everything slow that a first call would do, for images of (height, width) `image_size`."""
 
+    @abc.abstractmethod
     def capacities(self, image_size: tuple[int, int]) -> tuple[int, ...]:
         """The ladder of token capacities that this engine runs with, ascending; the last one keeps every token.
 
         Args:
             image_size: (height, width) of the camera image.
         """
-        raise NotImplementedError
 
     @abc.abstractmethod
     def segment(self, images: np.ndarray | Sequence[np.ndarray], settings: Settings = Settings()) -> Prediction:

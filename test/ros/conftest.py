@@ -25,6 +25,8 @@ else:
     os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
 os.environ["ROS_DOMAIN_ID"] = str(random.randint(1, 100))
 os.environ.update(dds_environment(os.environ))
+# Nothing that a test measures may stay in the user's cache, or come from it.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="clustvit_ros_test_")
 
 WAIT_S = 20.0
 """Upper bound of every wait: far above what is needed, so that a busy machine fails no test."""

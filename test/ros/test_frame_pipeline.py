@@ -14,8 +14,10 @@ from std_msgs.msg import Header
 
 from clustvit_ros.errors import EngineError, ImageError
 from clustvit_ros.ros.conversions import image_message
+from clustvit_ros.ros.diagnostics import FrameCounts, frame_pairs
 from clustvit_ros.ros.frame_pipeline import Frame, FramePipeline, MaskPublishers
 from clustvit_ros.ros.frame_runner import FrameRunner
+from clustvit_ros.ros.latency_control import LatencyControl
 from clustvit_ros.ros.parameter_spec import build
 from clustvit_ros.ros.parameters import SegmentationParameters
 from clustvit_ros.runtime import Engine, EngineInfo, Prediction, ScriptedEngine, Settings
@@ -54,6 +56,9 @@ class SpyEngine(Engine):
     def warmup(self, image_size: tuple[int, int] | None = None) -> None:
         self.warmed.append(image_size)
 
+    def capacities(self, image_size: tuple[int, int]) -> tuple[int, ...]:
+        return self._engine.capacities(image_size)
+
     def segment(self, images: Any, settings: Settings = Settings()) -> Prediction:
         self.settings.append(settings)
         if self.failure is not None:
@@ -70,6 +75,9 @@ class FakeLogger:
     def error(self, text: str, **_throttle: Any) -> None:
         self.errors.append(text)
 
+    def info(self, text: str, **_throttle: Any) -> None:
+        pass
+
 
 class Bench:
     """A pipeline with fake publishers, of which `subscribed` have a subscriber."""
@@ -83,7 +91,8 @@ class Bench:
             name = topic.removeprefix("segmentation/")
             return self.published.setdefault(name, FakePublisher(int(name in subscribed)))
 
-        self.pipeline = FramePipeline(self.engine, MaskPublishers(create), lambda: self.now_ns)
+        latency = LatencyControl(self.engine, FakeLogger())
+        self.pipeline = FramePipeline(self.engine, MaskPublishers(create), lambda: self.now_ns, latency)
 
     def frame(self, pixels: np.ndarray, stamp_s: int = 99) -> Frame:
         header = Header(frame_id="camera")
@@ -139,6 +148,38 @@ def test_engine_is_warmed_once_for_each_size(pixels: np.ndarray) -> None:
     for image in (pixels, pixels, pixels[:16], pixels):
         bench.pipeline.process(bench.frame(image), SegmentationParameters())
     assert bench.engine.warmed == [(32, 48), (16, 48)]
+
+
+@pytest.mark.parametrize(("policy", "masks"), [("publish_late", 1), ("drop", 0)])
+def test_a_late_frame_is_counted_and_published_as_the_policy_says(policy: str, masks: int, pixels: np.ndarray) -> None:
+    bench, reports = Bench(*ALL), []
+    parameters = build(
+        SegmentationParameters,
+        {"latency_budget_ms": 500, "budget_reference": "stamp", "deadline_policy": policy},
+    )
+    runner = FrameRunner(
+        bench.pipeline, lambda: parameters, lambda *report: reports.append(report), FakeLogger(), lambda: True
+    )
+    runner._handle(bench.frame(pixels))  # stamped a second ago
+    _, report, counts = reports[0]
+    assert (report.deadline_missed, report.published, report.misses.total) == (True, bool(masks), 1)
+    assert report.age_ms == pytest.approx(1000.0)
+    assert report.arrival_age_ms == pytest.approx(980.0)
+    assert (counts.segmented, counts.late) == (masks, 1 - masks)
+    assert set(bench.counts().values()) == {masks}
+
+
+def test_every_frame_says_under_which_latency_settings_it_was_made(pixels: np.ndarray) -> None:
+    bench = Bench()
+    values = {"latency_budget_ms": 9, "deadline_policy": "drop", "min_tokens": 2, "token_capacity": 5}
+    report = bench.pipeline.process(bench.frame(pixels), build(SegmentationParameters, values))
+    pairs = frame_pairs(report, FrameCounts())
+    expected = {
+        "latency_budget_ms": "9", "budget_reference": "inference", "deadline_policy": "drop", "min_tokens": "2",
+        "token_ceiling": "2", "budget_state": "calibrating", "deadline_missed": "false", "deadline_misses": "0",
+        "published": "true", "frames_late": "0",
+    }  # fmt: skip
+    assert expected.items() <= pairs.items()
 
 
 def test_bad_frames_and_engine_failures_are_counted_and_survived(pixels: np.ndarray) -> None:

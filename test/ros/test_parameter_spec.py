@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.ros.parameter_spec import build, markdown_table, specs_of
 from clustvit_ros.ros.parameters import PARAMETERS, SegmentationParameters, as_markdown_table
+from clustvit_ros.runtime import ENGINES
 
 SPECS = {spec.name: spec for spec in PARAMETERS}
 
@@ -37,11 +38,17 @@ def test_integer_is_accepted_for_a_double() -> None:
         ("merge_threshold", None, "merge_threshold: got None (NoneType), expected a double from 0.0 to 1.0"),
         ("token_capacity", -1, "token_capacity: got -1, expected an integer from 0 to 1048576 tokens"),
         ("token_capacity", 2.0, "token_capacity: got 2.0 (double), expected an integer from 0 to 1048576 tokens"),
+        ("latency_budget_ms", -1, "latency_budget_ms: got -1, expected a double from 0.0 to 60000.0 ms"),
+        ("latency_budget_ms", math.inf, "latency_budget_ms: got inf, expected a double from 0.0 to 60000.0 ms"),
+        ("budget_reference", "now", "budget_reference: got 'now', expected one of inference, stamp"),
+        ("deadline_policy", "skip", "deadline_policy: got 'skip', expected one of publish_late, drop"),
+        ("min_tokens", "few", "min_tokens: got 'few' (string), expected an integer from 0 to 1048576 tokens"),
+        ("recalibrate", 1, "recalibrate: got 1 (integer), expected a bool"),
         ("output_size", "10", "output_size: got '10', expected input, model or HEIGHTxWIDTH"),
         ("output_size", "0x10", "output_size: got '0x10', expected input, model or HEIGHTxWIDTH"),
         ("output_size", "99999x1", "output_size: got '99999x1', expected input, model or HEIGHTxWIDTH"),
         ("device", "gpu", "device: got 'gpu', expected auto, cpu, cuda or cuda:N"),
-        ("engine", "magic", "engine: got 'magic', expected one of torch, scripted"),
+        ("engine", "magic", f"engine: got 'magic', expected one of {', '.join(ENGINES)}"),
         ("autostart", "yes", "autostart: got 'yes' (string), expected a bool"),
     ],
 )
@@ -80,14 +87,17 @@ def test_markdown_has_one_row_per_parameter() -> None:
     assert "| double | `0.5` | 0.0 to 1.0 | yes |" in row
 
 
-def test_every_parameter_of_the_shipped_file_exists() -> None:
+@pytest.mark.parametrize("name", ["segment", "low_latency", "balanced", "best_quality"])
+def test_shipped_parameter_files_are_complete_and_acceptable(name: str) -> None:
     import yaml
 
     from clustvit_ros.paths import share_dir
 
-    content = yaml.safe_load((share_dir() / "config" / "segment.yaml").read_text())
+    content = yaml.safe_load((share_dir() / "config" / f"{name}.yaml").read_text())
     values = content["/**"]["ros__parameters"]
-    assert build(SegmentationParameters, values) == SegmentationParameters()
+    assert set(SPECS) - set(values) == {"autostart", "recalibrate", "scripted_latency_ms"}
+    parameters = build(SegmentationParameters, values)
+    assert (parameters == SegmentationParameters()) is (name == "segment")
 
 
 def test_a_source_may_be_an_integer() -> None:

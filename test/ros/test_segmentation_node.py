@@ -12,81 +12,16 @@ import pytest
 pytest.importorskip("rclpy", reason="needs ROS 2 (rclpy)")
 
 from diagnostic_msgs.msg import DiagnosticArray
-from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue
-from rcl_interfaces.srv import DescribeParameters, GetParameters, SetParameters, SetParametersAtomically
+from rcl_interfaces.msg import Parameter
+from rcl_interfaces.srv import DescribeParameters
+from robot import Robot, double, header, integer, mask_of, string
 from sensor_msgs.msg import CompressedImage, Image
-from std_msgs.msg import Header
 
 from clustvit_ros.ros.conversions import image_message
 
 pytestmark = pytest.mark.ros
 
 NAMESPACE = "/shared"
-
-
-def double(name: str, value: float) -> Parameter:
-    return Parameter(name=name, value=ParameterValue(type=ParameterType.PARAMETER_DOUBLE, double_value=value))
-
-
-def integer(name: str, value: int) -> Parameter:
-    return Parameter(name=name, value=ParameterValue(type=ParameterType.PARAMETER_INTEGER, integer_value=value))
-
-
-def string(name: str, value: str) -> Parameter:
-    return Parameter(name=name, value=ParameterValue(type=ParameterType.PARAMETER_STRING, string_value=value))
-
-
-def header(stamp_s: int, frame_id: str = "front/optical") -> Header:
-    result = Header(frame_id=frame_id)
-    result.stamp.sec, result.stamp.nanosec = stamp_s, 123_456_789
-    return result
-
-
-def mask_of(message: Image) -> np.ndarray:
-    """The mask as a consumer that ignores `step` reads it."""
-    return np.frombuffer(message.data, np.uint8).reshape(message.height, message.width)
-
-
-class Robot:
-    """A running node, a camera for it, and what it published."""
-
-    def __init__(self, client: Any, start_node: Callable[..., Any], namespace: str, *arguments: str) -> None:
-        self.client, self.namespace = client, namespace
-        self.process = start_node("node", "-r", f"__ns:={namespace}", "-p", "engine:=scripted", *arguments)
-        self.camera = client.image_publisher(f"{namespace}/image")
-        self.masks: list[Image] = client.collect(Image, f"{namespace}/segmentation/mask")
-        self.stats: list[DiagnosticArray] = client.collect(DiagnosticArray, f"{namespace}/segmentation/stats")
-
-    def segment(self, message: Image) -> Image:
-        """Send a frame and return its mask."""
-        stamp = message.header.stamp
-        self.client.send_until(
-            self.camera, message, lambda: any(mask.header.stamp == stamp for mask in self.masks), f"mask of {stamp}"
-        )
-        return next(mask for mask in self.masks if mask.header.stamp == stamp)
-
-    def stats_of(self, message: Image) -> dict[str, str]:
-        """The statistics that belong to a mask."""
-        stamp = message.header.stamp
-        self.client.spin_until(lambda: any(entry.header.stamp == stamp for entry in self.stats), "stats")
-        entry = next(entry for entry in self.stats if entry.header.stamp == stamp)
-        return {pair.key: pair.value for pair in entry.status[0].values}
-
-    def set(self, *parameters: Parameter) -> Any:
-        """Set parameters one by one, as `ros2 param set` does; the results."""
-        request = SetParameters.Request(parameters=list(parameters))
-        return self.client.call(SetParameters, f"{self.namespace}/segmentation/set_parameters", request).results
-
-    def set_atomically(self, *parameters: Parameter) -> Any:
-        """Set parameters all at once; the result."""
-        request = SetParametersAtomically.Request(parameters=list(parameters))
-        service = f"{self.namespace}/segmentation/set_parameters_atomically"
-        return self.client.call(SetParametersAtomically, service, request).result
-
-    def get(self, name: str) -> ParameterValue:
-        """A parameter's value."""
-        request = GetParameters.Request(names=[name])
-        return self.client.call(GetParameters, f"{self.namespace}/segmentation/get_parameters", request).values[0]
 
 
 @pytest.fixture(scope="module")

@@ -83,6 +83,15 @@ def test_capacity_bounds_the_kept_tokens(engine, image):
     assert stats.tokens_kept == stats.token_capacity == stats.tokens_total
 
 
+def test_capacities_are_what_it_runs_with(engine, image):
+    ladder = engine.capacities(image.shape[:2])
+    assert ladder == tuple(sorted(set(ladder)))
+    assert ladder[-1] == engine.segment(image, Settings(merge_threshold=1.0)).stats.tokens_total
+    used = [engine.segment(image, Settings(merge_threshold=1.0, token_capacity=c)).stats.token_capacity for c in ladder]
+    assert tuple(used) == ladder
+    assert engine.segment(image, Settings(merge_threshold=0.5)).stats.token_capacity in ladder
+
+
 def test_fewer_tokens_are_kept_as_the_threshold_falls(engine, image):
     kept = [engine.segment(image, Settings(merge_threshold=t)).stats.tokens_kept for t in (0.0, 0.2, 0.5, 0.8, 1.0)]
     assert kept == sorted(kept) and kept[0] < kept[-1]

@@ -1,0 +1,48 @@
+"""The README is the contract: its tables are held against the code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from clustvit_ros.modeling import load_config
+from clustvit_ros.ros.parameters import PARAMETERS, as_markdown_table
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def section(title: str) -> str:
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def test_parameter_table_is_the_declared_one():
+    assert as_markdown_table().strip() in section("Parameters")
+
+
+def test_parameter_file_sets_only_declared_parameters_to_their_defaults():
+    import yaml
+
+    content = yaml.safe_load((ROOT / "config" / "segment.yaml").read_text())["/**"]["ros__parameters"]
+    defaults = {spec.name: spec.default for spec in PARAMETERS}
+    assert content.items() <= defaults.items()
+
+
+def test_models_table_states_what_the_models_state():
+    table = section("Models")
+    models = sorted(path.parent for path in (ROOT / "models").glob("*/model.yaml"))
+    assert models, "no model is shipped"
+    for model in models:
+        row = next((line for line in table.splitlines() if line.startswith(f"| [`{model.name}`]")), None)
+        assert row is not None, f"{model.name} is missing from the README's models"
+        assert f"{load_config(model).scores['miou']:.1f}" in row
+        assert (model / "README.md").is_file()
+
+
+@pytest.mark.parametrize(
+    "path", re.findall(r"\]\((?!http)([^)#]+)\)", README) + re.findall(r"`((?:config|scripts|test)/[\w/.]+)`", README)
+)
+def test_what_the_readme_points_to_exists(path):
+    assert (ROOT / path).exists(), path
