@@ -11,7 +11,7 @@ from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
 
 from clustvit_ros.errors import ClustvitError, ConfigError
-from clustvit_ros.runtime.process_tuning import keep_freed_memory, let_waiting_threads_sleep
+from clustvit_ros.runtime.memory import keep_freed_memory
 
 N = TypeVar("N", bound=Node)
 
@@ -34,7 +34,6 @@ def run_node(
     code = 0
     try:
         keep_freed_memory()
-        let_waiting_threads_sleep()
         _initialise(arguments)
         node = create()
         executor = SingleThreadedExecutor()

@@ -16,9 +16,9 @@ from clustvit_ros.modeling.model_folder import ModelConfig
 from clustvit_ros.modeling.vit import grid_size_of
 from clustvit_ros.runtime.capacity import default_ladder
 from clustvit_ros.runtime.engine import Engine, EngineInfo, Prediction, Settings, Stats, as_batch
+from clustvit_ros.runtime.memory import keep_freed_memory
 from clustvit_ros.runtime.postprocess import cluster_map, label_maps
 from clustvit_ros.runtime.preprocess import network_size, to_input
-from clustvit_ros.runtime.process_tuning import keep_freed_memory
 
 Lap = Callable[[str], None]
 """Called at the end of each stage with its name."""

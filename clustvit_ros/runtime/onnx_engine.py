@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from clustvit_ros.errors import EngineError, ModelError
 from clustvit_ros.modeling.model_folder import ModelConfig, hash_weights, load_config
 from clustvit_ros.modeling.vit import grid_size_of
-from clustvit_ros.paths import find_model
+from clustvit_ros.paths import find_model, user_cache_dir
 from clustvit_ros.runtime.device import describe_device, select_device
 from clustvit_ros.runtime.engine import Settings
 from clustvit_ros.runtime.network_engine import Lap, NetworkEngine, NetworkOutput
@@ -25,11 +24,6 @@ from clustvit_ros.runtime.onnx_session import open_session, read_metadata
 
 ONNX_FILE = "model.onnx"
 _LOG = logging.getLogger(__name__)
-
-
-def default_cache_dir() -> Path:
-    """Where exported files are kept: a folder in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clustvit_ros" / "onnx"
 
 
 class OnnxEngine(NetworkEngine):
@@ -58,7 +52,7 @@ class OnnxEngine(NetworkEngine):
         if threads > 0:
             torch.set_num_threads(threads)
         self._model, self._threads, self._execution_provider = model, threads, execution_provider
-        self._cache_dir = cache_dir or default_cache_dir()
+        self._cache_dir = cache_dir or user_cache_dir() / "onnx"
         config = load_config(model)
         self._weights_sha256 = hash_weights(model)
         selected, reason = select_device(device)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from clustvit_ros import __version__
+from clustvit_ros.classes import ClassSet
 from clustvit_ros.errors import ConfigError, EngineError, ModelError
 from clustvit_ros.modeling import build_network, load_config, load_segmenter, save_model
 from clustvit_ros.modeling.clustering import count_kept, merge_scores
@@ -135,7 +136,7 @@ def test_metadata_says_what_the_file_needs_and_is(exported, toy_model):
     assert metadata == exported.metadata
     assert metadata["format"] == "1" and metadata["model"] == "toy" and metadata["exporter_version"] == __version__
     assert metadata["weights_sha256"] == hash_weights(toy_model) and len(metadata["weights_sha256"]) == 64
-    assert json.loads(metadata["classes"])[3] == {"name": "d", "colour": [3, 3, 3]}
+    assert json.loads(metadata["classes"])[3] == {"name": "class_3", "colour": list(ClassSet.numbered(7).colours[3])}
     assert json.loads(metadata["normalisation"])["mean"] == [127.5, 127.5, 127.5]
     assert json.loads(metadata["input_size"]) == [96, 128] and json.loads(metadata["patch_size"]) == 16
     assert json.loads(metadata["capacity_ladder"])[-1] == TOKENS
