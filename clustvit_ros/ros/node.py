@@ -33,6 +33,7 @@ from clustvit_ros.ros.parameter_server import ParameterServer
 from clustvit_ros.ros.parameters import SegmentationParameters
 from clustvit_ros.ros.process import run_node
 from clustvit_ros.runtime import Engine, ScriptedEngine, create_engine
+from clustvit_ros.runtime.bound_engine import BoundEngine
 from clustvit_ros.runtime.machine import throttling
 from clustvit_ros.runtime.scripted_engine import proportional
 
@@ -50,7 +51,9 @@ def load_engine(parameters: SegmentationParameters) -> Engine:
     """
     if parameters.engine == "scripted":
         return ScriptedEngine(latency_ms=proportional(parameters.scripted_latency_ms))
-    return create_engine(parameters.model, parameters.engine, parameters.device, parameters.threads)
+    return BoundEngine(
+        lambda: create_engine(parameters.model, parameters.engine, parameters.device, parameters.threads)
+    )
 
 
 class SegmentationNode(LifecycleNode):
