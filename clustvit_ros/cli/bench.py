@@ -104,7 +104,7 @@ def _cases(args: argparse.Namespace, folder: Path) -> Iterator[BenchCase]:
         size = args.size or config.input.size
         grid_size = grid_size_of(size, config.network.patch_size)
         capacities = _capacities(args, grid_size[0] * grid_size[1])
-        if config.network.backbone == "vit":
+        if not config.network.merges:
             capacities = [0]
         for engine in args.engine:
             provider = args.provider if engine == "onnxruntime" else ""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from clustvit_ros.classes import ClassSet, class_set_names, load_class_set
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.modeling.architectures import build_network, network_config
 from clustvit_ros.modeling.model_folder import InputConfig, ModelConfig, check_weights, save_model
 from clustvit_ros.modeling.official import from_official, network_of, read_checkpoint
+from clustvit_ros.modeling.vit_config import ViTConfig
 
 # Keys of a configuration file, as the reference cases name them, and ours.
 _CONFIG_KEYS = {
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     if args.image_size:
         known["image_size"] = _size(args.image_size)
     architecture, overrides = network_of(checkpoint, known)
-    network_settings = network_config(architecture, overrides)
+    network_settings = cast(ViTConfig, network_config(architecture, overrides))
     weights = from_official(checkpoint.weights)
     if "head.class_embed" not in weights:
         raise ConfigError(
@@ -75,9 +76,7 @@ def run(args: argparse.Namespace) -> int:
         training={"data": f"imported from {args.checkpoint.name}"},
     )
     save_model(args.out, config, network)
-    point = (
-        f", merging after block {network_settings.injection_point}" if network_settings.backbone == "clustvit" else ""
-    )
+    point = f", merging after block {network_settings.injection_point}" if network_settings.merges else ""
     print(
         f"{args.out}: {architecture}, width {network_settings.embed_dim}, {network_settings.depth} blocks of "
         f"{network_settings.num_heads} heads{point}, {len(classes)} classes"

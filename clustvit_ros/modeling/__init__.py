@@ -1,14 +1,17 @@
 """The networks, and model folders to load them from."""
 
-from clustvit_ros.modeling.architectures import NetworkConfig, build_network, network_config
+from clustvit_ros.modeling.architectures import build_network, network_config
 from clustvit_ros.modeling.model_folder import ModelConfig, load_config, load_segmenter, save_model
+from clustvit_ros.modeling.network_config import NetworkConfig
 from clustvit_ros.modeling.segmenter import Segmenter, SegmenterOutput
+from clustvit_ros.modeling.vit_config import ViTConfig
 
 __all__ = [
     "ModelConfig",
     "NetworkConfig",
     "Segmenter",
     "SegmenterOutput",
+    "ViTConfig",
     "build_network",
     "load_config",
     "load_segmenter",

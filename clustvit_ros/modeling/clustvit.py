@@ -13,16 +13,18 @@ from typing import NamedTuple
 from torch import Tensor
 
 from clustvit_ros.errors import ConfigError
+from clustvit_ros.modeling.backbone import Features
 from clustvit_ros.modeling.clustering import (
     Clusterer,
     Regenerator,
+    count_kept,
     merge_exactly,
     merge_scores,
     merge_to_capacity,
     threshold_margin,
     unmerge,
 )
-from clustvit_ros.modeling.vit import Features, VisionTransformer
+from clustvit_ros.modeling.vit import VisionTransformer
 
 
 class Injection(NamedTuple):
@@ -49,6 +51,8 @@ class ClustViT(VisionTransformer):
         vit: arguments of `VisionTransformer`.
     """
 
+    merges = True
+
     def __init__(self, num_clusters: int, injection_point: int, cluster_mlp_dim: int, **vit) -> None:
         super().__init__(**vit)
         if not 0 <= injection_point < len(self.blocks):
@@ -67,6 +71,9 @@ class ClustViT(VisionTransformer):
         for block in self.blocks[: self.injection_point]:
             x = block(x)
         return Injection(x, self.clusterer(x[:, 1:]), grid_size)
+
+    def count_kept(self, state: Injection, merge_threshold: float) -> Tensor:
+        return count_kept(merge_scores(state.cluster_logits), merge_threshold)
 
     def finish(self, state: Injection, merge_threshold: float = 0.5, token_capacity: int | None = None) -> Features:
         """Merge, run the remaining blocks, regenerate.
@@ -98,6 +105,3 @@ class ClustViT(VisionTransformer):
         if merge is not None:
             compact = unmerge(compact, x, merge, self.num_clusters, self.regenerator)
         return Features(self.norm(compact)[:, 1:], state.grid_size, state.cluster_logits, ids)
-
-    def forward(self, images: Tensor, merge_threshold: float = 0.5, token_capacity: int | None = None) -> Features:
-        return self.finish(self.encode(images), merge_threshold, token_capacity)

@@ -11,26 +11,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clustvit_ros.modeling.backbone import Features
 from clustvit_ros.modeling.vit import Block
 
 HEAD_NORM_EPS = 1e-5
 
 
 class MaskTransformer(nn.Module):
-    """Class logits per patch token: (B, N, C) -> (B, N, Q)."""
+    """Class logits per patch token: features with (B, N, C) tokens -> (B, Q, h, w)."""
 
     def __init__(self, embed_dim: int, num_classes: int, depth: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.dec_proj = nn.Linear(embed_dim, embed_dim)
-        self.class_embed = nn.Parameter(torch.zeros(1, num_classes, embed_dim))
+        self.class_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, num_classes, embed_dim), std=0.02))
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, HEAD_NORM_EPS) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=HEAD_NORM_EPS)
         self.patch_proj = nn.Linear(embed_dim, embed_dim, bias=False)
         self.class_proj = nn.Linear(embed_dim, embed_dim, bias=False)
         self.mask_norm = nn.LayerNorm(num_classes, eps=HEAD_NORM_EPS)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, features: Features) -> Tensor:
+        tokens = features.tokens
         x = torch.cat([self.dec_proj(tokens), self.class_embed.expand(tokens.shape[0], -1, -1)], dim=1)
         for block in self.blocks:
             x = block(x)
@@ -38,4 +40,5 @@ class MaskTransformer(nn.Module):
         patches, classes = x[:, : -self.num_classes], x[:, -self.num_classes :]
         patches = F.normalize(self.patch_proj(patches), dim=-1)
         classes = F.normalize(self.class_proj(classes), dim=-1)
-        return self.mask_norm(patches @ classes.transpose(1, 2))
+        scores = self.mask_norm(patches @ classes.transpose(1, 2))
+        return scores.transpose(1, 2).unflatten(2, features.grid_size)  # B N Q -> B Q h w

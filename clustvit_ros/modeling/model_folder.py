@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from clustvit_ros.classes import ClassSet
 from clustvit_ros.config import from_mapping, read_yaml
 from clustvit_ros.errors import ConfigError, ModelError
-from clustvit_ros.modeling.architectures import NetworkConfig, build_network, network_config
+from clustvit_ros.modeling.architectures import build_network, network_config
+from clustvit_ros.modeling.network_config import NetworkConfig
 from clustvit_ros.modeling.segmenter import Segmenter
 from clustvit_ros.paths import MODEL_FILE, find_model
 

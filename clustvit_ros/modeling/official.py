@@ -7,7 +7,6 @@ in the file, is read as literals only.
 from __future__ import annotations
 
 import ast
-import dataclasses
 import pickle
 import re
 from pathlib import Path
@@ -17,7 +16,8 @@ import torch
 from torch import Tensor
 
 from clustvit_ros.errors import ConfigError, ModelError
-from clustvit_ros.modeling.architectures import ARCHITECTURES, NetworkConfig
+from clustvit_ros.modeling.architectures import ARCHITECTURES
+from clustvit_ros.modeling.vit_config import ViTConfig
 
 _BLOCK = {
     "ln1": "norm1",
@@ -82,7 +82,7 @@ def network_of(checkpoint: Checkpoint, known: dict[str, Any]) -> tuple[str, dict
 
     Args:
         checkpoint: as read.
-        known: hyper-parameters by the names of `NetworkConfig`; they are checked against the shapes.
+        known: hyper-parameters by the names of `ViTConfig`; they are checked against the shapes.
 
     Returns:
         Name in `ARCHITECTURES`, and the overrides for `network_config`.
@@ -124,12 +124,17 @@ def network_of(checkpoint: Checkpoint, known: dict[str, Any]) -> tuple[str, dict
             f"image_size: {list(network['image_size'])} makes {height * width} patches, the checkpoint's position "
             f"embedding has {num_tokens}; pass the size it was trained with"
         )
+    size = ("backbone", "embed_dim", "depth", "num_heads")
     architecture = next(
-        (n for n, shape in ARCHITECTURES.items() if all(network.get(key) == value for key, value in shape.items())),
+        (
+            name
+            for name, published in ARCHITECTURES.items()
+            if isinstance(published, ViTConfig) and all(getattr(published, key) == network.get(key) for key in size)
+        ),
         f"{network['backbone']}_t",
     )
-    defaults = {field.name: field.default for field in dataclasses.fields(NetworkConfig)} | ARCHITECTURES[architecture]
-    return architecture, {name: value for name, value in network.items() if defaults[name] != value}
+    published = ARCHITECTURES[architecture]
+    return architecture, {name: value for name, value in network.items() if getattr(published, name) != value}
 
 
 def from_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

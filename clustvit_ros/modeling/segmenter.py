@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from clustvit_ros.modeling.mask_transformer import MaskTransformer
-from clustvit_ros.modeling.vit import Features, VisionTransformer
+from clustvit_ros.modeling.backbone import Backbone, Features
 
 
 class SegmenterOutput(NamedTuple):
@@ -25,9 +24,14 @@ class SegmenterOutput(NamedTuple):
 
 
 class Segmenter(nn.Module):
-    """Encoder and mask-transformer head. The network neither resizes nor normalises: an engine around it does."""
+    """A backbone and a decode head. The network neither resizes nor normalises: an engine around it does.
 
-    def __init__(self, backbone: VisionTransformer, head: MaskTransformer) -> None:
+    Args:
+        backbone: images to features.
+        head: maps `Features` to class logits (B, Q, h, w).
+    """
+
+    def __init__(self, backbone: Backbone, head: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
@@ -49,5 +53,4 @@ class Segmenter(nn.Module):
 
     def decode(self, features: Features) -> SegmenterOutput:
         """Run the head on backbone features."""
-        logits = self.head(features.tokens).transpose(1, 2).unflatten(2, features.grid_size)  # B N Q -> B Q h w
-        return SegmenterOutput(logits, features.cluster_logits, features.cluster_ids)
+        return SegmenterOutput(self.head(features), features.cluster_logits, features.cluster_ids)

@@ -9,31 +9,16 @@ and the position embedding is resized (bicubic) only when the number of tokens d
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clustvit_ros.errors import ImageError
+from clustvit_ros.modeling.backbone import Backbone, Features
 
 BACKBONE_NORM_EPS = 1e-6
-
-
-class Features(NamedTuple):
-    """What a backbone hands to the decode head.
-
-    Attributes:
-        tokens: (B, N, C) float, after the final norm, row-major over the patch grid, without class token.
-        grid_size: (h, w) patches, h * w == N.
-        cluster_logits: (B, N, k+1) float; None for a backbone that does not cluster.
-        cluster_ids: (B, N) int64, 0 = kept, 1..k = merged into that cluster; None likewise.
-    """
-
-    tokens: Tensor
-    grid_size: tuple[int, int]
-    cluster_logits: Tensor | None = None
-    cluster_ids: Tensor | None = None
 
 
 class PatchProjection(nn.Module):
@@ -129,7 +114,7 @@ class Block(nn.Module):
         return branch * keep / (1.0 - self.drop_path)
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Backbone):
     """ViT encoder: images to normalised patch tokens.
 
     Args:
@@ -155,8 +140,9 @@ class VisionTransformer(nn.Module):
         self.embed_dim = embed_dim
         self.grid_size = grid_size_of(image_size, patch_size)
         self.patch_embed = (ConvStem if stem == "conv" else PatchProjection)(embed_dim, patch_size)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid_size[0] * self.grid_size[1], embed_dim))
+        num_positions = 1 + self.grid_size[0] * self.grid_size[1]
+        self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, embed_dim), std=0.02))
+        self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, num_positions, embed_dim), std=0.02))
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, BACKBONE_NORM_EPS, drop_path * i / max(depth - 1, 1))
             for i in range(depth)
@@ -193,12 +179,15 @@ class VisionTransformer(nn.Module):
         grid = F.interpolate(grid, size=grid_size, mode="bicubic", align_corners=False)
         return torch.cat([cls, grid.flatten(2).transpose(1, 2)], dim=1)
 
-    def forward(self, images: Tensor, merge_threshold: float = 0.5, token_capacity: int | None = None) -> Features:
-        """Encode images; a plain ViT has nothing to merge, so threshold and capacity have no effect here."""
+    def encode(self, images: Tensor) -> Any:
+        """All of a plain ViT: (B, 3, H, W) -> features."""
         x, grid_size = self.embed(images)
         for block in self.blocks:
             x = block(x)
         return Features(self.norm(x)[:, 1:], grid_size)
+
+    def finish(self, state: Any, merge_threshold: float = 0.5, token_capacity: int | None = None) -> Features:
+        return state
 
 
 def grid_size_of(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:

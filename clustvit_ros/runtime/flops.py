@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from clustvit_ros.modeling.architectures import NetworkConfig, build_network
+from clustvit_ros.modeling.architectures import build_network
+from clustvit_ros.modeling.network_config import NetworkConfig
 
 
 class Cost(NamedTuple):

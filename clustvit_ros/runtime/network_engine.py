@@ -125,7 +125,7 @@ class NetworkEngine(Engine):
         size = network_size(image_size, self._config.input.size, patch_size)
         grid_size = grid_size_of(size, patch_size)
         tokens_total = grid_size[0] * grid_size[1]
-        return default_ladder(tokens_total) if self._config.network.backbone == "clustvit" else (tokens_total,)
+        return default_ladder(tokens_total) if self._config.network.merges else (tokens_total,)
 
     def segment(self, images: np.ndarray | Sequence[np.ndarray], settings: Settings = Settings()) -> Prediction:
         batch = as_batch(images)

@@ -99,7 +99,7 @@ class OnnxEngine(NetworkEngine):
         except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
             raise EngineError(f"{self._info.device} failed on a batch of shape {tuple(x.shape)}: {error}") from error
         lap("network")
-        clusters = self._config.network.backbone == "clustvit"
+        clusters = self._config.network.merges
         return NetworkOutput(logits, cluster_ids if clusters else None, grid_size, int(capacity))
 
     def _open(self, config: ModelConfig, size: tuple[int, int], device: torch.device) -> tuple[Any, str]:

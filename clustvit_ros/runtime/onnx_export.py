@@ -26,11 +26,12 @@ from torch.onnx import symbolic_helper
 
 from clustvit_ros import __version__
 from clustvit_ros.errors import ConfigError, EngineError
+from clustvit_ros.modeling.backbone import Features
 from clustvit_ros.modeling.clustering import merge_scores, merge_to_capacity, unmerge
 from clustvit_ros.modeling.clustvit import ClustViT
 from clustvit_ros.modeling.model_folder import ModelConfig, hash_weights, load_config, load_segmenter
 from clustvit_ros.modeling.segmenter import Segmenter
-from clustvit_ros.modeling.vit import Features, grid_size_of
+from clustvit_ros.modeling.vit import grid_size_of
 from clustvit_ros.runtime.capacity import default_ladder
 from clustvit_ros.runtime.onnx_check import check_against_torch
 

@@ -7,10 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from clustvit_ros.modeling.clustering import count_kept, merge_scores
-from clustvit_ros.modeling.clustvit import ClustViT
 from clustvit_ros.modeling.model_folder import ModelConfig, hash_weights, load_config, load_segmenter
 from clustvit_ros.modeling.segmenter import Segmenter
+from clustvit_ros.modeling.vit import grid_size_of
 from clustvit_ros.runtime.capacity import choose_capacity, default_ladder
 from clustvit_ros.runtime.device import describe_device, select_device
 from clustvit_ros.runtime.engine import Settings
@@ -56,28 +55,20 @@ class TorchEngine(NetworkEngine):
         return cls(load_segmenter(model), load_config(model), device, threads, hash_weights(model))
 
     def infer(self, x: Tensor, settings: Settings, lap: Lap = lambda stage: None) -> NetworkOutput:
-        """Run the network alone; stages are `encode`, `finish` (only where the network clusters) and `decode`."""
+        """Run the network alone; stages are `encode`, `finish` (only where the network merges) and `decode`."""
         backbone = self._network.backbone
-        if isinstance(backbone, ClustViT):
-            state = backbone.encode(x)
-            capacity = _capacity(state.cluster_logits, settings)
-            lap("encode")
-            features = backbone.finish(state, token_capacity=capacity)
+        state = backbone.encode(x)
+        grid_size = grid_size_of((x.shape[2], x.shape[3]), backbone.patch_size)
+        capacity = tokens_total = grid_size[0] * grid_size[1]
+        if backbone.merges:
+            # The count is one number read back from the device; nothing needs counting when nothing may be merged.
+            count = settings.merge_threshold < 1.0
+            kept = int(backbone.count_kept(state, settings.merge_threshold).max()) if count else tokens_total
+            capacity = choose_capacity(default_ladder(tokens_total), kept, settings.token_capacity)
+        lap("encode")
+        features = backbone.finish(state, token_capacity=capacity)
+        if backbone.merges:
             lap("finish")
-        else:
-            features = backbone(x)
-            capacity = features.tokens.shape[1]
-            lap("encode")
         output = self._network.decode(features)
         lap("decode")
-        return NetworkOutput(output.logits, output.cluster_ids, features.grid_size, capacity)
-
-
-def _capacity(cluster_logits: Tensor, settings: Settings) -> int:
-    """Token capacity for (B, N, k+1) logits; reads one number back from the device, unless nothing may be merged."""
-    tokens_total = cluster_logits.shape[1]
-    if settings.merge_threshold >= 1.0:
-        kept = tokens_total
-    else:
-        kept = int(count_kept(merge_scores(cluster_logits), settings.merge_threshold).max())
-    return choose_capacity(default_ladder(tokens_total), kept, settings.token_capacity)
+        return NetworkOutput(output.logits, output.cluster_ids, grid_size, capacity)

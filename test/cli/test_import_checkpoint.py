@@ -11,7 +11,7 @@ import torch
 from clustvit_ros.classes import ClassSet, class_set_names, load_class_set
 from clustvit_ros.cli.main import main
 from clustvit_ros.errors import ModelError
-from clustvit_ros.modeling import NetworkConfig, build_network, load_config, load_segmenter
+from clustvit_ros.modeling import ViTConfig, build_network, load_config, load_segmenter
 from clustvit_ros.modeling.official import from_official, to_official
 from clustvit_ros.modeling.sliding_window import whole_logits
 
@@ -48,7 +48,7 @@ def official_checkpoint(path, meta=None, **changes):
         "num_heads": 2,
         "head_depth": 1,
     }
-    network = build_network(NetworkConfig(**{**config, "head_depth": 1, **changes}), 11)
+    network = build_network(ViTConfig(**{**config, "head_depth": 1, **changes}), 11)
     weights = to_official(network.state_dict())
     torch.save({"meta": meta or {}, "state_dict": weights}, path)
     return weights
@@ -126,7 +126,7 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path, capsys):
 
 
 def test_a_convolutional_stem_has_no_official_name():
-    network = build_network(NetworkConfig(backbone="vit", image_size=(64, 64), depth=1, stem="conv"), 3)
+    network = build_network(ViTConfig(backbone="vit", image_size=(64, 64), depth=1, stem="conv"), 3)
     with pytest.raises(ModelError, match="convolutional stem"):
         to_official(network.state_dict())
 

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clustvit_ros.errors import ConfigError, ImageError
-from clustvit_ros.modeling import NetworkConfig, build_network, network_config
+from clustvit_ros.modeling import ViTConfig, build_network, network_config
 from clustvit_ros.modeling.architectures import ARCHITECTURES, without_merging
 from clustvit_ros.modeling.clustering import (
     Regenerator,
@@ -18,7 +18,7 @@ from clustvit_ros.modeling.clustering import (
     unmerge,
 )
 
-SMALL = NetworkConfig(
+SMALL = ViTConfig(
     backbone="clustvit", image_size=(96, 128), embed_dim=24, depth=3, num_heads=2, injection_point=1, head_depth=1
 )
 
@@ -26,7 +26,7 @@ SMALL = NetworkConfig(
 @pytest.fixture(params=["patch", "conv"])
 def network(request):
     torch.manual_seed(0)
-    config = NetworkConfig(**{**vars(SMALL), "stem": request.param})
+    config = ViTConfig(**{**vars(SMALL), "stem": request.param})
     network = build_network(config, 5)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -132,7 +132,7 @@ def test_capacity_path_runs_without_data():
 
 def test_every_parameter_gets_a_gradient():
     torch.manual_seed(0)
-    network = build_network(NetworkConfig(**{**vars(SMALL), "stem": "conv", "drop_path": 0.1}), 5).train()
+    network = build_network(ViTConfig(**{**vars(SMALL), "stem": "conv", "drop_path": 0.1}), 5).train()
     output = network(torch.randn(2, 3, 96, 128), token_capacity=20)
     (output.logits.square().mean() + output.cluster_logits.square().mean()).backward()
     without = [name for name, parameter in network.named_parameters() if parameter.grad is None]
@@ -172,4 +172,4 @@ def test_unusable_hyper_parameters_are_refused(overrides, message):
 
 def test_injection_point_beyond_the_last_block_is_refused():
     with pytest.raises(ConfigError, match="injection_point: got 3 with 3 blocks, expected 0 to 2"):
-        build_network(NetworkConfig(**{**vars(SMALL), "injection_point": 3}), 5)
+        build_network(ViTConfig(**{**vars(SMALL), "injection_point": 3}), 5)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from clustvit_ros.modeling.architectures import NetworkConfig, build_network
+from clustvit_ros.modeling import ViTConfig, build_network
 from clustvit_ros.modeling.clustvit import ClustViT
 from clustvit_ros.modeling.model_folder import check_weights
 from clustvit_ros.modeling.official import from_official
@@ -29,7 +29,7 @@ def case(request, golden_dir):
 def load_case(golden_dir, cases, name):
     config = cases[name]["config"]
     network = build_network(
-        NetworkConfig(
+        ViTConfig(
             backbone=config["arch"],
             image_size=tuple(config["img_size"]),
             embed_dim=config["embed_dims"],

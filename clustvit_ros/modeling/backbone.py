@@ -1,0 +1,65 @@
+"""What every backbone offers its decode head and the engines: features, in two steps where it merges tokens."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+
+class Features(NamedTuple):
+    """What a backbone hands to the decode head.
+
+    Attributes:
+        tokens: (B, N, C) float, after the final norm, row-major over the token grid, without class token.
+        grid_size: (h, w) tokens, h * w == N.
+        cluster_logits: (B, N, k+1) float; None for a backbone that does not cluster.
+        cluster_ids: (B, N) int64, 0 = kept, 1..k = merged into that cluster; None likewise.
+    """
+
+    tokens: Tensor
+    grid_size: tuple[int, int]
+    cluster_logits: Tensor | None = None
+    cluster_ids: Tensor | None = None
+
+
+class Backbone(nn.Module, abc.ABC):
+    """Images to features, in two steps: `encode` costs what no setting changes, `finish` what the settings decide.
+
+    A backbone that merges nothing does all its work in `encode`, and its `finish` ignores the settings.
+
+    Attributes:
+        patch_size: side in pixels of what one token of the grid stands for.
+        merges: whether threshold and capacity have an effect.
+    """
+
+    patch_size: int
+    merges: bool = False
+
+    @abc.abstractmethod
+    def encode(self, images: Tensor) -> Any:
+        """Normalised images (B, 3, H, W) to a state, a tuple of tensors and plain values, for `finish`.
+
+        Raises:
+            ImageError: not a batch of three-channel images.
+        """
+
+    def count_kept(self, state: Any, merge_threshold: float) -> Tensor:
+        """Tokens per image that the threshold leaves unmerged: (B,) int64, on the state's device."""
+        raise NotImplementedError(f"{type(self).__name__} merges no tokens")
+
+    @abc.abstractmethod
+    def finish(self, state: Any, merge_threshold: float = 0.5, token_capacity: int | None = None) -> Features:
+        """Features of a state.
+
+        Args:
+            state: of `encode`.
+            merge_threshold: tokens whose merge score is above are merged: 0.5 is the paper's arg-max, 1.0 is plain ViT.
+            token_capacity: keep exactly this many tokens per image, or all where there are no more; None lets the
+                threshold alone decide (exact mode).
+        """
+
+    def forward(self, images: Tensor, merge_threshold: float = 0.5, token_capacity: int | None = None) -> Features:
+        """`encode` and `finish` in one."""
+        return self.finish(self.encode(images), merge_threshold, token_capacity)
