@@ -18,7 +18,8 @@ ALLOWED = {
     "control": set(),
     "ros": {"runtime", "control"},
     "sim": set(),
-    "cli": {"modeling", "training", "runtime", "control", "sim"},
+    "bags": {"runtime"},
+    "cli": {"modeling", "training", "runtime", "control", "sim", "bags"},
 }
 ROS_PACKAGES = {
     "rclpy",
