@@ -12,6 +12,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TEST_STAMP := $(VENV)/.test-installed
 SOURCE ?=
 MODEL ?= camvid_tiny
 DATA ?= ../shared/data/camvid
@@ -22,7 +23,7 @@ PYTEST_ARGS ?=
 demo: $(STAMP)
 	@$(BIN)/clustvit-ros demo --model $(MODEL) $(if $(SOURCE),--source "$(SOURCE)")
 
-test: lint
+test: lint $(TEST_STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(STAMP)
@@ -41,6 +42,11 @@ $(STAMP): setup.py Makefile scripts/find_python.sh
 	 if ! $(BIN)/python -c '' 2>/dev/null; then echo "creating $(VENV) with $$python"; "$$python" -m venv --clear $(VENV); fi
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[ros,opencv,train,onnx,bags,test]"
+	@touch $@
+
+# Ray is large, and only the tests of label-bags need it.
+$(TEST_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[fleet]"
 	@touch $@
 
 clean:
