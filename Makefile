@@ -4,6 +4,7 @@
 #   make test                                     lint, types, tests
 #   make train DATA=<folder>                      train camvid_tiny again
 #   make overhead                                 the node's own cost per frame
+#   make reference                                write docs/reference.md and the viewers' configurations again
 #
 # PYTHON chooses the interpreter (3.10 to 3.12), TORCH the PyTorch requirement, e.g. TORCH=torch for the newest build.
 
@@ -18,7 +19,7 @@ MODEL ?= camvid_tiny
 DATA ?= ../shared/data/camvid
 PYTEST_ARGS ?=
 
-.PHONY: demo test lint train overhead clean
+.PHONY: demo test lint train overhead reference clean
 
 demo: $(STAMP)
 	@$(BIN)/clustvit-ros demo --model $(MODEL) $(if $(SOURCE),--source "$(SOURCE)")
@@ -35,6 +36,11 @@ train: $(STAMP)
 
 overhead: $(STAMP)
 	$(BIN)/python scripts/node_overhead.py
+
+# What is written from the code: docs/reference.md, RViz configuration, Foxglove layout.
+reference: $(STAMP)
+	$(BIN)/python scripts/write_reference.py
+	$(BIN)/python scripts/write_views.py
 
 # torch first: what comes later must not pull in another build of it.
 $(STAMP): setup.py Makefile scripts/find_python.sh
