@@ -26,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="camvid_tiny", help="a shipped model or a model folder")
     parser.add_argument("--data", type=Path, required=True, help="folder with images/ and labels/")
-    parser.add_argument("--budget-ms", type=float, default=60.0, help="drawn into the curve (default: 60)")
+    parser.add_argument("--budget-ms", type=float, help="drawn into the curve, with the setting that keeps it")
     parser.add_argument("--limit", type=int, default=30, help="images for the curve (default: 30)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs" / "pictures")
     args = parser.parse_args()
@@ -37,8 +37,8 @@ def main() -> None:
     cv2.imwrite(str(strip), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 85])
     curve = args.output / "tune.png"
     command = ["tune", "--model", args.model, "--images", f"{args.data}/images", "--labels", f"{args.data}/labels"]
-    code = clustvit_ros([*command, "--budget-ms", f"{args.budget_ms:g}", "--limit", f"{args.limit}",
-                         "--plot", str(curve), "--json", str(curve.with_suffix(".json"))])  # fmt: skip
+    command += ["--limit", f"{args.limit}", "--plot", str(curve), "--json", str(curve.with_suffix(".json"))]
+    code = clustvit_ros(command + (["--budget-ms", f"{args.budget_ms:g}"] if args.budget_ms else []))
     if code:
         raise SystemExit(code)
     for path in (strip, curve):
