@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from clustvit_ros.bags import LabelOptions, LabelReport, label_bag
 from clustvit_ros.bags.labelling import COMPRESSIONS, FORMATS, OUTPUT_STORAGES
@@ -89,25 +90,27 @@ def run(args: argparse.Namespace) -> int:
     info = engine.info
     reason = f" ({info.device_reason})" if info.device_reason else ""
     print(f"{args.bag} -> {args.output}: model {info.model}, engine {info.engine} on {info.device}{reason}", flush=True)
-    # A terminal shows a bar that moves; a log file gets a line now and then.
-    pace_s = 0.2 if sys.stderr.isatty() else 10.0
-    with tqdm(total=0, unit="image", mininterval=pace_s, maxinterval=pace_s, file=sys.stderr) as bar:
+    bar: Any = None
 
-        def show(done: int, total: int) -> None:
-            if bar.total != total:
-                if done:
-                    print(f"continuing: {done} of {total} images are labelled already", flush=True)
-                bar.reset(total)
-                bar.initial = done  # else the estimate believes that they were done just now
-            bar.update(done - bar.n)
+    def show(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            if done:
+                print(f"continuing: {done} of {total} images are labelled already", flush=True)
+            # A terminal shows a bar that moves; a log file gets a line now and then.
+            pace_s = 0.2 if sys.stderr.isatty() else 10.0
+            bar = tqdm(total=total, initial=done, unit="image", mininterval=pace_s, maxinterval=pace_s, file=sys.stderr)
+        bar.update(done - bar.n)
 
-        try:
-            report = label_bag(args.bag, args.output, engine, options, args.restart, show)
-        except KeyboardInterrupt:
-            print("\nstopped; the same command continues", file=sys.stderr)
-            raise
-        finally:
-            engine.close()
+    try:
+        report = label_bag(args.bag, args.output, engine, options, args.restart, show)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues", file=sys.stderr)
+        raise
+    finally:
+        if bar is not None:
+            bar.close()
+        engine.close()
     describe(report)
     return 0 if report.complete else 1
 
