@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 from urllib.parse import quote
 
+from clustvit_ros.bags.sqlite_pages import scan_messages
+
 _MCAP_MAGIC = b"\x89MCAP0\r\n"
 _FOOTER, _SCHEMA, _CHANNEL, _MESSAGE, _CHUNK = 0x02, 0x03, 0x04, 0x05, 0x06
 _LAST_MCAP_OPCODE = 0x0F
@@ -162,18 +164,24 @@ def _read_sqlite(path: Path, damage: list[str]) -> Iterator[Salvaged]:
     log = path.with_name(path.name + "-wal")
     mode = "mode=ro" if log.exists() and log.stat().st_size else "mode=ro&immutable=1"
     connection = sqlite3.connect(f"file:{quote(str(path.absolute()))}?{mode}", uri=True)
-    read = 0
+    topics: dict[int, tuple[str, str]] = {}
+    last_row = read = 0
     try:
         # Else SQLite refuses to open a file that is shorter than its header says.
         connection.execute("PRAGMA writable_schema=ON")
         topics = {key: (name, kind) for key, name, kind in connection.execute("SELECT id, name, type FROM topics")}
         # Not by time: the rows lie in the file as they came, an index may not.
-        for topic, timestamp_ns, data in connection.execute("SELECT topic_id, timestamp, data FROM messages"):
-            read += 1
-            if topic in topics and isinstance(data, bytes) and isinstance(timestamp_ns, int):
+        for row, topic, timestamp_ns, data in connection.execute("SELECT id, topic_id, timestamp, data FROM messages"):
+            # Rows ascend; a page that reads as zeros gives a row 0 before SQLite notices.
+            if row > last_row and topic in topics and isinstance(data, bytes) and isinstance(timestamp_ns, int):
+                last_row, read = row, read + 1
                 yield Salvaged(*topics[topic], timestamp_ns, data)
     except sqlite3.DatabaseError as error:
-        raise SalvageError(f"unreadable after {read} messages ({error})") from error
+        for message in scan_messages(path, last_row) if topics else ():
+            if message.topic in topics:
+                read += 1
+                yield Salvaged(*topics[message.topic], message.timestamp_ns, message.data)
+        raise SalvageError(f"{read} messages are readable ({error})") from error
     finally:
         connection.close()
 
