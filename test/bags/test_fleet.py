@@ -19,6 +19,7 @@ from recordings import camera_bag, replay, truncate
 from clustvit_ros.bags import LabelOptions
 from clustvit_ros.bags.fleet import DAMAGED, FAILED, LABELLED, BagLabeller, FleetOptions, label_bags
 from clustvit_ros.classes import ClassSet
+from clustvit_ros.cli.label_bags import _targets
 from clustvit_ros.cli.main import main
 from clustvit_ros.errors import ConfigError
 
@@ -45,7 +46,28 @@ def test_options_are_checked(wrong):
         FleetOptions(**wrong)
 
 
-def test_outputs_of_one_name_do_not_collide(tmp_path, capsys):
+def test_outputs_lie_beside_the_bags_or_in_folders_like_theirs(tmp_path):
+    bags = [tmp_path / "robot_1" / "drive", tmp_path / "robot_2" / "drive", tmp_path / "robot_2" / "lone.mcap"]
+    (tmp_path / "robot_2").mkdir()
+    bags[2].touch()
+    assert _targets(bags, None) == [
+        tmp_path / "robot_1" / "drive_segmentation",
+        tmp_path / "robot_2" / "drive_segmentation",
+        tmp_path / "robot_2" / "lone_segmentation",
+    ]
+    out = tmp_path / "out"
+    assert _targets(bags, out) == [
+        out / "robot_1" / "drive_segmentation",
+        out / "robot_2" / "drive_segmentation",
+        out / "robot_2" / "lone_segmentation",
+    ]
+    assert _targets(bags[:1], out) == [out / "drive_segmentation"]
+    (tmp_path / "robot_2" / "lone.db3").touch()
+    with pytest.raises(ConfigError, match="several bags would be labelled into"):
+        _targets([bags[2], tmp_path / "robot_2" / "lone.db3"], None)
+
+
+def test_no_bags_is_an_error(tmp_path, capsys):
     assert main(["label-bags", str(tmp_path / "**"), "--engine", "scripted"]) == 2
     assert "no bags found" in capsys.readouterr().err
 
