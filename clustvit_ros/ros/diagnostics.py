@@ -81,6 +81,8 @@ class Health:
         input_age_s: how old the newest image was when it came; negative when it was stamped in the future.
         budget_problem: what keeps the latency budget from being held, or empty.
         throttling: why the platform makes the machine slower than it could be, or empty.
+        engine_fault: why the engine does not run as it was asked to, or empty.
+        lossless: every frame was to be segmented.
     """
 
     state: str
@@ -97,6 +99,8 @@ class Health:
     input_age_s: float = 0.0
     budget_problem: str = ""
     throttling: str = ""
+    engine_fault: str = ""
+    lossless: bool = False
 
 
 def judge(health: Health) -> tuple[int, str]:
@@ -115,6 +119,12 @@ def judge(health: Health) -> tuple[int, str]:
     if health.input_silence_s > health.input_timeout_s:
         because = f" ({health.qos_problem})" if health.qos_problem else ""
         return ERROR, f"no image on {health.input_topic} for {health.input_silence_s:.1f} s{because}"
+    if health.engine_fault:
+        return ERROR, health.engine_fault
+    if health.lossless and recent.dropped:
+        return ERROR, (
+            f"{recent.dropped} frames found the queue full and were dropped: replay slower or raise queue_limit_mb"
+        )
     if recent.failed:
         return WARN, f"engine failed on {recent.failed} frames: {health.last_failure}"
     if recent.rejected:

@@ -18,6 +18,7 @@ from clustvit_ros.ros.conversions import decode_image, image_message
 from clustvit_ros.ros.latency_control import LatencyControl
 from clustvit_ros.ros.overlay import draw_overlay
 from clustvit_ros.ros.parameters import SegmentationParameters
+from clustvit_ros.ros.replay import FixedLatency
 from clustvit_ros.runtime import Engine, Prediction, Stats
 
 OUTPUT_QOS = QoSProfile(depth=5, reliability=ReliabilityPolicy.RELIABLE)
@@ -79,12 +80,13 @@ class MaskPublishers:
 
     Args:
         create: the node's `create_lifecycle_publisher` or `create_publisher`.
+        qos: where `qos_overrides` say nothing else.
     """
 
-    def __init__(self, create: Callable[..., Any]) -> None:
+    def __init__(self, create: Callable[..., Any], qos: QoSProfile = OUTPUT_QOS) -> None:
         overrides = QoSOverridingOptions.with_default_policies
         self._publishers = {
-            name: create(Image, f"segmentation/{name}", OUTPUT_QOS, qos_overriding_options=overrides())
+            name: create(Image, f"segmentation/{name}", qos, qos_overriding_options=overrides())
             for name in _IMAGE_OUTPUTS
         }
 
@@ -112,7 +114,11 @@ class FramePipeline:
     """
 
     def __init__(
-        self, engine: Engine, publishers: MaskPublishers, now_ns: Callable[[], int], latency: LatencyControl
+        self,
+        engine: Engine,
+        publishers: MaskPublishers,
+        now_ns: Callable[[], int],
+        latency: LatencyControl | FixedLatency,
     ) -> None:
         self._engine = engine
         self._latency = latency

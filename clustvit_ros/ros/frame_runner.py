@@ -49,6 +49,7 @@ class FrameRunner:
         on_report: called in the worker's thread after each segmented frame, late ones included.
         logger: an rclpy logger.
         context_ok: False once ROS is shutting down: publishing then fails, and that is no fault.
+        slot: where frames wait; None keeps the newest only.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class FrameRunner:
         on_report: Callable[[Frame, FrameReport, FrameCounts], None],
         logger: Any,
         context_ok: Callable[[], bool],
+        slot: LatestSlot[Frame] | None = None,
     ) -> None:
         self._pipeline = pipeline
         self._parameters = parameters
@@ -65,7 +67,7 @@ class FrameRunner:
         self._logger = logger
         self._context_ok = context_ok
         self._account = Account()
-        self._slot: LatestSlot[Frame] = LatestSlot()
+        self._slot: LatestSlot[Frame] = slot if slot is not None else LatestSlot()
         self._worker = FrameWorker(self._slot, self._handle, self._on_fault)
 
     @property

@@ -53,6 +53,7 @@ class LatencyControl:
         self._logger = logger
         self._cache = cache or CalibrationCache()
         self._sizes: dict[tuple[int, int], _ImageSize] = {}
+        self._device = engine.info.device
         self._newest: tuple[int, int] | None = None
         self._parameters = SegmentationParameters()
         self._misses = MissCounter()
@@ -157,6 +158,9 @@ class LatencyControl:
                 return
 
     def _prepare(self, image_size: tuple[int, int], parameters: SegmentationParameters) -> _ImageSize:
+        if self._engine.info.device != self._device:  # it fell back, or came back: what was measured is void
+            self._device = self._engine.info.device
+            self._sizes.clear()
         again = parameters.recalibrate and not self._recalibrated
         self._recalibrated = self._recalibrated and parameters.recalibrate
         entry = self._sizes.get(image_size)

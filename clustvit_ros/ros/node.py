@@ -32,9 +32,11 @@ from clustvit_ros.ros.latency_control import LatencyControl
 from clustvit_ros.ros.parameter_server import ParameterServer
 from clustvit_ros.ros.parameters import SegmentationParameters
 from clustvit_ros.ros.process import run_node
+from clustvit_ros.ros.replay import REPLAY_OUTPUT_QOS, REPLAY_QOS, FixedLatency, FrameQueue
 from clustvit_ros.runtime import Engine, ScriptedEngine, create_engine
 from clustvit_ros.runtime.bound_engine import BoundEngine
 from clustvit_ros.runtime.machine import throttling
+from clustvit_ros.runtime.resilient_engine import ResilientEngine
 from clustvit_ros.runtime.scripted_engine import proportional
 
 INPUT_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
@@ -51,8 +53,12 @@ def load_engine(parameters: SegmentationParameters) -> Engine:
     """
     if parameters.engine == "scripted":
         return ScriptedEngine(latency_ms=proportional(parameters.scripted_latency_ms))
-    return BoundEngine(
-        lambda: create_engine(parameters.model, parameters.engine, parameters.device, parameters.threads)
+    return ResilientEngine(
+        lambda device: BoundEngine(
+            lambda: create_engine(parameters.model, parameters.engine, device, parameters.threads)
+        ),
+        parameters.device,
+        adapt=parameters.processing == "live",
     )
 
 
@@ -73,7 +79,7 @@ class SegmentationNode(LifecycleNode):
         super().__init__("segmentation", **arguments)
         self._engine_factory = engine_factory
         self._engine: Engine | None = None
-        self._latency: LatencyControl | None = None
+        self._latency: LatencyControl | FixedLatency | None = None
         self._runner: FrameRunner | None = None
         self._watch: InputWatch | None = None
         self._subscription: Any = None
@@ -81,6 +87,7 @@ class SegmentationNode(LifecycleNode):
         self._masks: MaskPublishers | None = None
         self._state = "unconfigured"
         self._fault = ""
+        self._engine_fault = ""
         self._first_mask_told = True
         self._reported = FrameCounts()
         self._server = ParameterServer(self, SegmentationParameters, self._why_locked, self._check)
@@ -164,7 +171,8 @@ class SegmentationNode(LifecycleNode):
         engine = self._engine_factory(parameters)
         try:
             engine.warmup()
-            self._masks = MaskPublishers(self.create_lifecycle_publisher)
+            qos = OUTPUT_QOS if parameters.processing == "live" else REPLAY_OUTPUT_QOS
+            self._masks = MaskPublishers(self.create_lifecycle_publisher, qos)
             self._stats = self.create_lifecycle_publisher(
                 DiagnosticArray, "segmentation/stats", OUTPUT_QOS,
                 qos_overriding_options=QoSOverridingOptions.with_default_policies(),
@@ -174,7 +182,10 @@ class SegmentationNode(LifecycleNode):
             self._destroy_publishers()
             raise
         self._engine = engine
-        self._latency = LatencyControl(engine, self.get_logger())
+        lossless = parameters.processing == "every_frame"
+        self._latency = FixedLatency(engine) if lossless else LatencyControl(engine, self.get_logger())
+        if lossless and parameters.latency_budget_ms:
+            self.get_logger().warning("latency_budget_ms has no effect while processing is every_frame")
         info = engine.info
         reason = f" ({info.device_reason})" if info.device_reason else ""
         self.get_logger().info(
@@ -190,7 +201,7 @@ class SegmentationNode(LifecycleNode):
         assert self._engine is not None and self._masks is not None and self._latency is not None
         pipeline = FramePipeline(self._engine, self._masks, lambda: self.get_clock().now().nanoseconds, self._latency)
         self._runner = FrameRunner(
-            pipeline, lambda: self.parameters, self._on_frame_report, self.get_logger(), self.context.ok
+            pipeline, lambda: self.parameters, self._on_frame_report, self.get_logger(), self.context.ok, self._queue()
         )
         self._reported = FrameCounts()
         self._first_mask_told = False
@@ -200,7 +211,7 @@ class SegmentationNode(LifecycleNode):
         self._watch = InputWatch(self, topic, f"sensor_msgs/msg/{kind.__name__}")
         self._runner.start()
         self._subscription = self.create_subscription(
-            kind, topic, self._on_image, INPUT_QOS,
+            kind, topic, self._on_image, INPUT_QOS if self.parameters.processing == "live" else REPLAY_QOS,
             event_callbacks=subscription_events(self._watch),
             qos_overriding_options=QoSOverridingOptions.with_default_policies(),
         )  # fmt: skip
@@ -250,6 +261,11 @@ class SegmentationNode(LifecycleNode):
         if self._latency is not None:
             self._latency.check(old, new)
 
+    def _queue(self) -> FrameQueue[Frame] | None:
+        if self.parameters.processing == "live":
+            return None
+        return FrameQueue(self.parameters.queue_limit_mb * 1_000_000, lambda frame: len(frame.message.data))
+
     # Frames.
 
     def _on_image(self, message: Image | CompressedImage) -> None:
@@ -283,6 +299,7 @@ class SegmentationNode(LifecycleNode):
         status = self._latency.status if self._latency is not None else BudgetStatus()
         if status.recalibrated and self.parameters.recalibrate:
             self.set_parameters([Parameter("recalibrate", value=False)])
+        self._tell_engine_fault()
         level, sentence = judge(self._health(account, status.problem()))
         pairs = {"state": self._state, **account.counts.as_pairs()}
         if self._engine is not None:
@@ -295,6 +312,15 @@ class SegmentationNode(LifecycleNode):
         name = f"{self.get_fully_qualified_name().lstrip('/')}: segmentation"
         self._diagnostics.publish(diagnostic_array(header, name, device, level, sentence, pairs))
         self._reported = account.counts
+
+    def _tell_engine_fault(self) -> None:
+        fault = self._engine.fault if self._engine is not None else ""
+        if bool(fault) != bool(self._engine_fault):
+            if fault:
+                self.get_logger().error(fault)
+            else:
+                self.get_logger().info("the engine runs as configured again")
+        self._engine_fault = fault
 
     def _health(self, account: Account, budget_problem: str) -> Health:
         watch = self._watch
@@ -313,6 +339,8 @@ class SegmentationNode(LifecycleNode):
             input_age_s=account.arrival_age_ms / 1000.0,
             budget_problem=budget_problem,
             throttling=throttling() if budget_problem else "",
+            engine_fault=self._engine_fault,
+            lossless=self.parameters.processing == "every_frame",
         )
 
 

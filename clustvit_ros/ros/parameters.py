@@ -65,6 +65,14 @@ class SegmentationParameters:
     image_transport: str = parameter(
         "raw", "`compressed` subscribes to JPEG or PNG on `<image>/compressed`.", choices=("raw", "compressed")
     )
+    processing: str = parameter(
+        "live", "`every_frame` queues all frames and adapts nothing, so that masks of a replay repeat bit for bit.",
+        choices=("live", "every_frame"),
+    )  # fmt: skip
+    queue_limit_mb: int = parameter(
+        1024, "With `every_frame`, frames that wait may take so much memory; what comes then is dropped, and told.",
+        minimum=1, maximum=1_048_576, unit="MB",
+    )  # fmt: skip
     max_image_pixels: int = parameter(
         16_777_216, "Larger images are rejected before any memory is spent on them.",
         minimum=1, maximum=1_073_741_824, unit="pixels", live=True,
