@@ -91,3 +91,4 @@ def subscription_events(watch: InputWatch) -> Any:
     except ImportError:  # Humble's name for the same module
         from rclpy.qos_event import SubscriptionEventCallbacks
     return SubscriptionEventCallbacks(incompatible_qos=watch.on_incompatible_qos)
+

@@ -59,7 +59,9 @@ class RecorderParameters:
     idle_timeout_s: float = parameter(
         5.0, "End when no mask came for so long, after the first.", minimum=0.1, maximum=3600.0, unit="s"
     )
-    start_timeout_s: float = parameter(120.0, "End when no mask comes at all.", minimum=0.1, maximum=86_400.0, unit="s")
+    start_timeout_s: float = parameter(
+        120.0, "End when no mask comes at all.", minimum=0.1, maximum=86_400.0, unit="s"
+    )
 
 
 class PictureWriter:
@@ -110,7 +112,9 @@ class RecorderNode(Node):
         self._ended_by = "signal"
         self.done: Future = Future()
         """Gets the reason why the recording ended."""
-        self._mask_topic = self.create_subscription(Image, "segmentation/mask", self._on_mask, _RECORD_QOS).topic_name
+        self._mask_topic = self.create_subscription(
+            Image, "segmentation/mask", self._on_mask, _RECORD_QOS
+        ).topic_name
         self.create_subscription(DiagnosticArray, "segmentation/stats", self._on_stats, _RECORD_QOS)
         if self._options.save_confidence:
             self.create_subscription(Image, "segmentation/confidence", self._on_confidence, _RECORD_QOS)
