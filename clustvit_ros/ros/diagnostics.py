@@ -174,6 +174,7 @@ def frame_pairs(report: FrameReport, counts: FrameCounts) -> dict[str, str]:
         "tokens_kept": f"{engine.tokens_kept:g}",
         "image_size": "{}x{}".format(*report.image_size),
         "mask_size": "{}x{}".format(*report.mask_size),
+        "batch": str(report.batch),
         "decode_ms": f"{report.decode_ms:.3f}",
         "engine_ms": f"{engine.total_ms:.3f}",
         "publish_ms": f"{report.publish_ms:.3f}",
@@ -188,26 +189,36 @@ def frame_pairs(report: FrameReport, counts: FrameCounts) -> dict[str, str]:
     return pairs
 
 
-def diagnostic_array(
-    header: Any, name: str, hardware_id: str, level: int, sentence: str, pairs: Mapping[str, str]
-) -> Any:
-    """Build a diagnostic_msgs/DiagnosticArray of one status.
+def diagnostic_status(name: str, hardware_id: str, level: int, sentence: str, pairs: Mapping[str, str]) -> Any:
+    """Build a diagnostic_msgs/DiagnosticStatus.
 
     Args:
-        header: std_msgs/Header.
         name: "<node>: <what>".
         hardware_id: the device that computes.
         level: OK, WARN or ERROR.
         sentence: the status message.
         pairs: keys and values.
     """
-    from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+    from diagnostic_msgs.msg import DiagnosticStatus, KeyValue
 
-    status = DiagnosticStatus(
+    return DiagnosticStatus(
         level=bytes([level]),
         name=name,
         message=sentence,
         hardware_id=hardware_id,
         values=[KeyValue(key=key, value=value) for key, value in pairs.items()],
     )
-    return DiagnosticArray(header=header, status=[status])
+
+
+def diagnostic_array(
+    header: Any, name: str, hardware_id: str, level: int, sentence: str, pairs: Mapping[str, str]
+) -> Any:
+    """Build a diagnostic_msgs/DiagnosticArray of one status; see `diagnostic_status`.
+
+    Args:
+        header: std_msgs/Header.
+        name, hardware_id, level, sentence, pairs: of the status.
+    """
+    from diagnostic_msgs.msg import DiagnosticArray
+
+    return DiagnosticArray(header=header, status=[diagnostic_status(name, hardware_id, level, sentence, pairs)])
