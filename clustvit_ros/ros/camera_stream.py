@@ -39,8 +39,6 @@ class CameraStream:
             lambda topic: qos.publisher_events(node.resolve_topic_name(topic)),
             **({"depth": REPLAY_OUTPUT_DEPTH} if lossless else {}),
         )
-        for publisher in self.outputs.all():
-            qos.add(publisher.topic_name, publisher)
         self._subscriptions: list[Any] = []
         self._on_frame: Callable[[Frame], None] = lambda frame: None
         self._camera_info: CameraInfo | None = None
@@ -91,6 +89,12 @@ class CameraStream:
             self._qos.remove(publisher.topic_name)
             self._node.destroy_lifecycle_publisher(publisher)
 
+    def qos_problems(self) -> tuple[str, str]:
+        """Peers that DDS refuses to match: cameras that are not heard, and consumers that hear nothing."""
+        inputs = (subscription.topic_name for subscription in self._subscriptions)
+        outputs = (publisher.topic_name for publisher in self.outputs.all())
+        return self._qos.problem_of(*inputs), self._qos.problem_of(*outputs)
+
     def take_messages(self) -> None:
         """Handle what has arrived; for callbacks that keep the executor long."""
         for subscription in self._subscriptions:
@@ -103,7 +107,6 @@ class CameraStream:
             kind, topic, callback, profile,
             event_callbacks=self._qos.subscription_events(topic), qos_overriding_options=overridable(),
         )  # fmt: skip
-        self._qos.add(topic, subscription)
         self._subscriptions.append(subscription)
 
     def _camera_info_topic(self, image_topic: str) -> str:

@@ -78,6 +78,7 @@ class Health:
         last_failure: what the engine last raised.
         unstamped: frames come without a stamp, so that their age is unknown.
         qos_problem: a policy that kept a camera from being heard, or empty.
+        output_qos_problem: a policy that keeps a consumer from hearing this node, or empty.
         input_age_s: how old the newest image was when it came; negative when it was stamped in the future.
         budget_problem: what keeps the latency budget from being held, or empty.
         throttling: why the platform makes the machine slower than it could be, or empty.
@@ -96,6 +97,7 @@ class Health:
     last_failure: str = ""
     unstamped: bool = False
     qos_problem: str = ""
+    output_qos_problem: str = ""
     input_age_s: float = 0.0
     budget_problem: str = ""
     throttling: str = ""
@@ -137,8 +139,8 @@ def judge(health: Health) -> tuple[int, str]:
             f"images are {abs(health.input_age_s):.1f} s {side}: the camera lags, or its clock differs from this "
             "node's (set use_sim_time where a bag is replayed)"
         )
-    if health.qos_problem:
-        return WARN, health.qos_problem
+    if health.qos_problem or health.output_qos_problem:
+        return WARN, "; ".join(filter(None, (health.qos_problem, health.output_qos_problem)))
     if health.unstamped:
         return WARN, "images come without a time stamp: latency is unknown and time synchronisation will fail"
     if not health.counts.segmented + health.counts.late:

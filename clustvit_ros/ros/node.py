@@ -319,7 +319,7 @@ class SegmentationNode(LifecycleNode):
                     name=f"{self.get_fully_qualified_name().lstrip('/')}: segmentation{' ' + camera if camera else ''}",
                     state=self._state, fault=self._fault, engine=loaded.engine if loaded is not None else None,
                     engine_fault=self._engine_fault, budget=budget, parameters=self.parameters, stream=stream,
-                    account=account, qos_problem=self._qos.problem,
+                    account=account,
                 )
             )  # fmt: skip
         self._diagnostics.publish(array)

@@ -23,7 +23,6 @@ def camera_status(
     parameters: SegmentationParameters,
     stream: CameraStream | None,
     account: Account | None,
-    qos_problem: str,
 ) -> Any:
     """Build a diagnostic_msgs/DiagnosticStatus, and remember in `stream` what was reported.
 
@@ -37,12 +36,12 @@ def camera_status(
         parameters: in force.
         stream: the camera's topics; None before they exist.
         account: what became of its frames; None before the first activation.
-        qos_problem: peers that DDS refuses to match, or empty.
     """
     account = account if account is not None else Account()
     watch = stream.watch if stream is not None else None
     recent = account.counts.since(stream.reported) if stream is not None else account.counts
     budget_problem = budget.problem()
+    input_problem, output_problem = stream.qos_problems() if stream is not None else ("", "")
     level, sentence = judge(
         Health(
             state=state,
@@ -55,7 +54,8 @@ def camera_status(
             last_rejection=account.last_rejection,
             last_failure=account.last_failure,
             unstamped=account.unstamped,
-            qos_problem=qos_problem,
+            qos_problem=input_problem,
+            output_qos_problem=output_problem,
             input_age_s=account.arrival_age_ms / 1000.0,
             budget_problem=budget_problem,
             throttling=throttling() if budget_problem else "",
@@ -73,6 +73,6 @@ def camera_status(
         stream.reported = account.counts
     pairs.update(account.age.as_pairs("age"))
     pairs.update(account.engine.as_pairs("engine"))
-    if qos_problem:
-        pairs["incompatible_qos"] = qos_problem
+    if input_problem or output_problem:
+        pairs["incompatible_qos"] = "; ".join(filter(None, (input_problem, output_problem)))
     return diagnostic_status(name, engine.info.device if engine is not None else "", level, sentence, pairs)

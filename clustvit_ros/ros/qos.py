@@ -56,16 +56,10 @@ class QosWatch:
     def __init__(self, node: Node) -> None:
         self._node = node
         self._problems: dict[str, str] = {}
-        self._entities: dict[str, Any] = {}
 
-    @property
-    def problem(self) -> str:
-        """What is refused on which topics, and the remedy; empty when nothing is."""
-        return "; ".join(self._problems.values())
-
-    def problem_of(self, topic: str) -> str:
-        """What is refused on one topic, and the remedy; empty when nothing is."""
-        return self._problems.get(topic, "")
+    def problem_of(self, *topics: str) -> str:
+        """What is refused on these topics, and the remedy; empty when nothing is."""
+        return "; ".join(self._problems[topic] for topic in topics if topic in self._problems)
 
     def publisher_events(self, topic: str) -> Any:
         """Event callbacks for a publisher on the resolved `topic`."""
@@ -75,19 +69,14 @@ class QosWatch:
         """Event callbacks for a subscription to the resolved `topic`."""
         return SubscriptionEventCallbacks(incompatible_qos=lambda event: self._refused(topic, "subscription", event))
 
-    def add(self, topic: str, entity: Any) -> None:
-        """Name the publisher or subscription that a topic's peers are compared with."""
-        self._entities[topic] = entity
-
     def remove(self, topic: str) -> None:
         """The publisher or subscription is gone, and its problems are."""
-        self._entities.pop(topic, None)
         self._problems.pop(topic, None)
 
     def check(self) -> None:
         """Forget problems whose peers have gone; call it from time to time."""
         for topic in list(self._problems):
-            if topic in self._entities and not self._misfits(topic):
+            if not self._misfits(topic):
                 del self._problems[topic]
                 self._node.get_logger().info(f"nobody with incompatible QoS is left on {topic}")
 
@@ -103,10 +92,16 @@ class QosWatch:
         self._node.get_logger().warning(self._problems[topic])
 
     def _misfits(self, topic: str) -> bool:
-        """Some peer on a topic is incompatible still."""
-        ours = self._entities[topic].qos_profile
-        if hasattr(self._entities[topic], "publish"):
-            pairs = [(ours, info.qos_profile) for info in self._node.get_subscriptions_info_by_topic(topic)]
-        else:
-            pairs = [(info.qos_profile, ours) for info in self._node.get_publishers_info_by_topic(topic)]
-        return any(qos_check_compatible(*pair)[0] == QoSCompatibility.ERROR for pair in pairs)
+        """One of the node's own endpoints and a peer are still incompatible.
+
+        Both sides as the graph has them: a profile as it was written leaves policies out that DDS fills in.
+        """
+        publishers = self._node.get_publishers_info_by_topic(topic)
+        subscriptions = self._node.get_subscriptions_info_by_topic(topic)
+        own = (self._node.get_name(), self._node.get_namespace())
+        return any(
+            qos_check_compatible(publisher.qos_profile, subscription.qos_profile)[0] == QoSCompatibility.ERROR
+            for publisher in publishers
+            for subscription in subscriptions
+            if own in ((end.node_name, end.node_namespace) for end in (publisher, subscription))
+        )
