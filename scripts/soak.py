@@ -70,8 +70,9 @@ def soak_in_process(frames: int, size: tuple[int, int], encoding: str) -> dict[s
     """
     from std_msgs.msg import Header
 
+    from clustvit_ros.ros.camera_outputs import CameraOutputs
     from clustvit_ros.ros.conversions import image_message
-    from clustvit_ros.ros.frame_pipeline import Frame, FramePipeline, MaskPublishers
+    from clustvit_ros.ros.frame_pipeline import Frame, FramePipeline
     from clustvit_ros.ros.frame_runner import FrameRunner
     from clustvit_ros.ros.latency_control import LatencyControl
     from clustvit_ros.ros.parameters import SegmentationParameters
@@ -79,12 +80,14 @@ def soak_in_process(frames: int, size: tuple[int, int], encoding: str) -> dict[s
 
     keep_freed_memory()
     publishers: dict[str, DiscardingPublisher] = {}
-    masks = MaskPublishers(lambda _k, topic, *_q, **_o: publishers.setdefault(topic, DiscardingPublisher()))
+    outputs = CameraOutputs(lambda _k, topic, *_q, **_o: publishers.setdefault(topic, DiscardingPublisher()))
     engine = ScriptedEngine()
-    pipeline = FramePipeline(engine, masks, time.time_ns, LatencyControl(engine, QuietLogger()))
+    pipeline = FramePipeline(engine, {"": outputs}, time.time_ns, LatencyControl(engine, QuietLogger()))
     done = threading.Semaphore(0)
     parameters = SegmentationParameters()
-    runner = FrameRunner(pipeline, lambda: parameters, lambda *_report: done.release(), QuietLogger(), lambda: True)
+    runner = FrameRunner(
+        lambda: pipeline, lambda _camera: parameters, lambda *_report: done.release(), QuietLogger(), lambda: True
+    )
     shape = size if encoding in ("mono8", "mono16") else (*size, 3)
     pictures = np.random.default_rng(0).integers(0, 256, (8, *shape), dtype=np.uint8)
     runner.start()

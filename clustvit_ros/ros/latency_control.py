@@ -113,7 +113,7 @@ class LatencyControl:
             decision=decision,
         )
 
-    def observe(self, allowance: Allowance, engine: Stats, age_ms: float, missed: bool) -> Misses:
+    def observe(self, allowance: Allowance, engine: Stats, age_ms: float, missed: bool, learn: bool = True) -> Misses:
         """Learn from the frame that `allowance` was for.
 
         Args:
@@ -121,6 +121,7 @@ class LatencyControl:
             engine: what the engine did.
             age_ms: milliseconds from the frame's stamp to the publication of its mask.
             missed: it missed its deadline.
+            learn: the frame is an example of what one frame costs; one of a batch is not.
 
         Returns:
             Deadline misses so far, this frame included.
@@ -129,7 +130,7 @@ class LatencyControl:
         entry = self._sizes[self._newest]
         if allowance.budget_ms:
             self._misses.add(missed)
-        if entry.controller is not None and entry.calibration is None and not entry.unsettled:
+        if learn and entry.controller is not None and entry.calibration is None and not entry.unsettled:
             overhead_ms = max(age_ms - engine.total_ms, 0.0)
             entry.controller.observe(engine.token_capacity, engine.total_ms, overhead_ms)
         entry.unsettled = False

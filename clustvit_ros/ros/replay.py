@@ -20,11 +20,13 @@ from clustvit_ros.runtime import Engine, Stats
 
 T = TypeVar("T")
 
-REPLAY_QOS = QoSProfile(history=HistoryPolicy.KEEP_ALL, reliability=ReliabilityPolicy.RELIABLE)
-"""Input that loses nothing: the publisher must be reliable as well."""
-
-REPLAY_OUTPUT_QOS = QoSProfile(depth=200, reliability=ReliabilityPolicy.RELIABLE)
+REPLAY_OUTPUT_DEPTH = 200
 """A consumer may fall behind by so many masks."""
+
+
+def replay_qos() -> QoSProfile:
+    """Input that loses nothing: the publisher must be reliable as well."""
+    return QoSProfile(history=HistoryPolicy.KEEP_ALL, reliability=ReliabilityPolicy.RELIABLE)
 
 
 class FrameQueue(LatestSlot[T]):
@@ -38,29 +40,29 @@ class FrameQueue(LatestSlot[T]):
     def __init__(self, limit_bytes: int, bytes_of: Callable[[T], int]) -> None:
         super().__init__()
         self._limit_bytes, self._bytes_of = limit_bytes, bytes_of
-        self._items: deque[T] = deque()
+        self._queue: deque[tuple[str, T]] = deque()
         self._held_bytes = 0
 
     @property
     def idle(self) -> bool:
         """True while nothing waits to be taken and more may come."""
-        return not self._items and not self._closed
+        return not self._queue and not self._closed
 
-    def put(self, item: T) -> None:
+    def put(self, item: T, camera: str = "") -> None:
         """Append `item`; never blocks."""
         size = self._bytes_of(item)
         with self._condition:
-            self._received += 1
+            self._received[camera] += 1
             # A single frame above the limit is still a frame to be segmented.
-            if self._closed or (self._items and self._held_bytes + size > self._limit_bytes):
-                self._dropped += 1
+            if self._closed or (self._queue and self._held_bytes + size > self._limit_bytes):
+                self._dropped[camera] += 1
                 return
-            self._items.append(item)
+            self._queue.append((camera, item))
             self._held_bytes += size
             self._condition.notify()
 
     def take(self, timeout_s: float | None = None) -> T | None:
-        """Remove and return the oldest item.
+        """Remove and return the oldest item, whichever camera it is from.
 
         Args:
             timeout_s: seconds to wait for one; None waits for ever.
@@ -69,29 +71,16 @@ class FrameQueue(LatestSlot[T]):
             The item, or None on timeout and once the queue is closed.
         """
         with self._condition:
-            self._condition.wait_for(lambda: self._closed or bool(self._items), timeout_s)
-            if not self._items:
+            self._condition.wait_for(lambda: self._closed or bool(self._queue), timeout_s)
+            if not self._queue:
                 return None
-            item = self._items.popleft()
+            _, item = self._queue.popleft()
             self._held_bytes -= self._bytes_of(item)
             return item
 
-    def close(self) -> None:
-        """Drop what is held and wake whoever waits; later items are counted as dropped."""
-        with self._condition:
-            self._clear()
-            self._closed = True
-            self._condition.notify_all()
-
-    def reopen(self) -> None:
-        """Make a closed queue usable again; the counts go on."""
-        with self._condition:
-            self._clear()
-            self._closed = False
-
     def _clear(self) -> None:
-        self._dropped += len(self._items)
-        self._items.clear()
+        self._dropped.update(camera for camera, _ in self._queue)
+        self._queue.clear()
         self._held_bytes = 0
 
 
@@ -136,7 +125,7 @@ class FixedLatency:
             decision=None,
         )
 
-    def observe(self, allowance: Allowance, engine: Stats, age_ms: float, missed: bool) -> Misses:
+    def observe(self, allowance: Allowance, engine: Stats, age_ms: float, missed: bool, learn: bool = True) -> Misses:
         """Nothing is learnt."""
         return Misses()
 

@@ -19,9 +19,10 @@ from robot import Robot, header
 from sensor_msgs.msg import Image
 
 from clustvit_ros.errors import ImageError
+from clustvit_ros.ros.camera_outputs import CameraOutputs
 from clustvit_ros.ros.compressed import compressed_size, decode_compressed
 from clustvit_ros.ros.conversions import image_message
-from clustvit_ros.ros.frame_pipeline import Frame, FramePipeline, MaskPublishers
+from clustvit_ros.ros.frame_pipeline import Frame, FramePipeline
 from clustvit_ros.ros.latency_control import LatencyControl
 from clustvit_ros.ros.parameter_spec import build
 from clustvit_ros.ros.parameters import SegmentationParameters
@@ -65,9 +66,11 @@ def expected_size(message: Any) -> tuple[int, int]:
 def feed(messages: Iterator[Any], count: int, seed: int) -> None:
     """Push messages through the pipeline; fails on a crash, a wrong mask, a slow rejection or growing memory."""
     sinks: dict[str, Sink] = {}
-    publishers = MaskPublishers(lambda _kind, topic, *_qos, **_options: sinks.setdefault(topic.split("/")[1], Sink()))
+    outputs = CameraOutputs(
+        lambda _kind, topic, *_qos, **_options: sinks.setdefault(topic.removeprefix("segmentation/"), Sink())
+    )
     engine = ScriptedEngine()
-    pipeline = FramePipeline(engine, publishers, lambda: 0, LatencyControl(engine, QuietLogger()))
+    pipeline = FramePipeline(engine, {"": outputs}, lambda: 0, LatencyControl(engine, QuietLogger()))
     parameters = build(SegmentationParameters, {"max_image_pixels": hostile.MAX_PIXELS})
     accepted, slow = 0, []
     settled_bytes = 0
