@@ -191,3 +191,13 @@ def test_a_gpu_that_fails_and_comes_back(ros_client: Any, failing: FailingNode, 
     ros_client.spin_until(healthy, "the way back")
     assert {pair.key: pair.value for pair in status().values}["device"] == "cuda:0 (scripted)"
     assert {pair.key: pair.value for pair in status().values}["frames_failed"] == "0"
+
+
+def test_a_killed_node_leaves_nothing_that_hinders_the_next(
+    ros_client: Any, start_node: Callable[..., Any], rng: np.random.Generator
+) -> None:
+    pixels = pixels_of(rng, 48, 64)
+    for turn in range(3):
+        robot = Robot(ros_client, start_node, "/killed")
+        check(robot, pixels, image_message(pixels, "rgb8", header(600 + turn)))
+        robot.process.kill()
