@@ -84,11 +84,15 @@ SUPPORTED_ENCODINGS = tuple(_ENCODINGS)
 """Values of `Image.encoding` that can be segmented."""
 
 
+# A line of pixels costs a network far more than a picture with as many: every column is upsampled from all tokens.
+_LONGEST_SIDE_PX, _LONGEST_LINE_PX, _MOST_ELONGATED = 32_767, 4096, 64
+
+
 def check_pixels(height: int, width: int, max_pixels: int) -> None:
-    """Refuse empty and oversized images.
+    """Refuse empty and oversized images, and lines of pixels.
 
     Raises:
-        ImageError: a side is zero, or there are more than `max_pixels` pixels.
+        ImageError: a side is zero or too long, or there are more than `max_pixels` pixels.
     """
     if height < 1 or width < 1:
         raise ImageError(f"image size: got {width}x{height}, expected at least 1x1; check the camera driver")
@@ -97,6 +101,24 @@ def check_pixels(height: int, width: int, max_pixels: int) -> None:
             f"image size: got {width}x{height} = {height * width} pixels, expected at most {max_pixels}; "
             "reduce the camera's resolution or raise max_image_pixels"
         )
+    longest, shortest = max(height, width), min(height, width)
+    if longest > _LONGEST_SIDE_PX or longest > max(_LONGEST_LINE_PX, _MOST_ELONGATED * shortest):
+        raise ImageError(
+            f"image size: got {width}x{height}, expected sides of at most {_LONGEST_SIDE_PX} px and not more than "
+            f"{_MOST_ELONGATED} to 1; check the camera driver"
+        )
+
+
+def message_bytes(data: Any) -> np.ndarray:
+    """A message's `data` as (N,) uint8 that shares its memory.
+
+    Raises:
+        ImageError: no buffer of bytes.
+    """
+    try:
+        return np.frombuffer(data, np.uint8)
+    except (TypeError, ValueError, BufferError) as error:
+        raise ImageError(f"data: got {type(data).__name__}, expected bytes ({error})") from error
 
 
 def decode_image(message: Any, max_pixels: int) -> np.ndarray:
@@ -131,12 +153,12 @@ def decode_image(message: Any, max_pixels: int) -> np.ndarray:
     row_bytes = width * encoding.channels * encoding.value_bytes
     if step < row_bytes:
         raise ImageError(f"step: got {step} bytes for {size}, expected at least {row_bytes}; fix the camera driver")
-    if len(message.data) != step * height:
+    data = message_bytes(message.data)
+    if len(data) != step * height:
         raise ImageError(
-            f"data: got {len(message.data)} bytes for {size} with step {step}, expected {step * height}; "
-            "fix the camera driver"
+            f"data: got {len(data)} bytes for {size} with step {step}, expected {step * height}; fix the camera driver"
         )
-    rows = np.frombuffer(message.data, np.uint8).reshape(height, step)[:, :row_bytes]
+    rows = data.reshape(height, step)[:, :row_bytes]
     if encoding.value_bytes == 2:
         # Padding can leave rows at odd addresses; the copy also swaps bytes where needed.
         stored = np.ascontiguousarray(rows).view(">u2" if message.is_bigendian else "<u2")
