@@ -4,6 +4,7 @@
 #   make test                                     lint, types, tests
 #   make train DATA=<folder>                      train camvid_tiny again
 #   make overhead                                 the node's own cost per frame
+#   make reference                                write docs/reference.md and the viewers' configurations again
 #
 # PYTHON chooses the interpreter (3.10 to 3.12), TORCH the PyTorch requirement, e.g. TORCH=torch for the newest build.
 
@@ -12,17 +13,18 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TEST_STAMP := $(VENV)/.test-installed
 SOURCE ?=
 MODEL ?= camvid_tiny
 DATA ?= ../shared/data/camvid
 PYTEST_ARGS ?=
 
-.PHONY: demo test lint train overhead clean
+.PHONY: demo test lint train overhead reference clean
 
 demo: $(STAMP)
 	@$(BIN)/clustvit-ros demo --model $(MODEL) $(if $(SOURCE),--source "$(SOURCE)")
 
-test: lint
+test: lint $(TEST_STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(STAMP)
@@ -35,12 +37,22 @@ train: $(STAMP)
 overhead: $(STAMP)
 	$(BIN)/python scripts/node_overhead.py
 
+# What is written from the code: docs/reference.md, RViz configuration, Foxglove layout.
+reference: $(STAMP)
+	$(BIN)/python scripts/write_reference.py
+	$(BIN)/python scripts/write_views.py
+
 # torch first: what comes later must not pull in another build of it.
 $(STAMP): setup.py Makefile scripts/find_python.sh
 	@python="$$(bash scripts/find_python.sh "$(PYTHON)")" || exit 1; \
 	 if ! $(BIN)/python -c '' 2>/dev/null; then echo "creating $(VENV) with $$python"; "$$python" -m venv --clear $(VENV); fi
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[ros,opencv,train,onnx,test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[ros,opencv,train,onnx,bags,test]"
+	@touch $@
+
+# Ray is large, and only the tests of label-bags need it.
+$(TEST_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[fleet]"
 	@touch $@
 
 clean:

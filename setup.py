@@ -54,6 +54,9 @@ setup(
         "torch": ["torch>=2.1"],
         "opencv": ["opencv-python-headless>=4.5,<5"],
         "train": ["tqdm>=4.60", "matplotlib>=3.5"],
+        # Recorded bags without a ROS installation, and many of them on many machines.
+        "bags": ["rosbags>=0.11", "opencv-python-headless>=4.5,<5", "tqdm>=4.60"],
+        "fleet": ["ray[data]>=2.40"],
         "onnx": ["onnx>=1.15", "onnxruntime>=1.17"],
         "test": ["pytest>=7", "pytest-timeout>=2", "hypothesis>=6", "ruff>=0.6", "mypy>=1.8", "types-PyYAML"],
     },

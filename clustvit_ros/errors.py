@@ -5,6 +5,7 @@ ClustvitError
 ├── ModelError         a model folder or checkpoint that cannot be loaded
 ├── ImageError         an image or image message that cannot be segmented
 ├── DataError          a data set that cannot be trained or evaluated on
+├── BagError           a recorded bag that cannot be read or labelled
 └── EngineError        a device or execution provider that cannot run the model
 
 Messages say what was wrong, what was got, what was expected, and what to do about it.
@@ -29,6 +30,10 @@ class ImageError(ClustvitError, ValueError):
 
 class DataError(ClustvitError):
     """A data set that cannot be trained or evaluated on."""
+
+
+class BagError(ClustvitError):
+    """A recorded bag that cannot be read or labelled."""
 
 
 class EngineError(ClustvitError, RuntimeError):

@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "clustvit_ros"
-FOUNDATION = {"errors", "config", "classes", "paths", "dds", "image_files"}
+FOUNDATION = {
+    "errors",
+    "config",
+    "classes",
+    "paths",
+    "dds",
+    "image_files",
+    "image_encodings",
+    "compressed_images",
+    "shared_memory",
+}
 ALLOWED = {
     "modeling": set(),
     "training": {"modeling"},
@@ -18,7 +28,8 @@ ALLOWED = {
     "control": set(),
     "ros": {"runtime", "control"},
     "sim": set(),
-    "cli": {"modeling", "training", "runtime", "control", "sim"},
+    "bags": {"runtime"},
+    "cli": {"modeling", "training", "runtime", "control", "sim", "bags"},
 }
 ROS_PACKAGES = {
     "rclpy",

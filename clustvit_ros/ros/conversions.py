@@ -1,149 +1,14 @@
-"""Image messages to arrays and back, without cv_bridge (its compiled part breaks under NumPy 2).
-
-Every field of an incoming message is untrusted. What can be decoded gives the pixels that cv_bridge gives; what cannot
-is an ImageError that says what was got and what to do.
-"""
+"""Image messages from arrays; the way back is `image_encodings`, which needs no ROS."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
-import cv2
 import numpy as np
 from sensor_msgs.msg import Image
 from std_msgs.msg import Header
 
-from clustvit_ros.errors import ImageError
+from clustvit_ros.image_encodings import SUPPORTED_ENCODINGS, check_pixels, decode_image, image_fields
 
-
-@dataclass(frozen=True)
-class _Encoding:
-    """How pixels of one encoding lie in memory, and how they become RGB.
-
-    Args:
-        channels: values per pixel in memory.
-        to_rgb: (H, W) or (H, W, channels) uint8 or uint16 -> (H, W, 3) uint8.
-        value_bytes: bytes per value.
-        width_multiple: the width must be a multiple of this.
-        smallest_side_px: width and height must be at least this.
-    """
-
-    channels: int
-    to_rgb: Callable[[np.ndarray], np.ndarray]
-    value_bytes: int = 1
-    width_multiple: int = 1
-    smallest_side_px: int = 1
-
-
-def _converted(code: int) -> Callable[[np.ndarray], np.ndarray]:
-    return lambda pixels: cv2.cvtColor(pixels, code)
-
-
-def _from_mono16(pixels: np.ndarray) -> np.ndarray:
-    # The full 16-bit range onto 8 bits, as cv_bridge scales it.
-    return cv2.cvtColor(cv2.convertScaleAbs(pixels, alpha=255.0 / 65535.0), cv2.COLOR_GRAY2RGB)
-
-
-_MONO = _Encoding(1, _converted(cv2.COLOR_GRAY2RGB))
-_BGR = _Encoding(3, _converted(cv2.COLOR_BGR2RGB))
-_BGRA = _Encoding(4, _converted(cv2.COLOR_BGRA2RGB))
-_UYVY = _Encoding(2, _converted(cv2.COLOR_YUV2RGB_UYVY), width_multiple=2)
-_YUYV = _Encoding(2, _converted(cv2.COLOR_YUV2RGB_YUYV), width_multiple=2)
-
-
-def _bayer(code: int) -> _Encoding:
-    # Interpolation needs a neighbour of every colour; OpenCV leaves smaller pictures black.
-    return _Encoding(1, _converted(code), smallest_side_px=4)
-
-
-# ROS names a mosaic by its first two rows from the corner; OpenCV's older constants by the square one pixel further in.
-_ENCODINGS = {
-    "rgb8": _Encoding(3, np.ascontiguousarray),
-    "bgr8": _BGR,
-    "rgba8": _Encoding(4, _converted(cv2.COLOR_RGBA2RGB)),
-    "bgra8": _BGRA,
-    "mono8": _MONO,
-    "mono16": _Encoding(1, _from_mono16, value_bytes=2),
-    "yuv422": _UYVY,
-    "yuv422_yuy2": _YUYV,
-    "uyvy": _UYVY,
-    "yuyv": _YUYV,
-    "bayer_rggb8": _bayer(cv2.COLOR_BayerBG2RGB),
-    "bayer_bggr8": _bayer(cv2.COLOR_BayerRG2RGB),
-    "bayer_gbrg8": _bayer(cv2.COLOR_BayerGR2RGB),
-    "bayer_grbg8": _bayer(cv2.COLOR_BayerGB2RGB),
-    # Drivers that publish OpenCV matrices under their type's name mean OpenCV's channel order.
-    "8UC1": _MONO,
-    "8UC3": _BGR,
-    "8UC4": _BGRA,
-}
-
-SUPPORTED_ENCODINGS = tuple(_ENCODINGS)
-"""Values of `Image.encoding` that can be segmented."""
-
-
-def check_pixels(height: int, width: int, max_pixels: int) -> None:
-    """Refuse empty and oversized images.
-
-    Raises:
-        ImageError: a side is zero, or there are more than `max_pixels` pixels.
-    """
-    if height < 1 or width < 1:
-        raise ImageError(f"image size: got {width}x{height}, expected at least 1x1; check the camera driver")
-    if height * width > max_pixels:
-        raise ImageError(
-            f"image size: got {width}x{height} = {height * width} pixels, expected at most {max_pixels}; "
-            "reduce the camera's resolution or raise max_image_pixels"
-        )
-
-
-def decode_image(message: Any, max_pixels: int) -> np.ndarray:
-    """Decode a sensor_msgs/Image.
-
-    Args:
-        message: anything with the fields of sensor_msgs/Image.
-        max_pixels: larger images are refused before memory is allocated for them.
-
-    Returns:
-        (H, W, 3) uint8 RGB. It shares the message's memory where no conversion is needed.
-
-    Raises:
-        ImageError: unsupported encoding, impossible size, or data that does not fit the size.
-    """
-    encoding = _ENCODINGS.get(message.encoding)
-    if encoding is None:
-        raise ImageError(
-            f"encoding: got {str(message.encoding)[:40]!r}, expected one of {', '.join(SUPPORTED_ENCODINGS)}; "
-            "set the camera driver's encoding or convert with image_proc"
-        )
-    height, width, step = int(message.height), int(message.width), int(message.step)
-    check_pixels(height, width, max_pixels)
-    size = f"{width}x{height} {message.encoding}"
-    if width % encoding.width_multiple:
-        raise ImageError(f"width: got {width} of {size}, expected an even number; crop the image in the camera driver")
-    if min(height, width) < encoding.smallest_side_px:
-        raise ImageError(
-            f"image size: got {size}, expected at least {encoding.smallest_side_px}x{encoding.smallest_side_px} "
-            "to interpolate colours"
-        )
-    row_bytes = width * encoding.channels * encoding.value_bytes
-    if step < row_bytes:
-        raise ImageError(f"step: got {step} bytes for {size}, expected at least {row_bytes}; fix the camera driver")
-    if len(message.data) != step * height:
-        raise ImageError(
-            f"data: got {len(message.data)} bytes for {size} with step {step}, expected {step * height}; "
-            "fix the camera driver"
-        )
-    rows = np.frombuffer(message.data, np.uint8).reshape(height, step)[:, :row_bytes]
-    if encoding.value_bytes == 2:
-        # Padding can leave rows at odd addresses; the copy also swaps bytes where needed.
-        stored = np.ascontiguousarray(rows).view(">u2" if message.is_bigendian else "<u2")
-        return encoding.to_rgb(stored.astype(np.uint16, copy=False))
-    shape = (height, width, encoding.channels) if encoding.channels > 1 else (height, width)
-    return encoding.to_rgb(rows.reshape(shape))
+__all__ = ["SUPPORTED_ENCODINGS", "check_pixels", "decode_image", "image_message"]
 
 
 def image_message(pixels: np.ndarray, encoding: str, header: Header) -> Image:
@@ -157,20 +22,11 @@ def image_message(pixels: np.ndarray, encoding: str, header: Header) -> Image:
     Raises:
         ImageError: pixels that do not fit the encoding.
     """
-    dtype, shape = {
-        "mono8": (np.uint8, pixels.shape[:2]),
-        "mono16": (np.uint16, pixels.shape[:2]),
-        "rgb8": (np.uint8, (*pixels.shape[:2], 3)),
-        "bgr8": (np.uint8, (*pixels.shape[:2], 3)),
-    }[encoding]
-    if pixels.dtype != dtype or pixels.shape != shape:
-        raise ImageError(f"{encoding} message: got {pixels.shape} {pixels.dtype}, expected {shape} {np.dtype(dtype)}")
+    fields = image_fields(pixels, encoding)
     message = Image()
     message.header = header
-    message.height, message.width = pixels.shape[:2]
-    message.encoding = encoding
-    message.is_bigendian = int(sys.byteorder == "big" and pixels.dtype.itemsize > 1)
-    message.step = pixels[0].nbytes
     # Filling the message's own array is one memory copy; assigning to `data` checks every byte, or copies twice.
-    message.data.frombytes(np.ascontiguousarray(pixels).view(np.uint8).data)
+    message.data.frombytes(fields.pop("data").data)
+    for name, value in fields.items():
+        setattr(message, name, value)
     return message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from clustvit_ros.paths import share_dir
 from clustvit_ros.ros.parameters import PARAMETERS
 
 FILE = share_dir() / "launch" / "segment.launch.py"
+DEMO = share_dir() / "launch" / "demo.launch.py"
 
 
 def load(file: Path) -> Any:
@@ -24,16 +26,44 @@ def load(file: Path) -> Any:
     return module
 
 
-def test_parameters_of_the_launch_file_exist_on_the_node() -> None:
-    tree = ast.parse(FILE.read_text())
-    compile(tree, str(FILE), "exec")
+def keys_of(file: Path, table_name: str) -> set[str]:
+    """The keys of a table at the top level of a launch file, read without running it."""
+    tree = ast.parse(file.read_text())
+    compile(tree, str(file), "exec")
     table = next(
         node.value for node in tree.body
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "_PARAMETERS"
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == table_name
     )  # fmt: skip
     assert isinstance(table, ast.Dict)
-    names = {ast.literal_eval(key) for key in table.keys if key is not None}
+    return {ast.literal_eval(key) for key in table.keys if key is not None}
+
+
+def test_parameters_of_the_launch_file_exist_on_the_node() -> None:
+    names = keys_of(FILE, "_PARAMETERS")
     assert names - {"use_sim_time"} <= {spec.name for spec in PARAMETERS}
+    wanted = "model engine device image_transport merge_threshold latency_budget_ms use_sim_time autostart"
+    assert set(wanted.split()) <= names
+
+
+def test_the_demo_s_camera_arguments_are_parameters_of_the_camera() -> None:
+    from clustvit_ros.ros.camera import CameraParameters
+
+    names = keys_of(DEMO, "_ARGUMENTS") - {"namespace", "rviz"}
+    assert names <= {field.name for field in dataclasses.fields(CameraParameters)}
+
+
+def test_the_demo_starts_camera_and_segmentation() -> None:
+    pytest.importorskip("launch_ros", reason="needs launch_ros")
+    from launch.actions import DeclareLaunchArgument, IncludeLaunchDescription
+    from launch_ros.actions import Node
+
+    entities = load(DEMO).generate_launch_description().entities
+    declared = {entity.name: entity for entity in entities if isinstance(entity, DeclareLaunchArgument)}
+    assert set(declared) == {"source", "rate_hz", "loop", "namespace", "rviz"}
+    assert all(entity.description for entity in declared.values())
+    assert declared["source"].default_value is None
+    assert sum(isinstance(entity, Node) for entity in entities) == 2
+    assert sum(isinstance(entity, IncludeLaunchDescription) for entity in entities) == 1
 
 
 def test_arguments_become_parameters_only_when_given(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,336 @@
+"""Labelling the images of one bag: every frame, under fixed settings, so that a second run gives the same labels.
+
+Results go into a journal beside the output first and become the output in one rename at the end; a run that was cut
+short continues.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clustvit_ros.bags.journal import Journal, LabelledFrame, check_identity
+from clustvit_ros.bags.messages import COMPRESSED_IMAGE, IMAGE, read_message, to_pixels, unusable
+from clustvit_ros.bags.reading import PARTIAL_SUFFIX, BagReader
+from clustvit_ros.bags.salvage import Salvaged
+from clustvit_ros.bags.writing import read_about, to_png, write_bag, write_pngs
+from clustvit_ros.errors import BagError, ConfigError, ImageError
+from clustvit_ros.runtime import Engine, Settings
+
+FORMATS = ("bag", "png")
+OUTPUT_STORAGES = ("same", "mcap", "sqlite3")
+COMPRESSIONS = ("none", "zstd")
+_OUTPUT_NAMES = ("mask", "confidence", "overlay", "clusters")
+_IDENTITY_BYTES = 1 << 16
+_PROBLEMS_TOLD = 5
+
+Progress = Callable[[int, int], None]
+"""Called with the frames done and the frames in all, as far as known."""
+
+
+@dataclass(frozen=True)
+class LabelOptions:
+    """How a bag is labelled.
+
+    Args:
+        topics: image topics; empty for all that can be segmented.
+        merge_threshold: as the node's parameter.
+        token_capacity: likewise.
+        confidence_threshold: likewise.
+        output_size: (height, width), "input" or "model".
+        format: bag or png.
+        storage: of the bag that is written: same (as the input's), mcap or sqlite3.
+        compression: of that bag: none or zstd.
+
+    Raises:
+        ConfigError: a value that is none of these.
+    """
+
+    topics: tuple[str, ...] = ()
+    merge_threshold: float = 0.5
+    token_capacity: int = 0
+    confidence_threshold: float = 0.0
+    output_size: tuple[int, int] | str = "input"
+    format: str = "bag"
+    storage: str = "same"
+    compression: str = "none"
+
+    def __post_init__(self) -> None:
+        for name, choices in (("format", FORMATS), ("storage", OUTPUT_STORAGES), ("compression", COMPRESSIONS)):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(choices)}")
+        if isinstance(self.output_size, str) and self.output_size not in ("input", "model"):
+            raise ConfigError(f"output_size: got {self.output_size!r}, expected input, model or (height, width)")
+        self.settings((1, 1))
+
+    def settings(self, model_size: tuple[int, int]) -> Settings:
+        """What every engine call gets; `model_size` is (height, width) that the network works at."""
+        size = {"input": None, "model": model_size}[self.output_size] if isinstance(self.output_size, str) else None
+        fixed = None if isinstance(self.output_size, str) else self.output_size
+        return Settings(self.merge_threshold, self.token_capacity, self.confidence_threshold, fixed or size)
+
+
+@dataclass
+class LabelReport:
+    """What became of a bag.
+
+    Args:
+        source: the bag.
+        target: the output.
+        prefixes: output namespace by image topic.
+        labelled: frames with a mask.
+        continued: frames of them that an earlier run had done.
+        unlabelled: frames without a mask, and of the first few, why.
+        problems: those reasons.
+        damage: what of the bag could not be read.
+        skipped: image topics that were not chosen by name and cannot be segmented, with the reason.
+        finished_before: nothing was left to do.
+    """
+
+    source: Path
+    target: Path
+    prefixes: dict[str, str] = field(default_factory=dict)
+    labelled: int = 0
+    continued: int = 0
+    unlabelled: int = 0
+    problems: list[str] = field(default_factory=list)
+    damage: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    finished_before: bool = False
+
+    @property
+    def complete(self) -> bool:
+        """True when every frame that was recorded has its mask."""
+        return not self.damage and not self.unlabelled
+
+
+def label_bag(
+    source: Path,
+    target: Path,
+    engine: Engine,
+    options: LabelOptions = LabelOptions(),
+    restart: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> LabelReport:
+    """Label a bag, or what is left of it.
+
+    Args:
+        source: a rosbag2 folder, .mcap or .db3 file; it is only read.
+        target: folder to be made; until then, `<target>.partial` beside it holds the work.
+        engine: used in this thread.
+        options: settings and outputs.
+        restart: remove earlier output, finished or not.
+        progress: told after each frame.
+
+    Raises:
+        BagError: nothing can be read, or there is nothing to label.
+        ConfigError: an option that does not fit the bag, or output of another run in the way.
+        EngineError: the device failed.
+    """
+    target = Path(os.path.abspath(target))
+    partial = target.with_name(target.name + PARTIAL_SUFFIX)
+    if restart:
+        _remove_output(target, partial)
+    with BagReader(source) as bag:
+        prefixes, skipped = choose_topics(bag, options.topics)
+        identity = _identity(bag, engine, options, prefixes)
+        report = LabelReport(source, target, prefixes, skipped=skipped)
+        if target.exists():
+            return _finished(report, identity, partial)
+        journal = Journal(partial, identity)
+        try:
+            _label(bag, journal, engine, options, report, progress)
+            _summarise(journal, report)
+            report.damage = list(bag.damage)
+            if not report.labelled:
+                shutil.rmtree(partial)
+                reasons = "; ".join(report.damage + report.problems) or "its image topics hold no messages"
+                raise BagError(f"{source}: no image could be labelled ({reasons})")
+            about = {
+                "identity": identity,
+                "classes": [
+                    {"name": name, "colour": list(colour)}
+                    for name, colour in zip(engine.info.classes.names, engine.info.classes.colours, strict=True)
+                ],
+                "labelled": report.labelled,
+                "unlabelled": report.unlabelled,
+                "problems": report.problems,
+                "damage": report.damage,
+            }
+            _publish(journal, partial, target, report, about, options, bag.storage)
+        finally:
+            journal.close()
+    shutil.rmtree(partial, ignore_errors=True)
+    return report
+
+
+def choose_topics(bag: BagReader, chosen: tuple[str, ...]) -> tuple[dict[str, str], dict[str, str]]:
+    """Which topics are labelled, and where their labels go.
+
+    One topic's labels go where the node publishes them, `/segmentation/...`; those of several to
+    `<image topic>/segmentation/...`.
+
+    Args:
+        bag: with its topics.
+        chosen: by the user; empty for all that can be segmented.
+
+    Returns:
+        Output namespace by image topic; and for what was left out, the reason.
+
+    Raises:
+        BagError: no image topic.
+        ConfigError: a chosen topic that is not there, or holds no images.
+    """
+    types = {topic.name: topic.msgtype for topic in bag.topics}
+    images = [name for name, msgtype in types.items() if msgtype in (IMAGE, COMPRESSED_IMAGE)]
+    skipped: dict[str, str] = {}
+    if not images:
+        names = ", ".join(sorted(types)) or "none at all"
+        raise BagError(f"{bag.path}: no topic of {IMAGE} or {COMPRESSED_IMAGE}; its topics are: {names}")
+    for name in chosen:
+        if name not in images:
+            kind = f"of type {types[name]}" if name in types else "not in this bag"
+            raise ConfigError(f"topic {name}: is {kind}, expected one of {', '.join(sorted(images))}")
+    for name in images if not chosen else ():
+        reason = _why_not(bag, name)
+        if reason:
+            skipped[name] = reason
+    topics = list(dict.fromkeys(chosen)) or [name for name in images if name not in skipped]
+    if not topics:
+        reasons = "; ".join(f"{name} {reason}" for name, reason in skipped.items())
+        raise BagError(f"{bag.path}: no image topic that can be segmented ({reasons}); choose one with --topic")
+    if len(topics) == 1:
+        return {topics[0]: "/segmentation"}, skipped
+    return {name: f"{name.rstrip('/')}/segmentation" for name in topics}, skipped
+
+
+def _why_not(bag: BagReader, topic: str) -> str:
+    *_, group, name = ("", *topic.split("/"))
+    if group == "segmentation" and name in _OUTPUT_NAMES:
+        return "is output of a segmentation node"
+    for message in bag.messages([topic]):
+        try:
+            return unusable(read_message(message.msgtype, message.data))
+        except ImageError:
+            continue  # one damaged message says nothing about the topic
+    return "holds no messages"
+
+
+def _label(
+    bag: BagReader, journal: Journal, engine: Engine, options: LabelOptions, report: LabelReport, progress: Progress
+) -> None:
+    settings = options.settings(engine.info.input_size)
+    total = sum(topic.message_count for topic in bag.topics if topic.name in report.prefixes)
+    done = journal.next_number
+    progress(done, total)
+    report.continued = done
+    try:
+        for number, message in enumerate(bag.messages(report.prefixes)):
+            if number >= done:
+                journal.add(_labelled(number, message, engine, settings))
+                progress(number + 1, total)
+    finally:
+        journal.commit()
+
+
+def _labelled(number: int, message: Salvaged, engine: Engine, settings: Settings) -> LabelledFrame:
+    place = (number, message.topic, message.timestamp_ns)
+    try:
+        image = read_message(message.msgtype, message.data)
+        head = image.header
+        stamped = (*place, head.stamp.sec, head.stamp.nanosec, head.frame_id)
+        prediction = engine.segment(to_pixels(image), settings)
+    except ImageError as error:
+        return LabelledFrame(*place, problem=str(error))
+    assert prediction.confidence is not None  # `settings` asks for it
+    mask, stats = prediction.mask[0], prediction.stats
+    # No times: those of this machine say nothing about the robot, and two runs give the same bag without them.
+    pairs = {
+        "merge_threshold": f"{stats.merge_threshold:g}",
+        "confidence_threshold": f"{settings.confidence_threshold:g}",
+        "token_capacity": str(stats.token_capacity),
+        "tokens_total": str(stats.tokens_total),
+        "tokens_kept": f"{stats.tokens_kept:g}",
+        "mask_size": f"{mask.shape[0]}x{mask.shape[1]}",
+        "model": engine.info.model,
+    }
+    return LabelledFrame(*stamped, to_png(mask), to_png(prediction.confidence[0]), pairs, engine.info.device)
+
+
+def _summarise(journal: Journal, report: LabelReport) -> None:
+    report.labelled = report.unlabelled = 0
+    for timestamp_ns, problem in journal.outcomes():
+        if not problem:
+            report.labelled += 1
+            continue
+        report.unlabelled += 1
+        if len(report.problems) < _PROBLEMS_TOLD:
+            report.problems.append(f"image of {timestamp_ns} ns: {problem}")
+
+
+def _publish(
+    journal: Journal,
+    partial: Path,
+    target: Path,
+    report: LabelReport,
+    about: Mapping[str, Any],
+    options: LabelOptions,
+    source_storage: str,
+) -> None:
+    """Write the output beside the journal and give it its name in one step."""
+    stage = partial / "output"
+    shutil.rmtree(stage, ignore_errors=True)  # of a run that was killed while it wrote
+    finished = stage / target.name
+    if options.format == "png":
+        write_pngs(finished, journal.frames(), report.prefixes, about)
+    else:
+        storage = source_storage if options.storage == "same" else options.storage
+        write_bag(finished, journal.frames(), report.prefixes, about, storage, options.compression)
+    os.replace(finished, target)
+
+
+def _finished(report: LabelReport, identity: Mapping[str, Any], partial: Path) -> LabelReport:
+    about = read_about(report.target)
+    if about is None:
+        raise ConfigError(f"{report.target}: exists and is no output of label-bag; choose another output")
+    check_identity(report.target, about["identity"], identity)
+    shutil.rmtree(partial, ignore_errors=True)  # a run was killed after its output had got its name
+    report.labelled = report.continued = about["labelled"]
+    report.unlabelled, report.problems = about["unlabelled"], about["problems"]
+    report.damage, report.finished_before = about["damage"], True
+    return report
+
+
+def _remove_output(target: Path, partial: Path) -> None:
+    if target.exists():
+        if read_about(target) is None:
+            raise ConfigError(f"{target}: exists and is no output of label-bag, so it stays; choose another output")
+        shutil.rmtree(target)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _identity(bag: BagReader, engine: Engine, options: LabelOptions, prefixes: Mapping[str, str]) -> dict[str, Any]:
+    """What must be equal for a run to continue another; the device may differ."""
+    return {
+        **asdict(options),
+        "topics": sorted(prefixes),
+        "bag": [_file_identity(file) for file in bag.files],
+        "model": engine.info.model,
+        "weights_sha256": engine.info.weights_sha256,
+        "engine": engine.info.engine,
+    }
+
+
+def _file_identity(file: Path) -> list[Any]:
+    """Name, size and a digest of both ends: a copy is the same bag, a new recording is not."""
+    size = file.stat().st_size
+    with file.open("rb") as content:
+        ends = content.read(_IDENTITY_BYTES)
+        content.seek(max(0, size - _IDENTITY_BYTES))
+        ends += content.read(_IDENTITY_BYTES)
+    return [file.name, size, hashlib.sha256(ends).hexdigest()]

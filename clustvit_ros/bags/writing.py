@@ -1,0 +1,155 @@
+"""The journal of a finished run as a rosbag2 bag, or as PNG files with a manifest."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+
+from clustvit_ros.bags.journal import LabelledFrame
+from clustvit_ros.bags.messages import DIAGNOSTIC_ARRAY, IMAGE, header, typestore, write_image, write_stats
+from clustvit_ros.errors import BagError
+
+CUSTOM_DATA_KEY = "clustvit_ros"
+"""Key of the bag's metadata that holds the run's identity, classes and damage as JSON."""
+
+MANIFEST, RUN_FILE = "manifest.jsonl", "run.json"
+_TYPES = {"mask": IMAGE, "confidence": IMAGE, "stats": DIAGNOSTIC_ARRAY}
+# Version 8 is the newest that says its QoS in the way that Humble reads; Jazzy and Kilted read it too.
+_BAG_VERSION: Literal[8] = 8
+
+
+def to_png(pixels: np.ndarray) -> bytes:
+    """Encode (H, W) uint8 or uint16, without loss."""
+    good, encoded = cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 1])
+    if not good:
+        raise BagError(f"a map of {pixels.shape} {pixels.dtype} cannot be encoded as PNG")
+    return encoded.tobytes()
+
+
+def from_png(encoded: bytes) -> np.ndarray:
+    """The inverse of `to_png`."""
+    pixels = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is None:
+        raise BagError(
+            f"{len(encoded)} bytes of the journal are no PNG; is the disk failing? start again with --restart"
+        )
+    return pixels
+
+
+def write_bag(
+    folder: Path,
+    frames: Iterable[LabelledFrame],
+    prefixes: Mapping[str, str],
+    about: Mapping[str, Any],
+    storage: str,
+    compression: str,
+) -> None:
+    """Write a bag with `<prefix>/mask`, `<prefix>/confidence` and `<prefix>/stats`.
+
+    Args:
+        folder: does not exist yet; its name becomes the storage file's.
+        frames: in order of time; those with a problem are left out.
+        prefixes: by image topic, e.g. "/segmentation".
+        about: goes into the bag's metadata.
+        storage: mcap or sqlite3.
+        compression: none or zstd.
+    """
+    from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    writer = Writer(folder, version=_BAG_VERSION, storage_plugin=StoragePlugin[storage.upper()])
+    if compression == "zstd":
+        # MCAP compresses its chunks itself; databases get compressed messages.
+        mode = CompressionMode.STORAGE if storage == "mcap" else CompressionMode.MESSAGE
+        writer.set_compression(mode, CompressionFormat.ZSTD)
+    writer.set_custom_data(CUSTOM_DATA_KEY, json.dumps(about, sort_keys=True))
+    with writer:
+        connections = {
+            (topic, name): writer.add_connection(
+                f"{prefix}/{name}", msgtype, typestore=typestore(), offered_qos_profiles=[_output_qos()]
+            )
+            for topic, prefix in prefixes.items()
+            for name, msgtype in _TYPES.items()
+        }
+        for frame in frames:
+            if frame.problem or frame.mask is None or frame.confidence is None:
+                continue
+            head = header(frame.sec, frame.nanosec, frame.frame_id)
+            for name, data in (
+                ("mask", write_image(from_png(frame.mask), head)),
+                ("confidence", write_image(from_png(frame.confidence), head)),
+                ("stats", write_stats(frame.stats or {}, frame.device, head)),
+            ):
+                writer.write(connections[frame.topic, name], frame.timestamp_ns, data)
+    _sync(folder)
+
+
+def write_pngs(
+    folder: Path, frames: Iterable[LabelledFrame], prefixes: Mapping[str, str], about: Mapping[str, Any]
+) -> None:
+    """Write `<prefix>/{mask,confidence}/<number>_<stamp in ns>.png`, `manifest.jsonl` and `run.json`.
+
+    Args:
+        folder: does not exist yet.
+        frames: in order of time; those with a problem have a line in the manifest, and no files.
+        prefixes: by image topic, e.g. "/segmentation".
+        about: goes into run.json.
+    """
+    for prefix in prefixes.values():
+        for name in ("mask", "confidence"):
+            (folder / prefix.lstrip("/") / name).mkdir(parents=True)
+    with (folder / MANIFEST).open("w", encoding="utf-8") as manifest:
+        for frame in frames:
+            stamp_ns = frame.sec * 1_000_000_000 + frame.nanosec
+            line: dict[str, Any] = {
+                "number": frame.number, "topic": frame.topic, "timestamp_ns": frame.timestamp_ns,
+                "stamp_ns": stamp_ns, "frame_id": frame.frame_id,
+            }  # fmt: skip
+            if frame.problem:
+                line["problem"] = frame.problem
+            else:
+                for name, encoded in (("mask", frame.mask), ("confidence", frame.confidence)):
+                    line[name] = f"{prefixes[frame.topic].lstrip('/')}/{name}/{frame.number:08d}_{stamp_ns}.png"
+                    (folder / line[name]).write_bytes(encoded or b"")
+                line["stats"] = frame.stats
+            manifest.write(json.dumps(line) + "\n")
+    (folder / RUN_FILE).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _sync(folder)
+
+
+def read_about(output: Path) -> dict[str, Any] | None:
+    """What finished output says about its run; None for anything else."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        if (output / RUN_FILE).is_file():
+            return json.loads((output / RUN_FILE).read_text(encoding="utf-8"))
+        import yaml
+
+        metadata = yaml.safe_load((output / "metadata.yaml").read_text(encoding="utf-8"))
+        return json.loads(metadata["rosbag2_bagfile_information"]["custom_data"][CUSTOM_DATA_KEY])
+    return None
+
+
+def _output_qos() -> Any:
+    """As the node offers its masks: reliable, volatile, keep last 5."""
+    from rosbags.interfaces import Qos, QosDurability, QosHistory, QosLiveliness, QosReliability, QosTime
+
+    forever = QosTime(2147483647, 4294967295)
+    return Qos(
+        QosHistory.KEEP_LAST, 5, QosReliability.RELIABLE, QosDurability.VOLATILE, forever, forever,
+        QosLiveliness.AUTOMATIC, forever, False,
+    )  # fmt: skip
+
+
+def _sync(folder: Path) -> None:
+    """Bring everything in a folder to the disk before it gets its final name."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())

@@ -1,0 +1,62 @@
+"""Camera, segmentation and, on request, RViz: `ros2 launch clustvit_ros demo.launch.py source:=/dev/video0`."""
+
+import os
+
+from launch import LaunchDescription
+from launch.actions import DeclareLaunchArgument, IncludeLaunchDescription, SetEnvironmentVariable
+from launch.conditions import IfCondition
+from launch.launch_description_sources import PythonLaunchDescriptionSource
+from launch.substitutions import LaunchConfiguration
+from launch_ros.actions import Node
+from launch_ros.parameter_descriptions import ParameterValue
+
+from clustvit_ros.dds import dds_environment
+from clustvit_ros.paths import share_dir
+
+# Arguments of this file alone; those of segment.launch.py can be given as well and go through to it.
+_ARGUMENTS = {
+    "source": (None, "Folder of pictures, video file, /dev/videoN or N."),
+    "rate_hz": ("10.0", "Frames per second of a folder or video."),
+    "loop": ("true", "Start over at the end of a folder or video."),
+    "namespace": ("", "Namespace of the nodes and topics."),
+    "rviz": ("false", "Open RViz with camera, overlay and confidence."),
+}
+
+
+def generate_launch_description() -> LaunchDescription:
+    """Declare the arguments, start the camera and include segment.launch.py."""
+    share = share_dir()
+    namespace = LaunchConfiguration("namespace")
+    arguments = [
+        DeclareLaunchArgument(name, description=description, **({} if default is None else {"default_value": default}))
+        for name, (default, description) in _ARGUMENTS.items()
+    ]
+    # Before any node: the process that publishes the images needs the room most.
+    transport = [SetEnvironmentVariable(name, value) for name, value in dds_environment(os.environ).items()]
+    camera = Node(
+        package="clustvit_ros",
+        executable="camera_node",
+        name="camera",
+        namespace=namespace,
+        parameters=[
+            {
+                # With its type, or launch would read device "0" as a number.
+                "source": ParameterValue(LaunchConfiguration("source"), value_type=str),
+                "rate_hz": ParameterValue(LaunchConfiguration("rate_hz"), value_type=float),
+                "loop": ParameterValue(LaunchConfiguration("loop"), value_type=bool),
+            }
+        ],
+        output="screen",
+    )
+    segmentation = IncludeLaunchDescription(
+        PythonLaunchDescriptionSource(str(share / "launch" / "segment.launch.py")),
+        launch_arguments={"namespace": namespace}.items(),
+    )
+    rviz = Node(
+        package="rviz2",
+        executable="rviz2",
+        arguments=["-d", str(share / "config" / "rviz" / "segmentation.rviz")],
+        condition=IfCondition(LaunchConfiguration("rviz")),
+        output="log",
+    )
+    return LaunchDescription([*arguments, *transport, camera, segmentation, rviz])

@@ -1,0 +1,170 @@
+#!/usr/bin/env python3
+"""Writes docs/reference.md from the code: parameters from their declarations, topics from a running node.
+
+Needs rclpy. What a topic means stands in the README's table of topics, which must name every one of them. A test holds
+the file against this script.
+
+scripts/write_reference.py [--output docs/reference.md]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+OUTPUT = ROOT / "docs" / "reference.md"
+
+# Every node of rclpy has these; they are ROS 2's own.
+_OF_EVERY_NODE = {"/rosout", "/parameter_events", "/clock"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    args = parser.parse_args()
+    os.environ["ROS_DOMAIN_ID"] = str(random.randint(1, 100))
+    os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(reference(), encoding="utf-8")
+    print(args.output)
+
+
+def reference() -> str:
+    """The whole document."""
+    from clustvit_ros.ros.camera import CameraParameters
+    from clustvit_ros.ros.parameter_spec import markdown_table
+    from clustvit_ros.ros.parameters import SegmentationParameters
+    from clustvit_ros.ros.recorder import RecorderParameters
+
+    return f"""# Reference
+
+Written by `scripts/write_reference.py` from the code; change it there.
+
+## Topics of the segmentation node
+
+As they resolve by default; every name is relative to the node's namespace, but `/diagnostics`. QoS is what the node
+asks for and offers; `qos_overrides` parameters change it.
+
+{topics()}
+
+## Services of the segmentation node
+
+{services()}
+
+## Parameters of the segmentation node
+
+"Live" parameters take effect on the next frame; the others need the node unconfigured, or a restart.
+
+{markdown_table(SegmentationParameters)}
+
+## Parameters of the camera node
+
+{markdown_table(CameraParameters)}
+
+## Parameters of the recorder node
+
+{markdown_table(RecorderParameters)}
+"""
+
+
+def topics() -> str:
+    """A table of the topics that an active node has, with their QoS."""
+    rows = {}
+    for transport in ("raw", "compressed"):
+        for name, direction, kind, qos in _endpoints(transport):
+            rows[name] = f"| `{name}` | `{kind}` | {direction} | {qos} | {_meaning(name)} |"
+    head = ["| Topic | Type | Direction | QoS | Meaning |", "|---|---|---|---|---|"]
+    return "\n".join([*head, *(rows[name] for name in sorted(rows))])
+
+
+def services() -> str:
+    """A table of the node's services that not every rclpy node has."""
+    import rclpy
+    from rclpy.node import Node
+
+    context = rclpy.Context()
+    rclpy.init(context=context)
+    try:
+        plain, node = Node("plain", context=context), _node(context, "raw")
+        everybody = {name.split("/")[-1] for name, _ in _served(plain, plain)}
+        rows = sorted(f"| `{name}` | `{_short(kinds[0])}` |" for name, kinds in _served(node, node)
+                      if name.split("/")[-1] not in everybody)  # fmt: skip
+        _close(node)
+        plain.destroy_node()
+    finally:
+        rclpy.shutdown(context=context)
+    return "\n".join(["| Service | Type |", "|---|---|", *rows])
+
+
+def _served(node: Any, asked: Any) -> list[tuple[str, list[str]]]:
+    return node.get_service_names_and_types_by_node(asked.get_name(), asked.get_namespace())
+
+
+def _endpoints(transport: str) -> list[tuple[str, str, str, str]]:
+    """(topic, direction, type, QoS) of an active node."""
+    import rclpy
+
+    context = rclpy.Context()
+    rclpy.init(context=context)
+    try:
+        node = _node(context, transport)
+        if not node.autostart():
+            raise SystemExit("the node did not start")
+        found = []
+        for direction, names, details in (
+            ("in", node.get_subscriber_names_and_types_by_node, node.get_subscriptions_info_by_topic),
+            ("out", node.get_publisher_names_and_types_by_node, node.get_publishers_info_by_topic),
+        ):
+            for name, kinds in names("segmentation", "/"):
+                if name in _OF_EVERY_NODE or name.startswith("/segmentation/transition_event"):
+                    continue
+                own = next(info for info in details(name) if info.node_name == "segmentation")
+                found.append((name, direction, _short(kinds[0]), _qos(own.qos_profile)))
+        _close(node)
+        return found
+    finally:
+        rclpy.shutdown(context=context)
+
+
+def _node(context: Any, transport: str) -> Any:
+    from rclpy.parameter import Parameter
+
+    from clustvit_ros.ros.node import SegmentationNode
+
+    overrides = {"engine": "scripted", "image_transport": transport, "autostart": False}
+    return SegmentationNode(
+        context=context,
+        parameter_overrides=[Parameter(name, value=value) for name, value in overrides.items()],
+    )
+
+
+def _close(node: Any) -> None:
+    node.close()
+    node.destroy_node()
+
+
+def _qos(profile: Any) -> str:
+    words = (profile.reliability.name, profile.durability.name)
+    return ", ".join(word.lower().replace("_", " ") for word in words)
+
+
+def _short(kind: str) -> str:
+    return kind.replace("/msg/", "/").replace("/srv/", "/")
+
+
+def _meaning(topic: str) -> str:
+    """What the README's table says of a topic."""
+    for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) >= 4 and re.fullmatch(rf"`{re.escape(topic)}`", cells[0]):
+            return cells[-1]
+    raise SystemExit(f"{topic}: the README's table of topics does not say what it is; add a row")
+
+
+if __name__ == "__main__":
+    main()

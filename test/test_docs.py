@@ -1,0 +1,177 @@
+"""Documents and viewers' configurations follow the code."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from clustvit_ros.classes import IGNORE_INDEX, ClassSet, class_set_names, load_class_set
+from clustvit_ros.modeling import load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+MODELS = sorted(path.parent for path in (ROOT / "models").glob("*/model.yaml"))
+
+
+@pytest.fixture(scope="module")
+def views() -> Any:
+    """scripts/write_views.py as a module."""
+    spec = importlib.util.spec_from_file_location("write_views", ROOT / "scripts" / "write_views.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.ros
+def test_the_reference_is_current(tmp_path):
+    pytest.importorskip("rclpy", reason="needs ROS 2 (rclpy)")
+    command = [sys.executable, str(ROOT / "scripts" / "write_reference.py"), "--output", str(tmp_path / "reference.md")]
+    environ = {name: value for name, value in os.environ.items() if name != "_ROS_WHEELS_BOOTSTRAP_COMPLETE"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environ)
+    assert done.returncode == 0, done.stderr
+    written = (tmp_path / "reference.md").read_text()
+    assert (ROOT / "docs" / "reference.md").read_text() == written, "run `make reference`"
+
+
+def test_viewers_configurations_are_current(views):
+    classes = load_config(views.MODEL).classes
+    assert (ROOT / "config/rviz/segmentation.rviz").read_text() == views.rviz(views.IMAGE_TOPIC), "run `make reference`"
+    layout = (ROOT / "config/foxglove/segmentation.json").read_text()
+    assert layout == views.foxglove(views.IMAGE_TOPIC, views.MODEL, classes), "run `make reference`"
+
+
+def test_viewers_show_topics_that_exist():
+    reference = (ROOT / "docs" / "reference.md").read_text()
+    known = set(re.findall(r"^\| `(/[\w/]+)`", reference, re.M))
+    rviz = yaml.safe_load((ROOT / "config/rviz/segmentation.rviz").read_text())
+    displays = rviz["Visualization Manager"]["Displays"]
+    shown = {display["Topic"]["Value"]: display["Topic"]["Reliability Policy"] for display in displays}
+    layout = json.loads((ROOT / "config/foxglove/segmentation.json").read_text())
+    images = {panel["imageMode"]["imageTopic"] for panel in layout["configById"].values() if "imageMode" in panel}
+    plots = {path["value"] for panel in layout["configById"].values() for path in panel.get("paths", [])}
+    for topic in {*shown, *images, *(path.split(".")[0] for path in plots)}:
+        assert topic in known, topic
+    # A camera may be best effort, and a subscriber that wants more hears nothing.
+    assert shown["/image"] == "Best Effort"
+
+
+def test_the_foxglove_layout_places_every_panel_once():
+    layout = json.loads((ROOT / "config/foxglove/segmentation.json").read_text())
+
+    def leaves(node: Any) -> list[str]:
+        if isinstance(node, str):
+            return [node]
+        assert node["direction"] in ("row", "column") and 0 < node["splitPercentage"] < 100
+        return leaves(node["first"]) + leaves(node["second"])
+
+    assert sorted(leaves(layout["layout"])) == sorted(layout["configById"])
+    for name in layout["configById"]:
+        assert re.fullmatch(r"(Image|Markdown|Plot|DiagnosticSummary|Parameters)!\w+", name)
+
+
+def test_stats_that_the_layout_plots_are_published():
+    from clustvit_ros.ros import diagnostics
+
+    layout = (ROOT / "config/foxglove/segmentation.json").read_text()
+    source = Path(diagnostics.__file__).read_text()
+    for key in re.findall(r'key==\\"(\w+)\\"', layout):
+        assert f'"{key}"' in source
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_one_palette_everywhere(model, views):
+    from clustvit_ros.ros.overlay import draw_overlay
+
+    classes = load_config(model).classes
+    palette = classes.palette()
+    same_data = [name for name in class_set_names() if load_class_set(name).names == classes.names]
+    for name in same_data:
+        assert load_class_set(name) == classes, f"config/classes/{name}.yaml and {model.name} differ"
+    # Node and demo: an opaque overlay shows the palette's colours, and the image where nothing is labelled.
+    mask = np.arange(len(classes), dtype=np.uint8)[None].repeat(2, axis=0)
+    image = np.full((*mask.shape, 3), 77, np.uint8)
+    np.testing.assert_array_equal(draw_overlay(image, mask, palette, 1.0), palette[mask])
+    unlabelled = np.full_like(mask, IGNORE_INDEX)
+    np.testing.assert_array_equal(draw_overlay(image, unlabelled, palette, 1.0), image)
+    # Viewers and model card.
+    legend = views.legend(model.name, classes)
+    card = (model / "README.md").read_text()
+    for index, (name, (red, green, blue)) in enumerate(zip(classes.names, classes.colours, strict=True)):
+        assert f"| {index} | {name} | `#{red:02x}{green:02x}{blue:02x}` |" in legend
+        assert f"| {index} | {name} | {red}, {green}, {blue} |" in card
+
+
+def test_a_bag_s_labels_tell_the_palette(tmp_path, make_toy_model):
+    pytest.importorskip("rosbags", reason="needs rosbags")
+    sys.path.insert(0, str(ROOT / "test" / "bags"))
+    from recordings import camera_bag
+
+    from clustvit_ros.bags import label_bag
+    from clustvit_ros.bags.writing import read_about
+    from clustvit_ros.runtime import create_engine
+
+    classes = ClassSet(("sky", "road"), ((1, 2, 250), (90, 80, 70)))
+    engine = create_engine(str(make_toy_model(classes)), device="cpu")
+    label_bag(camera_bag(tmp_path / "in", 1), tmp_path / "out", engine)
+    about = read_about(tmp_path / "out")
+    assert about is not None
+    assert about["classes"] == [{"name": "sky", "colour": [1, 2, 250]}, {"name": "road", "colour": [90, 80, 70]}]
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_what_documents_point_to_exists(path):
+    text = path.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (path.parent / target).exists(), target
+    for name in re.findall(r"`((?:config|scripts|docker|launch|docs|models)/[\w/.]+)`", text):
+        assert (ROOT / name).exists(), name
+    for command in re.findall(r"^clustvit-ros ([\w-]+)", text, re.M):
+        from clustvit_ros.cli.main import COMMANDS
+
+        assert command.replace("-", "_") in COMMANDS
+
+
+def test_options_in_documents_are_options_of_their_commands():
+    for path in [*DOCS, ROOT / "README.md"]:
+        text = re.sub(r"\\\n\s*", " ", path.read_text(encoding="utf-8"))
+        for line in re.findall(r"^clustvit-ros [\w-]+ .*$", text, re.M):
+            words = line.split("#")[0].split()
+            told = help_of(words[1])
+            for option in (word for word in words if word.startswith("--")):
+                assert option in told, f"{path.name}: {line}"
+
+
+HELP: dict[str, str] = {}
+
+
+def help_of(command: str) -> str:
+    """What `--help` of a command says."""
+    if command not in HELP:
+        import contextlib
+        import io
+
+        from clustvit_ros.cli.main import main
+
+        stream = io.StringIO()
+        with contextlib.redirect_stdout(stream), contextlib.suppress(SystemExit):
+            main([command, "--help"])
+        HELP[command] = stream.getvalue()
+    return HELP[command]
+
+
+def test_pictures_are_small():
+    pictures = list((ROOT / "docs" / "pictures").iterdir())
+    assert {path.suffix for path in pictures} <= {".png", ".jpg", ".json"}
+    for path in pictures:
+        assert path.stat().st_size < 200_000, path
