@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 from clustvit_ros.cli import machine_checks
 from clustvit_ros.cli.camera_check import check_camera
@@ -39,9 +41,9 @@ def examine(args: argparse.Namespace) -> list[Finding]:
     """Look at everything."""
     findings = machine_checks.check_packages()
     findings += machine_checks.check_cv_bridge()
-    findings += run_isolated("torch", args.device)
-    findings += run_isolated("onnxruntime")
-    findings += run_isolated("model", args.model, args.device)
+    computing = (("torch", args.device), ("onnxruntime",), ("model", args.model, args.device))
+    with ThreadPoolExecutor() as pool:  # they mostly wait for large libraries to be loaded
+        findings += itertools.chain.from_iterable(pool.map(lambda check: run_isolated(*check), computing))
     if args.clean:
         removed = remove_leftovers()
         findings.append(Finding("clean", Level.OK, f"deleted {len(removed)} segments of killed processes"))

@@ -85,11 +85,15 @@ SUPPORTED_ENCODINGS = tuple(_ENCODINGS)
 """Values of `Image.encoding` that can be segmented."""
 
 
+# A line of pixels costs a network far more than a picture with as many: every column is upsampled from all tokens.
+_LONGEST_SIDE_PX, _LONGEST_LINE_PX, _MOST_ELONGATED = 32_767, 4096, 64
+
+
 def check_pixels(height: int, width: int, max_pixels: int) -> None:
-    """Refuse empty and oversized images.
+    """Refuse empty and oversized images, and lines of pixels.
 
     Raises:
-        ImageError: a side is zero, or there are more than `max_pixels` pixels.
+        ImageError: a side is zero or too long, or there are more than `max_pixels` pixels.
     """
     if height < 1 or width < 1:
         raise ImageError(f"image size: got {width}x{height}, expected at least 1x1; check the camera driver")
@@ -97,6 +101,12 @@ def check_pixels(height: int, width: int, max_pixels: int) -> None:
         raise ImageError(
             f"image size: got {width}x{height} = {height * width} pixels, expected at most {max_pixels}; "
             "reduce the camera's resolution or raise max_image_pixels"
+        )
+    longest, shortest = max(height, width), min(height, width)
+    if longest > _LONGEST_SIDE_PX or longest > max(_LONGEST_LINE_PX, _MOST_ELONGATED * shortest):
+        raise ImageError(
+            f"image size: got {width}x{height}, expected sides of at most {_LONGEST_SIDE_PX} px and not more than "
+            f"{_MOST_ELONGATED} to 1; check the camera driver"
         )
 
 

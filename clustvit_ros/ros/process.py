@@ -15,6 +15,7 @@ from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
 
 from clustvit_ros.errors import ClustvitError, ConfigError
+from clustvit_ros.paths import user_cache_dir
 from clustvit_ros.runtime.memory import keep_freed_memory
 from clustvit_ros.shared_memory import remove_leftovers
 
@@ -42,6 +43,8 @@ def run_node(
     try:
         keep_freed_memory()
         _bound_spinning()
+        # PyTorch makes this folder when it is imported, else in /tmp.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(user_cache_dir() / "torchinductor"))
         _clear_shared_memory(name)
         _initialise(arguments)
         node = create()

@@ -45,6 +45,11 @@ class RosProcess:
             )  # fmt: skip
 
     @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    @property
     def output(self) -> str:
         """Everything it has printed so far."""
         return self._log.read_text(errors="replace")

@@ -112,6 +112,8 @@ def test_rgb8_shares_the_messages_memory() -> None:
         ({"width": 0}, "image size: got 0x48, expected at least 1x1"),
         ({"height": 0}, "image size: got 64x0, expected at least 1x1"),
         ({"width": 4294967295, "height": 4294967295}, "expected at most 1048576; reduce the camera's resolution"),
+        ({"width": 40_000, "height": 20}, "image size: got 40000x20, expected sides of at most 32767 px"),
+        ({"width": 5000, "height": 1}, "not more than 64 to 1"),
         ({"step": 191}, "step: got 191 bytes for 64x48 rgb8, expected at least 192"),
         ({"step": 4294967295}, "data: got 9216 bytes for 64x48 rgb8 with step 4294967295"),
         ({"data": array.array("B")}, "data: got 0 bytes for 64x48 rgb8 with step 192, expected 9216"),

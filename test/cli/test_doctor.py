@@ -1,0 +1,238 @@
+"""The doctor: machines that lack something, and what it says about them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clustvit_ros.cli import compute_checks, machine_checks
+from clustvit_ros.cli.camera_check import judge_camera
+from clustvit_ros.cli.findings import Finding, Level, as_json, as_text
+from clustvit_ros.cli.main import main
+from clustvit_ros.dds import PROFILE_VARIABLES
+from clustvit_ros.paths import share_dir
+
+PROFILE = str(share_dir() / "config" / "fastdds_shm.xml")
+
+
+def worst(findings: list[Finding]) -> Finding:
+    return max(findings, key=lambda finding: list(Level).index(finding.level))
+
+
+def test_every_finding_but_ok_has_a_remedy() -> None:
+    with pytest.raises(ValueError, match="needs a remedy"):
+        Finding("gpu", Level.WARN, "is hot")
+
+
+def test_both_reports_say_the_same() -> None:
+    findings = [Finding("a", Level.OK, "works"), Finding("b", Level.FAIL, "does not", "buy a new one")]
+    assert "FAIL b: does not\n       -> buy a new one\n1 OK, 0 WARN, 1 FAIL" in as_text(findings)
+    content = json.loads(as_json(findings))
+    assert content["ok"] is False
+    assert content["findings"][1] == {"check": "b", "level": "FAIL", "finding": "does not", "remedy": "buy a new one"}
+
+
+def test_the_whole_command(
+    make_toy_model: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from clustvit_ros.classes import ClassSet
+
+    model = make_toy_model(ClassSet.numbered(3))
+    monkeypatch.setenv("ROS_DOMAIN_ID", "97")
+    code = main(["doctor", "--json", "--device", "cpu", "--model", str(model), "--seconds", "0.2"])
+    content = json.loads(capsys.readouterr().out)
+    levels = {finding["check"]: finding["level"] for finding in content["findings"]}
+    assert levels["torch"] == levels["model"] == levels["onnxruntime CPUExecutionProvider"] == "OK"
+    assert {"gpu", "shared memory", "DDS profile", "socket buffers", "cv_bridge", "leftover segments"} <= set(levels)
+    assert all(finding["remedy"] for finding in content["findings"] if finding["level"] != "OK")
+    assert code == int("FAIL" in levels.values())
+
+
+def test_a_damaged_model_fails(make_toy_model: Any) -> None:
+    from clustvit_ros.classes import ClassSet
+
+    model = make_toy_model(ClassSet.numbered(3))
+    with (model / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    (finding,) = compute_checks.check_model(str(model), "cpu")
+    assert finding.level is Level.FAIL
+    assert "cannot be read" in finding.finding
+    (finding,) = compute_checks.check_model("no_such_model", "cpu")
+    assert "not shipped" in finding.finding
+
+
+def test_a_check_that_crashes_or_hangs_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*_args: Any, **_options: Any) -> Any:
+        return subprocess.CompletedProcess([], -11, "", "loading driver\nboom")
+
+    monkeypatch.setattr(compute_checks.subprocess, "run", crash)
+    (finding,) = compute_checks.run_isolated("torch")
+    assert (finding.level, "SIGSEGV" in finding.finding, "boom" in finding.finding) == (Level.FAIL, True, True)
+
+    def hang(*_args: Any, **_options: Any) -> Any:
+        raise subprocess.TimeoutExpired([], 1.0)
+
+    monkeypatch.setattr(compute_checks.subprocess, "run", hang)
+    (finding,) = compute_checks.run_isolated("torch")
+    assert "did not answer" in finding.finding
+
+
+@pytest.mark.parametrize(
+    ("machine", "hint"), [("aarch64", "NVIDIA's build of PyTorch for your JetPack"), ("x86_64", "CUDA build")]
+)
+def test_a_gpu_that_torch_was_not_built_for_fails(monkeypatch: pytest.MonkeyPatch, machine: str, hint: str) -> None:
+    torch = pytest.importorskip("torch")
+    if torch.version.cuda:
+        pytest.skip("needs a CPU build of PyTorch")
+    monkeypatch.setattr(compute_checks, "gpu_hardware", lambda: "NVIDIA Jetson Orin Nano")
+    monkeypatch.setattr(compute_checks.platform, "machine", lambda: machine)
+    finding = worst(compute_checks.check_torch())
+    assert (finding.check, finding.level) == ("gpu", Level.FAIL)
+    assert "NVIDIA Jetson Orin Nano is there, but PyTorch does not use it" in finding.finding
+    assert hint in finding.remedy
+    assert worst(compute_checks.check_torch("cpu")).level is Level.WARN, "who asks for the CPU may have it"
+    assert worst(compute_checks.check_torch("cuda")).level is Level.FAIL
+
+
+def test_a_provider_that_does_not_run_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    names = ["CUDAExecutionProvider", "AzureExecutionProvider", "CPUExecutionProvider"]
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("needs a CPU build of onnxruntime")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
+    levels = {finding.check: finding.level for finding in compute_checks.check_onnxruntime()}
+    assert levels == {
+        "onnxruntime CUDAExecutionProvider": Level.FAIL, "onnxruntime CPUExecutionProvider": Level.OK,
+    }  # fmt: skip
+
+
+def test_gpus_are_recognised(tmp_path: Path) -> None:
+    assert machine_checks.gpu_hardware(tmp_path) == ""
+    information = tmp_path / "proc/driver/nvidia/gpus/0000:01:00.0/information"
+    information.parent.mkdir(parents=True)
+    information.write_text("Model: \t\t NVIDIA GeForce RTX 3060\nIRQ: 5\n")
+    assert machine_checks.gpu_hardware(tmp_path) == "NVIDIA GeForce RTX 3060"
+    model = tmp_path / "proc/device-tree/model"
+    model.parent.mkdir(parents=True)
+    model.write_bytes(b"NVIDIA Jetson Orin Nano Developer Kit\0")
+    assert "Jetson" in machine_checks.gpu_hardware(tmp_path)
+
+
+def test_cv_bridge_under_numpy_2_is_a_warning() -> None:
+    def broken(*_args: Any, **_options: Any) -> Any:
+        return subprocess.CompletedProcess([], 1, "", "AttributeError: _ARRAY_API not found")
+
+    (finding,) = machine_checks.check_cv_bridge(broken, present=True)
+    assert finding.level is Level.WARN
+    assert "_ARRAY_API" in finding.finding and "numpy<2" in finding.remedy
+    (finding,) = machine_checks.check_cv_bridge(present=False)
+    assert finding.level is Level.OK
+
+
+@pytest.mark.parametrize(
+    ("blocks", "free", "level"),
+    [(16_384, 16_000, Level.WARN), (16_384, 4000, Level.FAIL), (131_072, 131_072, Level.OK)],
+)
+def test_shared_memory_of_a_container(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, blocks: int, free: int, level: Level
+) -> None:
+    status = os.statvfs_result((4096, 4096, blocks, free, free, 0, 0, 0, 0, 255))
+    monkeypatch.setattr(machine_checks.os, "statvfs", lambda _path: status)
+    findings = machine_checks.check_shared_memory(tmp_path)
+    assert findings[0].level is level
+    if level is not Level.OK:
+        assert "--shm-size" in findings[0].remedy
+
+
+def test_leftovers_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("fastrtps_0123456789abcdef", "fastrtps_0123456789abcdef_el"):
+        (tmp_path / name).write_bytes(bytes(8192))
+        os.utime(tmp_path / name, (1, 1))
+    import time
+
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 60.0)
+    finding = machine_checks.check_shared_memory(tmp_path)[-1]
+    assert "1 segments" in finding.finding and "--clean" in finding.remedy
+
+
+@pytest.mark.parametrize(
+    ("environ", "level", "text"),
+    [
+        ({}, Level.WARN, "none is in force"),
+        ({PROFILE_VARIABLES[0]: PROFILE}, Level.OK, "segments of 34 MB"),
+        ({PROFILE_VARIABLES[0]: "/nowhere.xml"}, Level.FAIL, "cannot be read"),
+        ({"RMW_IMPLEMENTATION": "rmw_cyclonedds_cpp"}, Level.OK, "rmw_cyclonedds_cpp"),
+    ],
+)
+def test_profile_in_force(environ: dict[str, str], level: Level, text: str) -> None:
+    finding = machine_checks.check_dds(environ, rclpy_present=True)[-1]
+    assert finding.level is level
+    assert text in finding.finding
+
+
+def test_a_profile_without_room_is_a_warning(tmp_path: Path) -> None:
+    profile = tmp_path / "p.xml"
+    profile.write_text("<profiles><segment_size>1000000</segment_size></profiles>")
+    finding = machine_checks.check_dds({PROFILE_VARIABLES[0]: str(profile)}, rclpy_present=True)[-1]
+    assert finding.level is Level.WARN
+    assert worst(machine_checks.check_dds({}, rclpy_present=False)).level is Level.WARN
+
+
+def test_socket_buffers(tmp_path: Path) -> None:
+    path = tmp_path / "proc/sys/net/core/rmem_max"
+    path.parent.mkdir(parents=True)
+    path.write_text("212992\n")
+    assert machine_checks.check_sockets(tmp_path)[0].level is Level.WARN
+    path.write_text("33554432\n")
+    assert machine_checks.check_sockets(tmp_path)[0].level is Level.OK
+
+
+CAMERA = {
+    "topic": "/image", "messages": 30, "rate_hz": 29.9, "encoding": "bgr8", "size": [480, 640], "bytes": 921600,
+    "stamped": True, "age_s": 0.02, "errors": [], "image_topics": [],
+    "publishers": [
+        {"node": "/camera", "type": "sensor_msgs/msg/Image", "reliability": "BEST_EFFORT", "durability": "VOLATILE"}
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "level", "text"),
+    [
+        ({}, Level.OK, "640x480 bgr8 at 29.9 Hz on /image"),
+        ({"publishers": [], "image_topics": ["/front/image_raw"]}, Level.FAIL, "nobody publishes"),
+        ({"messages": 0}, Level.FAIL, "nothing arrives"),
+        ({"errors": ["encoding: got '32FC1', expected one of rgb8"]}, Level.FAIL, "32FC1"),
+        ({"publishers": [{**CAMERA["publishers"][0], "type": "std_msgs/msg/String"}]}, Level.FAIL, "String"),  # type: ignore[index]
+        ({"stamped": False}, Level.WARN, "without a time stamp"),
+        ({"age_s": 12.0}, Level.WARN, "12.0 s old"),
+        ({"publishers": CAMERA["publishers"] * 2}, Level.WARN, "2 publishers"),  # type: ignore[operator]
+    ],
+)
+def test_cameras(change: dict[str, Any], level: Level, text: str) -> None:
+    findings = judge_camera({**CAMERA, **change}, required=True)
+    assert worst(findings).level is level
+    assert any(text in finding.finding for finding in findings)
+
+
+def test_a_camera_elsewhere_is_named() -> None:
+    found = {**CAMERA, "publishers": [], "image_topics": ["/front/image_raw"]}
+    (finding,) = judge_camera(found, required=False)
+    assert finding.level is Level.WARN
+    assert "/front/image_raw" in finding.remedy
+
+
+def test_the_doctor_needs_no_other_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    for name in ("torch", "tqdm"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing them fails
+    with pytest.raises(SystemExit) as end:
+        main(["doctor", "--help"])
+    assert end.value.code == 0
