@@ -1,4 +1,8 @@
-"""Starts the segmentation node: `ros2 launch clustvit_ros segment.launch.py image_topic:=/camera/image_raw`."""
+"""Starts the segmentation node: `ros2 launch clustvit_ros segment.launch.py image_topic:=/camera/image_raw`.
+
+Several cameras: `namespace:=front,rear` starts a process for each, with its own engine (`front/image`, `rear/image`);
+`cameras:=front,rear` starts one process whose engine they share. The topics have the same names either way.
+"""
 
 import os
 
@@ -21,6 +25,7 @@ _PARAMETERS = {
     "merge_threshold": (float, "0.0 merges all tokens (fastest), 1.0 none (plain ViT)."),
     "token_capacity": (int, "At most so many tokens are kept; 0 leaves it to the threshold."),
     "latency_budget_ms": (float, "A frame may take so many milliseconds; 0 is no budget."),
+    "cameras": (str, "Cameras that share one process and engine, separated by commas; image_topic is not used."),
     "autostart": (bool, "Configure and activate at start; false waits for a lifecycle manager."),
     "use_sim_time": (bool, "Take the time from /clock."),
 }
@@ -31,7 +36,7 @@ def generate_launch_description() -> LaunchDescription:
     default_file = str(share_dir() / "config" / "segment.yaml")
     arguments = [
         DeclareLaunchArgument("params_file", default_value=default_file, description="Parameter file of the node."),
-        DeclareLaunchArgument("namespace", default_value="", description="Namespace of node and topics."),
+        DeclareLaunchArgument("namespace", default_value="", description="Of node and topics; a, b: one node each."),
         DeclareLaunchArgument("image_topic", default_value="image", description="Camera image to segment."),
         DeclareLaunchArgument("log_level", default_value="info", description="debug, info, warn, error or fatal."),
     ]
@@ -50,18 +55,20 @@ def _start_node(context: LaunchContext) -> list[LaunchDescriptionEntity]:
         if text:
             # With its type, or launch would read a model called "2" as a number.
             overrides[name] = ParameterValue(_converted(name, kind, text), value_type=kind)
+    namespaces = LaunchConfiguration("namespace").perform(context).split(",")
     return [
         Node(
             package="clustvit_ros",
             executable="segmentation_node",
             name="segmentation",
-            namespace=LaunchConfiguration("namespace"),
+            namespace=namespace.strip(),
             parameters=[LaunchConfiguration("params_file"), *([overrides] if overrides else [])],
             remappings=[("image", LaunchConfiguration("image_topic"))],
             ros_arguments=["--log-level", LaunchConfiguration("log_level")],
             output="screen",
             emulate_tty=True,
         )
+        for namespace in namespaces
     ]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from clustvit_ros.modeling import load_config
-from clustvit_ros.ros.parameters import PARAMETERS, as_markdown_table
+from clustvit_ros.ros.parameters import PARAMETERS, as_markdown_table, camera_markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,6 +20,10 @@ def section(title: str) -> str:
 
 def test_parameter_table_is_the_declared_one():
     assert as_markdown_table().strip() in section("Parameters")
+
+
+def test_camera_parameter_table_is_the_declared_one():
+    assert camera_markdown_table().strip() in section("Several cameras")
 
 
 def test_parameter_file_sets_only_declared_parameters_to_their_defaults():

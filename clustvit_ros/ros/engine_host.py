@@ -93,6 +93,8 @@ class EngineHost:
             raise
         if lossless and parameters.latency_budget_ms:
             self._logger.warning("latency_budget_ms has no effect while processing is every_frame")
+        if grouping.table is not None:
+            self._logger.info(f"{len(info.classes)} classes become {', '.join(grouping.classes.names)}")
         if grouping.ungrouped:
             self._logger.warning(
                 f"class_groups: {', '.join(grouping.ungrouped)} are in no group; their pixels become 255 (unlabelled)"

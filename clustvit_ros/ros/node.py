@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from diagnostic_msgs.msg import DiagnosticArray
+from lifecycle_msgs.srv import ChangeState
 from rclpy.clock import Clock, ClockType
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
@@ -76,6 +77,9 @@ class SegmentationNode(LifecycleNode):
         self, engine_factory: Callable[[SegmentationParameters], Engine] = load_engine, **arguments: Any
     ) -> None:
         super().__init__("segmentation", **arguments)
+        # rclpy raises on a transition that the state does not have, which would end the process.
+        self._answer_change_state = self._service_change_state.callback
+        self._service_change_state.callback = self._on_change_state
         self._state = "unconfigured"
         self._fault = ""
         self._engine_fault = ""
@@ -127,6 +131,16 @@ class SegmentationNode(LifecycleNode):
         if self._runner is None or self._runner.stop():
             self._host.free()
         return 0
+
+    def _on_change_state(self, request: ChangeState.Request, response: ChangeState.Response) -> ChangeState.Response:
+        try:
+            return self._answer_change_state(request, response)
+        except Exception as error:  # rcl's own type is private to rclpy
+            if not self.context.ok():
+                raise
+            self.get_logger().error(f"transition {request.transition.id} refused while {self._state}: {error}")
+            response.success = False
+            return response
 
     # Lifecycle transitions. rclpy swallows what they raise, so each one reports its own failure.
 

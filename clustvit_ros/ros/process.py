@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+import sys
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -17,6 +20,8 @@ from clustvit_ros.runtime.memory import keep_freed_memory
 from clustvit_ros.shared_memory import remove_leftovers
 
 N = TypeVar("N", bound=Node)
+
+_NATIVE_THREADS = ("engine", "engine-loader", "engine-recovery", "segmentation-worker")
 
 
 def run_node(
@@ -63,7 +68,21 @@ def run_node(
             code = max(code, node.close())
             node.destroy_node()
         rclpy.try_shutdown()
+        _leave_native_threads(code)
     return code
+
+
+def _leave_native_threads(code: int) -> None:
+    """End the process here when a thread is still in native code: loading a model, or an engine call that hangs.
+
+    Python ends such threads by unwinding them, which aborts the process where a C++ frame does not allow it.
+    """
+    stuck = [thread for thread in threading.enumerate() if thread.name in _NATIVE_THREADS and thread.is_alive()]
+    if stuck:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _initialise(arguments: list[str] | None) -> None:

@@ -20,6 +20,8 @@ from clustvit_ros.runtime.engine import Engine, EngineInfo, Prediction, Settings
 
 T = TypeVar("T")
 
+_END_S = 5.0
+
 
 class BoundEngine(Engine):
     """Makes an engine in a new thread and forwards every call to it.
@@ -35,7 +37,8 @@ class BoundEngine(Engine):
         self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future] | None] = queue.SimpleQueue()
         self._closed = False
         # A daemon: a device that hangs must not keep the process from ending.
-        threading.Thread(target=self._run, name="engine", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
         try:
             self._engine = self._call(make)
         except BaseException:
@@ -63,6 +66,8 @@ class BoundEngine(Engine):
             self._call(self._engine.close)
             self._closed = True
             self._calls.put(None)
+            # An interpreter that ends while a thread frees native memory aborts the process.
+            self._thread.join(_END_S)
 
     def _call(self, work: Callable[[], T]) -> T:
         if self._closed:

@@ -35,11 +35,12 @@ WAIT_S = 20.0
 class RosProcess:
     """A node of this package in a process of its own, its output kept in a file."""
 
-    def __init__(self, module: str, *ros_arguments: str) -> None:
+    def __init__(self, module: str | Path, *ros_arguments: str) -> None:
+        program = [str(module)] if isinstance(module, Path) else ["-m", f"clustvit_ros.ros.{module}"]
         self._log = Path(tempfile.mkstemp(suffix=".log")[1])
         with self._log.open("w") as stream:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", f"clustvit_ros.ros.{module}", "--ros-args", *ros_arguments],
+                [sys.executable, *program, "--ros-args", *ros_arguments],
                 env=node_environment(os.environ), stdout=stream, stderr=subprocess.STDOUT,
             )  # fmt: skip
 
@@ -64,6 +65,11 @@ class RosProcess:
             if self._process.poll() is not None or time.monotonic() > deadline_s:
                 pytest.fail(f"{text!r} was not printed (exit code {self._process.poll()}):\n{self.output}")
             time.sleep(0.02)
+
+    def resident_kb(self) -> int:
+        """Memory that it holds."""
+        pages = int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") // 1024
 
     def stop(self, number: signal.Signals = signal.SIGINT) -> int:
         """Send a signal and wait for the end; the exit code."""
@@ -164,7 +170,7 @@ def start_node() -> Iterator[Callable[..., RosProcess]]:
     pytest.importorskip("rclpy", reason="needs ROS 2 (rclpy)")
     processes: list[RosProcess] = []
 
-    def start(module: str, *ros_arguments: str) -> RosProcess:
+    def start(module: str | Path, *ros_arguments: str) -> RosProcess:
         processes.append(RosProcess(module, *ros_arguments))
         return processes[-1]
 

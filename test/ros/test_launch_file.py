@@ -84,6 +84,8 @@ def test_arguments_become_parameters_only_when_given(monkeypatch: pytest.MonkeyP
     assert len(plain["parameters"]) == 1
     assert plain["name"] == "segmentation"
     assert [value.value for value in tuned["parameters"][1].values()] == [1.0]
+    context.launch_configurations["namespace"] = "front, rear"
+    assert [node["namespace"] for node in module._start_node(context)] == ["front", "rear"]
     context.launch_configurations["merge_threshold"] = "low"
     with pytest.raises(ValueError, match="merge_threshold: got 'low', expected a number"):
         module._start_node(context)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,9 @@ import pytest
 pytest.importorskip("rclpy", reason="needs ROS 2 (rclpy)")
 
 from lifecycle_msgs.msg import Transition
-from lifecycle_msgs.srv import ChangeState, GetState
+from lifecycle_msgs.srv import ChangeState, GetAvailableTransitions, GetState
+from rcl_interfaces.srv import SetParameters
+from robot import string
 from sensor_msgs.msg import Image
 from std_msgs.msg import Header
 
@@ -73,6 +77,64 @@ def test_signals_end_an_active_node_cleanly(start_node: Callable[..., Any], numb
     assert "nobody publishes there; start the camera or remap" in process.output
     assert process.stop(number) == 0
     assert "Traceback" not in process.output
+
+
+def test_a_lifecycle_manager_brings_it_up_and_down(ros_client: Any, start_node: Callable[..., Any]) -> None:
+    """What Nav2's manager does without a bond: ask for the state, change it, ask again; twice, as after a reset."""
+    process = start_node("node", "-r", "__ns:=/managed", "-p", "engine:=scripted", "-p", "autostart:=false")
+
+    def available() -> set[str]:
+        request = GetAvailableTransitions.Request()
+        answer = ros_client.call(GetAvailableTransitions, f"{NODE}/get_available_transitions", request)
+        return {entry.transition.label for entry in answer.available_transitions}
+
+    for _ in range(2):
+        assert (state(ros_client), available()) == ("unconfigured", {"configure", "shutdown"})
+        assert not change(ros_client, Transition.TRANSITION_ACTIVATE)
+        for transition, reached, offered in (
+            (Transition.TRANSITION_CONFIGURE, "inactive", {"activate", "cleanup", "shutdown"}),
+            (Transition.TRANSITION_ACTIVATE, "active", {"deactivate", "shutdown"}),
+            (Transition.TRANSITION_DEACTIVATE, "inactive", {"activate", "cleanup", "shutdown"}),
+            (Transition.TRANSITION_CLEANUP, "unconfigured", {"configure", "shutdown"}),
+        ):
+            assert change(ros_client, transition)
+            assert (state(ros_client), available()) == (reached, offered)
+    assert "warming scripted up" in process.output
+    assert process.stop(signal.SIGTERM) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["unconfigured", "loading", "inactive", "segmenting", "changing the model"])
+def test_signals_end_it_cleanly_in_every_state(
+    ros_client: Any, start_node: Callable[..., Any], moment: str, number: signal.Signals
+) -> None:
+    autostart = moment not in ("unconfigured", "inactive")
+    process = start_node(
+        Path(__file__).parent / "slow_node.py", "-r", "__ns:=/managed", "-p", "scripted_latency_ms:=1500.0",
+        "-p", f"autostart:={str(autostart).lower()}", "-p", "input_timeout_s:=0.5",
+    )  # fmt: skip
+    if moment == "loading":
+        process.wait_for_output("loading engine")
+        time.sleep(0.2)
+    elif moment == "unconfigured":
+        assert state(ros_client) == "unconfigured"
+    elif moment == "inactive":
+        assert change(ros_client, Transition.TRANSITION_CONFIGURE)
+    else:
+        process.wait_for_output("no image on")
+    if moment == "segmenting":
+        camera = ros_client.image_publisher("/managed/image")
+        frame = image_message(np.zeros((8, 8, 3), np.uint8), "rgb8", Header())
+        ros_client.send_until(camera, frame, lambda: "images arrive again" in process.output, "an image's arrival")
+        ros_client.node.destroy_publisher(camera)
+    elif moment == "changing the model":
+        client = ros_client.node.create_client(SetParameters, f"{NODE}/set_parameters")
+        ros_client.spin_until(client.service_is_ready, "the service")
+        client.call_async(SetParameters.Request(parameters=[string("model", "another")]))
+        ros_client.spin_until(lambda: "with model another" in process.output, "the load")
+    assert process.stop(number) == 0
+    assert "Traceback" not in process.output
+    assert "Error" not in process.output
 
 
 def test_autostart_without_a_model_ends_with_an_error(start_node: Callable[..., Any]) -> None:

@@ -1,0 +1,63 @@
+"""An example for Nav2: the segmentation node and a costmap with the semantic layer, both brought up by Nav2's manager.
+
+`ros2 launch clustvit_ros nav2_semantic.launch.py image_topic:=/camera/color/image_raw`. It needs nav2_costmap_2d,
+nav2_lifecycle_manager and semantic_segmentation_layer, and a camera that publishes an organised cloud.
+"""
+
+import os
+
+from launch import LaunchDescription
+from launch.actions import DeclareLaunchArgument, SetEnvironmentVariable
+from launch.substitutions import LaunchConfiguration
+from launch_ros.actions import Node
+from launch_ros.parameter_descriptions import ParameterValue
+
+from clustvit_ros.dds import dds_environment
+from clustvit_ros.paths import share_dir
+
+
+def generate_launch_description() -> LaunchDescription:
+    """Start the segmentation node, a costmap, and the manager that configures and activates them in this order."""
+    default_file = str(share_dir() / "config" / "nav2_semantic_layer.yaml")
+    parameters = LaunchConfiguration("params_file")
+    sim_time = {"use_sim_time": ParameterValue(LaunchConfiguration("use_sim_time"), value_type=bool)}
+    return LaunchDescription(
+        [
+            DeclareLaunchArgument("params_file", default_value=default_file, description="Of node and costmap."),
+            DeclareLaunchArgument("image_topic", default_value="image", description="Camera image to segment."),
+            DeclareLaunchArgument("model", default_value="camvid_tiny", description="Name or folder of a model."),
+            DeclareLaunchArgument("use_sim_time", default_value="false", description="Take the time from /clock."),
+            *(SetEnvironmentVariable(name, value) for name, value in dds_environment(os.environ).items()),
+            Node(
+                package="clustvit_ros",
+                executable="segmentation_node",
+                name="segmentation",
+                # The manager configures and activates it.
+                parameters=[parameters, {"autostart": False, "model": LaunchConfiguration("model")}, sim_time],
+                remappings=[("image", LaunchConfiguration("image_topic"))],
+                output="screen",
+            ),
+            Node(
+                package="nav2_costmap_2d",
+                executable="nav2_costmap_2d",
+                # It names itself: /costmap/costmap.
+                parameters=[parameters, sim_time],
+                output="screen",
+            ),
+            Node(
+                package="nav2_lifecycle_manager",
+                executable="lifecycle_manager",
+                name="lifecycle_manager_semantic",
+                # The segmentation node makes no bond, so the manager must not wait for one.
+                parameters=[
+                    {
+                        "autostart": True,
+                        "bond_timeout": 0.0,
+                        "node_names": ["segmentation", "costmap/costmap"],
+                    },
+                    sim_time,
+                ],
+                output="screen",
+            ),
+        ]
+    )
