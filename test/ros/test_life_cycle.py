@@ -61,11 +61,11 @@ def test_masks_flow_only_while_active(ros_client: Any, start_node: Callable[...,
 
 
 def test_shutdown_from_active_stops_the_work(ros_client: Any, start_node: Callable[..., Any]) -> None:
-    process = start_node("node", "-r", "__ns:=/managed", "-p", "engine:=scripted")
+    process = start_node("node", "-r", "__ns:=/ended", "-p", "engine:=scripted")
     process.wait_for_output("active:")
-    assert state(ros_client) == "active"
-    assert change(ros_client, Transition.TRANSITION_ACTIVE_SHUTDOWN)
-    assert state(ros_client) == "finalized"
+    assert state(ros_client, "/ended/segmentation") == "active"
+    assert change(ros_client, Transition.TRANSITION_ACTIVE_SHUTDOWN, "/ended/segmentation")
+    assert state(ros_client, "/ended/segmentation") == "finalized"
     assert process.stop(signal.SIGTERM) == 0
 
 
@@ -104,8 +104,17 @@ def test_a_lifecycle_manager_brings_it_up_and_down(ros_client: Any, start_node: 
     assert process.stop(signal.SIGTERM) == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", ["unconfigured", "loading", "inactive", "segmenting", "changing the model"])
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [
+        pytest.param(moment, number, marks=[] if number == quick else [pytest.mark.slow])
+        for moment, quick in (
+            ("unconfigured", signal.SIGTERM), ("loading", signal.SIGINT), ("inactive", signal.SIGTERM),
+            ("segmenting", signal.SIGINT), ("changing the model", signal.SIGTERM),
+        )
+        for number in (signal.SIGINT, signal.SIGTERM)
+    ],
+)  # fmt: skip
 def test_signals_end_it_cleanly_in_every_state(
     ros_client: Any, start_node: Callable[..., Any], moment: str, number: signal.Signals
 ) -> None:
