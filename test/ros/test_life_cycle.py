@@ -27,13 +27,13 @@ pytestmark = pytest.mark.ros
 NODE = "/managed/segmentation"
 
 
-def change(client: Any, transition: int) -> bool:
+def change(client: Any, transition: int, node: str = NODE) -> bool:
     request = ChangeState.Request(transition=Transition(id=transition))
-    return client.call(ChangeState, f"{NODE}/change_state", request).success
+    return client.call(ChangeState, f"{node}/change_state", request).success
 
 
-def state(client: Any) -> str:
-    return client.call(GetState, f"{NODE}/get_state", GetState.Request()).current_state.label
+def state(client: Any, node: str = NODE) -> str:
+    return client.call(GetState, f"{node}/get_state", GetState.Request()).current_state.label
 
 
 def test_masks_flow_only_while_active(ros_client: Any, start_node: Callable[..., Any]) -> None:
@@ -61,11 +61,11 @@ def test_masks_flow_only_while_active(ros_client: Any, start_node: Callable[...,
 
 
 def test_shutdown_from_active_stops_the_work(ros_client: Any, start_node: Callable[..., Any]) -> None:
-    process = start_node("node", "-r", "__ns:=/managed", "-p", "engine:=scripted")
+    process = start_node("node", "-r", "__ns:=/ended", "-p", "engine:=scripted")
     process.wait_for_output("active:")
-    assert state(ros_client) == "active"
-    assert change(ros_client, Transition.TRANSITION_ACTIVE_SHUTDOWN)
-    assert state(ros_client) == "finalized"
+    assert state(ros_client, "/ended/segmentation") == "active"
+    assert change(ros_client, Transition.TRANSITION_ACTIVE_SHUTDOWN, "/ended/segmentation")
+    assert state(ros_client, "/ended/segmentation") == "finalized"
     assert process.stop(signal.SIGTERM) == 0
 
 
@@ -81,54 +81,67 @@ def test_signals_end_an_active_node_cleanly(start_node: Callable[..., Any], numb
 
 def test_a_lifecycle_manager_brings_it_up_and_down(ros_client: Any, start_node: Callable[..., Any]) -> None:
     """What Nav2's manager does without a bond: ask for the state, change it, ask again; twice, as after a reset."""
-    process = start_node("node", "-r", "__ns:=/managed", "-p", "engine:=scripted", "-p", "autostart:=false")
+    node = "/with_manager/segmentation"
+    process = start_node("node", "-r", "__ns:=/with_manager", "-p", "engine:=scripted", "-p", "autostart:=false")
 
     def available() -> set[str]:
         request = GetAvailableTransitions.Request()
-        answer = ros_client.call(GetAvailableTransitions, f"{NODE}/get_available_transitions", request)
+        answer = ros_client.call(GetAvailableTransitions, f"{node}/get_available_transitions", request)
         return {entry.transition.label for entry in answer.available_transitions}
 
     for _ in range(2):
-        assert (state(ros_client), available()) == ("unconfigured", {"configure", "shutdown"})
-        assert not change(ros_client, Transition.TRANSITION_ACTIVATE)
+        assert (state(ros_client, node), available()) == ("unconfigured", {"configure", "shutdown"})
+        assert not change(ros_client, Transition.TRANSITION_ACTIVATE, node)
         for transition, reached, offered in (
             (Transition.TRANSITION_CONFIGURE, "inactive", {"activate", "cleanup", "shutdown"}),
             (Transition.TRANSITION_ACTIVATE, "active", {"deactivate", "shutdown"}),
             (Transition.TRANSITION_DEACTIVATE, "inactive", {"activate", "cleanup", "shutdown"}),
             (Transition.TRANSITION_CLEANUP, "unconfigured", {"configure", "shutdown"}),
         ):
-            assert change(ros_client, transition)
-            assert (state(ros_client), available()) == (reached, offered)
+            assert change(ros_client, transition, node)
+            assert (state(ros_client, node), available()) == (reached, offered)
     assert "warming scripted up" in process.output
     assert process.stop(signal.SIGTERM) == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", ["unconfigured", "loading", "inactive", "segmenting", "changing the model"])
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [
+        pytest.param(moment, number, marks=[] if number == quick else [pytest.mark.slow])
+        for moment, quick in (
+            ("unconfigured", signal.SIGTERM), ("loading", signal.SIGINT), ("inactive", signal.SIGTERM),
+            ("segmenting", signal.SIGINT), ("changing the model", signal.SIGTERM),
+        )
+        for number in (signal.SIGINT, signal.SIGTERM)
+    ],
+)  # fmt: skip
 def test_signals_end_it_cleanly_in_every_state(
     ros_client: Any, start_node: Callable[..., Any], moment: str, number: signal.Signals
 ) -> None:
+    # A name of its own: the graph still knows the services of the node before.
+    namespace = f"/{moment.replace(' ', '_')}_{number.name.lower()}"
+    node = f"{namespace}/segmentation"
     autostart = moment not in ("unconfigured", "inactive")
     process = start_node(
-        Path(__file__).parent / "slow_node.py", "-r", "__ns:=/managed", "-p", "scripted_latency_ms:=1500.0",
+        Path(__file__).parent / "slow_node.py", "-r", f"__ns:={namespace}", "-p", "scripted_latency_ms:=1500.0",
         "-p", f"autostart:={str(autostart).lower()}", "-p", "input_timeout_s:=0.5",
     )  # fmt: skip
     if moment == "loading":
         process.wait_for_output("loading engine")
         time.sleep(0.2)
     elif moment == "unconfigured":
-        assert state(ros_client) == "unconfigured"
+        assert state(ros_client, node) == "unconfigured"
     elif moment == "inactive":
-        assert change(ros_client, Transition.TRANSITION_CONFIGURE)
+        assert change(ros_client, Transition.TRANSITION_CONFIGURE, node)
     else:
         process.wait_for_output("no image on")
     if moment == "segmenting":
-        camera = ros_client.image_publisher("/managed/image")
+        camera = ros_client.image_publisher(f"{namespace}/image")
         frame = image_message(np.zeros((8, 8, 3), np.uint8), "rgb8", Header())
         ros_client.send_until(camera, frame, lambda: "images arrive again" in process.output, "an image's arrival")
         ros_client.node.destroy_publisher(camera)
     elif moment == "changing the model":
-        client = ros_client.node.create_client(SetParameters, f"{NODE}/set_parameters")
+        client = ros_client.node.create_client(SetParameters, f"{node}/set_parameters")
         ros_client.spin_until(client.service_is_ready, "the service")
         client.call_async(SetParameters.Request(parameters=[string("model", "another")]))
         ros_client.spin_until(lambda: "with model another" in process.output, "the load")
