@@ -164,6 +164,7 @@ def test_files_are_written_below_the_cache_folder_only(
         "XDG_CACHE_HOME": str(tmp_path / "cache"), "ROS_LOG_DIR": str(tmp_path / "log"),
         "PYTHONDONTWRITEBYTECODE": "1",
     }  # fmt: skip
+    environ.pop("TORCHINDUCTOR_CACHE_DIR", None)  # PyTorch sets it for its children when this process imports it
     arguments = ["--ros-args", "-r", "__ns:=/files", "-p", f"model:={model}", "-p", "device:=cpu"]
     process = subprocess.Popen(
         [sys.executable, "-c", WATCHED, str(tmp_path / "opened.txt"), *arguments], env=environ,
