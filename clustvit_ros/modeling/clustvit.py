@@ -72,10 +72,12 @@ class ClustViT(VisionTransformer):
             x = block(x)
         return Injection(x, self.clusterer(x[:, 1:]), grid_size)
 
-    def count_kept(self, state: Injection, merge_threshold: float) -> Tensor:
+    def count_kept(self, state: Injection, merge_threshold: float | Tensor) -> Tensor:
         return count_kept(merge_scores(state.cluster_logits), merge_threshold)
 
-    def finish(self, state: Injection, merge_threshold: float = 0.5, token_capacity: int | None = None) -> Features:
+    def finish(
+        self, state: Injection, merge_threshold: float = 0.5, token_capacity: int | Tensor | None = None
+    ) -> Features:
         """Merge, run the remaining blocks, regenerate.
 
         Args:
@@ -93,7 +95,7 @@ class ClustViT(VisionTransformer):
                 if merge is None
                 else merge.cluster_ids
             )
-        elif token_capacity < num_tokens:
+        elif isinstance(token_capacity, Tensor) or token_capacity < num_tokens:
             merge = merge_to_capacity(x, scores, token_capacity, self.num_clusters)
             ids = merge.cluster_ids
         else:
