@@ -12,22 +12,44 @@ class Features(NamedTuple):
     """What a backbone hands to the decode head.
 
     Attributes:
-        tokens: (B, N, C) float, after the final norm, row-major over the token grid, without class token.
+        tokens: (B, L, C) float, after the final norm, without class token; the grid's tokens row by row, L == N, unless
+            `slots` is given.
         grid_size: (h, w) tokens, h * w == N.
-        cluster_logits: (B, N, k+1) float; None for a backbone that does not cluster.
-        cluster_ids: (B, N) int64, 0 = kept, 1..k = merged into that cluster; None likewise.
+        cluster_logits: (B, N, k+1) float; None for a backbone that has no Clusterer. With several injection points
+            the later ones' logits follow, and `cluster_positions` says whose they are.
+        cluster_ids: (B, N) int64, 0 = kept, above = merged into that cluster; None for a backbone that does not merge.
+        cluster_positions: (B, M) int64, the token (0..N-1) that each row of `cluster_logits` is about; None where they
+            are all tokens in order.
+        levels: outputs of the blocks that a multi-level head asked for, shallow first, (B, N, C) each, without class
+            token; only the last block's is normalised.
+        slots: (B, N) int64, the row of `tokens` that stands for each token of the grid, where the sequence is left
+            compact for the head; None where it is not.
+        key_mask: (B, L) bool, False = padding of a compact sequence; None when there is none.
     """
 
     tokens: Tensor
     grid_size: tuple[int, int]
     cluster_logits: Tensor | None = None
     cluster_ids: Tensor | None = None
+    cluster_positions: Tensor | None = None
+    levels: tuple[Tensor, ...] = ()
+    slots: Tensor | None = None
+    key_mask: Tensor | None = None
+
+    def to_grid(self, values: Tensor) -> Tensor:
+        """What was computed per row of `tokens`, on the token grid: (B, L, K) -> (B, K, h, w)."""
+        if self.slots is not None:
+            values = values.gather(1, self.slots[..., None].expand(-1, -1, values.shape[2]))
+        return values.transpose(1, 2).unflatten(2, self.grid_size)
 
 
 class Backbone(nn.Module, abc.ABC):
     """Images to features, in two steps: `encode` costs what no setting changes, `finish` what the settings decide.
 
     A backbone that merges nothing does all its work in `encode`, and its `finish` ignores the settings.
+
+    All steps can be traced for export: threshold and capacity are then tensors, the shapes that follow from the
+    capacity are dynamic, and nothing may be decided in Python by their values.
 
     Attributes:
         patch_size: side in pixels of what one token of the grid stands for.
@@ -39,25 +61,31 @@ class Backbone(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def encode(self, images: Tensor) -> Any:
-        """Normalised images (B, 3, H, W) to a state, a tuple of tensors and plain values, for `finish`.
+        """Normalised images (B, 3, H, W) to a state, a (nested) tuple of tensors and plain values, for `finish`.
 
         Raises:
             ImageError: not a batch of three-channel images.
         """
 
-    def count_kept(self, state: Any, merge_threshold: float) -> Tensor:
-        """Tokens per image that the threshold leaves unmerged: (B,) int64, on the state's device."""
+    def count_kept(self, state: Any, merge_threshold: float | Tensor) -> Tensor:
+        """Tokens per image that the threshold leaves unmerged: (B,) int64, on the state's device.
+
+        Args:
+            state: of `encode`.
+            merge_threshold: 0..1; a () float32 tensor where traced.
+        """
         raise NotImplementedError(f"{type(self).__name__} merges no tokens")
 
     @abc.abstractmethod
-    def finish(self, state: Any, merge_threshold: float = 0.5, token_capacity: int | None = None) -> Features:
+    def finish(self, state: Any, merge_threshold: float = 0.5, token_capacity: int | Tensor | None = None) -> Features:
         """Features of a state.
 
         Args:
             state: of `encode`.
             merge_threshold: tokens whose merge score is above are merged: 0.5 is the paper's arg-max, 1.0 is plain ViT.
             token_capacity: keep exactly this many tokens per image, or all where there are no more; None lets the
-                threshold alone decide (exact mode).
+                threshold alone decide (exact mode). A () int64 tensor, 1 up to all tokens, where traced: its value
+                then decides no shape in Python, and all tokens must still give what the unmerged network gives.
         """
 
     def forward(self, images: Tensor, merge_threshold: float = 0.5, token_capacity: int | None = None) -> Features:

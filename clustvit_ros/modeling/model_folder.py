@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -128,11 +129,11 @@ def load_segmenter(model: str | Path) -> Segmenter:
         ConfigError: `model.yaml` cannot be used.
     """
     config = load_config(model)
-    path = weights_path(model)
+    path, unused = weights_path(model), config.network.unused_weights
     with torch.device("meta"):  # shapes without memory: model.yaml may lie about them
-        _check_file(build_network(config.network, len(config.classes)), path)
+        _check_file(build_network(config.network, len(config.classes)), path, unused)
     network = build_network(config.network, len(config.classes))
-    load_weights(network, path)
+    load_weights(network, path, unused)
     return network.eval()
 
 
@@ -162,16 +163,22 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def load_weights(network: Segmenter, path: Path) -> None:
+def load_weights(network: Segmenter, path: Path, unused: tuple[str, ...] = ()) -> None:
     """Fill a network from a safetensors file; half-precision weights become the network's own precision.
+
+    Args:
+        network: changed in place.
+        path: of the file.
+        unused: beginnings of names that may be in the file though the network has no use for them.
 
     Raises:
         ModelError: unreadable file, names or shapes that differ, each listed, or values that are no numbers.
     """
-    _check_file(network, path)
+    _check_file(network, path, unused)
     try:
         with safe_open(path, "pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            names = [name for name in file.keys() if not name.startswith(unused)]  # noqa: SIM118 (not a mapping)
+            weights = {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path}: cannot be read ({error}); fetch the model again") from error
     broken = [name for name, tensor in weights.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
@@ -180,12 +187,12 @@ def load_weights(network: Segmenter, path: Path) -> None:
     network.load_state_dict(weights)
 
 
-def _check_file(network: Segmenter, path: Path) -> None:
+def _check_file(network: Segmenter, path: Path, unused: tuple[str, ...] = ()) -> None:
     """Hold a safetensors file's header against a network, before any tensor is read."""
     try:
         with safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+            shapes = {name: tuple(part.get_shape()) for name, part in slices.items() if not name.startswith(unused)}
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path}: cannot be read ({error}); fetch the model again") from error
     _check_shapes(network, shapes, str(path))
@@ -198,6 +205,31 @@ def _check_sizes(network: dict[str, Any], where: str) -> None:
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int | float) and not abs(number) <= largest:
                 raise ConfigError(f"{where}: {name} is {value}, expected at most {largest}")
+
+
+def write_variant(model: str | Path, folder: Path, network: dict[str, Any]) -> Path:
+    """A model folder with a model's weights and some of its `network` section replaced, e.g. another way to merge.
+
+    Args:
+        model: a model folder, or a shipped model's name.
+        folder: to make; its name becomes the variant's.
+        network: hyper-parameters to replace, as in `model.yaml`.
+
+    Returns:
+        `folder`, with a copy of the weights.
+
+    Raises:
+        ModelError: no such model.
+        ConfigError: `model.yaml` cannot be used, or not with these values.
+    """
+    source = find_model(model).resolve()
+    content = read_yaml(source / MODEL_FILE)
+    content["network"] = {**(content.get("network") or {}), **network}
+    folder.mkdir(parents=True)
+    (folder / MODEL_FILE).write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    shutil.copyfile(weights_path(source), folder / WEIGHTS_FILE)
+    load_config(folder)
+    return folder
 
 
 def hash_weights(model: str | Path) -> str:
