@@ -36,6 +36,9 @@ def run(args: argparse.Namespace) -> int:
     started = time.monotonic()
     prepare(args)
     recipe = read_recipe(args.recipe)
+    if args.epochs is not None and recipe.pretraining is not None:
+        pretraining = dataclasses.replace(recipe.pretraining, epochs=args.epochs)
+        recipe = dataclasses.replace(recipe, pretraining=pretraining)
     if not recipe.classes:
         # The encoder does not depend on the classes, and the images need not have any.
         recipe = dataclasses.replace(recipe, classes=(ClassEntry("none", (0, 0, 0)),))

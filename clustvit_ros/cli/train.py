@@ -78,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
     recipe = read_recipe(args.recipe)
     if args.init is not None:
         recipe = dataclasses.replace(recipe, init=args.init)
+    if args.epochs is not None:
+        recipe = dataclasses.replace(recipe, schedule=dataclasses.replace(recipe.schedule, epochs=args.epochs))
     data_set = open_data_set(args.data)
     recipe = recipe.with_classes(data_set.classes)
     config = recipe.model_config()

@@ -22,6 +22,7 @@ EXIT_TIME_UP = 75
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
     """Options of `train` and `pretrain`."""
+    parser.add_argument("--epochs", type=int, help="instead of the recipe's number of epochs")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = automatic")
     parser.add_argument(
