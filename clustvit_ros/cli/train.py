@@ -205,7 +205,7 @@ def _provenance(recipe: Recipe, recipe_name: str) -> dict[str, Any]:
     return {
         "data": recipe.data,
         "recipe": recipe_name,
-        "init": recipe.init,
+        "init": "/".join(Path(recipe.init).parts[-2:]),
         "augmentation": to_mapping(recipe.augmentation),
         "schedule": to_mapping(recipe.schedule),
     }

@@ -55,8 +55,6 @@ def prepare(args: argparse.Namespace) -> None:
         raise ConfigError("--time-limit and --cache-gb must be 0 or above")
     if args.threads > 0:
         torch.set_num_threads(args.threads)
-    # Products of float32 matrices may use the tensor cores of a GPU; without effect on a CPU.
-    torch.set_float32_matmul_precision("high")
 
 
 def run_options(args: argparse.Namespace, run_dir: Path, is_main: bool, spent_s: float = 0.0) -> RunOptions:

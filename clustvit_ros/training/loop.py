@@ -107,7 +107,7 @@ class TrainingLoop(abc.ABC, Generic[Network]):
         self.step = 0
         self.best_score = -math.inf
         self._totals: dict[str, float] = {}
-        self._pending: tuple[int, list[str], dict[str, Tensor]] | None = None
+        self._pending: _Report | None = None
         self._started = self._saved = time.monotonic()
         self.run_dir.mkdir(parents=True, exist_ok=True)
         if (self.run_dir / CHECKPOINT).exists():
@@ -201,12 +201,12 @@ class TrainingLoop(abc.ABC, Generic[Network]):
         with self.precision.autocast():
             losses, measures = self._module(*inputs)
         loss = torch.stack(list(losses.values())).sum()
-        report = {"loss": loss.detach(), **{name: v.detach() for name, v in (losses | measures).items()}}
+        report = _Report(step, batch.names, {"loss": loss, **losses, **measures}, self.processes)
         self.precision.step(loss, self.optimizer, self.network, optimisation.clip_norm)
         update_average(self.averaged, self.network, optimisation.ema_decay, step)
         # A loss is read when the next step is under way, so that a GPU never waits for the CPU.
         self._settle()
-        self._pending = (step, batch.names, report)
+        self._pending = report
         self.step += 1
         self.progress.update()
 
@@ -214,17 +214,14 @@ class TrainingLoop(abc.ABC, Generic[Network]):
         """Read the last step's losses, and stop if they are not finite."""
         if self._pending is None:
             return
-        step, names, report = self._pending
-        self._pending = None
-        means = self.processes.mean(torch.stack([value.float() for value in report.values()])).tolist()
-        values = dict(zip(report, means, strict=True))
+        report, self._pending = self._pending, None
+        values = report.read()
         if not math.isfinite(values["loss"]):
+            path = self.run_dir / CHECKPOINT
+            kept = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
             raise DataError(
-                f"the loss became {values['loss']} at step {step}, on {', '.join(names)}; the last good checkpoint "
-                f"is {self.run_dir / CHECKPOINT}; look at these files, or lower the learning rate"
-                if (self.run_dir / CHECKPOINT).exists()
-                else f"the loss became {values['loss']} at step {step}, on {', '.join(names)}, before the first "
-                "checkpoint; look at these files, or lower the learning rate"
+                f"the loss became {values['loss']} at step {report.step}, on {', '.join(report.names)}; {kept}; "
+                "look at these files, or lower the learning rate"
             )
         for name, value in values.items():
             self._totals[name] = self._totals.get(name, 0.0) + value
@@ -275,6 +272,32 @@ class TrainingLoop(abc.ABC, Generic[Network]):
         self.optimizer.load_state_dict(state["optimizer"])
         self.precision.load_state_dict(state["scaler"])
         self.step, self.best_score, self._totals = state["step"], state["best_score"], state["totals"]
+
+
+class _Report:
+    """What a step was judged by, on its way to the CPU.
+
+    Args:
+        step: number of it.
+        names: of the images in it.
+        values: scalars by name, on the device.
+        processes: those whose mean is meant.
+    """
+
+    def __init__(self, step: int, names: list[str], values: dict[str, Tensor], processes: Processes) -> None:
+        self.step, self.names = step, names
+        self._keys = list(values)
+        means = processes.mean(torch.stack([value.detach().float() for value in values.values()]))
+        # Copied behind the step's own work, and waited for without waiting for what comes after it.
+        self._values = means.to("cpu", non_blocking=True)
+        self._copied = torch.cuda.Event() if means.is_cuda else None
+        if self._copied:
+            self._copied.record()
+
+    def read(self) -> dict[str, float]:
+        if self._copied:
+            self._copied.synchronize()
+        return dict(zip(self._keys, self._values.tolist(), strict=True))
 
 
 def _seed(seed: int, index: int) -> int:

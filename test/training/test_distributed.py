@@ -32,7 +32,9 @@ def test_two_processes_train_like_one(scenes, train, write_recipe, tmp_path):
     one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("one", "two"))
     assert one["step"] == two["step"] == 2
     for name, tensor in one["network"].items():
-        torch.testing.assert_close(two["network"][name], tensor, rtol=2e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            two["network"][name], tensor, rtol=2e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_a_batch_that_cannot_be_divided_is_refused():

@@ -36,10 +36,11 @@ def test_lovasz_ignores_void_and_survives_an_image_of_it():
     logits, labels = torch.randn(1, 3, 8, 8, requires_grad=True), torch.randint(0, 3, (1, 8, 8))
     labels[:, :4] = 255
     value = lovasz_softmax(logits, labels)
+    before = value.item()
     changed = logits.detach().clone()
     changed[:, :, :4] += 5 * torch.randn(1, 3, 4, 8)
-    assert float(lovasz_softmax(changed, labels)) == pytest.approx(float(value), abs=1e-6)
-    assert float(lovasz_softmax(logits, torch.full_like(labels, 255))) == 0.0
+    assert float(lovasz_softmax(changed, labels)) == pytest.approx(before, abs=1e-6)
+    assert lovasz_softmax(logits, torch.full_like(labels, 255)).item() == 0.0
     value.backward()
     assert logits.grad[:, :, :4].abs().max() == 0 and logits.grad[:, :, 4:].abs().max() > 0
 
@@ -87,12 +88,12 @@ def test_losses_of_halves_average_to_the_loss_of_the_whole():
     logits, labels = torch.randn(4, 3, 4, 4), torch.randint(0, 3, (4, 16, 16))
     labels[0, :12] = 255
     for weights, share in itertools.product((None, torch.tensor([1.0, 2.0, 5.0])), (1.0, 0.3)):
-        totals = []
-        for half in (slice(0, 2), slice(2, 4)):
-            segmentation_loss(logits[half], labels[half], weights, share, lambda w: totals.append(w) or w)
-        mean = sum(totals) / 2
-        halves = [
-            segmentation_loss(logits[half], labels[half], weights, share, lambda w: mean)
-            for half in (slice(0, 2), slice(2, 4))
-        ]
+        totals: list[torch.Tensor] = []
+        _halves(logits, labels, weights, share, lambda weight, totals=totals: totals.append(weight) or weight)
+        halves = _halves(logits, labels, weights, share, lambda weight, totals=totals: sum(totals) / 2)
         torch.testing.assert_close(sum(halves) / 2, segmentation_loss(logits, labels, weights, share))
+
+
+def _halves(logits, labels, weights, share, average):
+    halves = (slice(0, 2), slice(2, 4))
+    return [segmentation_loss(logits[half], labels[half], weights, share, average) for half in halves]
