@@ -54,6 +54,7 @@ setup(
         "torch": ["torch>=2.1"],
         "opencv": ["opencv-python-headless>=4.5,<5"],
         "train": ["tqdm>=4.60", "matplotlib>=3.5"],
+        "tensorboard": ["tensorboard>=2.10"],
         "onnx": ["onnx>=1.15", "onnxruntime>=1.17"],
         "test": ["pytest>=7", "pytest-timeout>=2", "hypothesis>=6", "ruff>=0.6", "mypy>=1.8", "types-PyYAML"],
     },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import html
 import io
 import json
@@ -51,8 +52,7 @@ def compare_twins(results: Sequence[dict[str, Any]], configs: Sequence[ModelConf
     comparisons = []
     for result, config in zip(results, configs, strict=True):
         for twin, twin_config in zip(results, configs, strict=True):
-            is_twin = twin_config.network != config.network and twin_config.network == without_merging(config.network)
-            if config.network.backbone == "vit" or not is_twin:
+            if config.network.backbone == twin_config.network.backbone or not _are_twins(config, twin_config):
                 continue
             for point, miou, setting in _points(result, twin):
                 lost = twin["miou"] - miou
@@ -67,6 +67,18 @@ def compare_twins(results: Sequence[dict[str, Any]], configs: Sequence[ModelConf
                     }
                 )  # fmt: skip
     return comparisons
+
+
+def _are_twins(config: ModelConfig, other: ModelConfig) -> bool:
+    """Whether `other` is the plain ViT of a ClustViT; what it says about clusters does not matter."""
+    network = config.network
+    plain = dataclasses.replace(
+        other.network,
+        num_clusters=network.num_clusters,
+        injection_point=network.injection_point,
+        cluster_mlp_dim=network.cluster_mlp_dim,
+    )
+    return plain == without_merging(network)
 
 
 def _points(result: dict[str, Any], twin: dict[str, Any]) -> list[tuple[str, float, str]]:

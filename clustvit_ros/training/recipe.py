@@ -30,7 +30,8 @@ class Optimisation:
     Args:
         epochs: passes over the training images.
         batch_size: crops per step, of all processes together.
-        learning_rate: peak of AdamW's, after a linear warm-up over `warmup` of all steps; then poly decay.
+        learning_rate: peak of AdamW's.
+        warmup: share of all steps over which the learning rate rises linearly; then it decays.
         poly_power: of the decay (1 - progress) ** poly_power.
         weight_decay: on matrices and kernels only, not on biases, norms and embeddings.
         clip_norm: largest gradient norm.

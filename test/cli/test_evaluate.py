@@ -85,7 +85,6 @@ def twin_dir(model_dir, tmp_path_factory):
     config = load_config(model_dir)
     network = without_merging(config.network)
     overrides = {key: value for key, value in config.overrides.items() if key != "injection_point"}
-    overrides["injection_point"] = config.network.injection_point
     twin = dataclasses.replace(config, architecture="vit_t", network=network, overrides=overrides)
     built = build_network(network, len(config.classes))
     built.load_state_dict(load_segmenter(model_dir).state_dict(), strict=False)
