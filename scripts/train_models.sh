@@ -31,12 +31,17 @@ START=$(date +%s)
 
 left() { "$PYTHON" -c "import time; print(f'{max($MINUTES - (time.time() - $START) / 60, 0):.2f}')"; }
 
+# What is complete, without encoders and checkpoints: they are as large as the models, and are made again from the recipes.
 pack() {
   [ -n "$PACK" ] || return 0
   mkdir -p "$PACK"; rm -f "$PACK"/models.tar.*
-  (cd "$OUT" && find . \( -path './*/model/*' -o -name '*.json' -o -name '*.yaml' -o -name 'log.jsonl' \
-     -o -name 'encoder.safetensors' -o -name 'report.html' \) -not -path './cwfid_tiny/fold*/model/*' -type f -print0 \
-   | tar c --null -T -) | split -b 15m - "$PACK/models.tar."
+  (cd "$OUT" && {
+      for done in */done.json; do
+        [ -f "$done" ] && find "${done%/*}" -maxdepth 2 -type f \( -path '*/model/*' -o -name '*.json' -o -name '*.yaml' \
+          -o -name log.jsonl \) -not -path '*/fold*/model/*' -print0
+      done
+      find . -maxdepth 2 -type f \( -name 'report*.json' -o -name report.html \) -print0
+    } | tar c --null -T -) | split -b 15m - "$PACK/models.tar."
 }
 
 # Runs a command of clustvit-ros within what is left of the time.

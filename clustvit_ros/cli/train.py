@@ -18,12 +18,18 @@ from clustvit_ros.cli.evaluation import evaluate
 from clustvit_ros.cli.training_options import EXIT_TIME_UP, add_training_options, prepare, run_options, usable
 from clustvit_ros.config import to_mapping
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.modeling.model_folder import ModelConfig, load_config, load_segmenter, save_model
+from clustvit_ros.modeling.model_folder import (
+    WEIGHTS_FILE,
+    ModelConfig,
+    load_config,
+    load_segmenter,
+    save_model,
+)
 from clustvit_ros.modeling.segmenter import Segmenter
 from clustvit_ros.runtime import Settings
 from clustvit_ros.runtime.device import select_device
 from clustvit_ros.runtime.torch_engine import TorchEngine
-from clustvit_ros.training.checkpoint import write_text
+from clustvit_ros.training.checkpoint import write_text, writing
 from clustvit_ros.training.dataset import Finding, LabelledImages
 from clustvit_ros.training.distributed import Processes, processes
 from clustvit_ros.training.layouts import open_data_set
@@ -160,7 +166,7 @@ def _train_part(
     def validate(network: Segmenter) -> dict[str, Any]:
         return score(_rounded(network))
 
-    trainer.train(validate if part.val else None, lambda network: save_model(model_dir, config, network))
+    trainer.train(validate if part.val else None, lambda network: _save(model_dir, config, network))
     scores: dict[str, Any] = {}
     if here.is_main:
         scores = _finish(model_dir, config, recipe, args.recipe.name, part, score)
@@ -187,9 +193,14 @@ def _finish(
             dtype, halved = torch.float32, full
         scores = {"split": part.val_name, "merge_threshold": Settings().merge_threshold, **halved}
     config = dataclasses.replace(config, training=_provenance(recipe, recipe_name), scores=scores)
-    save_model(model_dir, config, best, dtype)
+    _save(model_dir, config, best, dtype)
     print(f"{_describe(scores)}; model in {model_dir}")
     return scores
+
+
+def _save(model_dir: Path, config: ModelConfig, network: Segmenter, dtype: torch.dtype = torch.float32) -> None:
+    with writing(model_dir / WEIGHTS_FILE):
+        save_model(model_dir, config, network, dtype)
 
 
 def _rounded(network: Segmenter) -> Segmenter:
@@ -239,7 +250,7 @@ def _summarise_folds(run_dir: Path, config: ModelConfig, folds: list[dict[str, A
     write_text(run_dir / _FOLDS_FILE, json.dumps({"summary": summary, "folds": folds}, indent=1) + "\n")
     model_dir = run_dir / "model"
     trained = load_config(model_dir)
-    save_model(model_dir, dataclasses.replace(trained, scores=summary), load_segmenter(model_dir), torch.float16)
+    _save(model_dir, dataclasses.replace(trained, scores=summary), load_segmenter(model_dir), torch.float16)
     print(
         f"{len(folds)} folds: mIoU {summary['miou']:.2f} +- {summary['miou_std']:.2f}, "
         f"{100 * summary['tokens_merged_mean']:.1f} % merged; the model of all images is in {model_dir}"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from clustvit_ros.errors import DataError
 
@@ -34,21 +36,43 @@ def write_text(path: Path, text: str) -> None:
     _write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a text file.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    with writing(path), path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around whatever writes `path` by way of `<path>.partial`: a full disk becomes a clear error.
+
+    Raises:
+        DataError: it cannot be written, for instance because the disk is full.
+    """
     try:
-        write(partial)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except (OSError, RuntimeError) as error:  # PyTorch's writer raises RuntimeError when the disk is full
-        partial.unlink(missing_ok=True)
+        yield
+    # PyTorch's writer raises RuntimeError when the disk is full.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        path.with_name(path.name + ".partial").unlink(missing_ok=True)
         kept = "; the file written before is kept" if path.exists() else ""
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
             f"{path}: cannot be written ({reason}){kept}; make room on the disk or check the folder's permissions, "
             "then run the same command to continue"
         ) from error
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with writing(path):
+        write(partial)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -20,7 +20,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from clustvit_ros.errors import DataError
-from clustvit_ros.training.checkpoint import CHECKPOINT, check_fingerprint, load_checkpoint, save_checkpoint
+from clustvit_ros.training.checkpoint import (
+    CHECKPOINT,
+    append_line,
+    check_fingerprint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from clustvit_ros.training.crops import Batch, Place
 from clustvit_ros.training.distributed import Processes
 from clustvit_ros.training.optimisation import Precision, build_optimizer, relative_rate, update_average
@@ -162,8 +168,7 @@ class TrainingLoop(abc.ABC, Generic[Network]):
                     end_of_epoch(epoch + 1, record)
                 self._save()
                 if self.processes.is_main:
-                    with (self.run_dir / LOG).open("a", encoding="utf-8") as log:
-                        log.write(json.dumps(record) + "\n")
+                    append_line(self.run_dir / LOG, json.dumps(record))
                     self.options.on_record(record)
                 self.processes.wait()
                 if epoch + 1 < self.optimisation.epochs:

@@ -25,6 +25,7 @@ from clustvit_ros.config import to_mapping
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.modeling.architectures import build_network
 from clustvit_ros.modeling.vit import BACKBONE_NORM_EPS, Block, VisionTransformer, grid_size_of
+from clustvit_ros.training.checkpoint import writing
 from clustvit_ros.training.crops import DEFAULT_CACHE_BYTES, Batch, Crops, Place
 from clustvit_ros.training.dataset import Sample, read_image
 from clustvit_ros.training.distributed import Processes
@@ -198,7 +199,8 @@ class Pretrainer(TrainingLoop[MaskedAutoencoder]):
         return self.run_dir / ENCODER_FILE
 
     def _save_encoder(self) -> None:
-        save_encoder(self.run_dir / ENCODER_FILE, self.averaged.encoder)
+        with writing(self.run_dir / ENCODER_FILE):
+            save_encoder(self.run_dir / ENCODER_FILE, self.averaged.encoder)
 
     def _step_module(self) -> nn.Module:
         return self.network

@@ -122,11 +122,12 @@ def test_a_loss_that_is_not_finite_names_the_files_and_keeps_the_checkpoint(
     assert train(recipe, tmp_path / "run") == 0
 
 
-def test_a_full_disk_is_said_and_the_last_checkpoint_stays(scenes, write_recipe, tmp_path, train):
+@pytest.mark.parametrize(("share", "name"), [(0.5, "checkpoint.pt"), (0.05, "model.safetensors")])
+def test_a_full_disk_is_said_and_the_last_checkpoint_stays(scenes, write_recipe, tmp_path, train, share, name):
     recipe = write_recipe(schedule={"epochs": 2})
     assert train(recipe, tmp_path / "run", "--time-limit", "0.00001") == 75
     before = (tmp_path / "run/checkpoint.pt").read_bytes()
-    limit = len(before) // 2
+    limit = round(len(before) * share)
     result = subprocess.run(
         [sys.executable, "-m", "clustvit_ros.cli.main", "train", str(recipe), "--data", str(scenes),
          "--out", str(tmp_path / "run"), "--device", "cpu"],
@@ -134,9 +135,9 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(scenes, write_recipe,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
     assert result.returncode == 2, result.stderr[-2000:]
-    assert "cannot be written" in result.stderr and "make room on the disk" in result.stderr
+    assert f"{name}: cannot be written" in result.stderr and "make room on the disk" in result.stderr
     assert (tmp_path / "run/checkpoint.pt").read_bytes() == before
-    assert not list((tmp_path / "run").glob("*.partial"))
+    assert not list((tmp_path / "run").rglob("*.partial"))
 
 
 def test_bad_files_stop_strict_runs_and_are_skipped_on_request(train, scenes, write_recipe, tmp_path, capsys):
