@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -169,7 +168,8 @@ class _TrainingStep(nn.Module):
         merged = self.network(images, merge_threshold=merge_threshold, token_capacity=token_capacity)
         losses = self._supervise(merged.logits.float(), labels)
         measures: dict[str, Tensor] = {}
-        num_tokens = math.prod(merged.logits.shape[2:])
+        # Heads may answer on a finer grid than the patches'.
+        num_tokens = 0 if merged.cluster_logits is None else merged.cluster_logits.shape[1]
         if merged.cluster_logits is not None and weight > 0 and token_capacity != num_tokens:
             # Both passes learn from the labels, the merged one from the other as well (as slimmable networks are
             # trained; Yu, Huang, arXiv 1903.05134), so that full capacity is as good as a plain ViT's.
