@@ -57,6 +57,7 @@ setup(
         # Recorded bags without a ROS installation, and many of them on many machines.
         "bags": ["rosbags>=0.11", "opencv-python-headless>=4.5,<5", "tqdm>=4.60"],
         "fleet": ["ray[data]>=2.40"],
+        "tensorboard": ["tensorboard>=2.10"],
         "onnx": ["onnx>=1.15", "onnxruntime>=1.17"],
         "test": ["pytest>=7", "pytest-timeout>=2", "hypothesis>=6", "ruff>=0.6", "mypy>=1.8", "types-PyYAML"],
     },

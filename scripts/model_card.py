@@ -42,9 +42,14 @@ def main() -> None:
 def card(config: ModelConfig) -> str:
     """The model card as Markdown."""
     network, scores = config.network, config.scores
+    init = config.training.get("init")
+    start = (
+        f"from `{init}`: beyond what that was trained on, it has seen" if init else "from random weights: it has seen"
+    )
     parameters = sum(p.numel() for p in build_network(network, len(config.classes)).parameters())
+    spread = f" +- {scores['miou_std']:.2f}" if "miou_std" in scores else ""
     classes = "\n".join(
-        f"| {index} | {name} | {', '.join(map(str, colour))} | {scores['per_class_iou'][name]:.1f} |"
+        f"| {index} | {name} | {', '.join(map(str, colour))} | {scores['per_class_iou'][name] or 0.0:.1f} |"
         for index, (name, colour) in enumerate(zip(config.classes.names, config.classes.colours, strict=True))
     )
     return f"""# {config.name}
@@ -61,8 +66,8 @@ def card(config: ModelConfig) -> str:
 | Parameters | {parameters / 1e6:.2f} million |
 | Input | {config.input.size[0]} x {config.input.size[1]} px (other aspects: about as many pixels), RGB |
 | Data | {config.training.get("data", "")} |
-| mIoU | {scores["miou"]:.2f} on {scores["split"]} ({scores["images"]} images, single scale, whole image) at merge \
-threshold {scores["merge_threshold"]} |
+| mIoU | {scores["miou"]:.2f}{spread} on {scores["split"]} ({scores["images"]} images, single scale, whole image) at \
+merge threshold {scores["merge_threshold"]} |
 | Merged | {100 * scores["tokens_merged_mean"]:.1f} % of {scores["tokens_total"]} tokens at that threshold |
 | Licence | {config.licence} |
 
@@ -70,7 +75,7 @@ threshold {scores["merge_threshold"]} |
 |---|---|---|---|
 {classes}
 
-Made by `clustvit-ros train` with the recipe `{config.training.get("recipe", "")}`, from random weights: it has seen
+Made by `clustvit-ros train` with the recipe `{config.training.get("recipe", "")}`, {start}
 nothing but the training images named above. Meant for trying the package and for road scenes like those; do not let a
 robot's safety depend on it. Thin and rare classes (low IoU in the table) are where it fails first.
 """

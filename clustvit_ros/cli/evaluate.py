@@ -1,88 +1,172 @@
-"""`clustvit-ros evaluate`: scores of a model on labelled images, as JSON, with pictures on request."""
+"""`clustvit-ros evaluate`: scores of models on labelled images, as JSON, as a report with plots, with pictures."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from clustvit_ros.cli.arguments import add_variants, find_variants
-from clustvit_ros.cli.evaluation import evaluate
+from clustvit_ros.cli.evaluation import evaluate, gflops_counter
 from clustvit_ros.cli.pictures import comparison, write_image
-from clustvit_ros.modeling.model_folder import load_config
-from clustvit_ros.runtime import Prediction, Settings, create_engine
+from clustvit_ros.cli.report import compare_twins, write_report
+from clustvit_ros.cli.sweep import sweep
+from clustvit_ros.cli.training_options import usable
+from clustvit_ros.cli.tune import ladder_settings
+from clustvit_ros.errors import ConfigError, DataError
+from clustvit_ros.modeling.model_folder import ModelConfig, load_config
+from clustvit_ros.runtime import Engine, Prediction, Settings, create_engine
 from clustvit_ros.training.dataset import LabelledImages, Sample
+from clustvit_ros.training.layouts import open_data_set
+
+_DETAILS = ("confusion", "per_image")
+_REPORT_PICTURES = 6
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("evaluate", help="score a model on labelled images")
-    parser.add_argument("--model", required=True, help="a shipped model's name or a model folder")
+    parser = commands.add_parser("evaluate", help="score models on labelled images")
+    parser.add_argument(
+        "--model", required=True, nargs="+", action="extend", help="shipped models' names or model folders"
+    )
     add_variants(parser)
-    parser.add_argument("--images", type=Path, required=True, help="folder of images")
-    parser.add_argument("--labels", type=Path, required=True, help="folder of <stem>.png with class ids, 255 = void")
+    parser.add_argument("--images", type=Path, help="folder of images")
+    parser.add_argument("--labels", type=Path, help="folder of <stem>.png with class ids, 255 = void")
+    parser.add_argument("--data", type=Path, help="a data set as `train` takes it, instead of --images and --labels")
+    parser.add_argument("--split", default="val", help="split of --data (default: val)")
     parser.add_argument("--merge-threshold", type=float, default=0.5, help="0..1, 1 merges nothing (default: 0.5)")
     parser.add_argument(
         "--token-capacity", type=int, default=0, help="upper bound on kept tokens, 0 = none (default: 0)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = automatic (default: 0)")
+    parser.add_argument(
+        "--bad-data",
+        choices=("strict", "skip"),
+        default="strict",
+        help="strict stops at a file that cannot be used, skip lists all of them and goes on (default: strict)",
+    )
     parser.add_argument("--json", type=Path, help="write the scores to this file")
     parser.add_argument("--pictures", type=Path, help="write image, prediction, truth and clusters side by side here")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="DIR",
+        help="write report.json and report.html with plots and a sweep over merge settings here",
+    )
+    parser.add_argument("--no-sweep", action="store_true", help="leave the sweep out of the report")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    classes = load_config(args.model).classes
-    data = LabelledImages(args.images, args.labels, len(classes))
     settings = Settings(
         merge_threshold=args.merge_threshold,
         token_capacity=args.token_capacity,
         confidence=False,
-        clusters=args.pictures is not None,
+        clusters=args.pictures is not None or args.report is not None,
     )
     with tempfile.TemporaryDirectory(prefix="clustvit_evaluate_") as folder:
-        models = find_variants(args, args.model, Path(folder))
-        reports = [_evaluate(args, str(model), data, settings) for model in models]
-    for report in reports if len(reports) > 1 else []:
-        print(_summary(report, f"{report['model']:<32}"))
+        models = [variant for model in args.model for variant in find_variants(args, model, Path(folder))]
+        configs = _with_distinct_names([load_config(model) for model in models], models)
+        results = []
+        for model, config in zip(models, configs, strict=True):
+            data = _open(args, config)
+            engine = create_engine(str(model), device=args.device, threads=args.threads)
+            results.append(_evaluate(args, config, engine, data, settings, several=len(configs) > 1))
     if args.json:
+        rows = [{key: value for key, value in r.items() if key not in (*_DETAILS, "sweep")} for r in results]
+        content = rows[0] if len(rows) == 1 else {"models": rows}
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        content = reports[0] if len(reports) == 1 else reports
         args.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if args.report:
+        comparisons = compare_twins(results, configs)
+        for line in comparisons:
+            print(line["text"])
+        where = str(args.data / args.split if args.data else args.images)
+        print(f"report in {write_report(args.report, where, results, configs, comparisons)}")
     return 0
 
 
-def _evaluate(args: argparse.Namespace, model: str, data: LabelledImages, settings: Settings) -> dict[str, Any]:
-    """Score a model, and print its classes."""
-    engine = create_engine(model, device=args.device, threads=args.threads)
-    info = engine.info
-    several = len(args.merge) * len(args.decode) > 1
+def _with_distinct_names(configs: list[ModelConfig], models: list[Path]) -> list[ModelConfig]:
+    """Run folders all call their model "model": where names repeat, the folder around it tells them apart."""
+    names = [config.name for config in configs]
+    return [
+        dataclasses.replace(config, name=model.resolve().parent.name) if names.count(config.name) > 1 else config
+        for config, model in zip(configs, models, strict=True)
+    ]
+
+
+def _open(args: argparse.Namespace, config: ModelConfig) -> LabelledImages:
+    num_classes = len(config.classes)
+    strict = args.bad_data == "strict"
+    if args.data is not None:
+        data_set = open_data_set(args.data)
+        if data_set.classes is not None and data_set.classes.names != config.classes.names:
+            raise DataError(
+                f"{args.data}: its class list differs from the model's: got {', '.join(data_set.classes.names)}; "
+                f"{config.name} has {', '.join(config.classes.names)}"
+            )
+        data = data_set.open(args.split, num_classes, strict)
+    elif args.images is not None and args.labels is not None:
+        data = LabelledImages(args.images, args.labels, num_classes, strict)
+    else:
+        raise ConfigError("evaluate: expected --images and --labels, or --data")
+    if not strict:
+        data, _ = usable(data, args.bad_data, config.network.patch_size)
+    return data
+
+
+def _evaluate(
+    args: argparse.Namespace,
+    config: ModelConfig,
+    engine: Engine,
+    data: LabelledImages,
+    settings: Settings,
+    several: bool,
+) -> dict[str, Any]:
+    """Scores of one model; printed, and with its pictures written."""
+    palette = config.classes.palette()
+    chosen = {data.pairs[(2 * i + 1) * len(data) // (2 * _REPORT_PICTURES)].stem for i in range(_REPORT_PICTURES)}
 
     def draw(sample: Sample, prediction: Prediction) -> None:
-        folder = args.pictures / info.model if several else args.pictures
-        write_image(folder / f"{sample.stem}.png", comparison(sample, prediction, info.classes.palette()))
+        name = f"{config.name}_{sample.stem}" if several else sample.stem
+        if args.pictures:
+            write_image(args.pictures / f"{name}.png", comparison(sample, prediction, palette))
+        if args.report and sample.stem in chosen:
+            picture = args.report / "pictures" / f"{config.name}_{sample.stem}.jpg"
+            write_image(picture, comparison(sample, prediction, palette))
 
-    scores = evaluate(engine, data, settings, draw if args.pictures else None)
-    report = {
-        "model": info.model,
+    count_gflops = gflops_counter(config)
+    draws = args.pictures is not None or args.report is not None
+    scores = evaluate(engine, data, settings, draw if draws else None, count_gflops, details=True)
+    info = engine.info
+    for name, iou in scores["per_class_iou"].items():
+        print(f"  {name:<16}{'-' if iou is None else f'{iou:6.2f}'}")
+    print(
+        f"{f'{config.name}: ' if several else ''}mIoU {scores['miou']:.2f} on {scores['images']} images; "
+        f"{scores['tokens_kept_mean']:.0f} of {scores['tokens_total']} tokens kept; "
+        f"boundary IoU {scores['boundary_iou']:.2f}; {scores['gflops_mean']:.1f} GFLOPs; "
+        f"{scores['latency_ms_p50']:.1f} ms per image (p50) on {info.device}"
+    )
+    result = {
+        "model": config.name,
         "engine": info.engine,
         "device": info.device,
         "merge_threshold": settings.merge_threshold,
         "token_capacity": settings.token_capacity,
         **scores,
     }
-    if not several:
-        for name, iou in scores["per_class_iou"].items():
-            print(f"  {name:<16}{'-' if iou is None else f'{iou:6.2f}'}")
-        print(_summary(report, ""))
-    return report
-
-
-def _summary(report: dict[str, Any], title: str) -> str:
-    return (
-        f"{title}mIoU {report['miou']:.2f} on {report['images']} images; "
-        f"{report['tokens_kept_mean']:.0f} of {report['tokens_total']} tokens kept; "
-        f"{report['latency_ms_p50']:.1f} ms per image (p50) on {report['device']}"
-    )
+    if args.report and not args.no_sweep:
+        samples = [data[index] for index in range(len(data))]
+        merges = config.network.merges
+        rows = sweep(
+            engine,
+            [sample.image for sample in samples],
+            [sample.labels for sample in samples],
+            ladder_settings(scores["tokens_total"]) if merges else [Settings(1.0, confidence=False)],
+            count_gflops,
+        )
+        result["sweep"] = [dataclasses.asdict(row) for row in rows]
+    return result

@@ -18,6 +18,7 @@ COMMANDS = (
     "import_checkpoint",
     "label_bag",
     "label_bags",
+    "pretrain",
     "train",
     "tune",
 )

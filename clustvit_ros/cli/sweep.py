@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -23,6 +23,7 @@ class SweepRow:
         latency_ms_p50, latency_ms_p95: of an engine call.
         tokens_kept_mean: per image.
         pareto: no other setting is both faster (p50) and at least as accurate.
+        gflops_mean: per image, where they were counted.
     """
 
     merge_threshold: float
@@ -32,10 +33,15 @@ class SweepRow:
     latency_ms_p95: float
     tokens_kept_mean: float
     pareto: bool = False
+    gflops_mean: float | None = None
 
 
 def sweep(
-    engine: Engine, images: Sequence[np.ndarray], labels: Sequence[np.ndarray] | None, settings: Sequence[Settings]
+    engine: Engine,
+    images: Sequence[np.ndarray],
+    labels: Sequence[np.ndarray] | None,
+    settings: Sequence[Settings],
+    count_gflops: Callable[[tuple[int, int], int], float] | None = None,
 ) -> list[SweepRow]:
     """Measure every setting on every image.
 
@@ -45,6 +51,7 @@ def sweep(
         images: (H, W, 3) uint8 RGB.
         labels: (H, W) class ids for each image; None compares with the engine's own result without merging.
         settings: what to compare.
+        count_gflops: (image size, token capacity) to 1e9 operations of a call; None leaves them out.
 
     Returns:
         One row per setting, in the same order, the Pareto front marked.
@@ -54,6 +61,7 @@ def sweep(
     agreements: list[list[float]] = [[] for _ in settings]
     latencies_ms: list[list[float]] = [[] for _ in settings]
     kept: list[list[float]] = [[] for _ in settings]
+    gflops: list[list[float]] = [[] for _ in settings]
     for size in {image.shape[:2] for image in images}:
         engine.warmup((size[0], size[1]))
     for index in tqdm(range(len(images)), desc="sweep", leave=False, mininterval=1.0):
@@ -63,6 +71,8 @@ def sweep(
             prediction = engine.segment(image, setting)
             latencies_ms[row].append(prediction.stats.total_ms)
             kept[row].append(prediction.stats.tokens_kept)
+            if count_gflops:
+                gflops[row].append(count_gflops(image.shape[:2], prediction.stats.token_capacity))
             if labels is not None:
                 matrices[row].add(labels[index], prediction.mask[0])
             else:
@@ -78,6 +88,7 @@ def sweep(
                 latency_ms_p50=round(statistics.median(latencies_ms[row]), 3),
                 latency_ms_p95=round(float(np.percentile(latencies_ms[row], 95)), 3),
                 tokens_kept_mean=round(statistics.fmean(kept[row]), 1),
+                gflops_mean=round(statistics.fmean(gflops[row]), 3) if count_gflops else None,
             )
         )
     return [SweepRow(**{**asdict(row), "pareto": _on_front(row, rows)}) for row in rows]

@@ -3,83 +3,255 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from clustvit_ros.cli.evaluation import evaluate
+from clustvit_ros.cli.training_options import EXIT_TIME_UP, add_training_options, prepare, run_options, usable
 from clustvit_ros.config import to_mapping
-from clustvit_ros.modeling.model_folder import load_segmenter, save_model
+from clustvit_ros.errors import ConfigError
+from clustvit_ros.modeling.model_folder import (
+    WEIGHTS_FILE,
+    ModelConfig,
+    load_config,
+    load_segmenter,
+    save_model,
+)
 from clustvit_ros.modeling.segmenter import Segmenter
 from clustvit_ros.runtime import Settings
 from clustvit_ros.runtime.device import select_device
 from clustvit_ros.runtime.torch_engine import TorchEngine
-from clustvit_ros.training.dataset import LabelledImages
-from clustvit_ros.training.recipe import read_recipe
+from clustvit_ros.training.checkpoint import write_text, writing
+from clustvit_ros.training.dataset import Finding, LabelledImages
+from clustvit_ros.training.distributed import Processes, processes
+from clustvit_ros.training.layouts import open_data_set
+from clustvit_ros.training.loop import TimeUp
+from clustvit_ros.training.recipe import Recipe, read_recipe
+from clustvit_ros.training.run_folder import list_data, write_data_listing, write_run_files
 from clustvit_ros.training.trainer import Trainer
 
 # mIoU points; half-precision weights that cost more than this are not shipped.
 _MAX_HALF_PRECISION_LOSS = 0.02
+_DONE_FILE = "done.json"
+_FOLDS_FILE = "folds.json"
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("train", help="train a model on labelled images; continues where it was interrupted")
     parser.add_argument("recipe", type=Path, help="recipe file, e.g. config/train/camvid_tiny.yaml")
-    parser.add_argument("--data", type=Path, required=True, help="folder with {train,val}/{images,labels}")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="folder with {train,val}/{images,labels}, a dataset.yaml, or a published data set as it comes",
+    )
     parser.add_argument("--out", type=Path, help="run folder for checkpoint, log and model (default: runs/<name>)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = automatic")
+    parser.add_argument("--init", help="weights to start from, instead of the recipe's init")
+    parser.add_argument("--val-split", default="val", help="the split that chooses the best weights (default: val)")
+    parser.add_argument(
+        "--folds",
+        type=int,
+        default=0,
+        metavar="N",
+        help="hold out each N-th part of the training split in turn, then train on all of it",
+    )
+    add_training_options(parser)
     parser.set_defaults(run=run)
 
 
+class _Part(NamedTuple):
+    """One training of a run: all of it, or one fold."""
+
+    run_dir: Path
+    train: LabelledImages
+    val: LabelledImages | None
+    val_name: str
+
+
 def run(args: argparse.Namespace) -> int:
+    started = time.monotonic()
+    prepare(args)
+    if args.folds and args.folds < 2:
+        raise ConfigError(f"--folds: got {args.folds}, expected at least 2")
     recipe = read_recipe(args.recipe)
+    if args.init is not None:
+        recipe = dataclasses.replace(recipe, init=args.init)
+    if args.epochs is not None:
+        recipe = dataclasses.replace(recipe, schedule=dataclasses.replace(recipe.schedule, epochs=args.epochs))
+    data_set = open_data_set(args.data)
+    recipe = recipe.with_classes(data_set.classes)
     config = recipe.model_config()
-    if args.threads > 0:
-        torch.set_num_threads(args.threads)
-    device, reason = select_device(args.device)
     run_dir = args.out or Path("runs") / recipe.name
-    num_classes = len(config.classes)
-    train_data, val_data = (
-        LabelledImages(args.data / split / "images", args.data / split / "labels", num_classes)
-        for split in ("train", "val")
-    )
-    trainer = Trainer(recipe, train_data, run_dir, device)
-    parameters = sum(parameter.numel() for parameter in trainer.network.parameters())
-    print(
-        f"{recipe.name}: {parameters / 1e6:.2f} M parameters, "
-        f"{len(train_data)} training and {len(val_data)} validation "
-        f"images, device {device}{f' ({reason})' if reason else ''}, "
-        f"epoch {trainer.epoch} of {recipe.schedule.epochs}"
-    )
+    strict = args.bad_data == "strict"
+    names = ["train"] if args.folds else ["train", args.val_split]
+    left_out: list[Finding] = []
+    splits: dict[str, LabelledImages] = {}
+    for name in names:
+        data = data_set.open(name, len(config.classes), strict)
+        splits[name], findings = usable(data, args.bad_data, config.network.patch_size)
+        left_out += findings
+    with processes(args.device) as (here, device_name):
+        device, reason = select_device(device_name)
+        if here.is_main:
+            write_data_listing(run_dir, list_data(splits, left_out))
+            write_run_files(run_dir, recipe, device, {"seed": recipe.schedule.seed, "processes": here.world_size})
+            print(f"{recipe.name}: device {device}{f' ({reason})' if reason else ''}, run folder {run_dir}")
+        here.wait()
+        try:
+            results = [
+                _train_part(part, recipe, args, device, here, started)
+                for part in _parts(run_dir, splits, args.val_split, args.folds)
+            ]
+        except TimeUp:
+            if here.is_main:
+                print(f"time limit of {args.time_limit:g} min reached; the same command continues in {run_dir}")
+            return EXIT_TIME_UP
+        if args.folds and here.is_main:
+            _summarise_folds(run_dir, config, results[:-1], results[-1])
+    return 0
+
+
+def _parts(run_dir: Path, splits: dict[str, LabelledImages], val_split: str, folds: int) -> list[_Part]:
+    if not folds:
+        return [_Part(run_dir, splits["train"], splits[val_split], val_split)]
+    data = splits["train"]
+    if len(data) < folds:
+        raise ConfigError(f"--folds: got {folds} for {len(data)} images, expected at most as many folds as images")
+    parts = []
+    for fold in range(folds):
+        held_out = range(fold, len(data), folds)
+        train = data.subset(index for index in range(len(data)) if index % folds != fold)
+        parts.append(_Part(run_dir / f"fold{fold + 1}", train, data.subset(held_out), f"fold {fold + 1} of {folds}"))
+    return [*parts, _Part(run_dir, data, None, "")]
+
+
+def _train_part(
+    part: _Part, recipe: Recipe, args: argparse.Namespace, device: torch.device, here: Processes, started: float
+) -> dict[str, Any]:
+    """Train one part to its end, or look up what came of it before; its scores."""
+    done = part.run_dir / _DONE_FILE
+    if done.exists():
+        content = json.loads(done.read_text(encoding="utf-8"))
+        if content.get("recipe") == to_mapping(recipe):
+            if here.is_main:
+                print(f"{part.run_dir}: already trained, {_describe(content['scores'])}")
+            return content["scores"]
+    options = run_options(args, part.run_dir, here.is_main, spent_s=time.monotonic() - started)
+    cache_bytes = round(args.cache_gb * 1e9)
+    trainer = Trainer(recipe, part.train, part.run_dir, device, here, options, cache_bytes)
+    config = trainer.config
+    if here.is_main:
+        parameters = sum(parameter.numel() for parameter in trainer.network.parameters())
+        print(
+            f"{parameters / 1e6:.2f} M parameters, {len(part.train)} training and "
+            f"{len(part.val) if part.val else 'no'} validation images, {trainer.precision.name}, "
+            f"epoch {trainer.epoch} of {recipe.schedule.epochs}"
+        )
+        if trainer.init_report:
+            print(f"init: {trainer.init_report}")
+            write_text(part.run_dir / "init.json", json.dumps(trainer.init_report._asdict(), indent=1) + "\n")
+    model_dir = part.run_dir / "model"
+
+    def score(network: Segmenter) -> dict[str, Any]:
+        return evaluate(TorchEngine(network, config, str(device)), part.val) if part.val else {}
 
     def validate(network: Segmenter) -> dict[str, Any]:
-        return evaluate(TorchEngine(network, config, str(device)), val_data)
+        return score(_rounded(network))
 
-    def save_best(network: Segmenter) -> None:
-        save_model(run_dir / "model", config, network)
+    trainer.train(validate if part.val else None, lambda network: _save(model_dir, config, network))
+    scores: dict[str, Any] = {}
+    if here.is_main:
+        scores = _finish(model_dir, config, recipe, args.recipe.name, part, score)
+        write_text(done, json.dumps({"recipe": to_mapping(recipe), "scores": scores}, indent=1) + "\n")
+    here.wait()
+    return scores
 
-    trainer.train(validate, save_best)
-    # The best weights of all validations, halved on disk unless that costs accuracy.
-    best = load_segmenter(run_dir / "model")
-    full = validate(best)
-    save_model(run_dir / "model", config, best, torch.float16)
-    scores = validate(load_segmenter(run_dir / "model"))
-    dtype = torch.float16 if scores["miou"] >= full["miou"] - _MAX_HALF_PRECISION_LOSS else torch.float32
-    if dtype is torch.float32:
-        scores = full
-    provenance = {
+
+def _finish(
+    model_dir: Path,
+    config: ModelConfig,
+    recipe: Recipe,
+    recipe_name: str,
+    part: _Part,
+    score: Callable[[Segmenter], dict[str, Any]],
+) -> dict[str, Any]:
+    """Write the best weights of all validations, halved on disk unless that costs accuracy; their scores."""
+    best = load_segmenter(model_dir)
+    dtype = torch.float16
+    scores: dict[str, Any] = {}
+    if part.val:
+        halved, full = score(_rounded(best)), score(best)
+        if halved["miou"] < full["miou"] - _MAX_HALF_PRECISION_LOSS:
+            dtype, halved = torch.float32, full
+        scores = {"split": part.val_name, "merge_threshold": Settings().merge_threshold, **halved}
+    config = dataclasses.replace(config, training=_provenance(recipe, recipe_name), scores=scores)
+    _save(model_dir, config, best, dtype)
+    print(f"{_describe(scores)}; model in {model_dir}")
+    return scores
+
+
+def _save(model_dir: Path, config: ModelConfig, network: Segmenter, dtype: torch.dtype = torch.float32) -> None:
+    with writing(model_dir / WEIGHTS_FILE):
+        save_model(model_dir, config, network, dtype)
+
+
+def _rounded(network: Segmenter) -> Segmenter:
+    """A copy whose weights are rounded to half precision: what is validated is what will be shipped."""
+    rounded = copy.deepcopy(network)
+    for tensor in rounded.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(tensor.half())
+    return rounded
+
+
+def _provenance(recipe: Recipe, recipe_name: str) -> dict[str, Any]:
+    return {
         "data": recipe.data,
-        "recipe": args.recipe.name,
+        "recipe": recipe_name,
+        "init": "/".join(Path(recipe.init).parts[-2:]),
         "augmentation": to_mapping(recipe.augmentation),
         "schedule": to_mapping(recipe.schedule),
     }
-    scores = {"split": "val", "merge_threshold": Settings().merge_threshold, **scores}
-    save_model(run_dir / "model", dataclasses.replace(config, training=provenance, scores=scores), best, dtype)
+
+
+def _describe(scores: dict[str, Any]) -> str:
+    if "miou" not in scores:
+        return "trained without validation"
+    return f"mIoU {scores['miou']:.2f} with {100 * scores['tokens_merged_mean']:.1f} % of the tokens merged"
+
+
+def _summarise_folds(run_dir: Path, config: ModelConfig, folds: list[dict[str, Any]], final: dict[str, Any]) -> None:
+    """Write the folds' scores, and put their mean and spread into the final model, which nothing is left to score."""
+    mious = [scores["miou"] for scores in folds]
+    per_class: dict[str, float | None] = {}
+    for name in config.classes.names:
+        values = [scores["per_class_iou"][name] for scores in folds if scores["per_class_iou"][name] is not None]
+        per_class[name] = round(statistics.fmean(values), 3) if values else None
+    summary = {
+        "split": f"mean of {len(folds)} held-out folds of train",
+        "merge_threshold": Settings().merge_threshold,
+        "miou": round(statistics.fmean(mious), 3),
+        "miou_std": round(statistics.stdev(mious), 3),
+        "miou_folds": mious,
+        "per_class_iou": per_class,
+        "images": sum(scores["images"] for scores in folds),
+        "tokens_total": folds[0]["tokens_total"],
+        "tokens_kept_mean": round(statistics.fmean(scores["tokens_kept_mean"] for scores in folds), 2),
+        "tokens_merged_mean": round(statistics.fmean(scores["tokens_merged_mean"] for scores in folds), 4),
+    }
+    write_text(run_dir / _FOLDS_FILE, json.dumps({"summary": summary, "folds": folds}, indent=1) + "\n")
+    model_dir = run_dir / "model"
+    trained = load_config(model_dir)
+    _save(model_dir, dataclasses.replace(trained, scores=summary), load_segmenter(model_dir), torch.float16)
     print(
-        f"mIoU {scores['miou']:.2f} with {100 * scores['tokens_merged_mean']:.1f} % of the tokens merged; "
-        f"model in {run_dir / 'model'}"
+        f"{len(folds)} folds: mIoU {summary['miou']:.2f} +- {summary['miou_std']:.2f}, "
+        f"{100 * summary['tokens_merged_mean']:.1f} % merged; the model of all images is in {model_dir}"
     )
-    return 0

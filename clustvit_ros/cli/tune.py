@@ -122,7 +122,11 @@ def _evenly(count: int, limit: int) -> list[int]:
 
 
 def _settings(engine: Engine, image: np.ndarray) -> list[Settings]:
-    tokens_total = engine.segment(image).stats.tokens_total
+    return ladder_settings(engine.segment(image).stats.tokens_total)
+
+
+def ladder_settings(tokens_total: int) -> list[Settings]:
+    """What a sweep compares: thresholds from 0.1 to 1, and every rung of the capacity ladder below all tokens."""
     by_threshold = [Settings(threshold, confidence=False) for threshold in _THRESHOLDS]
     by_capacity = [Settings(1.0, capacity, confidence=False) for capacity in default_ladder(tokens_total)[:-1]]
     return by_threshold + by_capacity

@@ -46,4 +46,4 @@ def build_network(config: NetworkConfig, num_classes: int) -> Segmenter:
 
 def without_merging(config: ViTConfig) -> ViTConfig:
     """The plain ViT twin of a ClustViT: same network, no clusterer, no regenerator."""
-    return dataclasses.replace(config, backbone="vit")
+    return dataclasses.replace(config, backbone="vit", merge="")

@@ -1,15 +1,71 @@
-"""Joint augmentation of image and labels: one affine warp into the crop, flip, and colour jitter."""
+"""Joint augmentation of image and labels: one affine warp into the crop, flip, colour, blur and noise.
+
+What a crop looks like is drawn on the CPU from the recipe's seed alone; the drawing is then carried out wherever the
+image lies, with the same operations on a CPU and a GPU. Hue and saturation turn and stretch the chroma plane of YIQ,
+so that all colour changes of a crop are one 3x3 matrix and an offset.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import cv2
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from clustvit_ros.classes import IGNORE_INDEX
+from clustvit_ros.errors import ConfigError
 from clustvit_ros.training.dataset import Sample
+
+_FILL = 127.0
+# RGB to luma and two chroma axes (NTSC), and back.
+_YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
+_RGB = np.linalg.inv(_YIQ)
+# A thinned copy of the labels is enough to find a place, and sixteen times faster to search.
+_THINNING = 4
+
+
+class Crop(NamedTuple):
+    """A crop as drawn.
+
+    Attributes:
+        to_source: (2, 3) maps (x, y, 1) of the crop to (x, y) of the image, in pixels with edges at integers.
+        colour: (3, 4) maps (r, g, b, 1) to the new colour, on the 0..255 scale.
+        blur_px: standard deviation of a Gaussian blur, 0 = none.
+        noise: standard deviation of additive noise, on the 0..255 scale.
+        noise_seed: of the noise itself.
+    """
+
+    to_source: np.ndarray
+    colour: np.ndarray
+    blur_px: float
+    noise: float
+    noise_seed: int
+
+
+class ClassPlaces:
+    """Where the classes of an image are, so that crops can be centred on rare ones.
+
+    Args:
+        labels: (H, W) uint8 class ids.
+    """
+
+    def __init__(self, labels: np.ndarray) -> None:
+        thin = labels[::_THINNING, ::_THINNING]
+        ids = [int(value) for value in np.unique(thin) if value != IGNORE_INDEX]
+        self.positions = [np.argwhere(thin == value).astype(np.int16) for value in ids]
+
+    def draw(self, rng: np.random.Generator) -> tuple[float, float] | None:
+        """A pixel (y, x) of a class drawn uniformly from those present; None if there is none."""
+        if not self.positions:
+            return None
+        positions = self.positions[int(rng.integers(len(self.positions)))]
+        row, column = positions[int(rng.integers(len(positions)))]
+        return float(row) * _THINNING, float(column) * _THINNING
 
 
 @dataclass(frozen=True)
@@ -25,6 +81,9 @@ class Augmentation:
         jitter: largest relative change of brightness, contrast and saturation.
         hue_deg: largest hue shift either way.
         rare_class: share of crops that are centred on a pixel of a class drawn uniformly from those in the image.
+        blur_px: largest blur (standard deviation); half of the crops stay sharp.
+        noise: largest standard deviation of noise, on the 0..255 scale; half of the crops stay clean.
+        vertical_flip: mirror half of the crops upside down as well, for cameras that look down.
     """
 
     crop_size: tuple[int, int]
@@ -35,11 +94,28 @@ class Augmentation:
     jitter: float = 0.4
     hue_deg: float = 10.0
     rare_class: float = 0.3
+    blur_px: float = 0.0
+    noise: float = 0.0
+    vertical_flip: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.crop_size) < 1:
+            raise ConfigError(f"augmentation: crop_size is {list(self.crop_size)}, expected positive (height, width)")
+        if not 0.0 < self.scale[0] <= self.scale[1]:
+            raise ConfigError(f"augmentation: scale is {list(self.scale)}, expected (smallest, largest) above 0")
+        if self.stretch < 1.0:
+            raise ConfigError(f"augmentation: stretch is {self.stretch}, expected at least 1")
+        for name in ("jitter", "rare_class"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ConfigError(f"augmentation: {name} is {getattr(self, name)}, expected 0 to 1")
+        for name in ("rotation_deg", "hue_deg", "blur_px", "noise"):
+            if getattr(self, name) < 0.0:
+                raise ConfigError(f"augmentation: {name} is {getattr(self, name)}, expected 0 or above")
 
     def __call__(
         self, sample: Sample, input_size: tuple[int, int], rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Draw one crop.
+        """Draw one crop and carry it out.
 
         Args:
             sample: the whole image with its labels.
@@ -49,49 +125,118 @@ class Augmentation:
         Returns:
             (h, w, 3) uint8 image and (h, w) uint8 labels of `crop_size`, void where the crop leaves the image.
         """
+        crop = self.draw(sample.labels.shape, ClassPlaces(sample.labels), input_size, rng)
+        image = torch.from_numpy(np.ascontiguousarray(sample.image.transpose(2, 0, 1)))
+        images, labels = self.cut([image], [torch.from_numpy(sample.labels)], [crop])
+        return images[0].round().byte().permute(1, 2, 0).numpy(), labels[0].byte().numpy()
+
+    def draw(
+        self,
+        image_size: Sequence[int],
+        places: ClassPlaces,
+        input_size: tuple[int, int],
+        rng: np.random.Generator,
+    ) -> Crop:
+        """Draw a crop of an image of (height, width) `image_size`; other arguments as for a call."""
         height, width = self.crop_size
         zoom = math.exp(rng.uniform(*np.log(self.scale)))
         stretch = math.exp(rng.uniform(-0.5, 0.5) * math.log(self.stretch))
-        scale_y = input_size[0] / sample.image.shape[0] * zoom * stretch
-        scale_x = input_size[1] / sample.image.shape[1] * zoom / stretch
-        centre_y, centre_x = self._centre(sample.labels, (height / scale_y, width / scale_x), rng)
+        scale_y = input_size[0] / image_size[0] * zoom * stretch
+        scale_x = input_size[1] / image_size[1] * zoom / stretch
+        centre_y, centre_x = self._centre(image_size, places, (height / scale_y, width / scale_x), rng)
         angle = math.radians(rng.uniform(-self.rotation_deg, self.rotation_deg))
         cos, sin = math.cos(angle), math.sin(angle)
-        mirror = -1.0 if self.flip and rng.random() < 0.5 else 1.0
-        linear = np.array([[mirror * cos * scale_x, -mirror * sin * scale_y], [sin * scale_x, cos * scale_y]])
-        offset = np.array([width / 2, height / 2]) - linear @ np.array([centre_x, centre_y])
-        matrix = np.hstack([linear, offset[:, None]])
-        image = cv2.warpAffine(
-            sample.image, matrix, (width, height), flags=cv2.INTER_LINEAR, borderValue=(127, 127, 127)
+        mirror_x = -1.0 if self.flip and rng.random() < 0.5 else 1.0
+        mirror_y = -1.0 if self.vertical_flip and rng.random() < 0.5 else 1.0
+        linear = np.array([[mirror_x * cos, mirror_y * sin], [-mirror_x * sin, mirror_y * cos]])
+        linear = np.diag([1.0 / scale_x, 1.0 / scale_y]) @ linear
+        offset = np.array([centre_x, centre_y]) - linear @ np.array([width / 2, height / 2])
+        return Crop(
+            np.hstack([linear, offset[:, None]]),
+            self._draw_colour(rng),
+            rng.uniform(0.0, self.blur_px) if rng.random() < 0.5 else 0.0,
+            rng.uniform(0.0, self.noise) if rng.random() < 0.5 else 0.0,
+            int(rng.integers(2**31)),
         )
-        labels = cv2.warpAffine(
-            sample.labels, matrix, (width, height), flags=cv2.INTER_NEAREST, borderValue=(IGNORE_INDEX,)
-        )
-        return self._recolour(image, rng), labels
 
-    def _centre(self, labels: np.ndarray, extent: tuple[float, float], rng: np.random.Generator) -> tuple[float, float]:
+    def cut(self, images: Sequence[Tensor], labels: Sequence[Tensor], crops: Sequence[Crop]) -> tuple[Tensor, Tensor]:
+        """Carry out drawn crops on the device where the images lie.
+
+        Args:
+            images: (3, H, W) uint8 RGB each; sizes may differ.
+            labels: (H, W) uint8 class ids, 255 = void, each.
+            crops: of `draw`, one for each.
+
+        Returns:
+            images: (B, 3, h, w) float32, 0..255. labels: (B, h, w) int64, void where a crop leaves its image.
+        """
+        warped = [
+            self._warp(image, label, crop.to_source) for image, label, crop in zip(images, labels, crops, strict=True)
+        ]
+        batch = torch.stack([image for image, _ in warped])
+        colour = torch.from_numpy(np.stack([crop.colour for crop in crops])).to(batch.device, torch.float32)
+        batch = torch.einsum("bij,bjhw->bihw", colour[:, :, :3], batch) + colour[:, :, 3, None, None]
+        batch = batch.clamp(0.0, 255.0)
+        if any(crop.blur_px > 0 for crop in crops):
+            batch = _blur(batch, [crop.blur_px for crop in crops])
+        for image, crop in zip(batch, crops, strict=True):
+            if crop.noise > 0:
+                generator = torch.Generator(batch.device).manual_seed(crop.noise_seed)
+                noise = torch.randn(image.shape, generator=generator, device=batch.device)
+                image.add_(noise, alpha=crop.noise).clamp_(0.0, 255.0)
+        return batch, torch.stack([label for _, label in warped]).long()
+
+    def _warp(self, image: Tensor, labels: Tensor, to_source: np.ndarray) -> tuple[Tensor, Tensor]:
+        height, width = self.crop_size
+        # affine_grid and grid_sample speak of both sides as -1..1.
+        from_unit = np.array([[width / 2, 0.0, width / 2], [0.0, height / 2, height / 2], [0.0, 0.0, 1.0]])
+        source = np.vstack([to_source, [0.0, 0.0, 1.0]]) @ from_unit
+        to_unit = np.array([[2.0 / image.shape[2], 0.0, -1.0], [0.0, 2.0 / image.shape[1], -1.0]])
+        theta = torch.from_numpy(to_unit @ source).to(image.device, torch.float32)[None]
+        grid = F.affine_grid(theta, [1, 3, height, width], align_corners=False)
+        # Outside of the image grid_sample gives 0, which is moved to where grey and void are.
+        crop = F.grid_sample(image[None].float() - _FILL, grid, mode="bilinear", align_corners=False)[0] + _FILL
+        void = labels[None, None].float() - IGNORE_INDEX
+        crop_labels = F.grid_sample(void, grid, mode="nearest", align_corners=False)[0, 0] + IGNORE_INDEX
+        return crop, crop_labels
+
+    def _centre(
+        self,
+        image_size: Sequence[int],
+        places: ClassPlaces,
+        extent: tuple[float, float],
+        rng: np.random.Generator,
+    ) -> tuple[float, float]:
         """Centre (y, x) in image pixels of a crop that covers `extent` (height, width) of them."""
         if rng.random() < self.rare_class:
-            # A thinned copy is enough to find a place, and sixteen times faster to search.
-            present = np.unique(labels[::4, ::4])
-            present = present[present != IGNORE_INDEX]
-            if present.size:
-                rows, columns = np.nonzero(labels[::4, ::4] == rng.choice(present))
-                pick = rng.integers(rows.size)
+            place = places.draw(rng)
+            if place is not None:
                 jitter = rng.uniform(-0.25, 0.25, 2)
-                return rows[pick] * 4 + jitter[0] * extent[0], columns[pick] * 4 + jitter[1] * extent[1]
+                return place[0] + jitter[0] * extent[0], place[1] + jitter[1] * extent[1]
         centre = []
-        for length, covered in zip(labels.shape, extent, strict=True):
+        for length, covered in zip(image_size, extent, strict=True):
             slack = abs(length - covered) / 2
             centre.append(length / 2 + rng.uniform(-slack, slack))
         return centre[0], centre[1]
 
-    def _recolour(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _draw_colour(self, rng: np.random.Generator) -> np.ndarray:
         brightness, contrast, saturation = 1.0 + rng.uniform(-self.jitter, self.jitter, 3)
-        hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV).astype(np.int16)
-        hsv[..., 0] = (hsv[..., 0] + round(rng.uniform(-self.hue_deg, self.hue_deg) / 2)) % 180
-        hsv[..., 1] = np.clip(hsv[..., 1] * saturation, 0, 255)
-        image = cv2.cvtColor(hsv.astype(np.uint8), cv2.COLOR_HSV2RGB)
-        # Contrast turns about mid-grey; a table maps all values at once, clipped instead of wrapped.
-        values = (np.arange(256) - 127.5) * contrast + 127.5 * brightness
-        return cv2.LUT(image, np.clip(values, 0, 255).astype(np.uint8))
+        hue = math.radians(rng.uniform(-self.hue_deg, self.hue_deg))
+        cos, sin = saturation * math.cos(hue), saturation * math.sin(hue)
+        chroma = np.array([[1.0, 0.0, 0.0], [0.0, cos, -sin], [0.0, sin, cos]])
+        # Contrast turns about mid-grey.
+        matrix = contrast * (_RGB @ chroma @ _YIQ)
+        return np.hstack([matrix, np.full((3, 1), 127.5 * (brightness - contrast))])
+
+
+def _blur(images: Tensor, deviations_px: Sequence[float]) -> Tensor:
+    """Gaussian blur with one standard deviation per image, separably: (B, 3, h, w)."""
+    radius = max(math.ceil(3 * max(deviations_px)), 1)
+    offsets = torch.arange(-radius, radius + 1, dtype=torch.float32)
+    kernels = torch.stack([torch.exp(-0.5 * (offsets / max(deviation, 1e-3)) ** 2) for deviation in deviations_px])
+    kernels = (kernels / kernels.sum(dim=1, keepdim=True)).to(images.device)
+    B, C, H, W = images.shape
+    weight = kernels.repeat_interleave(C, dim=0)[:, None]  # one filter per image and channel
+    planes = F.pad(images.reshape(1, B * C, H, W), (radius,) * 4, mode="replicate")
+    planes = F.conv2d(planes, weight[:, :, :, None], groups=B * C)
+    return F.conv2d(planes, weight[:, :, None, :], groups=B * C).reshape(B, C, H, W)

@@ -1,7 +1,9 @@
-"""Labelled images in folders: `images/<stem>.*` beside `labels/<stem>.png`."""
+"""Labelled images: pairs of an image file and what its labels are read from."""
 
 from __future__ import annotations
 
+import concurrent.futures
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +13,8 @@ import numpy as np
 from clustvit_ros.classes import IGNORE_INDEX
 from clustvit_ros.errors import DataError
 from clustvit_ros.image_files import IMAGE_SUFFIXES, list_images
+
+_READERS = 8
 
 
 class Sample(NamedTuple):
@@ -27,6 +31,31 @@ class Sample(NamedTuple):
     stem: str
 
 
+class Pair(NamedTuple):
+    """Where one labelled image lies; `label` is a label image, or a file that holds the labels of many images."""
+
+    image: Path
+    label: Path
+
+    @property
+    def stem(self) -> str:
+        return self.image.stem
+
+
+class Finding(NamedTuple):
+    """What is wrong with one file."""
+
+    file: Path
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.problem}" if str(self.file) not in self.problem else self.problem
+
+
+LabelReader = Callable[[Pair], np.ndarray]
+"""Reads the labels of a pair: (H, W) uint8 class ids, 255 = void; raises DataError."""
+
+
 class LabelledImages:
     """Pairs of image and label files with the same stem, sorted by it.
 
@@ -34,24 +63,52 @@ class LabelledImages:
         images_dir: folder of images.
         labels_dir: folder of single-channel 8-bit PNGs.
         num_classes: ids from here up to 254 are errors.
+        strict: False leaves images without label out, and lists them in `findings`.
 
     Raises:
         DataError: a folder is missing or empty, or files lack their partner (each is named).
     """
 
-    def __init__(self, images_dir: Path, labels_dir: Path, num_classes: int) -> None:
-        self.num_classes = num_classes
+    def __init__(self, images_dir: Path, labels_dir: Path, num_classes: int, strict: bool = True) -> None:
         images = find_images(images_dir)
         if not Path(labels_dir).is_dir():
             raise DataError(f"label folder {labels_dir} does not exist; expected a folder of <stem>.png")
-        labels = {path.stem: path for path in Path(labels_dir).glob("*.png")}
-        missing = sorted(images.keys() - labels.keys())
-        if missing:
-            raise DataError(f"{labels_dir}: {len(missing)} of {len(images)} images have no label: {_names(missing)}")
-        self._pairs = [(images[stem], labels[stem]) for stem in sorted(images)]
+        pairs = [Pair(images[stem], Path(labels_dir) / f"{stem}.png") for stem in sorted(images)]
+        self._fill(pairs, num_classes, lambda pair: read_labels(pair.label, num_classes), str(labels_dir), strict)
+
+    @classmethod
+    def of_pairs(
+        cls, pairs: Iterable[Pair], num_classes: int, read: LabelReader, where: str, strict: bool = True
+    ) -> LabelledImages:
+        """Images whose labels are read by `read`; `where` names the data in errors, `strict` as for the class."""
+        data = cls.__new__(cls)
+        data._fill(list(pairs), num_classes, read, where, strict)
+        return data
+
+    def _fill(self, pairs: list[Pair], num_classes: int, read: LabelReader, where: str, strict: bool) -> None:
+        self.num_classes, self.where = num_classes, where
+        self._read = read
+        missing = [pair for pair in pairs if not pair.label.is_file()]
+        if missing and strict:
+            stems = _names([pair.stem for pair in missing])
+            raise DataError(f"{where}: {len(missing)} of {len(pairs)} images have no label: {stems}")
+        self.findings = [Finding(pair.image, "the image has no label") for pair in missing]
+        self.pairs = [pair for pair in pairs if pair.label.is_file()]
+        if not self.pairs:
+            raise DataError(f"{where}: the split is empty, expected at least one image with labels")
+
+    def subset(self, indices: Iterable[int]) -> LabelledImages:
+        """Some of the images, as labelled images of their own.
+
+        Raises:
+            DataError: none is left.
+        """
+        return LabelledImages.of_pairs(
+            [self.pairs[index] for index in indices], self.num_classes, self._read, self.where
+        )
 
     def __len__(self) -> int:
-        return len(self._pairs)
+        return len(self.pairs)
 
     def __getitem__(self, index: int) -> Sample:
         """Read one pair.
@@ -59,14 +116,67 @@ class LabelledImages:
         Raises:
             DataError: a file cannot be read, the sizes differ, or a label id has no class.
         """
-        image_path, label_path = self._pairs[index]
-        image = read_image(image_path)
-        labels = read_labels(label_path, self.num_classes)
+        pair = self.pairs[index]
+        image = read_image(pair.image)
+        labels = self._read(pair)
         if labels.shape != image.shape[:2]:
             raise DataError(
-                f"{label_path}: labels are {labels.shape}, the image {image_path.name} is {image.shape[:2]}"
+                f"{pair.label}: labels are {labels.shape}, the image {pair.image.name} is {image.shape[:2]}"
             )
-        return Sample(image, labels, image_path.stem)
+        return Sample(image, labels, pair.stem)
+
+
+def check_images(
+    data: LabelledImages, min_side_px: int = 1, progress: Callable[[Iterable], Iterable] = lambda items: items
+) -> list[Finding]:
+    """Read every image with its labels once, and list what cannot be trained on.
+
+    Args:
+        data: what to check.
+        min_side_px: images that are smaller than a patch of this side are findings.
+        progress: wraps the iteration, as `tqdm` does.
+
+    Returns:
+        In the order of the data: unreadable and mis-sized files, labels without a class, all-void labels, and images
+        smaller than a patch.
+    """
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as readers:
+        problems = readers.map(lambda index: _problem(data, index, min_side_px), range(len(data)))
+        return [finding for finding in progress(problems) if finding is not None]
+
+
+def without(data: LabelledImages, findings: Sequence[Finding]) -> LabelledImages:
+    """The images that nothing was found wrong with.
+
+    Raises:
+        DataError: none is left.
+    """
+    wrong = {finding.file for finding in findings}
+    kept = [index for index, pair in enumerate(data.pairs) if pair.image not in wrong]
+    if not kept:
+        raise DataError(f"{data.where}: nothing is left of {len(data)} images; the first: {findings[0]}")
+    return data.subset(kept)
+
+
+def list_findings(findings: Sequence[Finding], where: str, limit: int = 10) -> str:
+    """Findings as lines under a heading."""
+    lines = [f"  {finding}" for finding in findings[:limit]]
+    if len(findings) > limit:
+        lines.append(f"  and {len(findings) - limit} more")
+    return f"{where}: {len(findings)} file(s) cannot be used:\n" + "\n".join(lines)
+
+
+def _problem(data: LabelledImages, index: int, min_side_px: int) -> Finding | None:
+    image = data.pairs[index].image
+    try:
+        sample = data[index]
+    except DataError as error:
+        return Finding(image, str(error))
+    if min(sample.labels.shape) < min_side_px:
+        return Finding(image, f"the image is {sample.labels.shape}, smaller than a patch of {min_side_px} px")
+    if (sample.labels == IGNORE_INDEX).all():
+        return Finding(image, "the labels are all void")
+    return None
 
 
 def find_images(images_dir: Path) -> dict[str, Path]:
@@ -106,16 +216,26 @@ def read_labels(path: Path, num_classes: int) -> np.ndarray:
     Raises:
         DataError: it is not a single-channel 8-bit image, or holds an id without a class.
     """
-    labels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-    if labels is None or labels.ndim != 2 or labels.dtype != np.uint8:
-        got = "an unreadable file" if labels is None else f"shape {labels.shape} of {labels.dtype}"
-        raise DataError(f"{path}: got {got}, expected a single-channel 8-bit PNG of class ids")
+    labels = read_ids(path)
     wrong = np.unique(labels[(labels >= num_classes) & (labels != IGNORE_INDEX)])
     if wrong.size:
         raise DataError(
             f"{path}: label ids {wrong[:10].tolist()} have no class, expected 0 to {num_classes - 1} or "
             f"{IGNORE_INDEX} for void; check the model's class list"
         )
+    return labels
+
+
+def read_ids(path: Path) -> np.ndarray:
+    """Read a single-channel 8-bit image as it is: (H, W) uint8.
+
+    Raises:
+        DataError: it is something else.
+    """
+    labels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    if labels is None or labels.ndim != 2 or labels.dtype != np.uint8:
+        got = "an unreadable file" if labels is None else f"shape {labels.shape} of {labels.dtype}"
+        raise DataError(f"{path}: got {got}, expected a single-channel 8-bit PNG of class ids")
     return labels
 
 

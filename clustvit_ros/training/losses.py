@@ -1,6 +1,8 @@
-"""Losses of ClustViT's joint training: segmentation, and the Clusterer's own (arXiv 2510.01948)."""
+"""Losses of ClustViT's joint training: segmentation, the Clusterer's own (arXiv 2510.01948), and distillation."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,9 @@ from torch import Tensor
 from clustvit_ros.classes import IGNORE_INDEX
 
 CLUSTER_LOSS_WEIGHT = 0.1
+
+# The Lovász loss sorts pixels per class and image; every second one in both directions costs a quarter.
+_LOVASZ_STRIDE = 2
 
 
 def cluster_loss(cluster_logits: Tensor, targets: Tensor, weight: float = CLUSTER_LOSS_WEIGHT) -> Tensor:
@@ -23,23 +28,85 @@ def cluster_loss(cluster_logits: Tensor, targets: Tensor, weight: float = CLUSTE
     return weight * F.cross_entropy(cluster_logits.transpose(1, 2), targets.flatten(1))
 
 
-def segmentation_loss(logits: Tensor, labels: Tensor, class_weights: Tensor | None = None) -> Tensor:
+def segmentation_loss(
+    logits: Tensor,
+    labels: Tensor,
+    class_weights: Tensor | None = None,
+    hard_share: float = 1.0,
+    average: Callable[[Tensor], Tensor] = lambda total_weight: total_weight,
+) -> Tensor:
     """Cross-entropy at label resolution, void ignored.
 
     Args:
         logits: (B, Q, h, w), upsampled bilinearly to the labels.
         labels: (B, H, W) int64, 255 = void. A batch without any labelled pixel gives 0.
         class_weights: (Q,), or None.
+        hard_share: share of each image's labelled pixels that count, those with the highest loss (online hard
+            example mining; Wu, Shen, van den Hengel, arXiv 1605.06885).
+        average: turns the batch's total weight into its mean over all processes of a distributed training, so that
+            their mean loss is the loss of the whole batch.
     """
     logits = F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=False)
-    total = F.cross_entropy(logits, labels, weight=class_weights, ignore_index=IGNORE_INDEX, reduction="sum")
+    losses = F.cross_entropy(logits, labels, weight=class_weights, ignore_index=IGNORE_INDEX, reduction="none")
     valid = labels != IGNORE_INDEX
     if class_weights is None:
-        weight = valid.sum().to(total.dtype)
+        weights = valid.to(losses.dtype)
     else:
-        counts = torch.bincount(labels[valid], minlength=len(class_weights)).to(total.dtype)
-        weight = (counts * class_weights).sum()
-    return total / weight.clamp(min=1e-6)
+        weights = class_weights[labels.where(valid, 0)].where(valid, 0.0)
+    if hard_share < 1.0:
+        losses, weights = _hardest(losses.flatten(1), weights.flatten(1), valid.flatten(1), hard_share)
+    return losses.sum() / average(weights.sum()).clamp(min=1e-6)
+
+
+def _hardest(losses: Tensor, weights: Tensor, valid: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """The hardest pixels of each image, by their unweighted loss: all (B, P) -> (B, K), zero where fewer count."""
+    counts = (valid.sum(dim=1) * share).ceil()
+    hardness = losses.detach() / weights.clamp(min=1e-6)
+    index = hardness.where(valid, -1.0).topk(max(round(losses.shape[1] * share), 1), dim=1).indices
+    counted = torch.arange(index.shape[1], device=index.device) < counts[:, None]
+    return losses.gather(1, index).where(counted, 0.0), weights.gather(1, index).where(counted, 0.0)
+
+
+def lovasz_softmax(logits: Tensor, labels: Tensor) -> Tensor:
+    """Lovász-Softmax loss: the convex extension of 1 - IoU, mean over each image's classes, then over images.
+
+    Berman, Triki, Blaschko, "The Lovász-Softmax loss", arXiv 1705.08790, in its per-image form.
+
+    Args:
+        logits: (B, Q, h, w), upsampled bilinearly to the labels.
+        labels: (B, H, W) int64, 255 = void. An image without any labelled pixel gives 0.
+    """
+    logits = F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=False)
+    probabilities = logits[:, :, ::_LOVASZ_STRIDE, ::_LOVASZ_STRIDE].softmax(dim=1).flatten(2)  # B Q P
+    labels = labels[:, ::_LOVASZ_STRIDE, ::_LOVASZ_STRIDE].flatten(1)
+    valid = (labels != IGNORE_INDEX)[:, None]
+    ids = torch.arange(probabilities.shape[1], device=labels.device)
+    truth = (labels[:, None] == ids[:, None]).to(probabilities.dtype)
+    # Void has no error and is therefore sorted behind everything that counts.
+    errors, order = ((truth - probabilities).abs() * valid).sort(dim=2, descending=True)
+    truth_sorted = truth.gather(2, order)
+    total = truth.sum(dim=2, keepdim=True)
+    found = truth_sorted.cumsum(dim=2)
+    extra = (1.0 - truth_sorted).cumsum(dim=2)
+    jaccard = 1.0 - (total - found) / (total + extra)
+    steps = torch.cat([jaccard[:, :, :1], jaccard[:, :, 1:] - jaccard[:, :, :-1]], dim=2)
+    per_class = (errors * steps).sum(dim=2)  # B Q
+    present = (total.squeeze(2) > 0).to(per_class.dtype)
+    return ((per_class * present).sum(dim=1) / present.sum(dim=1).clamp(min=1.0)).mean()
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Kullback-Leibler divergence of class distributions, mean over patches (Hinton et al., arXiv 1503.02531).
+
+    Args:
+        student: (B, Q, h, w) logits of the merged pass.
+        teacher: (B, Q, h, w) logits of the same network without merging; no gradient flows into it.
+        temperature: both are divided by it, the loss multiplied by its square.
+    """
+    log_student = (student / temperature).log_softmax(dim=1)
+    log_teacher = (teacher.detach() / temperature).log_softmax(dim=1)
+    divergence = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=1)
+    return temperature**2 * divergence.mean()
 
 
 def frequency_weights(pixel_counts: Tensor, bound: float = 10.0) -> Tensor:

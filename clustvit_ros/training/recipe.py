@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from clustvit_ros.classes import ClassSet
 from clustvit_ros.config import from_mapping, read_yaml
@@ -23,21 +24,20 @@ class ClassEntry:
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """Optimisation.
+class Optimisation:
+    """What every training has.
 
     Args:
         epochs: passes over the training images.
-        batch_size: crops per step.
-        learning_rate: peak of AdamW's, after a linear warm-up over `warmup` of all steps; then poly decay.
+        batch_size: crops per step, of all processes together.
+        learning_rate: peak of AdamW's.
+        warmup: share of all steps over which the learning rate rises linearly; then it decays.
         poly_power: of the decay (1 - progress) ** poly_power.
         weight_decay: on matrices and kernels only, not on biases, norms and embeddings.
         clip_norm: largest gradient norm.
         ema_decay: of the averaged weights that are validated and shipped.
-        class_weighting: weight the segmentation loss by inverse log frequency.
-        kept_fractions: share of tokens kept in a step, drawn anew each step, so that one model serves the whole ladder.
-        merge_after: share of all steps that run unmerged first, until the Clusterer knows something.
-        validate_every: epochs between validations.
+        precision: of the forward pass; "auto" is bfloat16 on GPUs that have it, float32 elsewhere. Weights and
+            losses are float32 in any case.
         seed: of everything random.
     """
 
@@ -49,18 +49,96 @@ class Schedule:
     weight_decay: float = 0.05
     clip_norm: float = 1.0
     ema_decay: float = 0.998
-    class_weighting: bool = True
-    kept_fractions: tuple[float, ...] = (1.0, 0.75, 0.5, 0.375, 0.25)
-    merge_after: float = 0.05
-    validate_every: int = 5
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "validate_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"schedule: {name} is {getattr(self, name)}, expected at least 1")
-        if not self.kept_fractions or not all(0.0 < share <= 1.0 for share in self.kept_fractions):
+        self._require("at least 1", {n: getattr(self, n) >= 1 for n in ("epochs", "batch_size")})
+        self._require("above 0", {n: getattr(self, n) > 0 for n in ("learning_rate", "clip_norm")})
+        self._require("0 or above", {n: getattr(self, n) >= 0 for n in ("poly_power", "weight_decay", "seed")})
+        self._require("in [0, 1)", {n: 0.0 <= getattr(self, n) < 1.0 for n in ("warmup", "ema_decay")})
+
+    def _require(self, expected: str, holds: dict[str, bool]) -> None:
+        for name, good in holds.items():
+            if not good:
+                raise ConfigError(f"{self._section}: {name} is {getattr(self, name)}, expected {expected}")
+
+    @property
+    def _section(self) -> str:
+        return "schedule"
+
+
+@dataclass(frozen=True)
+class Schedule(Optimisation):
+    """Training of a segmentation network.
+
+    Args:
+        class_weighting: weight the segmentation loss by inverse log frequency.
+        ohem_share: share of each crop's labelled pixels, the hardest, that count in the segmentation loss; 1 is all.
+        lovasz_weight: of the Lovász-Softmax loss, which optimises IoU itself; 0 turns it off.
+        kept_fractions: share of tokens kept in a step, drawn anew each step, so that one model serves the whole ladder.
+        merge_thresholds: thresholds that are drawn as well; such a step merges what the Clusterer wants merged.
+        merge_after: share of all steps that run unmerged first, until the Clusterer knows something.
+        distillation_weight: of the divergence between merged result and the same network's unmerged one, which is
+            then computed and supervised in the same step; 0 turns it off.
+        distillation_temperature: softens both sides of that divergence.
+        validate_every: epochs between validations.
+    """
+
+    class_weighting: bool = True
+    ohem_share: float = 1.0
+    lovasz_weight: float = 0.0
+    kept_fractions: tuple[float, ...] = (1.0, 0.75, 0.5, 0.375, 0.25)
+    merge_thresholds: tuple[float, ...] = ()
+    merge_after: float = 0.05
+    distillation_weight: float = 0.0
+    distillation_temperature: float = 2.0
+    validate_every: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("at least 1", {"validate_every": self.validate_every >= 1})
+        self._require("in (0, 1]", {"ohem_share": 0.0 < self.ohem_share <= 1.0})
+        self._require("in [0, 1]", {"merge_after": 0.0 <= self.merge_after <= 1.0})
+        self._require("0 or above", {n: getattr(self, n) >= 0 for n in ("lovasz_weight", "distillation_weight")})
+        self._require("above 0", {"distillation_temperature": self.distillation_temperature > 0})
+        if not self.kept_fractions + self.merge_thresholds or not all(0.0 < s <= 1.0 for s in self.kept_fractions):
             raise ConfigError(f"schedule: kept_fractions is {list(self.kept_fractions)}, expected shares in (0, 1]")
+        if not all(0.0 <= threshold <= 1.0 for threshold in self.merge_thresholds):
+            raise ConfigError(
+                f"schedule: merge_thresholds is {list(self.merge_thresholds)}, expected numbers in [0, 1]"
+            )
+
+
+@dataclass(frozen=True)
+class Pretraining(Optimisation):
+    """Masked auto-encoding of unlabelled images (He et al., arXiv 2111.06377).
+
+    Args:
+        crop_size: (height, width) in pixels; (0, 0) is the augmentation's.
+        mask_ratio: share of patches that the encoder does not see.
+        decoder_dim, decoder_depth: width and blocks of the decoder, which is thrown away afterwards.
+        save_every: epochs between encoder files.
+    """
+
+    learning_rate: float = 1.5e-3
+    clip_norm: float = 1.0
+    ema_decay: float = 0.99
+    crop_size: tuple[int, int] = (0, 0)
+    mask_ratio: float = 0.75
+    decoder_dim: int = 128
+    decoder_depth: int = 2
+    save_every: int = 50
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("in (0, 1)", {"mask_ratio": 0.0 < self.mask_ratio < 1.0})
+        self._require("at least 1", {n: getattr(self, n) >= 1 for n in ("decoder_depth", "save_every")})
+        self._require("a positive multiple of 32", {"decoder_dim": self.decoder_dim > 0 and not self.decoder_dim % 32})
+
+    @property
+    def _section(self) -> str:
+        return "pretraining"
 
 
 @dataclass(frozen=True)
@@ -70,28 +148,59 @@ class Recipe:
     Args:
         name: of the model.
         architecture, network: as in `model.yaml`.
-        classes: of the data.
+        classes: of the data; may be left out where the data set names its classes itself.
         input: as in `model.yaml`.
         augmentation, schedule: how it is trained.
+        pretraining: for `clustvit-ros pretrain`.
+        init: weights to start from: a model folder, an encoder of `clustvit-ros pretrain`, or ViT weights of timm
+            or mmsegmentation; empty starts from random ones.
         data: what the data is, for the model card.
         licence: of the data, for the model card.
     """
 
     name: str
     architecture: str
-    classes: tuple[ClassEntry, ...]
     input: InputConfig
     augmentation: Augmentation
     schedule: Schedule
+    classes: tuple[ClassEntry, ...] = ()
     network: dict[str, Any] = field(default_factory=dict)
+    pretraining: Pretraining | None = None
+    init: str = ""
     data: str = ""
     licence: str = ""
+
+    def with_classes(self, classes: ClassSet | None) -> Recipe:
+        """This recipe with the class list of its data.
+
+        Args:
+            classes: as the data set states them; None where it states none.
+
+        Raises:
+            ConfigError: neither states them, or they differ.
+        """
+        if classes is None and not self.classes:
+            raise ConfigError(
+                f"recipe {self.name}: classes is missing, and the data set names none; list them in either"
+            )
+        if classes is None:
+            return self
+        if self.classes and tuple(entry.name for entry in self.classes) != classes.names:
+            raise ConfigError(
+                f"recipe {self.name}: its class list differs from the data set's: got "
+                f"{', '.join(entry.name for entry in self.classes)}; expected {', '.join(classes.names)}; "
+                "leave classes out of the recipe to take the data set's"
+            )
+        if self.classes:
+            return self
+        entries = tuple(ClassEntry(n, c) for n, c in zip(classes.names, classes.colours, strict=True))
+        return dataclasses.replace(self, classes=entries)
 
     def model_config(self) -> ModelConfig:
         """The model that this recipe trains.
 
         Raises:
-            ConfigError: unknown architecture or hyper-parameter.
+            ConfigError: unknown architecture or hyper-parameter, or no classes.
         """
         overrides = {"image_size": list(self.input.size), **self.network}
         return ModelConfig(

@@ -1,238 +1,203 @@
-"""The training loop: ClustViT's joint loss, resumable at any epoch with the weights of an uninterrupted run."""
+"""Training of a segmentation network: ClustViT's joint loss over random merge settings, distilled from itself."""
 
 from __future__ import annotations
 
-import copy
-import json
-import math
-import os
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from clustvit_ros.classes import IGNORE_INDEX
-from clustvit_ros.errors import DataError
+from clustvit_ros.config import to_mapping
 from clustvit_ros.modeling.architectures import build_network
 from clustvit_ros.modeling.segmenter import Segmenter
 from clustvit_ros.modeling.vit import grid_size_of
-from clustvit_ros.training.dataset import LabelledImages, Sample
-from clustvit_ros.training.losses import cluster_loss, frequency_weights, segmentation_loss
+from clustvit_ros.training.checkpoint import CHECKPOINT
+from clustvit_ros.training.crops import DEFAULT_CACHE_BYTES, Batch, Crops, Place
+from clustvit_ros.training.dataset import LabelledImages
+from clustvit_ros.training.distributed import Processes
+from clustvit_ros.training.initialisation import InitReport, initialise
+from clustvit_ros.training.loop import LOG, Losses, RunOptions, TrainingLoop, seeded_generator
+from clustvit_ros.training.losses import (
+    cluster_loss,
+    distillation_loss,
+    frequency_weights,
+    lovasz_softmax,
+    segmentation_loss,
+)
 from clustvit_ros.training.pseudo_clusters import pseudo_clusters
-from clustvit_ros.training.recipe import Recipe
+from clustvit_ros.training.recipe import Recipe, Schedule
 
-CHECKPOINT = "checkpoint.pt"
-LOG = "log.jsonl"
+__all__ = ["CHECKPOINT", "LOG", "Trainer"]
 
 
-class Trainer:
+class Trainer(TrainingLoop[Segmenter]):
     """Trains the network of a recipe.
 
     Args:
-        recipe: what to train, and how.
-        data: training images; they are held in memory.
+        recipe: what to train, and how; its classes are known.
+        data: training images.
         run_dir: checkpoint and log go here; an existing checkpoint is continued.
         device: where to train.
+        processes: those that train together.
+        options: how the run is carried out.
+        cache_bytes: images are held on the device if all of them fit into this.
 
     Raises:
-        DataError: the checkpoint in `run_dir` was made with another recipe.
+        DataError: the checkpoint in `run_dir` was made with another recipe or class list.
+        ModelError: the weights of `init` do not fit.
     """
 
-    def __init__(self, recipe: Recipe, data: LabelledImages, run_dir: Path, device: torch.device) -> None:
-        self.recipe, self.run_dir, self.device = recipe, Path(run_dir), device
-        schedule = recipe.schedule
-        torch.manual_seed(schedule.seed)
-        config = recipe.model_config()
-        self.network = build_network(config.network, len(config.classes)).to(device)
-        self.averaged = copy.deepcopy(self.network).eval().requires_grad_(False)
-        self.crops = _Crops([data[i] for i in range(len(data))], recipe)
-        self.class_weights = None
-        if schedule.class_weighting:
-            self.class_weights = frequency_weights(self.crops.pixel_counts(len(config.classes))).to(device)
-        self.steps_per_epoch = max(len(self.crops) // schedule.batch_size, 1)
-        self.optimizer = torch.optim.AdamW(_decay_groups(self.network, schedule.weight_decay), schedule.learning_rate)
-        self.epoch = 0
-        self.best_score = -math.inf
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        if (self.run_dir / CHECKPOINT).exists():
-            self._resume()
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: LabelledImages,
+        run_dir: Path,
+        device: torch.device,
+        processes: Processes = Processes(),
+        options: RunOptions = RunOptions(),
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+    ) -> None:
+        self.recipe, self.schedule = recipe, recipe.schedule
+        torch.manual_seed(self.schedule.seed)
+        self.config = recipe.model_config()
+        network = build_network(self.config.network, len(self.config.classes))
+        self.init_report: InitReport | None = None
+        if recipe.init and not (Path(run_dir) / CHECKPOINT).exists():
+            self.init_report = initialise(network, recipe.init)
+        self.crops = Crops(
+            data.__getitem__,
+            len(data),
+            recipe.augmentation,
+            recipe.input.size,
+            self.schedule.seed,
+            device,
+            cache_bytes,
+        )
+        self._class_weights: Tensor | None = None
+        if self.schedule.class_weighting:
+            self._class_weights = frequency_weights(self.crops.pixel_counts(len(self.config.classes))).to(device)
+        fingerprint = to_mapping(recipe)
+        super().__init__(
+            network, self.schedule, len(data), fingerprint, run_dir, device, processes, options
+        )  # fmt: skip
+        self._mean, self._std = (
+            torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (recipe.input.mean, recipe.input.std)
+        )
 
-    def train(self, validate: Callable[[Segmenter], dict[str, Any]], save_best: Callable[[Segmenter], None]) -> None:
+    def train(
+        self, validate: Callable[[Segmenter], dict[str, Any]] | None, save_best: Callable[[Segmenter], None]
+    ) -> None:
         """Train to the end of the recipe.
 
         Args:
-            validate: scores the averaged network; its result must hold `miou` and is logged.
+            validate: scores the averaged network; its result must hold `miou` and is logged. None trains without
+                validation, and the last weights are the best.
             save_best: called with the averaged network whenever `miou` is the best so far.
+
+        Raises:
+            TimeUp: the time limit was reached first; the same call continues.
+            DataError: a loss was not finite, or something could not be written.
         """
-        schedule = self.recipe.schedule
-        for epoch in range(self.epoch, schedule.epochs):
-            started = time.monotonic()
-            record = {"epoch": epoch + 1, **self._train_epoch(epoch)}
-            record["train_s"] = round(time.monotonic() - started, 1)
-            if (epoch + 1) % schedule.validate_every == 0 or epoch + 1 == schedule.epochs:
-                scores = validate(self.averaged)
-                record.update(scores)
-                if scores["miou"] > self.best_score:
-                    self.best_score = scores["miou"]
+
+        def end_of_epoch(epoch: int, record: dict[str, Any]) -> None:
+            last = epoch == self.schedule.epochs
+            if validate is None:
+                if last:
                     save_best(self.averaged)
-                tqdm.write(
-                    f"epoch {epoch + 1}/{schedule.epochs}: loss {record['loss']:.3f}, mIoU {scores['miou']:.2f} "
-                    f"(best {self.best_score:.2f})"
-                )
-            self.epoch = epoch + 1
-            self._save()
-            with (self.run_dir / LOG).open("a", encoding="utf-8") as log:
-                log.write(json.dumps(record) + "\n")
-
-    def _train_epoch(self, epoch: int) -> dict[str, float]:
-        schedule = self.recipe.schedule
-        self.crops.epoch = epoch
-        order = torch.randperm(len(self.crops), generator=_generator(schedule.seed, epoch))
-        loader = DataLoader(
-            self.crops,
-            batch_size=schedule.batch_size,
-            sampler=order.tolist(),
-            drop_last=len(order) >= schedule.batch_size,
-        )
-        self.network.train()
-        totals = {"loss": 0.0, "segmentation_loss": 0.0, "cluster_loss": 0.0, "cluster_accuracy": 0.0}
-        progress = tqdm(loader, desc=f"epoch {epoch + 1}/{schedule.epochs}", leave=False, mininterval=1.0)
-        for index, (images, labels) in enumerate(progress):
-            step = epoch * self.steps_per_epoch + index
-            for name, value in self._train_step(step, images.to(self.device), labels.to(self.device)).items():
-                totals[name] += value
-            progress.set_postfix(loss=f"{totals['loss'] / (index + 1):.3f}")
-        return {name: value / len(loader) for name, value in totals.items()}
-
-    def _train_step(self, step: int, images: Tensor, labels: Tensor) -> dict[str, float]:
-        schedule = self.recipe.schedule
-        progress = step / (schedule.epochs * self.steps_per_epoch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = schedule.learning_rate * _rate(progress, schedule.warmup, schedule.poly_power)
-        mean, std = (
-            torch.tensor(v, device=images.device).view(1, 3, 1, 1)
-            for v in (self.recipe.input.mean, self.recipe.input.std)
-        )
-        output = self.network((images.float() - mean) / std, token_capacity=self._capacity(step, progress))
-        losses = {"segmentation_loss": segmentation_loss(output.logits, labels, self.class_weights)}
-        accuracy = 0.0
-        if output.cluster_logits is not None:
-            patch_size = self.network.backbone.patch_size
-            targets = pseudo_clusters(labels, patch_size, output.cluster_logits.shape[2] - 1)
-            targets = targets.flatten(1)
-            if output.cluster_positions is not None:
-                targets = targets.gather(1, output.cluster_positions)
-            losses["cluster_loss"] = cluster_loss(output.cluster_logits, targets)
-            accuracy = float((output.cluster_logits.detach().argmax(2) == targets).float().mean())
-        loss = torch.stack(list(losses.values())).sum()
-        report = {
-            "loss": loss.item(),
-            **{name: value.item() for name, value in losses.items()},
-            "cluster_accuracy": accuracy,
-        }
-        if not math.isfinite(report["loss"]):
-            raise DataError(
-                f"the loss became {report['loss']} at step {step}; lower the learning rate or check the labels"
+                return
+            if epoch % self.schedule.validate_every and not last:
+                return
+            scores = validate(self.averaged)
+            record.update(scores)
+            if scores["miou"] > self.best_score:
+                self.best_score = scores["miou"]
+                save_best(self.averaged)
+            tqdm.write(
+                f"epoch {epoch}/{self.schedule.epochs}: loss {record['loss']:.3f}, mIoU {scores['miou']:.2f} "
+                f"(best {self.best_score:.2f})"
             )
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.network.parameters(), schedule.clip_norm)
-        self.optimizer.step()
-        self._average(step)
-        return report
 
-    def _capacity(self, step: int, progress: float) -> int:
-        """Tokens kept in a step: all at first, then a drawn share of them."""
-        schedule = self.recipe.schedule
-        rows, columns = grid_size_of(self.recipe.augmentation.crop_size, self.network.backbone.patch_size)
-        if progress < schedule.merge_after:
-            return rows * columns
-        pick = torch.randint(len(schedule.kept_fractions), (), generator=_generator(schedule.seed, -1 - step))
-        return max(round(rows * columns * schedule.kept_fractions[int(pick)]), 1)
+        self.run(end_of_epoch)
 
-    @torch.no_grad()
-    def _average(self, step: int) -> None:
-        # The average follows closely at first, or it would stay near the initial weights for hundreds of steps.
-        decay = min(self.recipe.schedule.ema_decay, (1 + step) / (10 + step))
-        for averaged, current in zip(
-            self.averaged.state_dict().values(), self.network.state_dict().values(), strict=True
-        ):
-            if averaged.is_floating_point():
-                averaged.lerp_(current, 1.0 - decay)
-            else:
-                averaged.copy_(current)
+    def _step_module(self) -> nn.Module:
+        patch_size = self.config.network.patch_size
+        return _TrainingStep(self.network, self.schedule, patch_size, self._class_weights, self.processes)
 
-    def _save(self) -> None:
-        state = {
-            "recipe": repr(self.recipe),
-            "epoch": self.epoch,
-            "best_score": self.best_score,
-            "network": self.network.state_dict(),
-            "averaged": self.averaged.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "random": torch.get_rng_state(),
-        }
-        partial = self.run_dir / (CHECKPOINT + ".partial")
-        torch.save(state, partial)
-        os.replace(partial, self.run_dir / CHECKPOINT)
+    def _batches(self, epoch: int, batches: list[list[Place]]) -> Iterator[Batch]:
+        return self.crops.batches(epoch, [self.processes.share(batch) for batch in batches])
 
-    def _resume(self) -> None:
-        path = self.run_dir / CHECKPOINT
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["recipe"] != repr(self.recipe):
-            raise DataError(
-                f"{path} was made with another recipe; pass an empty run folder, or the recipe it was made with"
+    def _inputs(self, step: int, batch: Batch) -> tuple[Any, ...]:
+        images = (batch.images - self._mean) / self._std
+        return images, batch.labels, *self._merging(step)
+
+    def _merging(self, step: int) -> tuple[float, int | None]:
+        """Merge threshold and token capacity of a step: all tokens at first, then a drawn setting."""
+        schedule = self.schedule
+        rows, columns = grid_size_of(self.recipe.augmentation.crop_size, self.config.network.patch_size)
+        if step < schedule.merge_after * self.total_steps:
+            return 1.0, rows * columns
+        count = len(schedule.kept_fractions) + len(schedule.merge_thresholds)
+        pick = int(torch.randint(count, (), generator=seeded_generator(schedule.seed, -1 - step)))
+        if pick < len(schedule.kept_fractions):
+            return 1.0, max(round(rows * columns * schedule.kept_fractions[pick]), 1)
+        return schedule.merge_thresholds[pick - len(schedule.kept_fractions)], None
+
+
+class _TrainingStep(nn.Module):
+    """Network and losses in one forward pass, which is what DistributedDataParallel can follow."""
+
+    def __init__(
+        self,
+        network: Segmenter,
+        schedule: Schedule,
+        patch_size: int,
+        class_weights: Tensor | None,
+        processes: Processes,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self._schedule, self._patch_size, self._processes = schedule, patch_size, processes
+        # Not a buffer: the weights of every process are the same and need no broadcast.
+        self._class_weights = class_weights
+
+    def forward(self, images: Tensor, labels: Tensor, merge_threshold: float, token_capacity: int | None) -> Losses:
+        weight = self._schedule.distillation_weight
+        merged = self.network(images, merge_threshold=merge_threshold, token_capacity=token_capacity)
+        losses = self._supervise(merged.logits.float(), labels)
+        measures: dict[str, Tensor] = {}
+        # Heads may answer on a finer grid than the patches'.
+        num_tokens = 0 if merged.cluster_logits is None else merged.cluster_logits.shape[1]
+        if merged.cluster_logits is not None and weight > 0 and token_capacity != num_tokens:
+            # Both passes learn from the labels, the merged one from the other as well (as slimmable networks are
+            # trained; Yu, Huang, arXiv 1903.05134), so that full capacity is as good as a plain ViT's.
+            full = self.network(images, merge_threshold=1.0, token_capacity=num_tokens)
+            full_losses = self._supervise(full.logits.float(), labels)
+            losses = {name: (losses[name] + full_losses[name]) / 2 for name in losses}
+            temperature = self._schedule.distillation_temperature
+            divergence = distillation_loss(merged.logits.float(), full.logits.float(), temperature)
+            losses["distillation_loss"] = weight * divergence
+        else:
+            measures["distillation_loss"] = losses["segmentation_loss"].new_zeros(())
+        if merged.cluster_logits is not None:
+            cluster_logits = merged.cluster_logits.float()
+            targets = pseudo_clusters(labels, self._patch_size, cluster_logits.shape[2] - 1).flatten(1)
+            if merged.cluster_positions is not None:
+                targets = targets.gather(1, merged.cluster_positions)
+            losses["cluster_loss"] = cluster_loss(cluster_logits, targets)
+            right = cluster_logits.detach().argmax(2) == targets
+            measures["cluster_accuracy"] = right.float().mean()
+        return Losses(losses, measures)
+
+    def _supervise(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        schedule = self._schedule
+        losses = {
+            "segmentation_loss": segmentation_loss(
+                logits, labels, self._class_weights, schedule.ohem_share, self._processes.mean
             )
-        self.network.load_state_dict(state["network"])
-        self.averaged.load_state_dict(state["averaged"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"])
-        self.epoch, self.best_score = state["epoch"], state["best_score"]
-
-
-class _Crops(Dataset):
-    """Augmented crops; which crop an index gives depends on seed, epoch and index alone."""
-
-    def __init__(self, samples: list[Sample], recipe: Recipe) -> None:
-        self._samples, self._recipe = samples, recipe
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        rng = np.random.default_rng((self._recipe.schedule.seed, self.epoch, index))
-        image, labels = self._recipe.augmentation(self._samples[index], self._recipe.input.size, rng)
-        return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(labels).long()
-
-    def pixel_counts(self, num_classes: int) -> Tensor:
-        """Labelled pixels per class over all images: (Q,)."""
-        counts = sum(np.bincount(sample.labels.ravel(), minlength=IGNORE_INDEX + 1) for sample in self._samples)
-        return torch.from_numpy(np.asarray(counts)[:num_classes])
-
-
-def _generator(seed: int, index: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed * 1_000_003 + index % 2**31)
-
-
-def _rate(progress: float, warmup: float, poly_power: float) -> float:
-    """Learning rate relative to its peak at `progress` (0..1) of all steps."""
-    if progress < warmup:
-        return (progress + 1e-4) / warmup
-    return (1.0 - (progress - warmup) / (1.0 - warmup)) ** poly_power
-
-
-def _decay_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices and kernels only."""
-    embeddings = ("cls_token", "pos_embed", "class_embed")
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for name, parameter in network.named_parameters():
-        (plain if parameter.ndim < 2 or name.endswith(embeddings) else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        }
+        if schedule.lovasz_weight > 0:
+            losses["lovasz_loss"] = schedule.lovasz_weight * lovasz_softmax(logits, labels)
+        return losses

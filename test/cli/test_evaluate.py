@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 
 import cv2
+import numpy as np
 import pytest
+import yaml
 
 from clustvit_ros.cli.main import main
+from clustvit_ros.modeling import build_network, load_config, load_segmenter, save_model
+from clustvit_ros.modeling.architectures import without_merging
 
 
 def evaluate(model, data, *arguments):
@@ -82,6 +88,79 @@ def test_labels_of_other_classes_are_refused(model_dir, labelled_dir, tmp_path, 
         cv2.imwrite(str(tmp_path / "labels" / path.name), cv2.imread(str(path), cv2.IMREAD_UNCHANGED) | 8)
     assert evaluate(model_dir, tmp_path) == 2
     assert "have no class, expected 0 to 2 or 255 for void" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def twin_dir(model_dir, tmp_path_factory):
+    """The plain ViT twin of the toy model: the same weights, nothing merged."""
+    config = load_config(model_dir)
+    network = without_merging(config.network)
+    overrides = {key: value for key, value in config.overrides.items() if key != "injection_point"}
+    twin = dataclasses.replace(config, architecture="vit_t", network=network, overrides=overrides)
+    built = build_network(network, len(config.classes))
+    built.load_state_dict(load_segmenter(model_dir).state_dict(), strict=False)
+    folder = tmp_path_factory.mktemp("twin") / "toy_vit"
+    save_model(folder, twin, built)
+    return folder
+
+
+def test_report_compares_models_and_settings(model_dir, twin_dir, labelled_dir, tmp_path, capsys):
+    models = ["--model", str(model_dir), str(twin_dir)]
+    paths = ["--images", str(labelled_dir / "images"), "--labels", str(labelled_dir / "labels")]
+    assert main(["evaluate", *models, *paths, "--device", "cpu", "--report", str(tmp_path / "report")]) == 0
+    report = json.loads((tmp_path / "report/report.json").read_text())
+    merged, plain = report["models"]
+    assert [merged["model"], plain["model"]] == ["toy", "toy_vit"]
+    assert plain["tokens_kept_mean"] == plain["tokens_total"] == 48 and len(plain["sweep"]) == 1
+    # Threshold 1 is the plain ViT, bit for bit, and merging saves operations.
+    unmerged = next(r for r in merged["sweep"] if r["merge_threshold"] == 1 and not r["token_capacity"])
+    assert unmerged["accuracy"] == plain["miou"]
+    operations = [r["gflops_mean"] for r in sorted(merged["sweep"], key=lambda r: r["tokens_kept_mean"])]
+    assert operations == sorted(operations) and operations[0] < operations[-1]
+    points = {c["point"]: c for c in report["comparisons"]}
+    assert {"as evaluated", "at 60 % merged"} <= points.keys()
+    at_60 = points["at 60 % merged"]
+    row = next(r for r in merged["sweep"] if r["token_capacity"] == 18)  # 62.5 % merged, the next rung
+    assert at_60["lost"] == pytest.approx(plain["miou"] - row["accuracy"], abs=1e-3)
+    assert at_60["text"] in capsys.readouterr().out
+    assert np.sum(merged["confusion"]) == 3 * 120 * 160 - 3 * 10 * 160  # every labelled pixel
+    assert {r["image"] for r in merged["per_image"]} == {"a", "b", "c"}
+    assert 0 <= merged["boundary_iou"] <= 100 and set(merged["per_class_boundary_iou"]) == {"sky", "road", "car"}
+    page = (tmp_path / "report/report.html").read_text()
+    assert page.count("data:image/png;base64,") == 5 and page.count("data:image/jpeg;base64,") == 6
+    assert "http" not in page  # it holds everything it shows
+
+
+def test_several_models_go_into_one_file(model_dir, twin_dir, labelled_dir, tmp_path):
+    assert evaluate(model_dir, labelled_dir, "--model", twin_dir, "--json", tmp_path / "out.json") == 0
+    assert [m["model"] for m in json.loads((tmp_path / "out.json").read_text())["models"]] == ["toy", "toy_vit"]
+
+
+def test_data_sets_are_taken_as_train_takes_them(model_dir, labelled_dir, tmp_path, capsys):
+    (tmp_path / "val").symlink_to(labelled_dir)
+    command = ["evaluate", "--model", str(model_dir), "--data", str(tmp_path), "--device", "cpu"]
+    assert main(command) == 0
+    assert main([*command, "--split", "test"]) == 2
+    assert "has no split 'test'" in capsys.readouterr().err
+    classes = [{"name": name, "colour": [0, 0, 0]} for name in ("sky", "street", "car")]
+    content = {"classes": classes, "splits": {"val": {"images": "val/images", "labels": "val/labels"}}}
+    (tmp_path / "dataset.yaml").write_text(yaml.safe_dump(content))
+    assert main(command) == 2
+    assert (
+        "class list differs from the model's: got sky, street, car; toy has sky, road, car" in capsys.readouterr().err
+    )
+    assert main(["evaluate", "--model", str(model_dir)]) == 2
+    assert "expected --images and --labels, or --data" in capsys.readouterr().err
+
+
+def test_bad_files_are_skipped_on_request(model_dir, labelled_dir, tmp_path, capsys):
+    shutil.copytree(labelled_dir, tmp_path / "data")
+    (tmp_path / "data/labels/b.png").write_bytes(b"")
+    assert evaluate(model_dir, tmp_path / "data") == 2
+    assert "b.png: got an unreadable file" in capsys.readouterr().err
+    assert evaluate(model_dir, tmp_path / "data", "--bad-data", "skip") == 0
+    captured = capsys.readouterr()
+    assert "b.png: got an unreadable file" in captured.err and "on 2 images" in captured.out
 
 
 def test_shipped_models_keep_their_scores(camvid_dir, tmp_path):

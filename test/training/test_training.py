@@ -16,7 +16,7 @@ from clustvit_ros.modeling import load_segmenter
 from clustvit_ros.training.augmentation import Augmentation
 from clustvit_ros.training.dataset import LabelledImages, Sample
 from clustvit_ros.training.losses import cluster_loss, frequency_weights, segmentation_loss
-from clustvit_ros.training.metrics import ConfusionMatrix
+from clustvit_ros.training.metrics import BoundaryIoU, ConfusionMatrix
 from clustvit_ros.training.pseudo_clusters import pseudo_clusters
 
 
@@ -77,6 +77,36 @@ def test_miou_by_hand():
         ConfusionMatrix(4).miou()
     with pytest.raises(DataError, match="cannot be scored"):
         matrix.add(truth, predicted[:1])
+
+
+def test_boundary_iou_by_hand():
+    truth = np.zeros((40, 60), np.uint8)
+    truth[10:30, 10:50] = 1
+    metric = BoundaryIoU(2, width=1 / np.hypot(40, 60))  # bands of one pixel
+    metric.add(truth, truth)
+    assert metric.iou().tolist() == [1.0, 1.0]
+    # One pixel wider to the right: the bands share top and bottom but for two corners, and the left side.
+    wider = truth.copy()
+    wider[10:30, 50] = 1
+    metric = BoundaryIoU(2, width=1 / np.hypot(40, 60))
+    metric.add(truth, wider)
+    band = 2 * 40 + 2 * 18
+    shared = 2 * 40 + 18
+    assert metric.iou()[1] == pytest.approx(shared / (2 * band + 2 - shared))
+
+
+def test_boundary_iou_leaves_void_out_and_sees_thin_things():
+    truth = np.zeros((50, 50), np.uint8)
+    truth[:, 24:26] = 1
+    truth[:10] = 255
+    predicted = np.where(truth == 1, 1, 0).astype(np.uint8)
+    predicted[:10] = 1  # nonsense on void
+    metric = BoundaryIoU(3)
+    metric.add(truth, predicted)
+    assert metric.iou()[:2].tolist() == [1.0, 1.0] and np.isnan(metric.iou()[2])
+    metric = BoundaryIoU(3)
+    metric.add(truth, np.zeros_like(truth))
+    assert metric.iou()[1] == 0.0 and metric.iou()[0] < 0.8
 
 
 def test_augmentation_moves_image_and_labels_together():

@@ -1,0 +1,82 @@
+"""`clustvit-ros pretrain`: an encoder from images without labels."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from clustvit_ros.cli.training_options import EXIT_TIME_UP, add_training_options, prepare, run_options
+from clustvit_ros.errors import DataError
+from clustvit_ros.runtime.device import select_device
+from clustvit_ros.training.dataset import Finding, find_images, list_findings, read_image
+from clustvit_ros.training.distributed import processes
+from clustvit_ros.training.loop import TimeUp
+from clustvit_ros.training.masked_autoencoder import Pretrainer
+from clustvit_ros.training.recipe import ClassEntry, read_recipe
+from clustvit_ros.training.run_folder import write_run_files
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "pretrain", help="pre-train a recipe's encoder on unlabelled images (masked auto-encoding), for train --init"
+    )
+    parser.add_argument("recipe", type=Path, help="recipe file with a pretraining section")
+    parser.add_argument("--images", type=Path, nargs="+", required=True, help="folders of images; labels are not read")
+    parser.add_argument("--out", type=Path, help="run folder (default: runs/<name>_pretraining)")
+    add_training_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    started = time.monotonic()
+    prepare(args)
+    recipe = read_recipe(args.recipe)
+    if args.epochs is not None and recipe.pretraining is not None:
+        pretraining = dataclasses.replace(recipe.pretraining, epochs=args.epochs)
+        recipe = dataclasses.replace(recipe, pretraining=pretraining)
+    if not recipe.classes:
+        # The encoder does not depend on the classes, and the images need not have any.
+        recipe = dataclasses.replace(recipe, classes=(ClassEntry("none", (0, 0, 0)),))
+    run_dir = args.out or Path("runs") / f"{recipe.name}_pretraining"
+    images = _usable([path for folder in args.images for path in find_images(folder).values()], args.bad_data)
+    with processes(args.device) as (here, device_name):
+        device, reason = select_device(device_name)
+        options = run_options(args, run_dir, here.is_main, time.monotonic() - started)
+        trainer = Pretrainer(recipe, images, run_dir, device, here, options, round(args.cache_gb * 1e9))
+        if here.is_main:
+            facts = {"seed": trainer.pretraining.seed, "images": [str(path) for path in images]}
+            write_run_files(run_dir, recipe, device, facts)
+            print(
+                f"{recipe.name}: pre-training on {len(images)} images, device {device}"
+                f"{f' ({reason})' if reason else ''}, epoch {trainer.epoch} of {trainer.pretraining.epochs}"
+            )
+        try:
+            encoder = trainer.pretrain()
+        except TimeUp:
+            if here.is_main:
+                print(f"time limit of {args.time_limit:g} min reached; the same command continues in {run_dir}")
+            return EXIT_TIME_UP
+        if here.is_main:
+            print(f"encoder in {encoder}; train with --init {encoder}")
+    return 0
+
+
+def _usable(paths: list[Path], bad_data: str) -> list[Path]:
+    findings, usable = [], []
+    for path in tqdm(paths, desc="check images", leave=False, mininterval=1.0):
+        try:
+            read_image(path)
+            usable.append(path)
+        except DataError as error:
+            findings.append(Finding(path, str(error)))
+    if findings:
+        text = list_findings(findings, "images")
+        if bad_data == "strict" or not usable:
+            raise DataError(f"{text}\nrepair or remove them, or pass --bad-data skip to go on without them")
+        print(text, file=sys.stderr)
+    return usable

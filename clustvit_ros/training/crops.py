@@ -1,0 +1,138 @@
+"""Batches of augmented crops: images are kept on the device where they fit, and read ahead where they do not."""
+
+from __future__ import annotations
+
+import concurrent.futures
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from clustvit_ros.classes import IGNORE_INDEX
+from clustvit_ros.training.augmentation import Augmentation, ClassPlaces
+from clustvit_ros.training.dataset import Sample
+
+Place = tuple[int, int]
+"""Position within an epoch, and index of the image there."""
+
+DEFAULT_CACHE_BYTES = 4 << 30
+_READERS = 8
+_BATCHES_AHEAD = 2
+_COUNTED_IMAGES = 2000
+
+
+class Batch(NamedTuple):
+    """Crops with labels.
+
+    Attributes:
+        images: (B, 3, h, w) float32, 0..255, on the device.
+        labels: (B, h, w) int64, 255 = void.
+        names: stems of the images they are from.
+    """
+
+    images: Tensor
+    labels: Tensor
+    names: list[str]
+
+
+class _Stored(NamedTuple):
+    image: Tensor
+    labels: Tensor
+    places: ClassPlaces
+    name: str
+
+
+class Crops:
+    """Draws crops; which one a place in an epoch gives depends on seed, epoch and place alone.
+
+    Args:
+        read: reads the image of an index.
+        count: images.
+        augmentation: how crops are drawn.
+        input_size: (height, width) of the model's input for a whole image.
+        seed: of the drawing.
+        device: where crops are made.
+        cache_bytes: images are kept there if all of them fit into this.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int], Sample],
+        count: int,
+        augmentation: Augmentation,
+        input_size: tuple[int, int],
+        seed: int,
+        device: torch.device,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+    ) -> None:
+        self._read, self._count = read, count
+        self._augmentation, self._input_size, self._seed = augmentation, input_size, seed
+        self._device = device
+        self._readers = concurrent.futures.ThreadPoolExecutor(_READERS)
+        first = self._prepare(0)
+        size_bytes = (first.image.nbytes + first.labels.nbytes) * count
+        self._cache: list[_Stored] | None = None
+        if size_bytes <= cache_bytes:
+            self._cache = [self._move(item) for item in self._readers.map(self._prepare, range(count))]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def batches(self, epoch: int, batches: list[list[Place]]) -> Iterator[Batch]:
+        """Crops of each of `batches`, in their order."""
+        waiting: deque[list[concurrent.futures.Future]] = deque()
+        if self._cache is None:
+            waiting.extend(self._submit(batch) for batch in batches[:_BATCHES_AHEAD])
+        for number, batch in enumerate(batches):
+            if self._cache is not None:
+                items = [self._cache[index] for _, index in batch]
+            else:
+                items = [self._move(future.result()) for future in waiting.popleft()]
+                if number + _BATCHES_AHEAD < len(batches):
+                    waiting.append(self._submit(batches[number + _BATCHES_AHEAD]))
+            yield self._cut(epoch, batch, items)
+
+    def pixel_counts(self, num_classes: int) -> Tensor:
+        """Labelled pixels per class: (Q,) int64; of evenly chosen images where there are very many."""
+        chosen = range(0, self._count, max(self._count // _COUNTED_IMAGES, 1))
+        if self._cache is not None:
+            labels = (self._cache[index].labels.cpu() for index in chosen)
+        else:
+            labels = (item.labels for item in self._readers.map(self._prepare, chosen))
+        counts = sum(np.bincount(each.numpy().ravel(), minlength=IGNORE_INDEX + 1) for each in labels)
+        return torch.from_numpy(np.asarray(counts)[:num_classes])
+
+    def _submit(self, batch: list[Place]) -> list[concurrent.futures.Future]:
+        return [self._readers.submit(self._prepare, index) for _, index in batch]
+
+    def _cut(self, epoch: int, batch: list[Place], items: list[_Stored]) -> Batch:
+        crops = [
+            self._augmentation.draw(
+                item.labels.shape,
+                item.places,
+                self._input_size,
+                np.random.default_rng((self._seed, epoch, position, index)),
+            )
+            for (position, index), item in zip(batch, items, strict=True)
+        ]
+        images, labels = self._augmentation.cut([i.image for i in items], [i.labels for i in items], crops)
+        return Batch(images, labels, [item.name for item in items])
+
+    def _prepare(self, index: int) -> _Stored:
+        """Read an image, no larger than the largest zoom can use."""
+        image, labels, name = self._read(index)
+        limit = [side * max(self._augmentation.scale[1], 1.0) for side in self._input_size]
+        shrink = max(limit[0] / labels.shape[0], limit[1] / labels.shape[1])
+        if shrink < 1.0:
+            size = round(labels.shape[1] * shrink), round(labels.shape[0] * shrink)
+            image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+            labels = cv2.resize(labels, size, interpolation=cv2.INTER_NEAREST)
+        planes = np.ascontiguousarray(image.transpose(2, 0, 1))
+        return _Stored(torch.from_numpy(planes), torch.from_numpy(labels), ClassPlaces(labels), name)
+
+    def _move(self, item: _Stored) -> _Stored:
+        return item._replace(image=item.image.to(self._device), labels=item.labels.to(self._device))

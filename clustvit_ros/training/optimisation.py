@@ -1,0 +1,99 @@
+"""Optimiser, learning rate, averaged weights and precision, shared by every training."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import nn
+
+from clustvit_ros.errors import ConfigError
+
+_EMBEDDINGS = ("cls_token", "pos_embed", "class_embed", "mask_token")
+
+
+def build_optimizer(network: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW with weight decay for matrices and kernels only; one fused kernel on a GPU."""
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in network.named_parameters():
+        (plain if parameter.ndim < 2 or name.endswith(_EMBEDDINGS) else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    fused = next(network.parameters()).device.type == "cuda"
+    return torch.optim.AdamW(groups, learning_rate, fused=fused)
+
+
+def relative_rate(progress: float, warmup: float, poly_power: float) -> float:
+    """Learning rate relative to its peak at `progress` (0..1) of all steps."""
+    if progress < warmup:
+        return (progress + 1e-4) / warmup
+    return (1.0 - (progress - warmup) / (1.0 - warmup)) ** poly_power
+
+
+@torch.no_grad()
+def update_average(averaged: nn.Module, network: nn.Module, decay: float, step: int) -> None:
+    """Move the averaged weights towards the current ones (exponential moving average).
+
+    Args:
+        decay: of a long-running average.
+        step: steps done before; the average follows closely at first, or it would stay near the initial weights.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    floats, currents = [], []
+    for average, current in zip(averaged.state_dict().values(), network.state_dict().values(), strict=True):
+        if average.is_floating_point():
+            floats.append(average)
+            currents.append(current)
+        else:
+            average.copy_(current)
+    # One launch for all tensors on a GPU.
+    torch._foreach_lerp_(floats, currents, 1.0 - decay)
+
+
+class Precision:
+    """Mixed precision: autocast around the forward pass, and loss scaling where float16 needs it.
+
+    Args:
+        name: "auto", "float32", "bfloat16" or "float16".
+        device: where the training runs.
+
+    Raises:
+        ConfigError: float16 on a CPU.
+    """
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.device = device
+        if name == "auto":
+            name = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        if name == "float16" and device.type == "cpu":
+            raise ConfigError("schedule: precision is float16, which needs a GPU; use bfloat16 or float32 on a CPU")
+        self.name = name
+        self.scaler = torch.cuda.amp.GradScaler(enabled=True) if name == "float16" else None
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Around forward passes."""
+        if self.name == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, getattr(torch, self.name))
+
+    def step(self, loss: torch.Tensor, optimizer: torch.optim.Optimizer, network: nn.Module, clip_norm: float) -> None:
+        """Backward pass, clipping and one step of the optimiser; float16 steps whose gradients overflow are skipped."""
+        optimizer.zero_grad(set_to_none=True)
+        if self.scaler is None:
+            loss.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
+            optimizer.step()
+            return
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.scaler is None else self.scaler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.scaler is not None and state:
+            self.scaler.load_state_dict(state)

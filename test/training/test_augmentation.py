@@ -1,0 +1,137 @@
+"""Crops: geometry, colour, repeatability, and reading ahead."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from clustvit_ros.errors import ConfigError
+from clustvit_ros.training.augmentation import Augmentation, ClassPlaces
+from clustvit_ros.training.crops import Crops
+from clustvit_ros.training.dataset import Sample
+
+STILL = {"scale": (1.0, 1.0), "stretch": 1.0, "rotation_deg": 0.0, "flip": False, "rare_class": 0.0}
+PLAIN = {"jitter": 0.0, "hue_deg": 0.0}
+
+
+def picture(height=40, width=56, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 5, (height, width), np.uint8)
+    labels[0, 0] = 255
+    return Sample(rng.integers(0, 256, (height, width, 3), np.uint8), labels, "x")
+
+
+def test_a_crop_that_changes_nothing_is_the_image():
+    sample = picture()
+    image, labels = Augmentation((40, 56), **STILL, **PLAIN)(sample, (40, 56), np.random.default_rng(0))
+    assert np.abs(image.astype(int) - sample.image).max() <= 1
+    assert np.array_equal(labels, sample.labels)
+
+
+def test_flips_mirror_image_and_labels():
+    sample = picture()
+    augment = Augmentation((40, 56), **{**STILL, "flip": True}, vertical_flip=True, **PLAIN)
+    seen = set()
+    for seed in range(40):
+        image, labels = augment(sample, (40, 56), np.random.default_rng(seed))
+        for name, view in (("", np.s_[:, :]), ("h", np.s_[:, ::-1]), ("v", np.s_[::-1]), ("hv", np.s_[::-1, ::-1])):
+            if np.array_equal(labels, sample.labels[view]):
+                seen.add(name)
+                assert np.abs(image.astype(int) - sample.image[view]).max() <= 1
+                break
+        else:
+            pytest.fail("a crop is no mirror image")
+    assert seen == {"", "h", "v", "hv"}
+
+
+def test_zoom_is_relative_to_the_input_size_and_void_lies_outside():
+    labels = np.ones((40, 60), np.uint8)
+    sample = Sample(np.full((40, 60, 3), 10, np.uint8), labels, "x")
+    # Scale 1 shows the whole image at 80x120; a crop of 160x240 leaves three quarters of it void.
+    image, crop = Augmentation((160, 240), **STILL, **PLAIN)(sample, (80, 120), np.random.default_rng(0))
+    assert (crop == 1).mean() == pytest.approx(0.25, abs=0.02)
+    assert set(np.unique(crop)) == {1, 255}
+    assert abs(int(np.median(image[crop == 255])) - 127) <= 1
+
+
+def test_rare_classes_are_sought():
+    labels = np.zeros((96, 128), np.uint8)
+    labels[8:16, 100:108] = 3
+    sample = Sample(np.zeros((96, 128, 3), np.uint8), labels, "x")
+
+    def share(rare_class):
+        augment = Augmentation((32, 32), **{**STILL, "rare_class": rare_class}, **PLAIN)
+        return np.mean([3 in augment(sample, (96, 128), np.random.default_rng(seed))[1] for seed in range(60)])
+
+    assert share(0.0) < 0.3 < share(1.0)
+    assert share(1.0) == pytest.approx(0.5, abs=0.2)  # drawn uniformly from two classes
+
+
+def test_hue_and_saturation_leave_grey_alone():
+    sample = Sample(np.full((8, 8, 3), 90, np.uint8), np.zeros((8, 8), np.uint8), "x")
+    places = ClassPlaces(sample.labels)
+    augment = Augmentation((8, 8), **STILL, jitter=0.0, hue_deg=180.0)
+    images, _ = augment.cut(
+        [torch.from_numpy(sample.image).permute(2, 0, 1)],
+        [torch.from_numpy(sample.labels)],
+        [augment.draw((8, 8), places, (8, 8), np.random.default_rng(3))],
+    )
+    assert (images - 90).abs().max() < 0.5
+    red = np.zeros((8, 8, 3), np.uint8)
+    red[..., 0] = 120
+    turned, _ = augment(Sample(red, sample.labels, "x"), (8, 8), np.random.default_rng(3))
+    assert np.abs(turned.astype(int) - red).max() > 20
+
+
+def test_blur_and_noise_do_what_they_say():
+    flat = Sample(np.full((64, 64, 3), 128, np.uint8), np.zeros((64, 64), np.uint8), "x")
+    noisy = [Augmentation((64, 64), **STILL, **PLAIN, noise=10.0)(flat, (64, 64), np.random.default_rng(s))[0].std()
+             for s in range(20)]  # fmt: skip
+    assert min(noisy) < 0.5 and 2 < max(noisy) <= 10.5
+    edge = flat.image.copy()
+    edge[:, 32:] = 228
+    sharpness = [
+        np.abs(np.diff(Augmentation((64, 64), **STILL, **PLAIN, blur_px=3.0)(
+            Sample(edge, flat.labels, "x"), (64, 64), np.random.default_rng(s))[0].astype(int), axis=1)).max()
+        for s in range(20)
+    ]  # fmt: skip
+    assert max(sharpness) == 100 and min(sharpness) < 50
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"crop_size": (0, 5)}, "crop_size"),
+        ({"scale": (2.0, 1.0)}, "scale"),
+        ({"stretch": 0.5}, "stretch"),
+        ({"jitter": 1.5}, "jitter"),
+        ({"noise": -1.0}, "noise"),
+    ],
+)
+def test_impossible_settings_are_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        Augmentation(**{"crop_size": (8, 8), **change})
+
+
+def batches_of(cache_bytes, sizes=((40, 56), (48, 64), (400, 560))):
+    samples = [picture(*size, seed=index) for index, size in enumerate(sizes)]
+    augment = Augmentation((24, 32), noise=5.0, blur_px=1.0)
+    crops = Crops(samples.__getitem__, len(samples), augment, (40, 56), 7, torch.device("cpu"), cache_bytes)
+    places = [[(0, 2), (1, 0)], [(2, 1), (3, 2)], [(4, 0), (5, 1)]]
+    return crops, list(crops.batches(3, places))
+
+
+def test_read_ahead_equals_kept_in_memory():
+    (cached, first), (read, second) = batches_of(1 << 30), batches_of(0)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) and a.names == b.names
+    assert torch.equal(cached.pixel_counts(5), read.pixel_counts(5))
+
+
+def test_a_crop_depends_on_its_place_alone():
+    crops, whole = batches_of(1 << 30)
+    (alone,) = crops.batches(3, [[(3, 2)]])
+    torch.testing.assert_close(alone.images[0], whole[1].images[1], rtol=0, atol=1e-4)
+    (other_epoch,) = crops.batches(4, [[(3, 2)]])
+    assert not torch.equal(alone.images, other_epoch.images)

@@ -1,0 +1,123 @@
+"""Weights from elsewhere: key layouts, position embeddings, and what is said about the rest."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from clustvit_ros.errors import ModelError
+from clustvit_ros.modeling import build_network, network_config, save_model
+from clustvit_ros.modeling.official import to_official
+from clustvit_ros.training.initialisation import initialise, save_encoder
+from clustvit_ros.training.recipe import read_recipe
+
+SMALL = {"image_size": [64, 64], "embed_dim": 48, "depth": 2, "head_depth": 1}
+
+
+def network(architecture="vit_t", seed=0, **overrides):
+    torch.manual_seed(seed)
+    config = network_config(architecture, {**SMALL, **overrides})
+    built = build_network(config, 3)
+    with torch.no_grad():
+        built.backbone.pos_embed.normal_()
+    return built
+
+
+def to_timm(backbone, bias):
+    """A ViT's weights as timm names them: with a bias of the patch projection, and a classifier."""
+    weights = {name.replace("patch_embed.projection", "patch_embed.proj"): v.clone() for name, v in backbone.items()}
+    weights["patch_embed.proj.bias"] = bias
+    weights["pos_embed"][:, 1:] -= bias
+    weights["head.weight"], weights["head.bias"] = torch.randn(1000, 48), torch.randn(1000)
+    return weights
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_timm_weights_give_the_same_encoder(tmp_path, suffix):
+    source, target = network(seed=1), network("clustvit_t", seed=2, injection_point=1)
+    weights = to_timm(source.backbone.state_dict(), torch.randn(48))
+    path = tmp_path / f"vit{suffix}"
+    save_file(weights, path) if suffix == ".safetensors" else torch.save({"model": weights}, path)
+    report = initialise(target, path)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected, got = source.eval().backbone(images), target.eval().backbone(images, merge_threshold=1.0)
+    torch.testing.assert_close(got.tokens, expected.tokens, rtol=1e-4, atol=1e-5)
+    assert report.unknown == ["head.bias", "head.weight"]
+    assert "backbone.clusterer.fc1.weight" in report.missing and "head.class_embed" in report.missing
+    assert not report.resized and not report.mismatched
+    assert "left random: " in str(report) and "not used: head.bias, head.weight" in str(report)
+
+
+@pytest.mark.parametrize("prefix", ["backbone.", ""])
+def test_openmmlab_weights_give_the_same_encoder(tmp_path, prefix):
+    source, target = network(seed=1), network(seed=2)
+    official = to_official(source.state_dict())
+    if not prefix:  # as mmpretrain's converters write backbones alone
+        official = {k.removeprefix("backbone."): v for k, v in official.items() if k.startswith("backbone.")}
+    torch.save({"state_dict": official, "meta": {}}, tmp_path / "mmseg.pth")
+    report = initialise(target, tmp_path / "mmseg.pth")
+    for name, tensor in source.backbone.state_dict().items():
+        assert torch.equal(target.backbone.state_dict()[name], tensor), name
+    assert bool(report.missing) == (not prefix) and not report.unknown
+
+
+def test_position_embeddings_are_resized_to_the_grid(tmp_path):
+    source, target = network(seed=1), network(seed=2, image_size=[96, 160])
+    with torch.no_grad():  # a ramp along x stays one
+        ramp = torch.linspace(0, 1, 4).repeat(4)[:, None].expand(16, 48)
+        source.backbone.pos_embed[:, 1:] = ramp
+    torch.save(to_timm(source.backbone.state_dict(), torch.zeros(48)), tmp_path / "vit.pth")
+    report = initialise(target, tmp_path / "vit.pth")
+    assert report.resized == ["backbone.pos_embed"] and "resized: backbone.pos_embed" in str(report)
+    grid = target.backbone.pos_embed[0, 1:, 0].view(6, 10)
+    assert torch.equal(target.backbone.pos_embed[:, 0], source.backbone.pos_embed[:, 0])
+    torch.testing.assert_close(grid, grid[:1].expand(6, 10))
+    assert (grid[0].diff() >= -0.05).all() and grid[0, -1] > 0.9 > 0.1 > grid[0, 0]
+
+
+def test_an_encoder_of_another_shape_knows_its_grid(tmp_path):
+    source, target = network(seed=1, image_size=[32, 128]), network(seed=2, image_size=[64, 256])
+    save_encoder(tmp_path / "encoder.safetensors", source.backbone)
+    report = initialise(target, tmp_path / "encoder.safetensors")
+    assert report.resized == ["backbone.pos_embed"] and not report.mismatched
+    expected = source.backbone.resized_pos_embed((4, 16))
+    torch.testing.assert_close(target.backbone.pos_embed.detach(), expected.detach())
+
+
+def test_a_model_folder_of_other_classes_leaves_the_head_random(tmp_path, write_recipe):
+    config = read_recipe(write_recipe()).model_config()
+    source = build_network(config.network, 3)
+    save_model(tmp_path / "model", config, source)
+    target = build_network(config.network, 5)
+    report = initialise(target, tmp_path / "model")
+    assert torch.equal(target.backbone.blocks[0].attn.qkv.weight, source.backbone.blocks[0].attn.qkv.weight)
+    assert any("head.class_embed (1, 3, 48) instead of (1, 5, 48)" in text for text in report.mismatched)
+    assert "head.class_embed" in report.missing
+
+
+def test_what_cannot_be_used_is_said(tmp_path):
+    target = network()
+    with pytest.raises(ModelError, match="does not exist"):
+        initialise(target, tmp_path / "nothing.pth")
+    (tmp_path / "broken.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(ModelError, match="cannot be read as weights"):
+        initialise(target, tmp_path / "broken.safetensors")
+    torch.save({"fc.weight": torch.zeros(3, 3)}, tmp_path / "other.pth")
+    with pytest.raises(ModelError, match="none of its 1 tensors fits the network; expected a ViT of width 48"):
+        initialise(target, tmp_path / "other.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(ModelError, match="no tensors by name"):
+        initialise(target, tmp_path / "list.pth")
+
+
+def test_pickled_code_is_never_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path.joinpath("ran").touch, ())
+
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(ModelError, match="cannot be read as weights"):
+        initialise(network(), tmp_path / "evil.pth")
+    assert not (tmp_path / "ran").exists()

@@ -1,0 +1,186 @@
+"""Data sets as their authors publish them, in small made-up samples of the same layout."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+
+from clustvit_ros.errors import ConfigError, DataError
+from clustvit_ros.training.dataset import check_images, list_findings, without
+from clustvit_ros.training.layouts import open_data_set
+
+RNG = np.random.default_rng(0)
+
+
+def put(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if array.ndim == 3:
+        array = array[..., ::-1]
+    assert cv2.imwrite(str(path), array)
+
+
+def photo(size=(24, 32)):
+    return RNG.integers(0, 256, (*size, 3), np.uint8)
+
+
+def columns(values, size=(24, 32)):
+    """Labels in vertical stripes of the given values."""
+    values = np.asarray(values)
+    return values[np.arange(size[1]) * len(values) // size[1]][None].repeat(size[0], axis=0).astype(np.uint8)
+
+
+@pytest.mark.parametrize("prefix", ["", "ADEChallengeData2016"])
+def test_ade20k(tmp_path, prefix):
+    for folder, count in (("training", 2), ("validation", 1)):
+        for index in range(count):
+            put(tmp_path / prefix / "images" / folder / f"ADE_{index:08}.jpg", photo())
+            put(tmp_path / prefix / "annotations" / folder / f"ADE_{index:08}.png", columns([0, 1, 150]))
+    data_set = open_data_set(tmp_path)
+    assert len(data_set.classes) == 150 and data_set.classes.names[0] == "wall"
+    data = data_set.open("train", 150)
+    assert len(data) == 2 and len(data_set.open("val", 150)) == 1
+    assert set(np.unique(data[0].labels)) == {255, 0, 149}
+    assert (data[0].labels == columns([255, 0, 149])).all()
+
+
+def test_ade20k_values_beyond_its_classes_are_named(tmp_path):
+    put(tmp_path / "images/training/a.jpg", photo())
+    put(tmp_path / "annotations/training/a.png", columns([3, 151]))
+    with pytest.raises(DataError, match=r"a.png: label ids \[151\] have no class"):
+        open_data_set(tmp_path).open("train", 150)[0]
+
+
+def test_suim_colours_and_their_inaccuracies(tmp_path):
+    colours = [(r, g, b) for r in (0, 255) for g in (0, 255) for b in (0, 255)]
+    mask = np.array(colours, np.int16)[columns(range(8))]
+    mask = np.clip(mask + RNG.integers(-90, 91, mask.shape), 0, 255).astype(np.uint8)
+    for part, count in (("train_val", 8), ("TEST", 2)):
+        for index in range(count):
+            put(tmp_path / part / "images" / f"d_r_{index}_.jpg", photo())
+            put(tmp_path / part / "masks" / f"d_r_{index}_.bmp", mask)
+    data_set = open_data_set(tmp_path)
+    # The order of the authors' three-bit colour code: waterbody 000, diver 001, plant 010, ... sea floor 111.
+    assert (data_set.open("train", 8)[0].labels == columns(range(8))).all()
+    assert data_set.classes.names[1] == "diver" and data_set.classes.colours[1] == (0, 0, 255)
+    train, val = ({p.stem for p in data_set.open(split, 8).pairs} for split in ("train", "val"))
+    assert len(train) == 6 and len(val) == 2 and not train & val
+    assert len(data_set.open("test", 8)) == 2
+
+
+def test_rumexweeds_polygons(tmp_path):
+    names = ("20210806_hegnstrup/seq0/imgs/a.png", "20210806_hegnstrup/seq0/imgs/b.png")
+    for name in names:
+        put(tmp_path / name, photo())
+    (tmp_path / "20210806_hegnstrup/seq0/annotations_seg.xml").write_text(
+        '<annotations><version>1.1</version><image id="0" name="a.png" width="32" height="24">'
+        '<polygon label="rumex_obtusifolius" occluded="0" points="2.0,2.0;10.0,2.0;10.0,9.0;2.0,9.0"/>'
+        '<polygon label="rumex_crispus" points="20,10;29,10;29,20;20,20"/></image>'
+        '<image id="1" name="b.png" width="32" height="24"/></annotations>'
+    )
+    (tmp_path / "dataset_splits").mkdir()
+    (tmp_path / "dataset_splits/20210806_hegnstrup_random_train.txt").write_text("\n".join(names) + "\n")
+    data = open_data_set(tmp_path).open("train", 3)
+    first = data[0].labels
+    assert first.shape == (24, 32) and first[5, 5] == 1 and first[15, 25] == 2 and first[0, 0] == 0
+    assert (first == 1).sum() == 9 * 8
+    assert (data[1].labels == 0).all()
+
+
+def test_cityscapes(tmp_path):
+    for split in ("train", "val"):
+        put(tmp_path / "leftImg8bit" / split / "aachen" / "aachen_000000_000019_leftImg8bit.png", photo())
+        put(tmp_path / "gtFine" / split / "aachen" / "aachen_000000_000019_gtFine_labelIds.png",
+            columns([0, 7, 8, 33, 29]))  # fmt: skip
+    data = open_data_set(tmp_path).open("val", 19)
+    assert (data[0].labels == columns([255, 0, 1, 18, 255])).all()
+
+
+def dataset_file(root, **content):
+    root.mkdir(exist_ok=True)
+    classes = [{"name": "soil", "colour": [0, 0, 0]}, {"name": "weed", "colour": [255, 0, 0]}]
+    splits = {name: {"images": f"{name}/rgb", "labels": f"{name}/mask"} for name in ("train", "val")}
+    (root / "dataset.yaml").write_text(yaml.safe_dump({"classes": classes, "splits": splits, **content}))
+    for split in ("train", "val"):
+        for stem in ("a", "b"):
+            put(root / split / "rgb" / f"{stem}.jpg", photo())
+    return root
+
+
+def test_dataset_file_with_ids(tmp_path):
+    root = dataset_file(tmp_path / "d", ignore=[7, 200], label_suffix="_mask.png")
+    for split in ("train", "val"):
+        for stem in ("a", "b"):
+            put(root / split / "mask" / f"{stem}_mask.png", columns([0, 1, 7, 200, 255]))
+    data_set = open_data_set(root)
+    assert data_set.classes.names == ("soil", "weed")
+    assert (data_set.open("train", 2)[1].labels == columns([0, 1, 255, 255, 255])).all()
+    with pytest.raises(DataError, match=r"has no split 'test', only train, val"):
+        data_set.open("test", 2)
+    with pytest.raises(DataError, match="has 2 classes, the model 3"):
+        data_set.open("train", 3)
+
+
+def test_dataset_file_with_colours_and_a_list(tmp_path):
+    root = dataset_file(
+        tmp_path / "d",
+        labels="colours",
+        ignore=[[255, 255, 255]],
+        splits={"train": {"images": "train/rgb", "labels": "masks", "list": "train.txt"}},
+    )
+    palette = np.array([[0, 0, 0], [255, 0, 0], [255, 255, 255]], np.uint8)
+    put(root / "masks" / "b.png", palette[columns([1, 0, 2])])
+    (root / "train.txt").write_text("b.jpg\n")
+    data = open_data_set(root).open("train", 2)
+    assert [pair.stem for pair in data.pairs] == ["b"] and (data[0].labels == columns([1, 0, 255])).all()
+    put(root / "masks" / "b.png", np.full((24, 32, 3), (12, 34, 56), np.uint8))
+    with pytest.raises(DataError, match=r"colours of no class, such as \[\[12, 34, 56\]\]"):
+        data[0]
+    (root / "train.txt").write_text("")
+    with pytest.raises(DataError, match="the split is empty"):
+        open_data_set(root).open("train", 2)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"classes": []}, "classes is missing"),
+        ({"splits": {}}, "splits is missing"),
+        ({"labels": "colors"}, "expected one of 'ids', 'colours'"),
+        ({"ignore": [300]}, r"ignore is \[300\], expected label ids"),
+        ({"labels": "colours", "ignore": [3]}, "expected colours"),
+        ({"layout": "suim"}, "has its own classes and splits"),
+        ({"splits": {"train": {"image": "x", "labels": "y"}}}, "unknown key 'image'; did you mean 'images'"),
+        ({"spilts": {}}, "did you mean 'splits'"),
+    ],
+)
+def test_dataset_files_that_cannot_be_used(tmp_path, content, message):
+    with pytest.raises(ConfigError, match=message):
+        open_data_set(dataset_file(tmp_path / "d", **content))
+
+
+def test_everything_wrong_is_listed_at_once(tmp_path):
+    root = tmp_path / "train"
+    for stem in ("good", "void", "small", "sized", "ids", "broken", "mask", "lonely"):
+        put(root / "images" / f"{stem}.png", photo((8, 8) if stem == "small" else (24, 32)))
+        if stem != "lonely":
+            put(root / "labels" / f"{stem}.png", columns([0, 1], (8, 8) if stem == "small" else (24, 32)))
+    put(root / "labels" / "void.png", columns([255]))
+    put(root / "labels" / "sized.png", columns([0], (24, 30)))
+    put(root / "labels" / "ids.png", columns([0, 9]))
+    (root / "images" / "broken.png").write_bytes(b"no image")
+    (root / "labels" / "mask.png").write_bytes(b"")
+    data_set = open_data_set(tmp_path)
+    with pytest.raises(DataError, match="1 of 8 images have no label: lonely"):
+        data_set.open("train", 3)
+    data = data_set.open("train", 3, strict=False)
+    findings = [*data.findings, *check_images(data, 16)]
+    text = list_findings(findings, "train")
+    for expected in (
+        "train: 7 file(s) cannot be used", "lonely.png: the image has no label", "void.png: the labels are all void",
+        "small.png: the image is (8, 8), smaller than a patch of 16 px", "sized.png: labels are (24, 30), the image",
+        "ids.png: label ids [9] have no class", "broken.png: cannot be read as an image", "mask.png: got an unreadable",
+    ):  # fmt: skip
+        assert expected in text, expected
+    assert [pair.stem for pair in without(data, findings).pairs] == ["good"]

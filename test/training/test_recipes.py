@@ -1,0 +1,60 @@
+"""Recipes that come with the package, and the tables that explain them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from clustvit_ros.modeling.architectures import without_merging
+from clustvit_ros.training.augmentation import Augmentation
+from clustvit_ros.training.recipe import Pretraining, Schedule, read_recipe
+
+FOLDER = Path(__file__).resolve().parents[2] / "config" / "train"
+README = (FOLDER / "README.md").read_text(encoding="utf-8")
+
+
+def table(title: str) -> list[list[str]]:
+    section = README.split(f"\n### {title}\n")[1].split("\n### ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:2] == "| "]
+    return rows[1:]
+
+
+def shown(default) -> str:
+    if default is dataclasses.MISSING:
+        return "required"
+    if isinstance(default, tuple):
+        return "`[" + ", ".join(f"{value:g}" for value in default) + "]`"
+    if isinstance(default, bool):
+        return f"`{str(default).lower()}`"
+    return f"`{default}`" if isinstance(default, str) else f"`{default:g}`"
+
+
+@pytest.mark.parametrize(
+    ("title", "section"), [("schedule", Schedule), ("augmentation", Augmentation), ("pretraining", Pretraining)]
+)
+def test_tables_state_every_key_and_its_default(title, section):
+    stated = {row[0]: row[1] for row in table(title)}
+    assert stated == {f"`{field.name}`": shown(field.default) for field in dataclasses.fields(section)}
+    assert all(row[2] for row in table(title))
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_can_be_read_and_are_explained(path):
+    recipe = read_recipe(path)
+    recipe.model_config()
+    assert path.name in README
+    patch_size = recipe.model_config().network.patch_size
+    sides = recipe.augmentation.crop_size + recipe.input.size
+    assert not any(side % patch_size for side in sides), "crops and input are whole patches"
+
+
+@pytest.mark.parametrize("name", ["camvid_tiny", "camvid_small"])
+def test_twins_differ_in_nothing_but_merging(name):
+    merging = read_recipe(FOLDER / f"{name}{'_gpu' if name == 'camvid_tiny' else ''}.yaml")
+    plain = read_recipe(FOLDER / f"{name}_vit.yaml")
+    assert plain.augmentation == merging.augmentation and plain.classes == merging.classes
+    assert plain.schedule == dataclasses.replace(merging.schedule, distillation_weight=0.0)
+    network = without_merging(merging.model_config().network)
+    assert dataclasses.replace(plain.model_config().network, injection_point=network.injection_point) == network

@@ -1,0 +1,220 @@
+"""Whole runs: what they leave behind, how they continue, and what stops them."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import CLASSES, write_split
+
+from clustvit_ros.modeling import load_config, load_segmenter
+from clustvit_ros.training import trainer
+
+
+def checkpoint(run):
+    return torch.load(run / "checkpoint.pt", weights_only=True)
+
+
+def same_weights(first, second):
+    return all(torch.equal(tensor, second["network"][name]) for name, tensor in first["network"].items())
+
+
+def test_everything_optional_at_once(train, write_recipe, tmp_path):
+    recipe = write_recipe(
+        network={"drop_path": 0.1},
+        augmentation={"blur_px": 1.0, "noise": 5.0, "vertical_flip": True},
+        schedule={
+            "ohem_share": 0.5, "lovasz_weight": 1.0, "distillation_weight": 1.0, "merge_thresholds": [0.3, 0.5],
+            "precision": "bfloat16", "epochs": 3,
+        },
+    )  # fmt: skip
+    assert train(recipe, tmp_path / "run", "--cache-gb", "0") == 0
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert {"loss", "lovasz_loss", "distillation_loss", "cluster_loss", "learning_rate"} <= log[0].keys()
+    load_segmenter(tmp_path / "run/model")
+
+
+def test_a_run_folder_holds_what_it_takes_to_repeat_it(train, scenes, write_recipe, tmp_path):
+    assert train(write_recipe(), tmp_path / "run") == 0
+    written = yaml.safe_load((tmp_path / "run/recipe.yaml").read_text())
+    assert written["schedule"]["weight_decay"] == 0.05  # defaults are written out
+    facts = json.loads((tmp_path / "run/run.json").read_text())
+    assert facts["seed"] == 0 and facts["packages"]["torch"] and len(facts["source_sha256"]) == 64
+    data = json.loads((tmp_path / "run/data.json").read_text())
+    assert len(data["train"]) == 10 and len(data["val"]) == 3 and data["left_out"] == []
+    assert all(len(entry["sha256"]) == len(entry["label_sha256"]) == 64 for entry in data["train"])
+    # The written recipe repeats the run, weight for weight.
+    assert train(tmp_path / "run/recipe.yaml", tmp_path / "again") == 0
+    assert same_weights(checkpoint(tmp_path / "run"), checkpoint(tmp_path / "again"))
+
+
+@pytest.mark.parametrize("extras", [{}, {"distillation_weight": 1.0}])
+def test_stopped_within_an_epoch_and_continued_equals_uninterrupted(train, write_recipe, tmp_path, monkeypatch, extras):
+    recipe = write_recipe(network={"drop_path": 0.2}, schedule={"epochs": 3, "batch_size": 2, **extras})
+    assert train(recipe, tmp_path / "whole") == 0
+    monkeypatch.setattr(trainer.Trainer, "_is_due", lambda self: self.step == 7)
+    monkeypatch.setattr(trainer.Trainer, "_time_is_up", lambda self: self.step == 7)
+    assert train(recipe, tmp_path / "parts") == 75
+    monkeypatch.undo()
+    assert checkpoint(tmp_path / "parts")["step"] == 7
+    assert train(recipe, tmp_path / "parts") == 0
+    assert same_weights(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("whole", "parts")
+    ]
+    assert [r["loss"] for r in logs[0]] == pytest.approx([r["loss"] for r in logs[1]], rel=1e-6)
+
+
+def test_a_finished_run_is_not_trained_again(train, write_recipe, tmp_path, capsys):
+    assert train(write_recipe(), tmp_path / "run") == 0
+    before = (tmp_path / "run/checkpoint.pt").stat().st_mtime_ns
+    assert train(write_recipe(), tmp_path / "run") == 0
+    assert "already trained, mIoU" in capsys.readouterr().out
+    assert (tmp_path / "run/checkpoint.pt").stat().st_mtime_ns == before
+
+
+def test_another_class_list_and_other_data_are_refused(train, scenes, write_recipe, tmp_path, capsys):
+    assert train(write_recipe(), tmp_path / "run") == 0
+    classes = [{"name": name, "colour": [0, 0, 0]} for name in ("sky", "street", "car")]
+    assert train(write_recipe(classes=classes), tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert "another class list: got sky, street, car; the checkpoint has sky, road, car" in error
+    assert train(write_recipe(schedule={"learning_rate": 0.5}), tmp_path / "run") == 2
+    assert "another recipe (schedule.learning_rate 0.002 -> 0.5)" in capsys.readouterr().err
+    other = tmp_path / "other"
+    write_split(other / "train", 10, 5)
+    write_split(other / "val", 3, 1)
+    assert train(write_recipe(), tmp_path / "run", data=other) == 2
+    assert "the data changed since this run began" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_names_the_files_and_keeps_the_checkpoint(
+    train, write_recipe, tmp_path, capsys, monkeypatch
+):
+    recipe = write_recipe(schedule={"epochs": 3, "batch_size": 2})
+    forward = trainer._TrainingStep.forward
+    seen = []
+
+    def poisoned(self, images, labels, *merging):
+        seen.append(1)
+        return forward(self, images * (float("nan") if len(seen) == 9 else 1.0), labels, *merging)
+
+    names = []
+    inputs = trainer.Trainer._inputs
+    monkeypatch.setattr(trainer.Trainer, "_inputs", lambda s, step, b: names.append(b.names) or inputs(s, step, b))
+    monkeypatch.setattr(trainer._TrainingStep, "forward", poisoned)
+    assert train(recipe, tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert f"the loss became nan at step 8, on {', '.join(names[8])}; the last good checkpoint" in error
+    state = checkpoint(tmp_path / "run")
+    assert state["step"] == 5  # the end of the first epoch
+    assert all(torch.isfinite(tensor).all() for tensor in state["network"].values())
+    monkeypatch.undo()
+    assert train(recipe, tmp_path / "run") == 0
+
+
+@pytest.mark.parametrize(("share", "name"), [(0.5, "checkpoint.pt"), (0.05, "model.safetensors")])
+def test_a_full_disk_is_said_and_the_last_checkpoint_stays(scenes, write_recipe, tmp_path, train, share, name):
+    # The epoch that the first run leaves unfinished ends with a model, then a checkpoint.
+    recipe = write_recipe(schedule={"epochs": 1, "validate_every": 1})
+    assert train(recipe, tmp_path / "run", "--time-limit", "0.00001") == 75
+    before = (tmp_path / "run/checkpoint.pt").read_bytes()
+    limit = round(len(before) * share)
+    result = subprocess.run(
+        [sys.executable, "-m", "clustvit_ros.cli.main", "train", str(recipe), "--data", str(scenes),
+         "--out", str(tmp_path / "run"), "--device", "cpu"],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2, result.stderr[-2000:]
+    assert f"{name}: cannot be written" in result.stderr and "make room on the disk" in result.stderr
+    assert (tmp_path / "run/checkpoint.pt").read_bytes() == before
+    assert not list((tmp_path / "run").rglob("*.partial"))
+
+
+def test_bad_files_stop_strict_runs_and_are_skipped_on_request(train, scenes, write_recipe, tmp_path, capsys):
+    data = tmp_path / "data"
+    write_split(data / "train", 6, 0)
+    write_split(data / "val", 2, 1)
+    (data / "train/labels/001.png").unlink()
+    cv2.imwrite(str(data / "train/labels/002.png"), np.full((64, 96), 255, np.uint8))
+    cv2.imwrite(str(data / "train/labels/003.png"), np.full((64, 96), 77, np.uint8))
+    assert train(write_recipe(), tmp_path / "run", data=data) == 2
+    assert "001" in capsys.readouterr().err
+    assert train(write_recipe(), tmp_path / "run", "--bad-data", "skip", data=data) == 0
+    error = capsys.readouterr().err
+    assert "3 file(s) cannot be used" in error and "001.png: the image has no label" in error
+    assert "002.png: the labels are all void" in error and "label ids [77] have no class" in error
+    listing = json.loads((tmp_path / "run/data.json").read_text())
+    assert len(listing["train"]) == 3 and len(listing["left_out"]) == 3
+
+
+def test_classes_come_from_the_data_set_or_must_agree_with_it(train, scenes, write_recipe, tmp_path, capsys):
+    classes = [{"name": name, "colour": [0, index, 0]} for index, name in enumerate(CLASSES)]
+    splits = {name: {"images": f"{name}/images", "labels": f"{name}/labels"} for name in ("train", "val")}
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("train", "val"):
+        (data / name).symlink_to(scenes / name)
+    (data / "dataset.yaml").write_text(yaml.safe_dump({"classes": classes, "splits": splits}))
+    recipe = yaml.safe_load(write_recipe().read_text())
+    del recipe["classes"]
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(recipe))
+    assert train(tmp_path / "toy.yaml", tmp_path / "none") == 2
+    assert "classes is missing, and the data set names none" in capsys.readouterr().err
+    assert train(tmp_path / "toy.yaml", tmp_path / "run", "--epochs", "1", data=data) == 0
+    assert load_config(tmp_path / "run/model").classes.names == CLASSES
+    classes[1]["name"] = "water"
+    (data / "dataset.yaml").write_text(yaml.safe_dump({"classes": classes, "splits": splits}))
+    assert train(write_recipe(), tmp_path / "other", data=data) == 2
+    assert "class list differs from the data set's: got sky, road, car; expected sky, water, car" in (
+        capsys.readouterr().err
+    )
+
+
+def test_folds_hold_each_image_out_once_and_end_in_a_model_of_all(train, write_recipe, tmp_path):
+    recipe = write_recipe(schedule={"epochs": 1, "validate_every": 1})
+    assert train(recipe, tmp_path / "run", "--folds", "2") == 0
+    folds = json.loads((tmp_path / "run/folds.json").read_text())
+    assert len(folds["folds"]) == 2 and folds["summary"]["images"] == 10
+    mious = [fold["miou"] for fold in folds["folds"]]
+    assert folds["summary"]["miou"] == pytest.approx(np.mean(mious), abs=1e-3)
+    assert folds["summary"]["miou_std"] == pytest.approx(np.std(mious, ddof=1), abs=1e-3)
+    assert load_config(tmp_path / "run/model").scores["miou_folds"] == mious
+    assert checkpoint(tmp_path / "run")["step"] == 2 and checkpoint(tmp_path / "run/fold1")["step"] == 1
+
+
+def test_tensorboard_logs(train, write_recipe, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert train(write_recipe(), tmp_path / "run", "--tensorboard") == 0
+    log = events.EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    assert {"loss", "learning_rate", "miou", "per_class_iou/car"} <= set(log.Tags()["scalars"])
+    assert [event.step for event in log.Scalars("loss")] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("schedule", {"epochs": 0}, "schedule: epochs is 0, expected at least 1"),
+        ("schedule", {"ohem_share": 0.0}, "schedule: ohem_share is 0.0, expected in (0, 1]"),
+        ("schedule", {"kept_fractions": []}, "schedule: kept_fractions is []"),
+        ("schedule", {"merge_thresholds": [1.5]}, "schedule: merge_thresholds is [1.5]"),
+        ("schedule", {"precision": "half"}, "precision: got 'half' (str), expected one of 'auto'"),
+        ("schedule", {"precision": "float16"}, "needs a GPU"),
+        ("schedule", {"learning_rte": 1.0}, "unknown key 'learning_rte'; did you mean 'learning_rate'"),
+        ("augmentation", {"scale": [2.0, 1.0]}, "augmentation: scale is [2.0, 1.0]"),
+    ],
+)
+def test_recipes_that_cannot_be_used(train, write_recipe, tmp_path, capsys, section, change, message):
+    assert train(write_recipe(**{section: change}), tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
