@@ -16,12 +16,14 @@ class Features(NamedTuple):
         grid_size: (h, w) tokens, h * w == N.
         cluster_logits: (B, N, k+1) float; None for a backbone that does not cluster.
         cluster_ids: (B, N) int64, 0 = kept, 1..k = merged into that cluster; None likewise.
+        pyramid: maps (B, C_i, h_i, w_i) of several strides, finest first; empty for a backbone of one stride.
     """
 
     tokens: Tensor
     grid_size: tuple[int, int]
     cluster_logits: Tensor | None = None
     cluster_ids: Tensor | None = None
+    pyramid: tuple[Tensor, ...] = ()
 
 
 class Backbone(nn.Module, abc.ABC):
