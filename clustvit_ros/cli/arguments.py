@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
+
+from clustvit_ros.errors import ConfigError
+from clustvit_ros.modeling.model_folder import load_config, write_variant
+from clustvit_ros.modeling.vit_config import MERGES, ViTConfig
+from clustvit_ros.paths import find_model
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -29,6 +35,38 @@ def parse_names(text: str) -> tuple[str, ...]:
     if not all(names):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected names separated by commas")
     return names
+
+
+def add_variants(parser: argparse.ArgumentParser) -> None:
+    """Options that run a model's weights with another way to merge or decode."""
+    parser.add_argument(
+        "--merge", type=parse_names, default=("",),
+        help="ways to merge, separated by commas: none, clusters (ClustViT's own), tome, kmeans (default: the model's)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--decode", type=parse_names, default=("",),
+        help="full, or compact: the head runs on kept tokens and representatives alone (default: the model's)",
+    )  # fmt: skip
+
+
+def find_variants(args: argparse.Namespace, model: str | Path, folder: Path) -> list[Path]:
+    """Model folders for all combinations that `add_variants` took, made in `folder` and named after them.
+
+    Raises:
+        ModelError, ConfigError: the model cannot be used, or not in such a way.
+    """
+    models = []
+    for merge in args.merge:
+        if merge and merge not in MERGES:
+            raise ConfigError(f"--merge: got {merge!r}, expected one of {', '.join(MERGES)}")
+        for decode in args.decode:
+            network = {name: value for name, value in (("merge", merge), ("decode", decode)) if value}
+            source = find_model(model)
+            if network and not isinstance(load_config(source).network, ViTConfig):
+                raise ConfigError(f"--{next(iter(network))}: {model} is of another family than ViT and ClustViT")
+            name = "+".join([source.resolve().name, *network.values()])
+            models.append(write_variant(source, folder / name, network) if network else source)
+    return models
 
 
 def parse_counts(text: str) -> tuple[int, ...]:

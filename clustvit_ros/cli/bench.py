@@ -12,13 +12,19 @@ from typing import Any
 import torch
 
 from clustvit_ros.classes import ClassSet
-from clustvit_ros.cli.arguments import parse_counts, parse_fractions, parse_names, parse_size
+from clustvit_ros.cli.arguments import (
+    add_variants,
+    find_variants,
+    parse_counts,
+    parse_fractions,
+    parse_names,
+    parse_size,
+)
 from clustvit_ros.cli.bench_report import draw_plot, format_table, result_stem
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.modeling.architectures import build_network, network_config
 from clustvit_ros.modeling.model_folder import InputConfig, ModelConfig, load_config, save_model
 from clustvit_ros.modeling.vit import grid_size_of
-from clustvit_ros.paths import find_model
 from clustvit_ros.runtime.benchmark import BenchCase, run_cases
 from clustvit_ros.runtime.device import select_device
 from clustvit_ros.runtime.flops import Cost
@@ -37,6 +43,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="architectures with random weights, separated by commas (default: vit_t,clustvit_t)",
     )  # fmt: skip
     network.add_argument("--model", help="a shipped model's name or a model folder instead")
+    add_variants(parser)
     parser.add_argument("--size", type=parse_size, metavar="HxW", help="input size (default: 512x512, or the model's)")
     parser.add_argument("--classes", type=int, help=f"classes of random networks (default: {_DEFAULT_CLASSES})")
     parser.add_argument("--batch", type=int, default=1, help="images per call (default: 1)")
@@ -92,12 +99,13 @@ def _cases(args: argparse.Namespace, folder: Path) -> Iterator[BenchCase]:
     if args.model:
         if args.classes is not None:
             raise ConfigError("classes: a model has its own; leave out either --classes or --model")
-        models = [find_model(args.model)]
-        cache_dir = None
+        models = [variant for variant in find_variants(args, args.model, folder)]
+        cache_dir = folder if any(args.merge) or any(args.decode) else None
     else:
         size = args.size or _DEFAULT_SIZE
         classes = _DEFAULT_CLASSES if args.classes is None else args.classes
-        models = [_random_model(folder / arch, size, classes) for arch in args.arch]
+        random = [_random_model(folder / "random" / arch, size, classes) for arch in args.arch]
+        models = [variant for model in random for variant in find_variants(args, model, folder)]
         cache_dir = folder
     for model in models:
         config = load_config(model)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
+from typing import Any
 
+from clustvit_ros.cli.arguments import add_variants, find_variants
 from clustvit_ros.cli.evaluation import evaluate
 from clustvit_ros.cli.pictures import comparison, write_image
 from clustvit_ros.modeling.model_folder import load_config
@@ -16,6 +19,7 @@ from clustvit_ros.training.dataset import LabelledImages, Sample
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("evaluate", help="score a model on labelled images")
     parser.add_argument("--model", required=True, help="a shipped model's name or a model folder")
+    add_variants(parser)
     parser.add_argument("--images", type=Path, required=True, help="folder of images")
     parser.add_argument("--labels", type=Path, required=True, help="folder of <stem>.png with class ids, 255 = void")
     parser.add_argument("--merge-threshold", type=float, default=0.5, help="0..1, 1 merges nothing (default: 0.5)")
@@ -38,13 +42,29 @@ def run(args: argparse.Namespace) -> int:
         confidence=False,
         clusters=args.pictures is not None,
     )
-    engine = create_engine(args.model, device=args.device, threads=args.threads)
+    with tempfile.TemporaryDirectory(prefix="clustvit_evaluate_") as folder:
+        models = find_variants(args, args.model, Path(folder))
+        reports = [_evaluate(args, str(model), data, settings) for model in models]
+    for report in reports if len(reports) > 1 else []:
+        print(_summary(report, f"{report['model']:<32}"))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        content = reports[0] if len(reports) == 1 else reports
+        args.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _evaluate(args: argparse.Namespace, model: str, data: LabelledImages, settings: Settings) -> dict[str, Any]:
+    """Score a model, and print its classes."""
+    engine = create_engine(model, device=args.device, threads=args.threads)
+    info = engine.info
+    several = len(args.merge) * len(args.decode) > 1
 
     def draw(sample: Sample, prediction: Prediction) -> None:
-        write_image(args.pictures / f"{sample.stem}.png", comparison(sample, prediction, classes.palette()))
+        folder = args.pictures / info.model if several else args.pictures
+        write_image(folder / f"{sample.stem}.png", comparison(sample, prediction, info.classes.palette()))
 
     scores = evaluate(engine, data, settings, draw if args.pictures else None)
-    info = engine.info
     report = {
         "model": info.model,
         "engine": info.engine,
@@ -53,14 +73,16 @@ def run(args: argparse.Namespace) -> int:
         "token_capacity": settings.token_capacity,
         **scores,
     }
-    for name, iou in scores["per_class_iou"].items():
-        print(f"  {name:<16}{'-' if iou is None else f'{iou:6.2f}'}")
-    print(
-        f"mIoU {scores['miou']:.2f} on {scores['images']} images; "
-        f"{scores['tokens_kept_mean']:.0f} of {scores['tokens_total']} tokens kept; "
-        f"{scores['latency_ms_p50']:.1f} ms per image (p50) on {info.device}"
+    if not several:
+        for name, iou in scores["per_class_iou"].items():
+            print(f"  {name:<16}{'-' if iou is None else f'{iou:6.2f}'}")
+        print(_summary(report, ""))
+    return report
+
+
+def _summary(report: dict[str, Any], title: str) -> str:
+    return (
+        f"{title}mIoU {report['miou']:.2f} on {report['images']} images; "
+        f"{report['tokens_kept_mean']:.0f} of {report['tokens_total']} tokens kept; "
+        f"{report['latency_ms_p50']:.1f} ms per image (p50) on {report['device']}"
     )
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    return 0

@@ -1,17 +1,23 @@
-"""`clustvit-ros import-checkpoint`: an official checkpoint becomes a model folder."""
+"""`clustvit-ros import-checkpoint`: an official checkpoint, or an encoder for a fresh head, becomes a model folder."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from clustvit_ros.classes import ClassSet, class_set_names, load_class_set
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.modeling.architectures import build_network, network_config
+from clustvit_ros.modeling.architectures import ARCHITECTURES, build_network, network_config
 from clustvit_ros.modeling.model_folder import InputConfig, ModelConfig, check_weights, save_model
-from clustvit_ros.modeling.official import from_official, network_of, read_checkpoint
+from clustvit_ros.modeling.official import Checkpoint, count_classes, from_official, network_of, read_checkpoint
+from clustvit_ros.modeling.segmenter import Segmenter
+from clustvit_ros.modeling.timm_weights import is_encoder, read_encoder, resize_positions
+from clustvit_ros.modeling.vit import grid_size_of
 from clustvit_ros.modeling.vit_config import ViTConfig
 
 # Keys of a configuration file, as the reference cases name them, and ours.
@@ -28,6 +34,10 @@ _CONFIG_KEYS = {
     "head_layers": "head_depth",
     "head_heads": "head_heads",
 }
+_NORMALISATIONS = {
+    "half": InputConfig((1, 1)),
+    "imagenet": InputConfig((1, 1), mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375)),
+}
 _IGNORED_CONFIG_KEYS = {"num_classes", "batch_size", "input_size", "test_cfg", "weights"}
 _CLUSTERING_ONLY = {"num_clusters", "injection_point", "cluster_mlp_dim"}
 
@@ -36,7 +46,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "import-checkpoint", help="make a model folder of an official ClustViT or ViT checkpoint"
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, help="OpenMMLab checkpoint (.pth)")
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True,
+        help="OpenMMLab checkpoint (.pth), or a ViT encoder of timm, DeiT or OpenMMLab (.pth, .safetensors)",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="model folder to write, e.g. models/NAME")
     parser.add_argument("--config", type=Path, help="JSON file with what shapes cannot tell; options below override it")
     parser.add_argument("--injection-point", type=int, help="blocks before merging (official default: 3)")
@@ -44,6 +57,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--head-heads", type=int, help="heads of the decode head (default: as the encoder)")
     parser.add_argument("--image-size", help="HxW the position embedding was trained for (default: square)")
     parser.add_argument("--classes", help="a packaged class list; default: the one with as many classes, else numbers")
+    parser.add_argument("--arch", help="encoder only: architecture to put it in (default: the plain ViT of its size)")
+    parser.add_argument("--head", choices=("segmenter", "upernet", "linear"), help="encoder only: its fresh head")
+    parser.add_argument(
+        "--normalisation", choices=_NORMALISATIONS, default="half",
+        help="of the images it was trained with: half is (v - 127.5) / 127.5 (default), imagenet is DeiT's",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 
@@ -55,23 +74,84 @@ def run(args: argparse.Namespace) -> int:
             known[name] = getattr(args, name)
     if args.image_size:
         known["image_size"] = _size(args.image_size)
+    if is_encoder(checkpoint.weights):
+        return _import_encoder(args, checkpoint, known)
+    for option in ("arch", "head"):
+        if getattr(args, option):
+            raise ConfigError(f"--{option}: is for an encoder without a head, {args.checkpoint} has one")
     architecture, overrides = network_of(checkpoint, known)
     network_settings = cast(ViTConfig, network_config(architecture, overrides))
-    weights = from_official(checkpoint.weights)
-    if "head.class_embed" not in weights:
-        raise ConfigError(
-            f"{args.checkpoint}: has no Segmenter head (decode_head.cls_emb); other heads cannot be imported"
-        )
-    classes = _classes(args.classes, weights["head.class_embed"].shape[1])
+    classes = _classes(args.classes, count_classes(checkpoint.weights))
     network = build_network(network_settings, len(classes))
+    weights = from_official(checkpoint.weights)
     check_weights(network, weights, str(args.checkpoint))
     network.load_state_dict(weights)
+    _save(args, architecture, network_settings, overrides, classes, network)
+    return 0
+
+
+def _import_encoder(args: argparse.Namespace, checkpoint: Checkpoint, known: dict[str, Any]) -> int:
+    """An encoder's weights in a network whose other parts are fresh."""
+    encoder = read_encoder(checkpoint.weights, from_official)
+    embed_dim = encoder.shapes["embed_dim"]
+    heads = known.get("num_heads", max(embed_dim // 64, 1))
+    architecture = args.arch or next(
+        (
+            name
+            for name, published in ARCHITECTURES.items()
+            if isinstance(published, ViTConfig)
+            and (published.embed_dim, published.depth) == (embed_dim, encoder.shapes["depth"])
+        ),
+        "vit_t",
+    )
+    if not isinstance(ARCHITECTURES.get(architecture), ViTConfig):
+        names = ", ".join(name for name, published in ARCHITECTURES.items() if isinstance(published, ViTConfig))
+        raise ConfigError(f"--arch: got {architecture!r}, expected one of {names}")
+    if args.classes is None:
+        raise ConfigError(f"{args.checkpoint}: is an encoder without a head; name the classes with --classes")
+    patch_size = encoder.shapes["patch_size"]
+    wanted: dict[str, Any] = {
+        "image_size": [length * patch_size for length in encoder.grid_size],
+        "num_heads": heads,
+        **({"head": args.head} if args.head else {}),
+        **encoder.shapes,
+        **known,
+    }
+    published = ARCHITECTURES[architecture]
+    overrides = {name: value for name, value in wanted.items() if getattr(published, name) != value}
+    network_settings = cast(ViTConfig, network_config(architecture, overrides))
+    classes = load_class_set(args.classes)
+    torch.manual_seed(0)
+    network = build_network(network_settings, len(classes))
+    weights = dict(encoder.weights)
+    target = grid_size_of(network_settings.image_size, patch_size)
+    weights["backbone.pos_embed"] = resize_positions(weights["backbone.pos_embed"], encoder.grid_size, target)
+    fresh = [
+        name
+        for name in network.state_dict()
+        if name.startswith(("head.", "backbone.clusterer.", "backbone.regenerator.", "backbone.later_"))
+    ]
+    own = network.state_dict()
+    check_weights(network, {**{name: own[name] for name in fresh}, **weights}, str(args.checkpoint))
+    network.load_state_dict(weights, strict=False)
+    _save(args, architecture, network_settings, overrides, classes, network)
+    if encoder.left_out:
+        print(f"left out: {', '.join(encoder.left_out)}")
+    modules = sorted({".".join(name.split(".")[: 1 if name.startswith("head") else 2]) for name in fresh})
+    print(f"fresh, to be trained: {', '.join(modules)}")
+    return 0
+
+
+def _save(
+    args: argparse.Namespace, architecture: str, network_settings: ViTConfig, overrides: dict[str, Any],
+    classes: ClassSet, network: Segmenter,
+) -> None:  # fmt: skip
     config = ModelConfig(
         name=args.out.name,
         architecture=architecture,
         network=network_settings,
         classes=classes,
-        input=InputConfig(size=network_settings.image_size),
+        input=dataclasses.replace(_NORMALISATIONS[args.normalisation], size=network_settings.image_size),
         overrides=overrides,
         training={"data": f"imported from {args.checkpoint.name}"},
     )
@@ -79,9 +159,8 @@ def run(args: argparse.Namespace) -> int:
     point = f", merging after block {network_settings.injection_point}" if network_settings.merges else ""
     print(
         f"{args.out}: {architecture}, width {network_settings.embed_dim}, {network_settings.depth} blocks of "
-        f"{network_settings.num_heads} heads{point}, {len(classes)} classes"
+        f"{network_settings.num_heads} heads{point}, {network_settings.head} head, {len(classes)} classes"
     )
-    return 0
 
 
 def _read_config(path: Path) -> dict[str, Any]:

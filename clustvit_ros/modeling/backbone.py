@@ -12,10 +12,19 @@ class Features(NamedTuple):
     """What a backbone hands to the decode head.
 
     Attributes:
-        tokens: (B, N, C) float, after the final norm, row-major over the token grid, without class token.
+        tokens: (B, L, C) float, after the final norm, without class token; the grid's tokens row by row, L == N, unless
+            `slots` is given.
         grid_size: (h, w) tokens, h * w == N.
-        cluster_logits: (B, N, k+1) float; None for a backbone that does not cluster.
-        cluster_ids: (B, N) int64, 0 = kept, 1..k = merged into that cluster; None likewise.
+        cluster_logits: (B, N, k+1) float; None for a backbone that has no Clusterer. With several injection points
+            the later ones' logits follow, and `cluster_positions` says whose they are.
+        cluster_ids: (B, N) int64, 0 = kept, above = merged into that cluster; None for a backbone that does not merge.
+        cluster_positions: (B, M) int64, the token (0..N-1) that each row of `cluster_logits` is about; None where they
+            are all tokens in order.
+        levels: outputs of the blocks that a multi-level head asked for, shallow first, (B, N, C) each, without class
+            token; only the last block's is normalised.
+        slots: (B, N) int64, the row of `tokens` that stands for each token of the grid, where the sequence is left
+            compact for the head; None where it is not.
+        key_mask: (B, L) bool, False = padding of a compact sequence; None when there is none.
         pyramid: maps (B, C_i, h_i, w_i) of several strides, finest first; empty for a backbone of one stride.
     """
 
@@ -23,7 +32,17 @@ class Features(NamedTuple):
     grid_size: tuple[int, int]
     cluster_logits: Tensor | None = None
     cluster_ids: Tensor | None = None
+    cluster_positions: Tensor | None = None
+    levels: tuple[Tensor, ...] = ()
+    slots: Tensor | None = None
+    key_mask: Tensor | None = None
     pyramid: tuple[Tensor, ...] = ()
+
+    def to_grid(self, values: Tensor) -> Tensor:
+        """What was computed per row of `tokens`, on the token grid: (B, L, K) -> (B, K, h, w)."""
+        if self.slots is not None:
+            values = values.gather(1, self.slots[..., None].expand(-1, -1, values.shape[2]))
+        return values.transpose(1, 2).unflatten(2, self.grid_size)
 
 
 class Backbone(nn.Module, abc.ABC):

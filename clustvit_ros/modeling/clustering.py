@@ -56,7 +56,7 @@ class Regenerator(nn.Module):
         weight_token, weight_representative = self.fc1.weight.chunk(2, dim=1)
         hidden = F.linear(tokens, weight_token, self.fc1.bias)
         per_cluster = F.linear(representatives, weight_representative)
-        hidden = hidden + _gather_rows(per_cluster, (cluster_ids - 1).clamp(min=0))
+        hidden = hidden + gather_rows(per_cluster, (cluster_ids - 1).clamp(min=0))
         return self.fc2(F.gelu(hidden))
 
 
@@ -130,31 +130,47 @@ def merge_to_capacity(x: Tensor, scores: MergeScores, capacity: int | Tensor, nu
     cluster_ids = scores.cluster.scatter(1, kept_index, 0)
     tokens = x[:, 1:]
     compact = torch.cat(
-        [x[:, :1], _gather_rows(tokens, kept_index), representatives(tokens, cluster_ids, num_clusters)], dim=1
+        [x[:, :1], gather_rows(tokens, kept_index), representatives(tokens, cluster_ids, num_clusters)], dim=1
     )
     if isinstance(capacity, Tensor):
         compact = compact[:, : 1 + capacity + torch.where(capacity < tokens.shape[1], num_clusters, 0)]
     return Merge(compact, None, cluster_ids, kept_index, merged_index)
 
 
-def merge_exactly(x: Tensor, scores: MergeScores, merge_threshold: float, num_clusters: int) -> Merge | None:
+def threshold_ids(scores: MergeScores, merge_threshold: float | Tensor, is_token: Tensor | None = None) -> Tensor:
+    """Cluster ids as the threshold has them: (B, N) int64, 0 = kept; padding (`is_token` False) is kept."""
+    merged = scores.margin > threshold_margin(merge_threshold)
+    return torch.where(merged if is_token is None else merged & is_token, scores.cluster, 0)
+
+
+def merge_exactly(
+    x: Tensor, scores: MergeScores, merge_threshold: float, num_clusters: int, is_token: Tensor | None = None
+) -> Merge | None:
     """Merge as the reference implementation does: every token above the threshold, padded to the fullest image.
 
     Reads the number of kept tokens back from the device.
 
+    Args:
+        x: (B, 1+N, C), class token first.
+        scores: of the N tokens.
+        merge_threshold: tokens whose merge score is above are merged.
+        num_clusters: k.
+        is_token: (B, N) bool, False = padding of an earlier merge, behind an image's tokens; None when there is none.
+
     Returns:
         None when all tokens of the whole batch have one and the same id: then nothing is merged.
     """
-    merged = scores.margin > threshold_margin(merge_threshold)
-    cluster_ids = torch.where(merged, scores.cluster, 0)
-    if bool((cluster_ids == cluster_ids[0, 0]).all()):
+    cluster_ids = threshold_ids(scores, merge_threshold, is_token)
+    ids = cluster_ids.flatten() if is_token is None else cluster_ids[is_token]
+    if bool((ids == ids[:1]).all()):
         return None
-    counts = (~merged).sum(dim=1)
+    leaves = cluster_ids > 0 if is_token is None else (cluster_ids > 0) | ~is_token
+    counts = (~leaves).sum(dim=1)
     capacity = int(counts.max())
-    kept_index = merged.byte().argsort(dim=1, stable=True)[:, :capacity]
+    kept_index = leaves.byte().argsort(dim=1, stable=True)[:, :capacity]
     valid = torch.arange(capacity, device=x.device) < counts[:, None]
     tokens = x[:, 1:]
-    kept = torch.where(valid[..., None], _gather_rows(tokens, kept_index), 0.0)
+    kept = torch.where(valid[..., None], gather_rows(tokens, kept_index), 0.0)
     compact = torch.cat([x[:, :1], kept, representatives(tokens, cluster_ids, num_clusters)], dim=1)
     key_mask = F.pad(F.pad(valid, (1, 0), value=True), (0, num_clusters), value=True)
     return Merge(compact, key_mask, cluster_ids, kept_index, None)
@@ -166,6 +182,13 @@ def representatives(tokens: Tensor, cluster_ids: Tensor, num_clusters: int) -> T
     member = (cluster_ids[:, None, :] == ids[None, :, None]).to(tokens.dtype)  # B k N
     count = member.sum(dim=2, keepdim=True).clamp(min=1.0)
     return (member @ tokens) / count
+
+
+def slots_of(merge: Merge) -> Tensor:
+    """The row of the compact sequence, class token not counted, that each token went to: (B, N) int64."""
+    T = merge.kept_index.shape[1]
+    is_kept = merge.cluster_ids == 0
+    return torch.where(is_kept, is_kept.long().cumsum(dim=1) - 1, T + merge.cluster_ids - 1)
 
 
 def unmerge(processed: Tensor, x: Tensor, merge: Merge, num_clusters: int, regenerator: Regenerator) -> Tensor:
@@ -183,18 +206,18 @@ def unmerge(processed: Tensor, x: Tensor, merge: Merge, num_clusters: int, regen
     tokens = x[:, 1:]
     if merge.merged_index is not None:
         merged_ids = merge.cluster_ids.gather(1, merge.merged_index)
-        regenerated = regenerator(_gather_rows(tokens, merge.merged_index), reps, merged_ids)
+        regenerated = regenerator(gather_rows(tokens, merge.merged_index), reps, merged_ids)
         full = torch.cat([kept, regenerated], dim=1)
         index = torch.cat([merge.kept_index, merge.merged_index], dim=1)
         tokens = torch.empty_like(full).scatter(1, index[..., None].expand_as(full), full)
     else:
         regenerated = regenerator(tokens, reps, merge.cluster_ids)
         is_kept = merge.cluster_ids == 0
-        slot = (is_kept.cumsum(dim=1) - 1).clamp(min=0)
-        tokens = torch.where(is_kept[..., None], _gather_rows(kept, slot), regenerated) if T else regenerated
+        slot = (is_kept.cumsum(dim=1) - 1).clamp(min=0, max=max(T - 1, 0))
+        tokens = torch.where(is_kept[..., None], gather_rows(kept, slot), regenerated) if T else regenerated
     return torch.cat([cls, tokens], dim=1)
 
 
-def _gather_rows(x: Tensor, index: Tensor) -> Tensor:
+def gather_rows(x: Tensor, index: Tensor) -> Tensor:
     """Rows of each image: (B, N, C), (B, M) -> (B, M, C)."""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))

@@ -18,7 +18,11 @@ HEAD_NORM_EPS = 1e-5
 
 
 class MaskTransformer(nn.Module):
-    """Class logits per patch token: features with (B, N, C) tokens -> (B, Q, h, w)."""
+    """Class logits per patch token: features -> (B, Q, h, w).
+
+    On a compact sequence it runs on kept tokens and representatives alone; a merged token gets the class scores of its
+    representative.
+    """
 
     def __init__(self, embed_dim: int, num_classes: int, depth: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
         super().__init__()
@@ -34,11 +38,14 @@ class MaskTransformer(nn.Module):
     def forward(self, features: Features) -> Tensor:
         tokens = features.tokens
         x = torch.cat([self.dec_proj(tokens), self.class_embed.expand(tokens.shape[0], -1, -1)], dim=1)
+        key_mask = features.key_mask
+        if key_mask is not None:
+            key_mask = F.pad(key_mask, (0, self.num_classes), value=True)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, key_mask)
         x = self.norm(x)
         patches, classes = x[:, : -self.num_classes], x[:, -self.num_classes :]
         patches = F.normalize(self.patch_proj(patches), dim=-1)
         classes = F.normalize(self.class_proj(classes), dim=-1)
         scores = self.mask_norm(patches @ classes.transpose(1, 2))
-        return scores.transpose(1, 2).unflatten(2, features.grid_size)  # B N Q -> B Q h w
+        return features.to_grid(scores)

@@ -120,12 +120,17 @@ def load_segmenter(model: str | Path) -> Segmenter:
     """
     config = load_config(model)
     network = build_network(config.network, len(config.classes))
-    load_weights(network, find_model(model) / WEIGHTS_FILE)
+    load_weights(network, find_model(model) / WEIGHTS_FILE, config.network.unused_weights)
     return network.eval()
 
 
-def load_weights(network: Segmenter, path: Path) -> None:
+def load_weights(network: Segmenter, path: Path, unused: tuple[str, ...] = ()) -> None:
     """Fill a network from a safetensors file; half-precision weights become the network's own precision.
+
+    Args:
+        network: changed in place.
+        path: of the file.
+        unused: beginnings of names that may be in the file though the network has no use for them.
 
     Raises:
         ModelError: unreadable file, or names or shapes that differ, each listed.
@@ -134,8 +139,35 @@ def load_weights(network: Segmenter, path: Path) -> None:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path}: cannot be read ({error}); fetch the model again") from error
+    if unused:
+        weights = {name: value for name, value in weights.items() if not name.startswith(unused)}
     check_weights(network, weights, str(path))
     network.load_state_dict(weights)
+
+
+def write_variant(model: str | Path, folder: Path, network: dict[str, Any]) -> Path:
+    """A model folder with a model's weights and some of its `network` section replaced, e.g. another way to merge.
+
+    Args:
+        model: a model folder, or a shipped model's name.
+        folder: to make; its name becomes the variant's.
+        network: hyper-parameters to replace, as in `model.yaml`.
+
+    Returns:
+        `folder`. Its weights are a link to the model's.
+
+    Raises:
+        ModelError: no such model.
+        ConfigError: `model.yaml` cannot be used, or not with these values.
+    """
+    source = find_model(model).resolve()
+    content = read_yaml(source / MODEL_FILE)
+    content["network"] = {**(content.get("network") or {}), **network}
+    folder.mkdir(parents=True)
+    (folder / MODEL_FILE).write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    (folder / WEIGHTS_FILE).symlink_to(source / WEIGHTS_FILE)
+    load_config(folder)
+    return folder
 
 
 def hash_weights(model: str | Path) -> str:

@@ -28,6 +28,11 @@ class NetworkConfig(abc.ABC):
         """Whether threshold and capacity have an effect."""
         return False
 
+    @property
+    def unused_weights(self) -> tuple[str, ...]:
+        """Beginnings of names that a weights file may hold though the network has no use for them."""
+        return ()
+
     @abc.abstractmethod
     def build(self, num_classes: int) -> Segmenter:
         """The network, its parameters as PyTorch draws them; `build_network` initialises them as well."""

@@ -1,5 +1,8 @@
 """The official ClustViT checkpoints (OpenMMLab layout): key names to and from ours, and what their shapes tell.
 
+Heads: Segmenter's mask transformer, UPerNet with or without mmsegmentation's neck, and a single 1x1 convolution, which
+is our linear head. Auxiliary heads serve training only and are left out.
+
 Files are read with `weights_only=True`; nothing in them is ever executed. A checkpoint's own configuration, Python text
 in the file, is read as literals only.
 """
@@ -13,10 +16,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from clustvit_ros.errors import ConfigError, ModelError
 from clustvit_ros.modeling.architectures import ARCHITECTURES
+from clustvit_ros.modeling.timm_weights import fold_patch_bias
+from clustvit_ros.modeling.uper_head import NUM_LEVELS
 from clustvit_ros.modeling.vit_config import ViTConfig
 
 _BLOCK = {
@@ -38,14 +45,25 @@ _HEAD = {
     "cls_emb": "class_embed",
     "decoder_norm": "norm",
     "classes_proj": "class_proj",
+    "conv_seg.": "classify.",
 }
+# UPerNet's convolutions: theirs, ours; each is followed by `conv.` or `bn.`, ours by `conv.` or `norm.`.
+_UPERNET = (
+    (r"psp_modules\.(\d)\.1\.", r"pyramid.{}."),
+    (r"lateral_convs\.(\d)\.", r"lateral.{}."),
+    (r"fpn_convs\.(\d)\.", r"smooth.{}."),
+    (r"bottleneck\.", r"bottleneck."),
+    (r"fpn_bottleneck\.", r"fuse."),
+)
+_NECK = {"lateral_convs": "lateral", "convs": "smooth"}
+_TRAINING_ONLY = ("auxiliary_head.",)
 
 
 class Checkpoint(NamedTuple):
-    """An official checkpoint file.
+    """A checkpoint file.
 
     Attributes:
-        weights: official parameter names to tensors.
+        weights: parameter names, as they are in the file, to tensors.
         model: the `model` section of the configuration that the file carries; empty when it carries none.
     """
 
@@ -60,15 +78,19 @@ def read_checkpoint(path: Path) -> Checkpoint:
         ModelError: unreadable, or no checkpoint of this kind.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        if path.suffix == ".safetensors":
+            content: Any = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, SafetensorError) as error:
         raise ModelError(
             f"{path}: cannot be read as a checkpoint of plain tensors ({str(error).splitlines()[0]}); if it is a "
             "training checkpoint with other objects in it, save its state_dict alone"
         ) from error
-    weights = content.get("state_dict", content) if isinstance(content, dict) else None
+    # OpenMMLab's wrapper, DeiT's, none.
+    weights = content.get("state_dict", content.get("model", content)) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
-        raise ModelError(f"{path}: holds no state_dict of tensors; expected an OpenMMLab checkpoint")
+        raise ModelError(f"{path}: holds no state_dict of tensors; expected an OpenMMLab checkpoint or timm weights")
     meta = content.get("meta", {})
     text = meta.get("cfg", "") if isinstance(meta, dict) else ""
     return Checkpoint(weights, _model_section(text) if isinstance(text, str) else {})
@@ -100,7 +122,7 @@ def network_of(checkpoint: Checkpoint, known: dict[str, Any]) -> tuple[str, dict
             "depth": _count_layers(weights, "backbone"),
             "patch_size": weights["backbone.patch_embed.projection.weight"].shape[2],
             "mlp_ratio": weights["backbone.layers.0.ffn.layers.0.0.weight"].shape[0] / embed_dim,
-            "head_depth": _count_layers(weights, "decode_head"),
+            **_head_shapes(weights),
         }
         num_tokens = weights["backbone.pos_embed"].shape[1] - 1
         if shapes["backbone"] == "clustvit":
@@ -108,13 +130,18 @@ def network_of(checkpoint: Checkpoint, known: dict[str, Any]) -> tuple[str, dict
             shapes["num_clusters"] = weights["backbone.clusterer.net.2.weight"].shape[0] - 1
     except KeyError as error:
         raise ModelError(
-            f"checkpoint has no {error.args[0]}; expected a ViT or ClustViT with a Segmenter head"
+            f"checkpoint has no {error.args[0]}; expected a ViT or ClustViT with a Segmenter, UPerNet or linear head"
         ) from error
     for name, value in known.items():
+        if name == "head_depth" and shapes["head"] != "segmenter":
+            continue
         if name in shapes and shapes[name] != value:
             raise ConfigError(f"{name}: got {value!r}, but the checkpoint's shapes say {shapes[name]!r}")
     backbone = {"num_heads": max(embed_dim // 64, 1), **_hints(checkpoint.model)}
-    network = {**backbone, **shapes, **known}
+    network = {**backbone, **shapes, **known, "head": shapes["head"]}
+    for name in ("injection_points", "head_blocks"):
+        if name in network:
+            network[name] = list(network[name])
     if "image_size" not in network:
         side = round(num_tokens**0.5) * shapes["patch_size"]
         network["image_size"] = [side, side]
@@ -138,8 +165,20 @@ def network_of(checkpoint: Checkpoint, known: dict[str, Any]) -> tuple[str, dict
 
 
 def from_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the parameters of an official checkpoint; names that are not recognised stay as they are."""
-    return {_rename(name): tensor for name, tensor in state_dict.items()}
+    """Rename the parameters of an official checkpoint; names that are not recognised stay as they are.
+
+    What serves training only (auxiliary heads) is left out, and a bias of the patch projection, which older versions of
+    mmsegmentation had, is added to the position embedding, where it does the same.
+    """
+    linear = head_of(state_dict) == "linear"
+    weights = {}
+    for name, tensor in fold_patch_bias(state_dict).items():
+        if name.startswith(_TRAINING_ONLY):
+            continue
+        if linear and name == "decode_head.conv_seg.weight":
+            tensor = tensor.flatten(1)  # a 1x1 convolution is a linear layer
+        weights[_rename(name)] = tensor
+    return weights
 
 
 def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -151,7 +190,58 @@ def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     stem = [name for name in state_dict if name.startswith("backbone.patch_embed.layers.")]
     if stem:
         raise ModelError(f"the official layout has no name for a convolutional stem ({stem[0]}, ...)")
-    return {_rename_back(name): tensor for name, tensor in state_dict.items()}
+    later = [name for name in state_dict if name.startswith("backbone.later_")]
+    if later:
+        raise ModelError(f"the official layout has no name for a second injection point ({later[0]}, ...)")
+    weights = {}
+    for name, tensor in state_dict.items():
+        if name == "head.classify.weight" and tensor.ndim == 2:
+            tensor = tensor[:, :, None, None]
+        weights[_rename_back(name)] = tensor
+    return weights
+
+
+def head_of(weights: dict[str, Tensor]) -> str:
+    """Which of our heads an official checkpoint has: "segmenter", "upernet" or "linear"; empty for none of them."""
+    if "decode_head.cls_emb" in weights:
+        return "segmenter"
+    if "decode_head.psp_modules.0.1.conv.weight" in weights:
+        return "upernet"
+    names = {name for name in weights if name.startswith("decode_head.")}
+    return "linear" if names == {"decode_head.conv_seg.weight", "decode_head.conv_seg.bias"} else ""
+
+
+def count_classes(weights: dict[str, Tensor]) -> int:
+    """Classes of an official checkpoint's head.
+
+    Raises:
+        ModelError: it has none of our heads.
+    """
+    head = head_of(weights)
+    if not head:
+        found = sorted({name.split(".")[1] for name in weights if name.startswith("decode_head.")})
+        raise ModelError(
+            "checkpoint has no Segmenter, UPerNet or linear head; its decode_head holds "
+            f"{', '.join(found) or 'nothing'}"
+        )
+    return (
+        weights["decode_head.cls_emb"].shape[1] if head == "segmenter" else len(weights["decode_head.conv_seg.weight"])
+    )
+
+
+def _head_shapes(weights: dict[str, Tensor]) -> dict[str, Any]:
+    head = head_of(weights)
+    if head == "upernet":
+        return {
+            "head": head,
+            "head_channels": weights["decode_head.conv_seg.weight"].shape[1],
+            "neck": any(name.startswith("neck.") for name in weights),
+        }
+    return (
+        {"head": head}
+        if head == "linear"
+        else {"head": "segmenter", "head_depth": _count_layers(weights, "decode_head")}
+    )
 
 
 def _rename(name: str) -> str:
@@ -163,8 +253,16 @@ def _rename(name: str) -> str:
                 rest = ours + rest[len(theirs) :]
                 break
         return f"{'head' if room == 'decode_head' else room}.blocks.{index}.{rest}"
+    if name.startswith("neck."):
+        kind, index, _, last = [*name.split("."), "", "", ""][1:5]
+        return f"head.neck.{_NECK.get(kind, kind)}.{index}.{last}"
     if name.startswith("decode_head."):
         rest = name.removeprefix("decode_head.")
+        for pattern, ours in _UPERNET:
+            found = re.fullmatch(pattern + r"(conv|bn)\.(.+)", rest)
+            if found:
+                *index, layer, parameter = found.groups()
+                return f"head.{ours.format(*index)}{'norm' if layer == 'bn' else layer}.{parameter}"
         for theirs, ours in _HEAD.items():
             if rest.startswith(theirs):
                 return "head." + ours + rest[len(theirs) :]
@@ -181,6 +279,21 @@ def _rename_back(name: str) -> str:
         room, index, rest = block.groups()
         room = "decode_head" if room == "head" else room
         return f"{room}.layers.{index}.{_swap_prefix(rest, _BLOCK)}"
+    neck = re.fullmatch(r"head\.neck\.(lateral|smooth)\.(\d+)\.(.+)", name)
+    if neck:
+        kind = {ours: theirs for theirs, ours in _NECK.items()}[neck.group(1)]
+        return f"neck.{kind}.{neck.group(2)}.conv.{neck.group(3)}"
+    convolution = re.fullmatch(r"head\.(pyramid|lateral|smooth|bottleneck|fuse)\.(?:(\d)\.)?(conv|norm)\.(.+)", name)
+    if convolution:
+        module, index, layer, parameter = convolution.groups()
+        theirs = {
+            "pyramid": f"psp_modules.{index}.1",
+            "lateral": f"lateral_convs.{index}",
+            "smooth": f"fpn_convs.{index}",
+            "bottleneck": "bottleneck",
+            "fuse": "fpn_bottleneck",
+        }[module]
+        return f"decode_head.{theirs}.{'bn' if layer == 'norm' else layer}.{parameter}"
     if name.startswith("head."):
         return "decode_head." + _swap_prefix(name.removeprefix("head."), _HEAD)
     return _swap_prefix(name, _BACKBONE)
@@ -206,9 +319,12 @@ def _hints(model: dict[str, Any]) -> dict[str, Any]:
         hints["num_heads"] = backbone["num_heads"]
     points = backbone.get("injection_points")
     if points:
-        if len(points) != 1:
-            raise ConfigError(f"injection_points: got {points}, expected exactly one")
         hints["injection_point"] = points[0]
+        if len(points) > 1:
+            raise ConfigError(f"injection_points: got {points}, official checkpoints have exactly one")
+    blocks = backbone.get("out_indices")
+    if isinstance(blocks, list) and len(blocks) == NUM_LEVELS and head.get("type") == "UPerHead":
+        hints["head_blocks"] = list(blocks)
     size = backbone.get("img_size")
     if size:
         hints["image_size"] = [size, size] if isinstance(size, int) else list(size)

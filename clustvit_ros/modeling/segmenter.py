@@ -13,14 +13,15 @@ class SegmenterOutput(NamedTuple):
     """Result of a forward pass.
 
     Attributes:
-        logits: (B, Q, h, w) float, class logits per patch, before any upsampling.
-        cluster_logits: (B, N, k+1) float; None for a backbone that does not cluster.
-        cluster_ids: (B, N) int64, 0 = kept, 1..k = merged into that cluster; None likewise.
+        logits: (B, Q, h, w) float, class logits before any upsampling, on the patch grid; UPerNet with a neck has them
+            four times as fine.
+        cluster_logits, cluster_ids, cluster_positions: as in `Features`.
     """
 
     logits: Tensor
     cluster_logits: Tensor | None
     cluster_ids: Tensor | None
+    cluster_positions: Tensor | None = None
 
 
 class Segmenter(nn.Module):
@@ -53,4 +54,6 @@ class Segmenter(nn.Module):
 
     def decode(self, features: Features) -> SegmenterOutput:
         """Run the head on backbone features."""
-        return SegmenterOutput(self.head(features), features.cluster_logits, features.cluster_ids)
+        return SegmenterOutput(
+            self.head(features), features.cluster_logits, features.cluster_ids, features.cluster_positions
+        )

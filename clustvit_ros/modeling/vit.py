@@ -8,6 +8,7 @@ and the position embedding is resized (bicubic) only when the number of tokens d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -65,12 +66,19 @@ class Attention(nn.Module):
         self.proj = nn.Linear(embed_dim, embed_dim)
 
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        return self.attend(*self.heads(x), None if key_mask is None else key_mask[:, None, None, :])
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values: (B, L, C) -> three times (B, H, L, D)."""
         B, L, C = x.shape
         qkv = self.qkv(x).view(B, L, 3, self.num_heads, C // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # B L 3 H D -> 3 B H L D
-        mask = None if key_mask is None else key_mask[:, None, None, :]
+        return q, k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention proper, with a boolean or additive mask that broadcasts to (B, H, L, L): -> (B, L, C)."""
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.proj(x.transpose(1, 2).reshape(B, L, C))
+        return self.proj(x.transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -122,6 +130,7 @@ class VisionTransformer(Backbone):
         patch_size: side of a patch in pixels.
         stem: "patch" for the paper's linear projection, "conv" for strided convolutions.
         drop_path: stochastic depth of the last block, growing linearly from 0 at the first.
+        level_blocks: blocks (from 0) whose outputs go into the features' `levels`.
     """
 
     def __init__(
@@ -134,9 +143,11 @@ class VisionTransformer(Backbone):
         num_heads: int = 3,
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
+        level_blocks: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
+        self.level_blocks = frozenset(level_blocks)
         self.embed_dim = embed_dim
         self.grid_size = grid_size_of(image_size, patch_size)
         self.patch_embed = (ConvStem if stem == "conv" else PatchProjection)(embed_dim, patch_size)
@@ -182,9 +193,30 @@ class VisionTransformer(Backbone):
     def encode(self, images: Tensor) -> Any:
         """All of a plain ViT: (B, 3, H, W) -> features."""
         x, grid_size = self.embed(images)
-        for block in self.blocks:
+        levels = []
+        for index, block in enumerate(self.blocks):
             x = block(x)
-        return Features(self.norm(x)[:, 1:], grid_size)
+            if self.hands_out(index):
+                levels.append(x[:, 1:])
+        return self.features(x, grid_size, levels)
+
+    def hands_out(self, index: int) -> bool:
+        """Whether a block's output is a level as it is; the last block's is one after the final norm."""
+        return index in self.level_blocks and index + 1 < len(self.blocks)
+
+    def features(self, x: Tensor, grid_size: tuple[int, int], levels: Sequence[Tensor], **extra: Any) -> Features:
+        """Features of the last block's output.
+
+        Args:
+            x: (B, 1+L, C), before the final norm.
+            grid_size: (h, w) tokens.
+            levels: outputs of earlier blocks, (B, N, C) each.
+            extra: further fields of `Features`.
+        """
+        tokens = self.norm(x)[:, 1:]
+        if len(self.blocks) - 1 in self.level_blocks:
+            levels = [*levels, tokens]
+        return Features(tokens, grid_size, levels=tuple(levels), **extra)
 
     def finish(self, state: Any, merge_threshold: float = 0.5, token_capacity: int | Tensor | None = None) -> Features:
         return state

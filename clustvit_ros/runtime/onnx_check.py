@@ -80,9 +80,11 @@ def _check_images(session, network: Segmenter, images: Tensor, many_settings: bo
         tied = _check_ids(ids, expected.cluster_ids, where)
         differences = (logits - expected.logits).abs().flatten()
         found = float(differences.quantile(0.9) if tied else differences.max())
-        if not found <= LOGIT_TOLERANCE:  # a NaN is no match either
+        # A head without a final norm has logits of any size, and rounding errors to match.
+        allowed = LOGIT_TOLERANCE * max(1.0, 0.1 * float(expected.logits.abs().max()))
+        if not found <= allowed:  # a NaN is no match either
             raise EngineError(
-                f"export: logits differ from PyTorch's by {found:.2g} {where}, allowed {LOGIT_TOLERANCE:g}; the file "
+                f"export: logits differ from PyTorch's by {found:.2g} {where}, allowed {allowed:.2g}; the file "
                 f"was removed; try other versions than PyTorch {torch.__version__} and the ONNX Runtime here"
             )
         difference = max(difference, found)

@@ -18,7 +18,7 @@ def cluster_loss(cluster_logits: Tensor, targets: Tensor, weight: float = CLUSTE
 
     Args:
         cluster_logits: (B, N, k+1).
-        targets: (B, h, w) int64 of `pseudo_clusters`, h * w == N.
+        targets: (B, h, w) int64 of `pseudo_clusters`, h * w == N, or (B, N).
     """
     return weight * F.cross_entropy(cluster_logits.transpose(1, 2), targets.flatten(1))
 

@@ -125,8 +125,11 @@ class Trainer:
         if output.cluster_logits is not None:
             patch_size = self.network.backbone.patch_size
             targets = pseudo_clusters(labels, patch_size, output.cluster_logits.shape[2] - 1)
+            targets = targets.flatten(1)
+            if output.cluster_positions is not None:
+                targets = targets.gather(1, output.cluster_positions)
             losses["cluster_loss"] = cluster_loss(output.cluster_logits, targets)
-            accuracy = float((output.cluster_logits.detach().argmax(2) == targets.flatten(1)).float().mean())
+            accuracy = float((output.cluster_logits.detach().argmax(2) == targets).float().mean())
         loss = torch.stack(list(losses.values())).sum()
         report = {
             "loss": loss.item(),
