@@ -56,10 +56,13 @@ class Backbone(nn.Module, abc.ABC):
     Attributes:
         patch_size: side in pixels of what one token of the grid stands for.
         merges: whether threshold and capacity have an effect.
+        decides: whether it decides inside, by clustering, what no result shows: where two choices are equal but for
+            rounding, devices and engines may then choose differently.
     """
 
     patch_size: int
     merges: bool = False
+    decides: bool = False
 
     @abc.abstractmethod
     def encode(self, images: Tensor) -> Any:

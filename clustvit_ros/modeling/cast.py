@@ -104,6 +104,11 @@ def single_assignment_members(a_g: Tensor) -> Members:
 
 def _stable_matching(a_g: Tensor, size: int) -> Tensor:
     """Cluster of each token: (B, N, Nc) -> (B, N) int64."""
+    if torch.onnx.is_in_onnx_export():
+        raise ConfigError(
+            "network: assignment is 'single', whose number of rounds depends on the image and cannot be exported; "
+            "use the torch engine, or train with assignment top_k"
+        )
     open_ = torch.ones_like(a_g, dtype=torch.bool)
     clusters = torch.arange(a_g.shape[2], device=a_g.device)
     while True:
@@ -242,6 +247,8 @@ class CAST(VisionTransformer):
         embed_dim, num_heads: of the encoder.
         vit: further arguments of `VisionTransformer`.
     """
+
+    decides = True
 
     def __init__(
         self,

@@ -227,6 +227,7 @@ class ClusTR(Backbone):
     """
 
     patch_size = 32
+    decides = True
 
     def __init__(
         self,
