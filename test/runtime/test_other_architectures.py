@@ -92,7 +92,7 @@ def test_single_assignment_runs_and_says_that_it_cannot_be_exported(make_model, 
     image = np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8)
     assert create_engine(str(model), "torch", "cpu").segment(image).mask.shape == (1, 96, 128)
     pytest.importorskip("onnx", reason="needs onnx, of the extra 'onnx'")
-    with pytest.raises(ConfigError, match="assignment is 'single'.*use the torch engine"):
+    with pytest.raises(ConfigError, match=r"assignment is 'single'.*use the torch engine"):
         export_onnx(model, tmp_path / "model.onnx")
     assert count_cost(network_config("cast_t", {"assignment": "single"}), 7, (128, 128)).flops > 0
 
