@@ -82,14 +82,13 @@ def read_encoder(
         weights = rename(fold_patch_bias(weights))
         shapes = {
             "embed_dim": embed_dim,
-            "depth": 1 + max(int(i) for i in re.findall(r"backbone\.blocks\.(\d+)\.", "\n".join(weights))),
+            "depth": 1 + max(map(int, re.findall(r"backbone\.blocks\.(\d+)\.", "\n".join(weights))), default=-1),
             "patch_size": projection.shape[2],
             "mlp_ratio": weights["backbone.blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
         }
-    except (KeyError, ValueError) as error:
-        missing = error.args[0] if isinstance(error, KeyError) else "backbone.blocks.0"
+    except KeyError as error:
         raise ModelError(
-            f"encoder weights have no {missing}; expected a ViT in timm's or OpenMMLab's layout"
+            f"encoder weights have no {error.args[0]}; expected a ViT in timm's or OpenMMLab's layout"
         ) from error
     return Encoder(weights, shapes, grid_size, left_out)
 

@@ -2,10 +2,11 @@
 
 Counted is what PyTorch's own counter counts: matrix products, convolutions and both products of attention, two
 operations per multiply-add; norms, activations, softmax and the merge's sort are not. Distance matrices (ClusTR), which
-it leaves out, are counted as the matrix products that they are. This is how ClustViT's published
-figures are counted as well: ViT-B with Segmenter's head at 512x512 and 150 classes has 258.6 GFLOPs here and there.
+it leaves out, are counted as the matrix products that they are. ClustViT's published figures are counted in this way as
+well: ViT-B with Segmenter's head at 512x512 and 150 classes has 258.6 GFLOPs here and there.
 ClustViT-B with 307 of 1024 tokens kept has 147.8 instead of 148.7, because the representatives' half of the
-regenerator's first layer is computed once per cluster here, and once per merged token in the reference implementation.
+regenerator's first layer is computed once per cluster here, and once per merged token in the reference implementation;
+`Cost.reference_flops` is what that would take (148.6).
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clustvit_ros.modeling.architectures import build_network
 from clustvit_ros.modeling.network_config import NetworkConfig
-from clustvit_ros.modeling.vit import BACKBONE_NORM_EPS, Block
+from clustvit_ros.modeling.vit import BACKBONE_NORM_EPS, Block, grid_size_of
+from clustvit_ros.modeling.vit_config import ViTConfig
 
 
 class Cost(NamedTuple):
@@ -27,10 +29,13 @@ class Cost(NamedTuple):
     Attributes:
         flops: two per multiply-add, of the whole batch.
         parameters: weights of the network.
+        reference_flops: what the reference implementation of ClustViT takes for the same; `flops` where it has no such
+            network, or the two do not differ; 0 where it was not counted.
     """
 
     flops: int
     parameters: int
+    reference_flops: int = 0
 
 
 def count_cost(
@@ -51,7 +56,8 @@ def count_cost(
         images = torch.empty(batch, 3, *size)
     capacity = token_capacity or images[0, 0].numel()
     flops = count_flops(segmenter, images, merge_threshold=1.0, token_capacity=capacity)
-    return Cost(flops, sum(parameter.numel() for parameter in segmenter.parameters()))
+    parameters = sum(parameter.numel() for parameter in segmenter.parameters())
+    return Cost(flops, parameters, flops + _regenerator_saving(network, size, batch, capacity))
 
 
 def count_flops(module: nn.Module, *arguments: Any, **options: Any) -> int:
@@ -86,3 +92,22 @@ def _count(module: nn.Module, *arguments: Any, **options: Any) -> FlopCounterMod
 def _distance_flops(x_shape: Any, y_shape: Any, *_: Any, **__: Any) -> int:
     *batch, rows, width = x_shape
     return 2 * int(torch.Size(batch).numel()) * rows * y_shape[-2] * width
+
+
+def _regenerator_saving(network: NetworkConfig, size: tuple[int, int], batch: int, capacity: int) -> int:
+    """Operations that the reference implementation spends on representatives in the Regenerator, and this one does not.
+
+    It multiplies the representative's half of the first layer with one row per merged token, here with one per cluster,
+    at every level that is regenerated.
+    """
+    if not isinstance(network, ViTConfig) or network.merge_method != "clusters" or network.decode != "full":
+        return 0
+    if len(network.points) > 1:
+        return 0
+    grid_size = grid_size_of(size, network.patch_size)
+    merged = grid_size[0] * grid_size[1] - capacity
+    if merged <= 0:
+        return 0
+    last = network.depth - 1
+    levels = sum(network.points[0] <= block for block in {*network.level_blocks, last})
+    return 2 * network.embed_dim**2 * (merged - network.num_clusters) * batch * levels

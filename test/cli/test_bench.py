@@ -48,6 +48,17 @@ def test_a_model_is_measured_with_its_own_size_and_classes(model_dir, tmp_path, 
     ]
 
 
+def test_ways_to_merge_and_decode_are_measured_side_by_side(model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("clustvit_ros.runtime.benchmark._peak_memory_mb", lambda case: 1.0)
+    options = ("--merge", "none,clusters,tome,kmeans", "--decode", "full,compact", "--capacity", "12")
+    assert bench("--model", model_dir, *options, "--json", tmp_path / "rows.json") == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    gflops = {row["arch"].split("+", 1)[1]: row["gflops"] for row in rows}
+    assert len(rows) == 8 and [row["tokens_kept"] for row in rows] == [48, 48] + 6 * [12]
+    assert gflops["clusters+compact"] < gflops["clusters+full"] < gflops["none+full"]
+    assert gflops["tome+compact"] < gflops["tome+full"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from clustvit_ros.classes import ClassSet, class_set_names, load_class_set
 from clustvit_ros.cli.main import main
@@ -135,3 +136,117 @@ def test_packaged_class_lists_are_usable():
     counts = {name: len(load_class_set(name)) for name in class_set_names()}
     assert counts == {"ade20k": 150, "camvid": 11, "cityscapes": 19, "rumexweeds": 3, "suim": 9}
     assert len(set(ClassSet.numbered(300).colours[:20])) == 20
+
+
+def timm_weights(**changes):
+    """Random weights with timm's names for a ViT of two blocks and 4 x 4 patches, classifier included."""
+    generator = torch.Generator().manual_seed(0)
+    C, hidden = 64, 256
+    shapes = {"cls_token": (1, 1, C), "pos_embed": (1, 17, C), "patch_embed.proj.weight": (C, 3, 16, 16)}
+    shapes |= {
+        "patch_embed.proj.bias": (C,),
+        "norm.weight": (C,),
+        "norm.bias": (C,),
+        "head.weight": (9, C),
+        "head.bias": (9,),
+    }
+    for i in range(2):
+        block = {"norm1.weight": (C,), "norm1.bias": (C,), "norm2.weight": (C,), "norm2.bias": (C,)}
+        block |= {"attn.qkv.weight": (3 * C, C), "attn.qkv.bias": (3 * C,), "attn.proj.weight": (C, C)}
+        block |= {"attn.proj.bias": (C,), "mlp.fc1.weight": (hidden, C), "mlp.fc1.bias": (hidden,)}
+        block |= {"mlp.fc2.weight": (C, hidden), "mlp.fc2.bias": (C,)}
+        shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
+    shapes |= changes
+    return {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items() if shape}
+
+
+def timm_tokens(weights, images):
+    """What timm's ViT computes before its head, written from its documentation."""
+
+    def layer(name, x):
+        return torch.nn.functional.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    def norm(name, x):
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-6)
+
+    kernel, bias = weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"]
+    x = torch.nn.functional.conv2d(images, kernel, bias, stride=16).flatten(2).transpose(1, 2)
+    if weights["pos_embed"].shape[1] == x.shape[1]:  # DeiT III gives the class token no position
+        x = torch.cat([weights["cls_token"].expand(len(x), -1, -1), x + weights["pos_embed"]], dim=1)
+    else:
+        x = torch.cat([weights["cls_token"].expand(len(x), -1, -1), x], dim=1) + weights["pos_embed"]
+    for i in range(2):
+        q, k, v = (
+            layer(f"blocks.{i}.attn.qkv", norm(f"blocks.{i}.norm1", x)).unflatten(2, (3, 1, 64)).permute(2, 0, 3, 1, 4)
+        )
+        attended = torch.softmax(q @ k.transpose(2, 3) / 8.0, dim=3) @ v
+        branch = layer(f"blocks.{i}.attn.proj", attended.transpose(1, 2).flatten(2))
+        x = x + branch * weights.get(f"blocks.{i}.ls1.gamma", 1.0)
+        hidden = torch.nn.functional.gelu(layer(f"blocks.{i}.mlp.fc1", norm(f"blocks.{i}.norm2", x)))
+        x = x + layer(f"blocks.{i}.mlp.fc2", hidden) * weights.get(f"blocks.{i}.ls2.gamma", 1.0)
+    return norm("norm", x)[:, 1:]
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({}, "timm.pth"),
+        ({}, "timm.safetensors"),
+        ({"pos_embed": (1, 16, 64), "blocks.0.ls1.gamma": (64,), "blocks.1.ls2.gamma": (64,)}, "deit3.pth"),
+    ],
+)
+def test_an_encoder_of_timm_gives_the_tokens_timm_computes(tmp_path, capsys, changes, kind):
+    weights = timm_weights(**changes)
+    if kind.endswith("safetensors"):
+        save_file(weights, tmp_path / kind)
+    else:
+        torch.save({"model": weights}, tmp_path / kind)
+    options = ("--classes", "camvid", "--normalisation", "imagenet")
+    assert import_(tmp_path / kind, tmp_path / "model", *options) == 0
+    printed = capsys.readouterr().out
+    assert "left out: head.bias, head.weight" in printed and "fresh, to be trained: head" in printed
+    network = load_segmenter(tmp_path / "model").requires_grad_(False)
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(network.backbone(images).tokens, timm_tokens(weights, images), rtol=0, atol=1e-4)
+    assert network(images).logits.shape == (2, 11, 4, 4)
+    assert load_config(tmp_path / "model").input.mean == (123.675, 116.28, 103.53)
+
+
+def test_an_encoder_goes_into_a_clustvit_of_another_size(tmp_path, capsys):
+    torch.save(timm_weights(), tmp_path / "a.pth")
+    options = ("--classes", "camvid", "--arch", "clustvit_t", "--head", "linear", "--image-size", "96x128")
+    assert import_(tmp_path / "a.pth", tmp_path / "model", *options, "--injection-point", 1) == 0
+    fresh = "fresh, to be trained: backbone.clusterer, backbone.regenerator, head"
+    assert fresh in capsys.readouterr().out
+    config = load_config(tmp_path / "model").network
+    assert (config.embed_dim, config.depth, config.num_heads, config.head) == (64, 2, 1, "linear")
+    assert config.image_size == (96, 128) and config.merges
+    assert load_segmenter(tmp_path / "model").backbone.pos_embed.shape == (1, 49, 64)
+
+
+def test_openmmlabs_encoders_are_read_with_and_without_prefix(tmp_path):
+    official = official_checkpoint(tmp_path / "full.pth", backbone="vit")
+    encoder = {name: value for name, value in official.items() if name.startswith("backbone.")}
+    torch.save({"state_dict": encoder}, tmp_path / "a.pth")
+    torch.save({name.removeprefix("backbone."): value for name, value in encoder.items()}, tmp_path / "b.pth")
+    for name in ("a", "b"):
+        assert import_(tmp_path / f"{name}.pth", tmp_path / name, "--classes", "camvid") == 0
+        loaded = to_official(load_segmenter(tmp_path / name).state_dict())
+        assert all(torch.equal(loaded[key], value) for key, value in encoder.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({}, (), "is an encoder without a head; name the classes with --classes"),
+        ({}, ("--classes", "camvid", "--arch", "resnet"), "--arch: got 'resnet', expected one of vit_t"),
+        ({"norm.bias": None}, ("--classes", "camvid"), "missing: backbone.norm.bias"),
+        ({"reg_token": (1, 4, 64)}, ("--classes", "camvid"), "unknown: backbone.reg_token"),
+        ({"blocks.0.mlp.fc2.bias": (3,)}, ("--classes", "camvid"), "mis-shaped: backbone.blocks.0.mlp.fc2.bias (3,)"),
+        ({"pos_embed": (1, 12, 64)}, ("--classes", "camvid"), "position embedding: got 12 entries"),
+    ],
+)
+def test_encoders_that_do_not_fit_are_refused(tmp_path, capsys, changes, options, message):
+    torch.save(timm_weights(**changes), tmp_path / "a.pth")
+    assert import_(tmp_path / "a.pth", tmp_path / "model", *options) == 2
+    assert message in capsys.readouterr().err

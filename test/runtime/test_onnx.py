@@ -268,3 +268,27 @@ def test_an_unreadable_file_is_named(tmp_path):
     (tmp_path / "broken.onnx").write_bytes(b"no such thing")
     with pytest.raises(EngineError, match=r"broken\.onnx: ONNX Runtime .* cannot open it"):
         open_session(tmp_path / "broken.onnx", CPU)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        {"injection_points": (1, 2), "decode": "compact"},
+        {"merge": "tome", "depth": 4},
+        {"merge": "kmeans", "head": "linear"},
+        {"head": "upernet", "head_blocks": (0, 1, 2, 3), "depth": 4, "neck": True, "injection_points": (0, 2)},
+    ],
+    ids=lambda network: "-".join(map(str, network.values())),
+)
+def test_the_whole_family_runs_through_every_engine(variant, onnx_cache, network):
+    listed = {name: list(value) if isinstance(value, tuple) else value for name, value in network.items()}
+    model = variant(perturb=0.1, **listed)
+    images = list(np.random.default_rng(0).integers(0, 256, (2, 120, 160, 3), np.uint8))
+    torch_engine = TorchEngine.from_model(model, "cpu")
+    onnx_engine = create_engine(str(model), "onnxruntime", "cpu")
+    for settings in (Settings(token_capacity=9, clusters=True), Settings(merge_threshold=1.0, clusters=True)):
+        reference, ours = torch_engine.segment(images, settings), onnx_engine.segment(images, settings)
+        assert (ours.mask == reference.mask).mean() > 0.99
+        assert (ours.cluster_map == reference.cluster_map).mean() > 0.99
+        assert ours.stats.token_capacity == reference.stats.token_capacity
+        assert ours.stats.tokens_kept == reference.stats.tokens_kept

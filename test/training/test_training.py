@@ -164,6 +164,25 @@ def test_training_learns_segmentation_and_clusters(trained):
     load_segmenter(trained / "model")
 
 
+@pytest.mark.parametrize(
+    "network",
+    [
+        {"injection_points": [1, 2], "decode": "compact"},
+        {"head": "upernet", "head_channels": 16, "head_blocks": [0, 1, 2, 3]},
+    ],
+    ids=["progressive-compact", "upernet"],
+)
+def test_every_kind_of_network_trains(toy, tmp_path, network):
+    recipe = yaml.safe_load((toy / "toy.yaml").read_text())
+    recipe["network"] |= network
+    recipe["schedule"] |= {"epochs": 3, "validate_every": 3, "merge_after": 0.0}
+    (toy / f"{tmp_path.name}.yaml").write_text(yaml.safe_dump(recipe))
+    assert train(toy, tmp_path / "run", f"{tmp_path.name}.yaml") == 0
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["loss"] < log[0]["loss"] and log[-1]["cluster_loss"] < log[0]["cluster_loss"]
+    load_segmenter(tmp_path / "run" / "model")
+
+
 def test_interrupted_training_ends_with_the_same_weights(toy, trained, monkeypatch):
     from clustvit_ros.training import trainer
 
