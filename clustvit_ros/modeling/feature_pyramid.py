@@ -31,7 +31,8 @@ class FeaturePyramidHead(nn.Module):
         self.num_classes = num_classes
         self.laterals = nn.ModuleList(nn.Conv2d(dim, width, 1) for dim in level_dims)
         self.scales = nn.ModuleList(_Scale(max(index, 1), width) for index in range(len(level_dims)))
-        self.classifier = nn.Conv2d(width, num_classes, 1)
+        # Linear, and so drawn small: logits start near zero, where a convolution's usual draw makes them large.
+        self.classifier = nn.Linear(width, num_classes)
 
     def forward(self, features: Features) -> Tensor:
         pyramid = [lateral(level) for lateral, level in zip(self.laterals, features.pyramid, strict=True)]
@@ -40,7 +41,7 @@ class FeaturePyramidHead(nn.Module):
         total = self.scales[0](pyramid[0], [pyramid[0]])
         for index in range(1, len(pyramid)):
             total = total + self.scales[index](pyramid[index], pyramid[index - 1 :: -1])
-        return self.classifier(total)
+        return self.classifier(total.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # B C h w -> B h w Q -> B Q h w
 
 
 class _Scale(nn.Module):
