@@ -115,10 +115,13 @@ def draw(rows: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.8), layout="constrained")
+    sizes = sorted({row["tokens"] for row in rows})
     for axes, quantity in zip(figure.subplots(1, 2), ("time_ms", "memory_mb"), strict=True):
         for name in dict.fromkeys(row["way"] for row in rows):
             points = [(row["tokens"], row[quantity]) for row in rows if row["way"] == name]
             axes.loglog(*zip(*points, strict=True), marker="o", label=f"{name}: {exponent(rows, name, quantity):.2f}")
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.minorticks_off()
         axes.set_xlabel("tokens")
         axes.set_ylabel({"time_ms": "time (ms)", "memory_mb": "peak memory (MB)"}[quantity])
         axes.grid(alpha=0.3, which="both")

@@ -65,8 +65,7 @@ def format_report(
             else ["-"] * 3
         )
         summary.append([name, row["architecture"], f"{row['parameters'] / 1e6:.1f}", f"{row['kept']:.0%}", *found])
-    threads = next(iter(costs))["threads"]
-    parts = [f"{device} ({machine_name()}), {threads} threads, PyTorch {torch.__version__}, float32, one image.", ""]
+    parts = [f"{device}, {machine_name()}, PyTorch {torch.__version__}, float32, one image per call.", ""]
     parts += _table(summary)
     if scores:
         score = next(iter(scores.values()))
@@ -108,12 +107,15 @@ def draw_growth(costs: Sequence[dict[str, Any]], exponents: Mapping[str, Mapping
         ) from error
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     quantities = ("latency_ms", "peak_memory_mb")
+    sizes = sorted({row["tokens"] for row in costs})
     for axes, quantity in zip(figure.subplots(1, len(quantities)), quantities, strict=True):
         for name in dict.fromkeys(row["system"] for row in costs):
             points = sorted((row["tokens"], row[quantity]) for row in costs if row["system"] == name)
             exponent = exponents.get(name, {}).get(quantity)
             label = name if exponent is None else f"{name}: tokens^{exponent:.2f}"
             axes.loglog(*zip(*points, strict=True), marker="o", label=label)
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.minorticks_off()
         axes.set_xlabel("tokens (16 px patches)")
         axes.set_ylabel(_QUANTITIES[quantity])
         axes.grid(alpha=0.3, which="both")
