@@ -11,10 +11,14 @@ from typing import Any, cast
 import torch
 
 from clustvit_ros.classes import ClassSet, class_set_names, load_class_set
+from clustvit_ros.config import to_mapping
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.modeling.architectures import ARCHITECTURES, build_network, network_config
+from clustvit_ros.modeling.clustr_config import ClusTRConfig
 from clustvit_ros.modeling.model_folder import InputConfig, ModelConfig, check_weights, save_model
+from clustvit_ros.modeling.network_config import NetworkConfig
 from clustvit_ros.modeling.official import Checkpoint, count_classes, from_official, network_of, read_checkpoint
+from clustvit_ros.modeling.official_clustr import clustr_shape, is_clustr
 from clustvit_ros.modeling.segmenter import Segmenter
 from clustvit_ros.modeling.timm_weights import is_encoder, read_encoder, resize_positions
 from clustvit_ros.modeling.vit import grid_size_of
@@ -74,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
             known[name] = getattr(args, name)
     if args.image_size:
         known["image_size"] = _size(args.image_size)
+    if is_clustr(checkpoint.weights):
+        return _import_clustr(args, checkpoint, known)
     if is_encoder(checkpoint.weights):
         return _import_encoder(args, checkpoint, known)
     for option in ("arch", "head"):
@@ -142,8 +148,55 @@ def _import_encoder(args: argparse.Namespace, checkpoint: Checkpoint, known: dic
     return 0
 
 
+def _import_clustr(args: argparse.Namespace, checkpoint: Checkpoint, known: dict[str, Any]) -> int:
+    """An official ClusTR classifier's encoder in a segmentation network whose head is fresh."""
+    if args.classes is None:
+        raise ConfigError(f"{args.checkpoint}: is a ClusTR classifier; name the classes to segment with --classes")
+    shape = {**clustr_shape(checkpoint.weights), **known}
+    size = ("embed_dims", "depths")
+    architecture = args.arch or next(
+        (
+            name
+            for name, published in ARCHITECTURES.items()
+            if isinstance(published, ClusTRConfig) and all(list(getattr(published, key)) == shape[key] for key in size)
+        ),
+        "clustr_b1",
+    )
+    if not isinstance(ARCHITECTURES.get(architecture), ClusTRConfig):
+        names = ", ".join(name for name, published in ARCHITECTURES.items() if isinstance(published, ClusTRConfig))
+        raise ConfigError(f"--arch: got {architecture!r} for a ClusTR classifier, expected one of {names}")
+    published = to_mapping(ARCHITECTURES[architecture])
+    overrides = {name: value for name, value in shape.items() if published.get(name) != value}
+    network_settings = network_config(architecture, overrides)
+    classes = load_class_set(args.classes)
+    torch.manual_seed(0)
+    network = build_network(network_settings, len(classes))
+    own = network.state_dict()
+    weights = {
+        name: tensor for name, tensor in from_official(checkpoint.weights).items() if name.startswith("backbone.")
+    }
+    fresh = {name: own[name] for name in own if name.startswith("head.")}
+    check_weights(network, {**fresh, **weights}, str(args.checkpoint))
+    network.load_state_dict(weights, strict=False)
+    _save_model(args, architecture, network_settings, overrides, classes, network)
+    print(f"{args.out}: {architecture}, {len(classes)} classes\nfresh, to be trained: head")
+    return 0
+
+
 def _save(
     args: argparse.Namespace, architecture: str, network_settings: ViTConfig, overrides: dict[str, Any],
+    classes: ClassSet, network: Segmenter,
+) -> None:  # fmt: skip
+    _save_model(args, architecture, network_settings, overrides, classes, network)
+    point = f", merging after block {network_settings.injection_point}" if network_settings.merges else ""
+    print(
+        f"{args.out}: {architecture}, width {network_settings.embed_dim}, {network_settings.depth} blocks of "
+        f"{network_settings.num_heads} heads{point}, {network_settings.head} head, {len(classes)} classes"
+    )
+
+
+def _save_model(
+    args: argparse.Namespace, architecture: str, network_settings: NetworkConfig, overrides: dict[str, Any],
     classes: ClassSet, network: Segmenter,
 ) -> None:  # fmt: skip
     config = ModelConfig(
@@ -156,11 +209,6 @@ def _save(
         training={"data": f"imported from {args.checkpoint.name}"},
     )
     save_model(args.out, config, network)
-    point = f", merging after block {network_settings.injection_point}" if network_settings.merges else ""
-    print(
-        f"{args.out}: {architecture}, width {network_settings.embed_dim}, {network_settings.depth} blocks of "
-        f"{network_settings.num_heads} heads{point}, {network_settings.head} head, {len(classes)} classes"
-    )
 
 
 def _read_config(path: Path) -> dict[str, Any]:

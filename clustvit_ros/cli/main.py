@@ -11,6 +11,7 @@ from clustvit_ros.errors import ClustvitError, ConfigError
 
 COMMANDS = (
     "bench",
+    "compare",
     "demo",
     "doctor",
     "evaluate",

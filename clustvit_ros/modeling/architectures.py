@@ -7,6 +7,8 @@ from typing import Any
 
 from clustvit_ros.config import from_mapping, to_mapping
 from clustvit_ros.errors import ConfigError
+from clustvit_ros.modeling.cast_config import CASTConfig
+from clustvit_ros.modeling.clustr_config import ClusTRConfig
 from clustvit_ros.modeling.network_config import NetworkConfig, initialise
 from clustvit_ros.modeling.segmenter import Segmenter
 from clustvit_ros.modeling.vit_config import ViTConfig
@@ -21,6 +23,14 @@ ARCHITECTURES: dict[str, NetworkConfig] = {
     f"{backbone}_{size}": from_mapping(ViTConfig, {"backbone": backbone, **shape}, f"{backbone}_{size}")
     for backbone in ("vit", "clustvit")
     for size, shape in _VIT_SIZES.items()
+}
+ARCHITECTURES |= {
+    f"cast_{size}": from_mapping(CASTConfig, _VIT_SIZES[size], f"cast_{size}") for size in ("t", "s", "b")
+}
+ARCHITECTURES |= {
+    "clustr_b1": ClusTRConfig(),
+    "clustr_b2": ClusTRConfig(depths=(3, 5, 13, 2)),
+    "clustr_b3": ClusTRConfig(depths=(3, 5, 18, 3), embed_dims=(64, 128, 320, 512), num_heads=(1, 2, 5, 8)),
 }
 """Published sizes by name; a model's `network` section states what differs."""
 

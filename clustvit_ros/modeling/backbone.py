@@ -25,6 +25,7 @@ class Features(NamedTuple):
         slots: (B, N) int64, the row of `tokens` that stands for each token of the grid, where the sequence is left
             compact for the head; None where it is not.
         key_mask: (B, L) bool, False = padding of a compact sequence; None when there is none.
+        pyramid: maps (B, C_i, h_i, w_i) of several strides, finest first; empty for a backbone of one stride.
     """
 
     tokens: Tensor
@@ -35,6 +36,7 @@ class Features(NamedTuple):
     levels: tuple[Tensor, ...] = ()
     slots: Tensor | None = None
     key_mask: Tensor | None = None
+    pyramid: tuple[Tensor, ...] = ()
 
     def to_grid(self, values: Tensor) -> Tensor:
         """What was computed per row of `tokens`, on the token grid: (B, L, K) -> (B, K, h, w)."""
@@ -54,10 +56,13 @@ class Backbone(nn.Module, abc.ABC):
     Attributes:
         patch_size: side in pixels of what one token of the grid stands for.
         merges: whether threshold and capacity have an effect.
+        decides: whether it decides inside, by clustering, what no result shows: where two choices are equal but for
+            rounding, devices and engines may then choose differently.
     """
 
     patch_size: int
     merges: bool = False
+    decides: bool = False
 
     @abc.abstractmethod
     def encode(self, images: Tensor) -> Any:

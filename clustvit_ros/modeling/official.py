@@ -22,6 +22,7 @@ from torch import Tensor
 
 from clustvit_ros.errors import ConfigError, ModelError
 from clustvit_ros.modeling.architectures import ARCHITECTURES
+from clustvit_ros.modeling.official_clustr import from_official_clustr, is_clustr
 from clustvit_ros.modeling.timm_weights import fold_patch_bias
 from clustvit_ros.modeling.uper_head import NUM_LEVELS
 from clustvit_ros.modeling.vit_config import ViTConfig
@@ -168,8 +169,11 @@ def from_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename the parameters of an official checkpoint; names that are not recognised stay as they are.
 
     What serves training only (auxiliary heads) is left out, and a bias of the patch projection, which older versions of
-    mmsegmentation had, is added to the position embedding, where it does the same.
+    mmsegmentation had, is added to the position embedding, where it does the same. ClusTR's layout is recognised
+    as well.
     """
+    if is_clustr(state_dict):
+        return from_official_clustr(state_dict)
     linear = head_of(state_dict) == "linear"
     weights = {}
     for name, tensor in fold_patch_bias(state_dict).items():

@@ -1,8 +1,9 @@
 """Floating-point operations and parameters of a network, counted without running it.
 
 Counted is what PyTorch's own counter counts: matrix products, convolutions and both products of attention, two
-operations per multiply-add; norms, activations, softmax and the merge's sort are not. This is how ClustViT's published
-figures are counted as well: ViT-B with Segmenter's head at 512x512 and 150 classes has 258.6 GFLOPs here and there.
+operations per multiply-add; norms, activations, softmax and the merge's sort are not. Distance matrices (ClusTR), which
+it leaves out, are counted as the matrix products that they are. ClustViT's published figures are counted in this way as
+well: ViT-B with Segmenter's head at 512x512 and 150 classes has 258.6 GFLOPs here and there.
 ClustViT-B with 307 of 1024 tokens kept has 147.8 instead of 148.7, because the representatives' half of the
 regenerator's first layer is computed once per cluster here, and once per merged token in the reference implementation;
 `Cost.reference_flops` is what that would take (148.6).
@@ -10,14 +11,15 @@ regenerator's first layer is computed once per cluster here, and once per merged
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from clustvit_ros.modeling.architectures import build_network
 from clustvit_ros.modeling.network_config import NetworkConfig
-from clustvit_ros.modeling.vit import grid_size_of
+from clustvit_ros.modeling.vit import BACKBONE_NORM_EPS, Block, grid_size_of
 from clustvit_ros.modeling.vit_config import ViTConfig
 
 
@@ -53,12 +55,43 @@ def count_cost(
         segmenter = build_network(network, num_classes).eval()
         images = torch.empty(batch, 3, *size)
     capacity = token_capacity or images[0, 0].numel()
-    counter = FlopCounterMode(display=False)
-    with counter, torch.inference_mode():
-        segmenter(images, merge_threshold=1.0, token_capacity=capacity)
-    flops = counter.get_total_flops()
+    flops = count_flops(segmenter, images, merge_threshold=1.0, token_capacity=capacity)
     parameters = sum(parameter.numel() for parameter in segmenter.parameters())
     return Cost(flops, parameters, flops + _regenerator_saving(network, size, batch, capacity))
+
+
+def count_flops(module: nn.Module, *arguments: Any, **options: Any) -> int:
+    """Operations of one call of a module, distances included; its tensors may lie on the meta device."""
+    return sum(_count(module, *arguments, **options).get_flop_counts()["Global"].values())
+
+
+def attention_share(embed_dim: int, num_heads: int, num_tokens: int) -> float:
+    """Share of a ViT block's operations that the products of attention take, 0..1.
+
+    What is left bounds any method that replaces attention alone: it cannot be faster than 1 / (1 - share) times.
+    """
+    with torch.device("meta"):
+        block = Block(embed_dim, num_heads, 4.0, BACKBONE_NORM_EPS)
+        tokens = torch.empty(1, num_tokens, embed_dim)
+    counts = _count(block, tokens).get_flop_counts()["Global"]
+    # Without values the fused product is taken apart into batched ones; a block's other products are not batched.
+    products = ("scaled_dot_product", "bmm")
+    attention = sum(flops for op, flops in counts.items() if any(name in str(op) for name in products))
+    return attention / sum(counts.values())
+
+
+def _count(module: nn.Module, *arguments: Any, **options: Any) -> FlopCounterMode:
+    aten = torch.ops.aten
+    mapping: dict[Any, Any] = {aten._euclidean_dist: _distance_flops, aten._cdist_forward: _distance_flops}
+    counter = FlopCounterMode(display=False, custom_mapping=mapping)
+    with counter, torch.no_grad():
+        module(*arguments, **options)
+    return counter
+
+
+def _distance_flops(x_shape: Any, y_shape: Any, *_: Any, **__: Any) -> int:
+    *batch, rows, width = x_shape
+    return 2 * int(torch.Size(batch).numel()) * rows * y_shape[-2] * width
 
 
 def _regenerator_saving(network: NetworkConfig, size: tuple[int, int], batch: int, capacity: int) -> int:

@@ -1,0 +1,272 @@
+"""`clustvit-ros compare`: every way to cluster on one page, in cost, growth and accuracy after one training budget."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from clustvit_ros.classes import load_class_set
+from clustvit_ros.cli.arguments import parse_counts, parse_names, parse_size
+from clustvit_ros.cli.compare_report import write_report
+from clustvit_ros.cli.evaluation import evaluate
+from clustvit_ros.errors import ConfigError
+from clustvit_ros.modeling import ModelConfig, Segmenter, build_network, network_config, save_model
+from clustvit_ros.modeling.model_folder import InputConfig
+from clustvit_ros.modeling.vit import grid_size_of
+from clustvit_ros.runtime.benchmark import BenchCase, run_cases
+from clustvit_ros.runtime.device import describe_device, select_device
+from clustvit_ros.runtime.flops import attention_share
+from clustvit_ros.runtime.torch_engine import TorchEngine
+from clustvit_ros.training.augmentation import Augmentation
+from clustvit_ros.training.dataset import LabelledImages
+from clustvit_ros.training.recipe import ClassEntry, Recipe, Schedule
+from clustvit_ros.training.trainer import Trainer
+
+# Tokens for size comparisons count 16 px patches, whatever grid an architecture works on.
+_PATCH_SIZE = 16
+
+
+class Contender(NamedTuple):
+    """A system to compare.
+
+    Attributes:
+        architecture, network: as in `model.yaml`.
+        training: what `network` states beyond that while it is trained.
+    """
+
+    architecture: str
+    network: dict[str, Any]
+    training: dict[str, Any]
+
+
+# From 367 images a convolutional stem learns where a 16x16 projection does not; ClusTR has overlapping ones by design.
+_CONV_STEM = {"stem": "conv"}
+CONTENDERS = {
+    "ViT": Contender("vit_t", {}, _CONV_STEM),
+    "ClustViT": Contender("clustvit_t", {}, _CONV_STEM),
+    "ToMe": Contender("vit_t", {"merge": "tome"}, _CONV_STEM),
+    "ClusTR": Contender("clustr_b1", {}, {}),
+    "CAST": Contender("cast_t", {}, _CONV_STEM),
+}
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("compare", help="ViT, ClustViT, ToMe, ClusTR and CAST on one page")
+    parser.add_argument(
+        "--systems", type=parse_names, default=tuple(CONTENDERS),
+        help=f"which, separated by commas (default: {','.join(CONTENDERS)})",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path("comparison"), help="folder of results (default: comparison)")
+    parser.add_argument(
+        "--sizes", type=parse_counts, default=(256, 512, 768, 1024),
+        help="sides in pixels of square inputs (default: 256,512,768,1024)",
+    )  # fmt: skip
+    parser.add_argument("--kept", type=float, default=0.5, help="share of tokens kept by what merges (default: 0.5)")
+    parser.add_argument("--runs", type=int, default=5, help="timed calls of each (default: 5)")
+    parser.add_argument("--data", type=Path, help="folder with {train,val}/{images,labels}; without it none is trained")
+    parser.add_argument("--classes", default="camvid", help="packaged class list of the data (default: camvid)")
+    parser.add_argument(
+        "--steps", type=int, default=300, help="training steps of each, rounded to whole epochs (default: 300)"
+    )
+    parser.add_argument("--batch", type=int, default=4, help="crops per step (default: 4)")
+    parser.add_argument("--crop", type=parse_size, default=(128, 160), metavar="HxW", help="(default: 128x160)")
+    parser.add_argument(
+        "--input", type=parse_size, default=(192, 256), metavar="HxW",
+        help="input size while training and scoring (default: 192x256)",
+    )  # fmt: skip
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = automatic (default: 0)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    unknown = [name for name in args.systems if name not in CONTENDERS]
+    if unknown:
+        raise ConfigError(f"systems: got {', '.join(unknown)}, expected some of {', '.join(CONTENDERS)}")
+    for name, least in (("steps", 1), ("batch", 1), ("runs", 1), ("threads", 0)):
+        if getattr(args, name) < least:
+            raise ConfigError(f"{name}: got {getattr(args, name)}, expected at least {least}")
+    if not 0.0 < args.kept <= 1.0:
+        raise ConfigError(f"kept: got {args.kept}, expected above 0 and up to 1")
+    if args.threads > 0:
+        torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    results = args.out / "comparison.json"
+    content = read_results(results)
+    device = select_device(args.device)[0]
+    for size in args.sizes:
+        missing = [name for name in args.systems if _cost_key(name, size, args) not in content["costs"]]
+        if missing:
+            content["costs"].update(_measure(missing, size, args))
+            _write(results, content)
+            print(f"measured at {size} px: {', '.join(missing)}", flush=True)
+    if args.data:
+        for name in args.systems:
+            key = _score_key(name, args)
+            if key not in content["scores"]:
+                content["scores"][key] = _train(name, args, device)
+                _write(results, content)
+                print(
+                    f"{name}: mIoU {content['scores'][key]['miou']:.1f} after {content['scores'][key]['steps']} steps",
+                    flush=True,
+                )
+    costs = [content["costs"][_cost_key(name, size, args)] for size in args.sizes for name in args.systems]
+    scores = {
+        name: content["scores"][_score_key(name, args)]
+        for name in args.systems
+        if _score_key(name, args) in content["scores"]
+    }
+    shares = {
+        tokens: attention_share(768, 12, tokens)
+        for tokens in sorted({(side // _PATCH_SIZE) ** 2 for side in args.sizes})
+    }
+    text = write_report(args.out, costs, scores, growth_exponents(costs), shares, describe_device(device))
+    print(text)
+    return 0
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """What earlier calls measured; nothing where the file does not exist.
+
+    Raises:
+        ConfigError: the file is not one of this command's.
+    """
+    if not path.exists():
+        return {"costs": {}, "scores": {}}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON ({error}); delete it, or pass another --out") from error
+    if not isinstance(content, dict) or content.keys() != {"costs", "scores"}:
+        raise ConfigError(f"{path}: holds something else than costs and scores; pass another --out")
+    return content
+
+
+def growth_exponents(costs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Exponents p of cost ~ tokens^p, by least squares on logarithms, per system and quantity.
+
+    A system that was measured at one size only has none.
+    """
+    exponents: dict[str, dict[str, float]] = {}
+    for name in dict.fromkeys(row["system"] for row in costs):
+        rows = [row for row in costs if row["system"] == name]
+        if len({row["tokens"] for row in rows}) < 2:
+            continue
+        tokens = np.log([row["tokens"] for row in rows])
+        exponents[name] = {
+            quantity: float(np.polyfit(tokens, np.log([row[quantity] for row in rows]), 1)[0])
+            for quantity in ("gflops", "latency_ms", "peak_memory_mb")
+        }
+    return exponents
+
+
+def _measure(names: list[str], size: int, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Cost rows of systems at one size, timed in turns."""
+    cases = []
+    for name in names:
+        contender = CONTENDERS[name]
+        overrides = {"image_size": [size, size], **contender.network}
+        config = _model_config(name, contender.architecture, overrides, (size, size), args.classes)
+        folder = args.out / "random" / f"{name}-{size}"
+        torch.manual_seed(0)
+        save_model(folder, config, build_network(config.network, len(config.classes)))
+        rows, columns = grid_size_of((size, size), config.network.patch_size)
+        capacity = max(round(args.kept * rows * columns), 1) if config.network.merges else 0
+        cases.append(BenchCase(name, folder, "torch", args.device, args.threads, (size, size), token_capacity=capacity))
+    measured = run_cases(cases, args.runs, warmup=1)
+    return {
+        _cost_key(name, size, args): {
+            "system": name,
+            "architecture": CONTENDERS[name].architecture,
+            "size_px": size,
+            "tokens": (size // _PATCH_SIZE) ** 2,
+            "kept": row["tokens_kept"] / row["tokens_total"],
+            "parameters": row["parameters"],
+            "gflops": row["gflops"],
+            "latency_ms": row["p50_ms"],
+            "peak_memory_mb": row["peak_memory_mb"],
+            "threads": row["threads"],
+        }
+        for name, row in zip(names, measured, strict=True)
+    }
+
+
+def _train(name: str, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Scores of a system after the budget, and the time it took."""
+    contender = CONTENDERS[name]
+    overrides = {**contender.network, **contender.training}
+    classes = load_class_set(args.classes)
+    train_data, val_data = (
+        LabelledImages(args.data / split / "images", args.data / split / "labels", len(classes))
+        for split in ("train", "val")
+    )
+    steps_per_epoch = max(len(train_data) // args.batch, 1)
+    epochs = max(round(args.steps / steps_per_epoch), 1)
+    recipe = Recipe(
+        name=name,
+        architecture=contender.architecture,
+        network=overrides,
+        classes=tuple(ClassEntry(n, c) for n, c in zip(classes.names, classes.colours, strict=True)),
+        input=InputConfig(size=args.input),
+        augmentation=Augmentation(crop_size=args.crop, scale=(0.7, 1.4)),
+        # The average follows as closely as so few steps allow.
+        schedule=Schedule(epochs=epochs, batch_size=args.batch, ema_decay=0.98, validate_every=epochs),
+    )
+    config = dataclasses.replace(recipe.model_config(), training={"recipe": "compare"})
+    run_dir = args.out / "runs" / _score_key(name, args)
+    trainer = Trainer(recipe, train_data, run_dir, device)
+    found: dict[str, Any] = {}
+
+    def validate(network: Segmenter) -> dict[str, Any]:
+        found.update(evaluate(TorchEngine(network, config, str(device)), val_data))
+        return found
+
+    started = time.monotonic()
+    trainer.train(validate, lambda network: save_model(run_dir / "model", config, network))
+    if not found:  # training was complete, and only its score is missing
+        validate(trainer.averaged)
+    return {
+        "system": name,
+        "steps": epochs * steps_per_epoch,
+        "batch": args.batch,
+        "crop": list(args.crop),
+        "input": list(args.input),
+        "minutes": round((time.monotonic() - started) / 60, 1),
+        "miou": found["miou"],
+        "pixel_accuracy": found["pixel_accuracy"],
+        "tokens_merged_mean": found["tokens_merged_mean"],
+        "model": str(run_dir / "model"),
+    }
+
+
+def _model_config(
+    name: str, architecture: str, overrides: dict[str, Any], size: tuple[int, int], classes: str
+) -> ModelConfig:
+    return ModelConfig(
+        name=name,
+        architecture=architecture,
+        network=network_config(architecture, overrides),
+        classes=load_class_set(classes),
+        input=InputConfig(size=size),
+        overrides=overrides,
+    )
+
+
+def _cost_key(name: str, size: int, args: argparse.Namespace) -> str:
+    return f"{name}-{size}-kept{args.kept:g}-{args.device}-{args.threads}"
+
+
+def _score_key(name: str, args: argparse.Namespace) -> str:
+    sizes = "-".join(f"{height}x{width}" for height, width in (args.crop, args.input))
+    return f"{name}-{args.steps}x{args.batch}-{sizes}"
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,133 @@
+"""Time and memory of CAST attention against ordinary attention as tokens grow, at one cluster size.
+
+    python scripts/cast_growth.py [--json growth.json] [--plot growth.png]
+
+Ordinary attention is measured twice: fused (scores are never held; what the networks here use) and with N x N scores
+in memory. Memory is the growth of the process's resident peak during a call. Exponents are fitted over the larger half
+of the sizes, where fixed costs no longer count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from clustvit_ros.modeling.cast import CASTAttention
+from clustvit_ros.modeling.vit import Attention
+
+_M_MMAP_THRESHOLD = -3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", default="256,512,1024,2048,4096,8192,16384", help="sequence lengths")
+    parser.add_argument("--embed-dim", type=int, default=192)
+    parser.add_argument("--heads", type=int, default=3)
+    parser.add_argument("--clusters", type=int, default=16)
+    parser.add_argument("--cluster-size", type=int, default=64)
+    parser.add_argument("--runs", type=int, default=5, help="timed calls, of which the median counts")
+    parser.add_argument("--max-materialised", type=int, default=4096, help="longest sequence with its scores in memory")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    # Every larger buffer comes from the system and goes back to it, so that a peak is the call's own.
+    ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 1 << 16)
+    torch.manual_seed(0)
+    ordinary = Attention(args.embed_dim, args.heads).eval()
+    cast = CASTAttention(args.embed_dim, args.heads, args.clusters, args.cluster_size).eval()
+
+    def materialised(x: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return ordinary(x)
+
+    ways: dict[str, Callable[[Tensor], Tensor] | nn.Module] = {
+        "cast": cast, "fused": ordinary, "materialised": materialised,
+    }  # fmt: skip
+    rows = []
+    for num_tokens in (int(text) for text in args.tokens.split(",")):
+        x = torch.randn(1, num_tokens, args.embed_dim)
+        for name, attend in ways.items():
+            if name == "materialised" and num_tokens > args.max_materialised:
+                continue
+            rows.append({"way": name, "tokens": num_tokens, **measure(attend, x, args.runs)})
+            print("{way:>12} {tokens:6d} tokens {time_ms:9.2f} ms {memory_mb:8.1f} MB".format(**rows[-1]), flush=True)
+    for name in ways:
+        for quantity in ("time_ms", "memory_mb"):
+            print(f"{name}: {quantity} ~ tokens^{exponent(rows, name, quantity):.2f}")
+    for other in ("fused", "materialised"):
+        for quantity in ("time_ms", "memory_mb"):
+            print(f"cast undercuts {other} in {quantity} from {crossover(rows, other, quantity)} tokens on")
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    if args.plot:
+        draw(rows, args.plot)
+
+
+@torch.inference_mode()
+def measure(attend: Callable[[Tensor], Tensor], x: Tensor, runs: int) -> dict[str, float]:
+    """Median time and peak memory of a call."""
+    attend(x)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = status_mb("VmRSS")
+    attend(x)
+    memory_mb = max(status_mb("VmHWM") - before, 0.1)
+    times_ms = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        attend(x)
+        times_ms.append((time.perf_counter() - start) * 1000.0)
+    return {"time_ms": statistics.median(times_ms), "memory_mb": memory_mb}
+
+
+def status_mb(name: str) -> float:
+    """A memory figure of this process in 1e6 bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(name + ":"))
+
+
+def exponent(rows: list[dict], name: str, quantity: str) -> float:
+    """p of quantity ~ tokens^p over the larger half of the sizes."""
+    points = [(row["tokens"], row[quantity]) for row in rows if row["way"] == name]
+    points = points[len(points) // 2 :]
+    return float(np.polyfit(*np.log(np.array(points)).T, 1)[0])
+
+
+def crossover(rows: list[dict], other: str, quantity: str) -> str:
+    """The smallest measured size from which CAST stays below the other."""
+    values = {(row["way"], row["tokens"]): row[quantity] for row in rows}
+    sizes = sorted(tokens for way, tokens in values if way == other)
+    above = [tokens for tokens in sizes if values["cast", tokens] >= values[other, tokens]]
+    later = [tokens for tokens in sizes if not above or tokens > above[-1]]
+    return str(later[0]) if later else f"no measured number (up to {sizes[-1]})"
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    sizes = sorted({row["tokens"] for row in rows})
+    for axes, quantity in zip(figure.subplots(1, 2), ("time_ms", "memory_mb"), strict=True):
+        for name in dict.fromkeys(row["way"] for row in rows):
+            points = [(row["tokens"], row[quantity]) for row in rows if row["way"] == name]
+            axes.loglog(*zip(*points, strict=True), marker="o", label=f"{name}: {exponent(rows, name, quantity):.2f}")
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.minorticks_off()
+        axes.set_xlabel("tokens")
+        axes.set_ylabel({"time_ms": "time (ms)", "memory_mb": "peak memory (MB)"}[quantity])
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(title="exponent", fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
