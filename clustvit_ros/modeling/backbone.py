@@ -45,8 +45,17 @@ class Backbone(nn.Module, abc.ABC):
             ImageError: not a batch of three-channel images.
         """
 
-    def count_kept(self, state: Any, merge_threshold: float) -> Tensor:
-        """Tokens per image that the threshold leaves unmerged: (B,) int64, on the state's device."""
+    def count_kept(self, state: Any, merge_threshold: float | Tensor) -> Tensor:
+        """Tokens per image that the threshold (a number or a () tensor) leaves unmerged: (B,) int64, on the device."""
+        raise NotImplementedError(f"{type(self).__name__} merges no tokens")
+
+    def exempt(self, state: Any, tokens: Tensor) -> Any:
+        """The state with some tokens never merged, as long as `finish` is given a capacity that has room for them.
+
+        Args:
+            state: of `encode`; stays as it is.
+            tokens: (N,) or (B, N) bool on the state's device, true where a token must be kept.
+        """
         raise NotImplementedError(f"{type(self).__name__} merges no tokens")
 
     @abc.abstractmethod

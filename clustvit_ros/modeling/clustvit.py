@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from clustvit_ros.errors import ConfigError
@@ -72,8 +73,13 @@ class ClustViT(VisionTransformer):
             x = block(x)
         return Injection(x, self.clusterer(x[:, 1:]), grid_size)
 
-    def count_kept(self, state: Injection, merge_threshold: float) -> Tensor:
+    def count_kept(self, state: Injection, merge_threshold: float | Tensor) -> Tensor:
         return count_kept(merge_scores(state.cluster_logits), merge_threshold)
+
+    def exempt(self, state: Injection, tokens: Tensor) -> Injection:
+        # An infinite logit of "keep" is a merge margin of minus infinity.
+        keep = state.cluster_logits[..., :1].masked_fill(tokens[..., None], torch.inf)
+        return state._replace(cluster_logits=torch.cat([keep, state.cluster_logits[..., 1:]], dim=-1))
 
     def finish(self, state: Injection, merge_threshold: float = 0.5, token_capacity: int | None = None) -> Features:
         """Merge, run the remaining blocks, regenerate.

@@ -16,6 +16,9 @@ import numpy as np
 from clustvit_ros.classes import ClassSet
 from clustvit_ros.errors import ConfigError, ImageError
 
+PRECISIONS = ("float32", "float16", "bfloat16")
+"""What a network may compute in; what decides or sums stays in float32."""
+
 
 @dataclass(frozen=True)
 class Settings:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clustvit_ros.errors import EngineError, ModelError
+from clustvit_ros.errors import ConfigError, EngineError, ModelError
 from clustvit_ros.modeling.model_folder import ModelConfig, hash_weights, load_config
 from clustvit_ros.modeling.vit import grid_size_of
 from clustvit_ros.paths import find_model, user_cache_dir
@@ -39,6 +39,7 @@ class OnnxEngine(NetworkEngine):
         execution_provider: "cpu", "cuda" or "tensorrt"; empty takes the device's own (TensorRT must be asked for: it
             builds for minutes on first use).
         cache_dir: for exported files and TensorRT's engines; None is the user's cache.
+        precision: "float32", or "float16" with TensorRT, which builds its engine for it; files are float32 either way.
 
     Raises:
         ModelError, ConfigError: the model cannot be loaded, or the provider does not run on such a device.
@@ -47,8 +48,14 @@ class OnnxEngine(NetworkEngine):
 
     def __init__(
         self, model: str | Path, device: str = "auto", threads: int = 0, execution_provider: str = "",
-        cache_dir: Path | None = None,
+        cache_dir: Path | None = None, precision: str = "float32",
     ) -> None:  # fmt: skip
+        if precision != "float32" and (precision, execution_provider) != ("float16", "tensorrt"):
+            raise ConfigError(
+                f"precision: got {precision!r}, expected float32 with the engine onnxruntime"
+                " (float16 with its provider tensorrt only), or another engine"
+            )
+        self._half = precision == "float16"
         if threads > 0:
             torch.set_num_threads(threads)
         self._model, self._threads, self._execution_provider = model, threads, execution_provider
@@ -65,10 +72,14 @@ class OnnxEngine(NetworkEngine):
                 )
             selected, reason = torch.device("cpu"), problem
             session, _ = self._open(config, config.input.size, selected)
-        super().__init__("onnxruntime", config, selected, describe_device(selected), reason, self._weights_sha256)
+        super().__init__(
+            "onnxruntime", config, selected, describe_device(selected), reason, self._weights_sha256, precision
+        )
         self._session, self._session_size = session, config.input.size
 
-    def infer(self, x: Tensor, settings: Settings, lap: Lap = lambda stage: None) -> NetworkOutput:
+    def infer(
+        self, x: Tensor, settings: Settings, lap: Lap = lambda stage: None, exempt: Tensor | None = None
+    ) -> NetworkOutput:
         """Run the network alone; its one stage is `network`."""
         size = (x.shape[2], x.shape[3])
         if size != self._session_size:
@@ -105,7 +116,7 @@ class OnnxEngine(NetworkEngine):
     def _open(self, config: ModelConfig, size: tuple[int, int], device: torch.device) -> tuple[Any, str]:
         """A session for a size of the network's input, and why it is not on the wanted provider."""
         path = self._find_file(config, size)
-        return open_session(path, device, self._threads, self._execution_provider, self._cache_dir)
+        return open_session(path, device, self._threads, self._execution_provider, self._cache_dir, self._half)
 
     def _find_file(self, config: ModelConfig, size: tuple[int, int]) -> Path:
         wanted = describe_export(config, self._weights_sha256, size, None)
