@@ -15,7 +15,7 @@ from clustvit_ros.paths import share_dir
 # Launch arguments that are node parameters: left empty, the parameter file decides.
 _PARAMETERS = {
     "model": (str, "Name of a shipped model, or path of a model folder."),
-    "engine": (str, "What runs the network: torch or scripted."),
+    "engine": (str, "What runs the network: auto, torch, cuda_graph, onnxruntime or scripted."),
     "device": (str, "Where it runs: auto, cpu, cuda or cuda:N."),
     "merge_threshold": (float, "0.0 merges all tokens (fastest), 1.0 none (plain ViT)."),
     "token_capacity": (int, "At most so many tokens are kept; 0 leaves it to the threshold."),

@@ -52,7 +52,9 @@ def load_engine(parameters: SegmentationParameters) -> Engine:
     if parameters.engine == "scripted":
         return ScriptedEngine(latency_ms=proportional(parameters.scripted_latency_ms))
     return BoundEngine(
-        lambda: create_engine(parameters.model, parameters.engine, parameters.device, parameters.threads)
+        lambda: create_engine(
+            parameters.model, parameters.engine, parameters.device, parameters.threads, parameters.precision
+        )
     )
 
 

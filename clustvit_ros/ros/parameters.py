@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from clustvit_ros.control import POLICIES, REFERENCES
 from clustvit_ros.ros.parameter_spec import ParameterSpec, markdown_table, parameter, specs_of
-from clustvit_ros.runtime import ENGINES, Settings
+from clustvit_ros.runtime import ENGINES, PRECISIONS, Settings
 
 
 @dataclass(frozen=True)
@@ -15,12 +15,16 @@ class SegmentationParameters:
 
     model: str = parameter("camvid_tiny", "Name of a shipped model, or path of a model folder.")
     engine: str = parameter(
-        "torch", "What runs the network; `scripted` needs no network and labels by brightness.",
+        "auto", "What runs the network; `auto` is `cuda_graph` on a GPU and `torch` (eager) on a CPU.",
         choices=ENGINES,
     )  # fmt: skip
     device: str = parameter(
         "auto", "Where it runs; `auto` takes the GPU when a real kernel runs on it.",
         pattern=r"auto|cpu|cuda(:\d{1,3})?", form="auto, cpu, cuda or cuda:N",
+    )  # fmt: skip
+    precision: str = parameter(
+        "float32", "What the network computes in; half precisions are for a GPU, a CPU gets slower.",
+        choices=PRECISIONS,
     )  # fmt: skip
     threads: int = parameter(0, "CPU threads of the engine; 0 leaves the choice to it.", minimum=0, maximum=1024)
     merge_threshold: float = parameter(

@@ -123,6 +123,7 @@ class GraphEngine(TorchEngine):
         self._sources, self._plans = _Recent(_MOST_SIZES), _Recent(_MOST_SIZES)
         self._plan: _Plan | None = None
         self._recorder: Recorder = EagerRecorder()
+        self._eager = False
         if recorder is not None:
             self._recorder = recorder
         elif self._device.type == "cuda":
@@ -209,7 +210,7 @@ class GraphEngine(TorchEngine):
             return super()._segment(batch, settings, timer)
 
     def _go_eager(self, reason: str) -> None:
-        self._recorder = EagerRecorder()
+        self._recorder, self._eager = EagerRecorder(), True
         told = "; ".join(filter(None, (self._info.device_reason, f"{reason}: frames run without graphs")))
         self._info = dataclasses.replace(self._info, engine=TorchEngine.engine_name, device_reason=told)
 
@@ -222,7 +223,7 @@ class GraphEngine(TorchEngine):
         try:
             return self._recorder.record(work)
         except RuntimeError as error:
-            if isinstance(self._recorder, EagerRecorder):
+            if self._eager:
                 raise
             problem = str(error).strip().splitlines()[0]
             raise CaptureError(f"{self._info.device} cannot capture CUDA graphs ({problem})") from error
