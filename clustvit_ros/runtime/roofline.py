@@ -47,8 +47,9 @@ def measure_rates(device: torch.device, precision: str = "float32") -> DeviceRat
 def roofline_ms(cost: Cost, rates: DeviceRates, image_bytes: int, mask_bytes: int, weight_bytes: int = 4) -> float:
     """The time below which a call cannot come on a device with these rates.
 
-    The larger of two: all counted operations at the matrix-product rate; weights (of `weight_bytes` each) and input read
-    once and the mask written once at the memory's bandwidth. Traffic of activations, which a larger cache avoids, is left out.
+    The larger of two: all counted operations at the matrix-product rate; weights (of `weight_bytes` each) and input
+    read once and the mask written once at the memory's bandwidth. Traffic of activations, which a larger cache avoids,
+    is left out.
     """
     compute_s = cost.flops / (rates.matmul_gflops * 1e9)
     memory_s = (weight_bytes * cost.parameters + image_bytes + mask_bytes) / (rates.bandwidth_gb_s * 1e9)
