@@ -29,6 +29,9 @@ class Backbone(nn.Module, abc.ABC):
 
     A backbone that merges nothing does all its work in `encode`, and its `finish` ignores the settings.
 
+    All steps can be traced for export: threshold and capacity are then tensors, the shapes that follow from the
+    capacity are dynamic, and nothing may be decided in Python by their values.
+
     Attributes:
         patch_size: side in pixels of what one token of the grid stands for.
         merges: whether threshold and capacity have an effect.
@@ -39,14 +42,19 @@ class Backbone(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def encode(self, images: Tensor) -> Any:
-        """Normalised images (B, 3, H, W) to a state, a tuple of tensors and plain values, for `finish`.
+        """Normalised images (B, 3, H, W) to a state, a (nested) tuple of tensors and plain values, for `finish`.
 
         Raises:
             ImageError: not a batch of three-channel images.
         """
 
     def count_kept(self, state: Any, merge_threshold: float | Tensor) -> Tensor:
-        """Tokens per image that the threshold (a number or a () tensor) leaves unmerged: (B,) int64, on the device."""
+        """Tokens per image that the threshold leaves unmerged: (B,) int64, on the state's device.
+
+        Args:
+            state: of `encode`.
+            merge_threshold: 0..1; a () float32 tensor where traced or recorded.
+        """
         raise NotImplementedError(f"{type(self).__name__} merges no tokens")
 
     def exempt(self, state: Any, tokens: Tensor) -> Any:
@@ -59,14 +67,15 @@ class Backbone(nn.Module, abc.ABC):
         raise NotImplementedError(f"{type(self).__name__} merges no tokens")
 
     @abc.abstractmethod
-    def finish(self, state: Any, merge_threshold: float = 0.5, token_capacity: int | None = None) -> Features:
+    def finish(self, state: Any, merge_threshold: float = 0.5, token_capacity: int | Tensor | None = None) -> Features:
         """Features of a state.
 
         Args:
             state: of `encode`.
             merge_threshold: tokens whose merge score is above are merged: 0.5 is the paper's arg-max, 1.0 is plain ViT.
             token_capacity: keep exactly this many tokens per image, or all where there are no more; None lets the
-                threshold alone decide (exact mode).
+                threshold alone decide (exact mode). A () int64 tensor, 1 up to all tokens, where traced: its value
+                then decides no shape in Python, and all tokens must still give what the unmerged network gives.
         """
 
     def forward(self, images: Tensor, merge_threshold: float = 0.5, token_capacity: int | None = None) -> Features:

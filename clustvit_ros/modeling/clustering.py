@@ -83,10 +83,10 @@ def merge_scores(cluster_logits: Tensor) -> MergeScores:
 def threshold_margin(merge_threshold: float | Tensor) -> float | Tensor:
     """The margin above which a token is merged: logit of the threshold, -inf at 0 and +inf at 1.
 
-    A () tensor gives a tensor: a recorded graph reads its threshold from the device.
+    A () tensor gives a tensor, where a threshold is traced or read from the device.
     """
     if isinstance(merge_threshold, Tensor):
-        return torch.logit(merge_threshold)
+        return torch.log(merge_threshold / (1.0 - merge_threshold))
     if merge_threshold <= 0.0:
         return -math.inf
     return math.inf if merge_threshold >= 1.0 else math.log(merge_threshold / (1.0 - merge_threshold))
@@ -118,12 +118,13 @@ class Merge(NamedTuple):
 def merge_to_capacity(x: Tensor, scores: MergeScores, capacity: int | Tensor, num_clusters: int) -> Merge:
     """Keep exactly the `capacity` tokens with the lowest merge scores, merge the rest.
 
-    Shapes depend on the capacity alone; there is no padding and no mask.
+    Shapes depend on the capacity alone; there is no padding and no mask. A capacity of all tokens, which only a traced
+    one may be, leaves out the representatives: what follows is then plain ViT.
 
     Args:
         x: (B, 1+N, C), class token first.
         scores: of the N patch tokens.
-        capacity: T, 0 <= T <= N; an int64 scalar where an export traces it as a run-time input.
+        capacity: T, 0 <= T <= N; a () int64 tensor where traced as a run-time input.
         num_clusters: k.
     """
     # Stable, so that equal scores are kept in the same order on every device.
@@ -135,6 +136,8 @@ def merge_to_capacity(x: Tensor, scores: MergeScores, capacity: int | Tensor, nu
     compact = torch.cat(
         [x[:, :1], _gather_rows(tokens, kept_index), representatives(tokens, cluster_ids, num_clusters)], dim=1
     )
+    if isinstance(capacity, Tensor):
+        compact = compact[:, : 1 + capacity + torch.where(capacity < tokens.shape[1], num_clusters, 0)]
     return Merge(compact, None, cluster_ids, kept_index, merged_index)
 
 

@@ -81,7 +81,9 @@ class ClustViT(VisionTransformer):
         keep = state.cluster_logits[..., :1].masked_fill(tokens[..., None], torch.inf)
         return state._replace(cluster_logits=torch.cat([keep, state.cluster_logits[..., 1:]], dim=-1))
 
-    def finish(self, state: Injection, merge_threshold: float = 0.5, token_capacity: int | None = None) -> Features:
+    def finish(
+        self, state: Injection, merge_threshold: float = 0.5, token_capacity: int | Tensor | None = None
+    ) -> Features:
         """Merge, run the remaining blocks, regenerate.
 
         Args:
@@ -99,7 +101,7 @@ class ClustViT(VisionTransformer):
                 if merge is None
                 else merge.cluster_ids
             )
-        elif token_capacity < num_tokens:
+        elif isinstance(token_capacity, Tensor) or token_capacity < num_tokens:
             merge = merge_to_capacity(x, scores, token_capacity, self.num_clusters)
             ids = merge.cluster_ids
         else:

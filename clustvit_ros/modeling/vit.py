@@ -203,7 +203,7 @@ class VisionTransformer(Backbone):
             x = block(x)
         return Features(self.norm(x)[:, 1:], grid_size)
 
-    def finish(self, state: Any, merge_threshold: float = 0.5, token_capacity: int | None = None) -> Features:
+    def finish(self, state: Any, merge_threshold: float = 0.5, token_capacity: int | Tensor | None = None) -> Features:
         return state
 
 

@@ -76,6 +76,7 @@ class OnnxEngine(NetworkEngine):
             "onnxruntime", config, selected, describe_device(selected), reason, self._weights_sha256, precision
         )
         self._session, self._session_size = session, config.input.size
+        self._logits_size = _logits_size(session)
 
     def infer(
         self, x: Tensor, settings: Settings, lap: Lap = lambda stage: None, exempt: Tensor | None = None
@@ -86,11 +87,11 @@ class OnnxEngine(NetworkEngine):
             self._session, problem = self._open(self._config, size, self._device)
             if problem:
                 raise EngineError(f"{self._info.device}: {problem}")
-            self._session_size = size
+            self._session_size, self._logits_size = size, _logits_size(self._session)
         grid_size = grid_size_of(size, self._config.network.patch_size)
         B, N = x.shape[0], grid_size[0] * grid_size[1]
         x = x.contiguous()
-        logits = torch.empty(B, len(self._config.classes), *grid_size, device=self._device)
+        logits = torch.empty(B, len(self._config.classes), *self._logits_size, device=self._device)
         cluster_ids = torch.empty(B, N, dtype=torch.int64, device=self._device)
         capacity = np.empty((), np.int64)
 
@@ -110,8 +111,8 @@ class OnnxEngine(NetworkEngine):
         except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
             raise EngineError(f"{self._info.device} failed on a batch of shape {tuple(x.shape)}: {error}") from error
         lap("network")
-        clusters = self._config.network.merges
-        return NetworkOutput(logits, cluster_ids if clusters else None, grid_size, int(capacity))
+        merges = self._config.network.merges
+        return NetworkOutput(logits, cluster_ids if merges else None, grid_size, int(capacity))
 
     def _open(self, config: ModelConfig, size: tuple[int, int], device: torch.device) -> tuple[Any, str]:
         """A session for a size of the network's input, and why it is not on the wanted provider."""
@@ -138,6 +139,12 @@ class OnnxEngine(NetworkEngine):
             _LOG.info("exporting %s for %dx%d to %s", config.name, *size, cached)
             export_onnx(self._model, cached, size)
         return cached
+
+
+def _logits_size(session: Any) -> tuple[int, int]:
+    """(h, w) of a file's logits, which need not be the tokens' grid."""
+    height, width = json.loads(session.get_modelmeta().custom_metadata_map["logits_size"])
+    return height, width
 
 
 def _buffer(tensor: Tensor, element_type: type) -> dict[str, Any]:

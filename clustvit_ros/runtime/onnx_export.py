@@ -26,9 +26,6 @@ from torch.onnx import symbolic_helper
 
 from clustvit_ros import __version__
 from clustvit_ros.errors import ConfigError, EngineError
-from clustvit_ros.modeling.backbone import Features
-from clustvit_ros.modeling.clustering import merge_scores, merge_to_capacity, unmerge
-from clustvit_ros.modeling.clustvit import ClustViT
 from clustvit_ros.modeling.model_folder import ModelConfig, hash_weights, load_config, load_segmenter
 from clustvit_ros.modeling.segmenter import Segmenter
 from clustvit_ros.modeling.vit import grid_size_of
@@ -59,7 +56,7 @@ class Export(NamedTuple):
 class CapacitySegmenter(nn.Module):
     """A segmenter whose threshold and capacity are tensors, and which chooses the rung of the ladder by itself.
 
-    A capacity of all tokens merges nothing and is plain ViT.
+    It knows no architecture: what merges, and how, is the backbone's.
 
     Args:
         network: in evaluation mode.
@@ -83,33 +80,25 @@ class CapacitySegmenter(nn.Module):
 
         Returns:
             logits: (B, Q, h, w) float32.
-            cluster_ids: (B, N) int64, 0 = kept; all 0 for a network that does not cluster.
+            cluster_ids: (B, N) int64, 0 = kept; all 0 for a network that does not merge.
             capacity: () int64, tokens kept per image.
         """
         backbone = self.network.backbone
-        if not isinstance(backbone, ClustViT):
-            features = backbone(images)
-            nothing_merged = images.new_zeros(features.tokens.shape[:2], dtype=torch.int64)
+        state = backbone.encode(images)
+        if not backbone.merges:
             # The unused inputs take part, so that one signature serves all architectures.
             capacity = self.ladder[-1] + 0 * token_capacity + (0 * merge_threshold).long()
-            return self.network.decode(features).logits, nothing_merged, capacity
-        state = backbone.encode(images)
-        scores = merge_scores(state.cluster_logits)
-        capacity = self._capacity(scores.margin, merge_threshold, token_capacity)
-        merge = merge_to_capacity(state.x, scores, capacity, backbone.num_clusters)
-        # Without merged tokens there are no representatives either: the sequence is plain ViT's.
-        num_representatives = torch.where(capacity < self.ladder[-1], backbone.num_clusters, 0)
-        compact = merge.compact[:, : 1 + capacity + num_representatives]
-        for block in backbone.blocks[backbone.injection_point :]:
-            compact = block(compact)
-        x = unmerge(compact, state.x, merge, backbone.num_clusters, backbone.regenerator)
-        features = Features(backbone.norm(x)[:, 1:], state.grid_size)
-        return self.network.decode(features).logits, merge.cluster_ids, capacity
+            features = backbone.finish(state)
+        else:
+            capacity = self._capacity(backbone.count_kept(state, merge_threshold).max(), token_capacity)
+            features = backbone.finish(state, token_capacity=capacity)
+        ids = features.cluster_ids
+        if ids is None:
+            ids = images.new_zeros((images.shape[0], features.grid_size[0] * features.grid_size[1]), dtype=torch.int64)
+        return self.network.decode(features).logits, ids, capacity
 
-    def _capacity(self, margin: Tensor, merge_threshold: Tensor, token_capacity: Tensor) -> Tensor:
-        """`choose_capacity` for the fullest image, as tensor operations: (B, N) margins -> () int64."""
-        # logit(0) = -inf and logit(1) = inf, as `threshold_margin` has them
-        kept = (~(margin > torch.log(merge_threshold / (1.0 - merge_threshold)))).sum(dim=1).max()
+    def _capacity(self, kept: Tensor, token_capacity: Tensor) -> Tensor:
+        """`choose_capacity` as tensor operations: () int64, all of them, -> () int64."""
         rung = torch.where(self.ladder >= kept, self.ladder, self.ladder[-1]).min()
         return torch.where(token_capacity > 0, torch.minimum(rung, token_capacity), rung)
 
@@ -173,7 +162,7 @@ def export_onnx(model: str | Path, path: Path, size: tuple[int, int] | None = No
     # With the process in its name: two processes may export the same model into one cache.
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        _trace(network, partial, size, batch)
+        metadata["logits_size"] = json.dumps(_trace(network, partial, size, batch), separators=(",", ":"))
         _write_metadata(partial, metadata)
         difference = check_against_torch(partial, network, size, batch)
         partial.replace(path)
@@ -182,11 +171,15 @@ def export_onnx(model: str | Path, path: Path, size: tuple[int, int] | None = No
     return Export(path, difference, metadata)
 
 
-def _trace(network: Segmenter, path: Path, size: tuple[int, int], batch: int | None) -> None:
+def _trace(network: Segmenter, path: Path, size: tuple[int, int], batch: int | None) -> tuple[int, int]:
+    """Write the file; returns (h, w) of its logits, which heads may compute on a finer grid than the tokens'."""
     grid_size = grid_size_of(size, network.backbone.patch_size)
     tokens_total = grid_size[0] * grid_size[1]
     # Neither 1 image nor 0 or all tokens kept: the tracer must not meet a special case.
     example = (torch.zeros(batch or 2, 3, *size), torch.tensor(0.5), torch.tensor(max(tokens_total // 2, 1)))
+    module = CapacitySegmenter(network, tokens_total).eval()
+    with torch.inference_mode():
+        height, width = network(example[0][:1], token_capacity=int(example[2])).logits.shape[2:]
     dynamic_axes = None if batch else {name: {0: "batch"} for name in (INPUT_NAMES[0], *OUTPUT_NAMES[:2])}
     # Older versions of PyTorch have no such choice, and only this exporter.
     choice: dict[str, Any] = {"dynamo": False} if "dynamo" in signature(torch.onnx.export).parameters else {}
@@ -196,12 +189,13 @@ def _trace(network: Segmenter, path: Path, size: tuple[int, int], batch: int | N
         warnings.simplefilter("ignore")
         try:
             torch.onnx.export(
-                CapacitySegmenter(network, tokens_total).eval(), example, str(path), opset_version=_OPSET,
+                module, example, str(path), opset_version=_OPSET,
                 input_names=list(INPUT_NAMES), output_names=list(OUTPUT_NAMES), dynamic_axes=dynamic_axes, **choice,
             )  # fmt: skip
         except (torch.onnx.errors.OnnxExporterError, RuntimeError, ImportError) as error:
             problem = str(error).strip().splitlines()[-1]
             raise EngineError(f"PyTorch {torch.__version__} cannot export the network to ONNX: {problem}") from error
+    return height, width
 
 
 @contextmanager
