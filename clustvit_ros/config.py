@@ -20,18 +20,60 @@ from clustvit_ros.errors import ConfigError
 
 T = TypeVar("T")
 
+# Configuration is written by hand; a model.yaml has some hundred lines.
+_LONGEST_YAML_BYTES = 1 << 20
+_MOST_YAML_VALUES = 200_000
+
+
+def _load_yaml(text: str) -> Any:
+    """`yaml.safe_load`, but a few lines of references cannot stand for gigabytes."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _count_values(node, {}) > _MOST_YAML_VALUES:
+            raise yaml.YAMLError(f"references multiply it to more than {_MOST_YAML_VALUES} values; write them out")
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _count_values(node: yaml.Node, known: dict[int, float]) -> float:
+    """Values below `node`, those behind references counted each time; infinite where it holds itself."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = math.inf  # until it is done: whoever finds this is below it
+        children = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        known[id(node)] = 1 + sum(_count_values(child, known) for child in children)
+    return known[id(node)]
+
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file whose top level is a mapping.
 
     Raises:
-        ConfigError: the file is missing, not YAML, or holds something else than a mapping.
+        ConfigError: the file is missing, too large, not YAML, or holds something else than a mapping.
     """
+    path = Path(path)
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path}: got a folder or device, expected a YAML file")
+        size = path.stat().st_size
+        if size > _LONGEST_YAML_BYTES:
+            raise ConfigError(
+                f"{path}: got {size} bytes, expected at most {_LONGEST_YAML_BYTES}; is it the right file?"
+            )
+        content = _load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise ConfigError(f"{path}: not a valid YAML file: nested too deeply") from None
+    # ValueError: dates that do not exist, numbers of thousands of digits.
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(f"{path}: not a valid YAML file: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: got {type(content).__name__} at the top level, expected key: value pairs")

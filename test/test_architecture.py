@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "clustvit_ros"
-FOUNDATION = {"errors", "config", "classes", "paths", "dds", "image_files"}
+FOUNDATION = {"errors", "config", "classes", "paths", "dds", "image_files", "shared_memory"}
 ALLOWED = {
     "modeling": set(),
     "training": {"modeling"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -63,3 +64,43 @@ def test_files_that_are_no_mappings(tmp_path, text):
         path.write_text(text)
     with pytest.raises(ConfigError, match=r"c\.yaml"):
         read_yaml(path)
+
+
+BILLION_LAUGHS = "a: &a [x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [*{old}, *{old}, *{old}, *{old}]\n" for old, new in zip("abcdefghijkl", "bcdefghijklm", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BILLION_LAUGHS, "references multiply it"),
+        ("a: &a [*a]", "references multiply it"),
+        ("a: " + "[" * 50_000, "nested too deeply"),
+        ("a: " + "1" * 10_000, "not a valid YAML file"),
+        ("a: 2026-99-99", "not a valid YAML file"),
+        ("a: !!python/object/apply:os.mkdir [/tmp/pwned]", "not a valid YAML file"),
+        ("# " + "x" * (1 << 20), "expected at most 1048576"),
+    ],
+)
+def test_files_that_were_made_to_do_harm(tmp_path, text, message):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        read_yaml(path)
+    assert message in str(error.value)
+    assert not os.path.exists("/tmp/pwned")
+
+
+def test_pipes_and_folders_are_no_configuration(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(ConfigError, match="expected a YAML file"):
+            read_yaml(path)
+
+
+def test_references_that_stand_for_little_are_read(tmp_path):
+    (tmp_path / "c.yaml").write_text("a: &size [1, 2]\nb: *size\n")
+    assert read_yaml(tmp_path / "c.yaml") == {"a": [1, 2], "b": [1, 2]}
+    (tmp_path / "c.yaml").write_text("a: &size {x: 1}\nb: {<<: *size, y: 2}\n")
+    assert read_yaml(tmp_path / "c.yaml") == {"a": {"x": 1}, "b": {"x": 1, "y": 2}}

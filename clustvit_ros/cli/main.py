@@ -9,7 +9,7 @@ import sys
 from clustvit_ros import __version__
 from clustvit_ros.errors import ClustvitError, ConfigError
 
-COMMANDS = ("bench", "demo", "evaluate", "export", "import_checkpoint", "train", "tune")
+COMMANDS = ("bench", "demo", "doctor", "evaluate", "export", "import_checkpoint", "train", "tune")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,12 +19,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name in COMMANDS:
+    arguments = sys.argv[1:] if argv is None else argv
+    # Only what is asked for is imported: the doctor must run where others cannot even be loaded.
+    asked = [name for name in COMMANDS if arguments[:1] == [name.replace("_", "-")]]
+    for name in asked or COMMANDS:
         try:
             importlib.import_module(f"clustvit_ros.cli.{name}").add_parser(commands)
         except ModuleNotFoundError as error:
             _add_unavailable(commands, name, error)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(arguments)
     try:
         return args.run(args)
     except ClustvitError as error:

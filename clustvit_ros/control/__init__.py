@@ -1,11 +1,13 @@
-"""Latency statistics and the controller that holds a budget. Pure: no clock, no sleeping, no device."""
+"""Latency statistics, the controller that holds a budget, turns among cameras. Pure: no clock, no sleep, no device."""
 
 from clustvit_ros.control.allowance import POLICIES, REFERENCES, Allowance, BudgetStatus
 from clustvit_ros.control.budget import BudgetController, Decision, check_budget
 from clustvit_ros.control.deadlines import MissCounter, Misses
 from clustvit_ros.control.latency import Distribution, LatencyTable, LatencyWindow
+from clustvit_ros.control.scheduling import FairScheduler
+from clustvit_ros.control.topic_statistics import TopicStatistics
 
 __all__ = [
     "POLICIES", "REFERENCES", "Allowance", "BudgetController", "BudgetStatus", "Decision", "Distribution",
-    "LatencyTable", "LatencyWindow", "MissCounter", "Misses", "check_budget",
+    "FairScheduler", "LatencyTable", "LatencyWindow", "MissCounter", "Misses", "TopicStatistics", "check_budget",
 ]  # fmt: skip

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from clustvit_ros.classes import ClassSet
 from clustvit_ros.config import from_mapping, read_yaml
@@ -21,6 +21,10 @@ from clustvit_ros.modeling.segmenter import Segmenter
 from clustvit_ros.paths import MODEL_FILE, find_model
 
 WEIGHTS_FILE = "model.safetensors"
+# Far above any vision transformer; what is within is held against the weights before memory is spent on it.
+_LARGEST_INPUT_PX = 8192
+_LARGEST_SIZE, _DEEPEST = 65_536, 512
+_MOST_CLASSES = 65_535  # of a mono16 mask
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class InputConfig:
     def __post_init__(self) -> None:
         if min(self.size) < 1:
             raise ConfigError(f"input: size is {list(self.size)}, expected positive (height, width)")
+        if max(self.size) > _LARGEST_INPUT_PX:
+            raise ConfigError(f"input: size is {list(self.size)}, expected at most {_LARGEST_INPUT_PX} px each")
         if min(self.std) <= 0:
             raise ConfigError(f"input: std is {list(self.std)}, expected positive numbers")
 
@@ -98,6 +104,9 @@ def load_config(model: str | Path) -> ModelConfig:
     folder = find_model(model)
     where = str(folder / MODEL_FILE)
     content = from_mapping(_ModelFile, read_yaml(folder / MODEL_FILE), where)
+    if len(content.classes) > _MOST_CLASSES:
+        raise ConfigError(f"{where}: got {len(content.classes)} classes, expected at most {_MOST_CLASSES}")
+    _check_sizes(content.network, f"{where}: network")
     return ModelConfig(
         name=folder.resolve().name,
         architecture=content.architecture,
@@ -119,23 +128,76 @@ def load_segmenter(model: str | Path) -> Segmenter:
         ConfigError: `model.yaml` cannot be used.
     """
     config = load_config(model)
+    path = weights_path(model)
+    with torch.device("meta"):  # shapes without memory: model.yaml may lie about them
+        _check_file(build_network(config.network, len(config.classes)), path)
     network = build_network(config.network, len(config.classes))
-    load_weights(network, find_model(model) / WEIGHTS_FILE)
+    load_weights(network, path)
     return network.eval()
+
+
+def weights_path(model: str | Path) -> Path:
+    """The weights file of a model folder or shipped model.
+
+    Raises:
+        ModelError: no such model, or weights that are no file inside the model's folder.
+    """
+    return inside(find_model(model), WEIGHTS_FILE)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a model's file, which must not lead out of the model's folder.
+
+    A folder of links (`colcon build --symlink-install` makes one) counts as the folder that its `model.yaml` is in.
+
+    Raises:
+        ModelError: missing, no regular file, or a link to somewhere else.
+    """
+    path = folder / name
+    real = path.resolve()
+    if (folder / MODEL_FILE).resolve().parent not in real.parents:
+        raise ModelError(f"{path}: leads to {real}, outside of the model's folder; put the file itself there")
+    if not real.is_file():
+        raise ModelError(f"{path}: cannot be read (no such file); fetch the model again")
+    return path
 
 
 def load_weights(network: Segmenter, path: Path) -> None:
     """Fill a network from a safetensors file; half-precision weights become the network's own precision.
 
     Raises:
-        ModelError: unreadable file, or names or shapes that differ, each listed.
+        ModelError: unreadable file, names or shapes that differ, each listed, or values that are no numbers.
     """
+    _check_file(network, path)
     try:
-        weights = load_file(path)
+        with safe_open(path, "pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path}: cannot be read ({error}); fetch the model again") from error
-    check_weights(network, weights, str(path))
+    broken = [name for name, tensor in weights.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if broken:
+        raise ModelError(f"{path}: infinite or no numbers in {', '.join(broken[:10])}; train or fetch the model again")
     network.load_state_dict(weights)
+
+
+def _check_file(network: Segmenter, path: Path) -> None:
+    """Hold a safetensors file's header against a network, before any tensor is read."""
+    try:
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path}: cannot be read ({error}); fetch the model again") from error
+    _check_shapes(network, shapes, str(path))
+
+
+def _check_sizes(network: dict[str, Any], where: str) -> None:
+    """Refuse hyper-parameters that would build for ever."""
+    for name, value in network.items():
+        largest = _DEEPEST if "depth" in name or "point" in name else _LARGEST_SIZE
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not abs(number) <= largest:
+                raise ConfigError(f"{where}: {name} is {value}, expected at most {largest}")
 
 
 def hash_weights(model: str | Path) -> str:
@@ -144,7 +206,7 @@ def hash_weights(model: str | Path) -> str:
     Raises:
         ModelError: no such model, or no weights in it.
     """
-    path = find_model(model) / WEIGHTS_FILE
+    path = weights_path(model)
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
@@ -161,14 +223,18 @@ def check_weights(network: Segmenter, weights: dict[str, torch.Tensor], where: s
     Raises:
         ModelError: with every missing, unknown and mis-shaped name (the first ten of each).
     """
-    expected = network.state_dict()
+    _check_shapes(network, {name: tuple(tensor.shape) for name, tensor in weights.items()}, where)
+
+
+def _check_shapes(network: Segmenter, shapes: dict[str, tuple[int, ...]], where: str) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     findings = {
-        "missing": [name for name in expected if name not in weights],
-        "unknown": [name for name in weights if name not in expected],
+        "missing": [name for name in expected if name not in shapes],
+        "unknown": [name for name in shapes if name not in expected],
         "mis-shaped": [
-            f"{name} {tuple(weights[name].shape)} instead of {tuple(expected[name].shape)}"
-            for name in expected
-            if name in weights and weights[name].shape != expected[name].shape
+            f"{name} {shapes[name]} instead of {shape}"
+            for name, shape in expected.items()
+            if name in shapes and shapes[name] != shape
         ],
     }
     if any(findings.values()):

@@ -1,24 +1,44 @@
-"""CompressedImage messages to arrays: JPEG and PNG, their size read from the header before anything is decoded.
+"""CompressedImage messages to arrays: JPEG and PNG, examined before anything is decoded.
 
-A few hundred bytes of PNG can claim gigabytes of pixels, and OpenCV decodes a truncated JPEG into a half-grey picture
-without a word; both are refused here.
+A few hundred bytes can claim gigabytes of pixels, hold thousands of scans or inflate into megabytes of text, and OpenCV
+decodes a truncated JPEG into a half-grey picture without a word; all of them are refused here, at a cost that the
+file's size bounds. The header is read more strictly than the decoders do: where both accept a file, both see one size.
 """
 
 from __future__ import annotations
 
 import struct
+import zlib
 from typing import Any
 
 import cv2
 import numpy as np
 
 from clustvit_ros.errors import ImageError
-from clustvit_ros.ros.conversions import check_pixels
+from clustvit_ros.ros.conversions import check_pixels, message_bytes
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _JPEG_SIGNATURE = b"\xff\xd8\xff"
 # Start-of-frame markers; C4, C8 and CC in this range mean something else.
 _JPEG_FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+# TEM, RST0..7, SOI, EOI, SOS: without a length, or misplaced before the frame header.
+_JPEG_MISPLACED_MARKERS = frozenset({0x00, 0x01, *range(0xD0, 0xDB)})
+# Colour profile (at most 255 segments), previews, tables: a camera writes far fewer.
+_MAX_JPEG_SEGMENTS = 1024
+# Each scan of a progressive JPEG passes over the whole picture; encoders make about ten.
+_MAX_JPEG_SCANS = 64
+# libpng writes chunks of 8 KB; walking over many small ones would take long.
+_FEW_PNG_CHUNKS, _LEAST_BYTES_PER_PNG_CHUNK = 64, 1024
+# What the decoder needs. Anything else is text, profiles and animation, whose size no header bounds.
+_PNG_PIXEL_CHUNKS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
+_PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+_PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
+# RFC 1951: a match of 258 bytes costs at least 2 bits.
+_MOST_DEFLATED = 1032
+# A quarter of the blocks may be all that a component has; each costs at least a bit in some scan.
+_MOST_PIXELS_PER_JPEG_BYTE = 2048
+# Pixels of 16 bits in four channels that do not compress, and metadata or padding beside them.
+_MOST_BYTES_PER_PIXEL, _METADATA_BYTES = 9, 4 << 20
 
 
 def decode_compressed(message: Any, max_pixels: int) -> np.ndarray:
@@ -36,13 +56,14 @@ def decode_compressed(message: Any, max_pixels: int) -> np.ndarray:
     """
     if "compressedDepth" in message.format:
         raise ImageError(f"format: got {message.format[:60]!r}, expected a colour or grey JPEG or PNG image")
-    data = bytes(message.data)
-    height, width = compressed_size(data)
+    view = message_bytes(message.data).data
+    height, width = _size(view)
     check_pixels(height, width, max_pixels)
-    # Cameras pad JPEG streams with zeros after the end marker.
-    whole = b"IEND" in data[-12:] if data.startswith(_PNG_SIGNATURE) else data.rstrip(b"\0").endswith(b"\xff\xd9")
-    if not whole:
-        raise ImageError(f"data: got {len(data)} bytes of a {width}x{height} image without its end, it was truncated")
+    if len(view) > height * width * _MOST_BYTES_PER_PIXEL + _METADATA_BYTES:
+        raise ImageError(f"data: got {len(view)} bytes, far more than a {width}x{height} image can need")
+    data = bytes(view)
+    examine = _pixels_of_png if data.startswith(_PNG_SIGNATURE) else _checked_jpeg
+    data = examine(data, height, width)
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error as error:
@@ -58,17 +79,24 @@ def compressed_size(data: bytes) -> tuple[int, int]:
     Raises:
         ImageError: neither of the two, or no size in the header.
     """
-    if data.startswith(_PNG_SIGNATURE) and data[12:16] == b"IHDR" and len(data) >= 24:
-        width, height = struct.unpack(">II", data[16:24])
+    return _size(memoryview(data))
+
+
+def _size(data: memoryview) -> tuple[int, int]:
+    start = bytes(data[:33])
+    if start.startswith(_PNG_SIGNATURE) and start[8:16] == b"\0\0\0\x0dIHDR" and len(start) == 33:
+        width, height = struct.unpack(">II", start[16:24])
         return height, width
-    if data.startswith(_JPEG_SIGNATURE):
+    if start.startswith(_JPEG_SIGNATURE):
         return _jpeg_size(data)
-    raise ImageError(f"data: got {len(data)} bytes starting with {data[:8]!r}, expected a JPEG or PNG image")
+    raise ImageError(f"data: got {len(data)} bytes starting with {start[:8]!r}, expected a JPEG or PNG image")
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int]:
+def _jpeg_size(data: memoryview) -> tuple[int, int]:
     position = 2
-    while position + 9 <= len(data) and data[position] == 0xFF:
+    for _ in range(_MAX_JPEG_SEGMENTS):
+        if position + 9 > len(data) or data[position] != 0xFF or data[position + 1] in _JPEG_MISPLACED_MARKERS:
+            break
         marker = data[position + 1]
         if marker == 0xFF:  # fill byte before a marker
             position += 1
@@ -77,5 +105,57 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
             height, width = struct.unpack(">HH", data[position + 5 : position + 9])
             return height, width
         (length,) = struct.unpack(">H", data[position + 2 : position + 4])
-        position += 2 + max(length, 2)
+        if length < 2:
+            break
+        position += 2 + length
     raise ImageError(f"data: got {len(data)} bytes of JPEG without a frame header; it is truncated or damaged")
+
+
+def _checked_jpeg(data: bytes, height: int, width: int) -> bytes:
+    # Cameras pad JPEG streams with zeros after the end marker.
+    if not data.rstrip(b"\0").endswith(b"\xff\xd9"):
+        raise _truncated(data, height, width)
+    if len(data) * _MOST_PIXELS_PER_JPEG_BYTE < height * width:
+        raise ImageError(f"data: got {len(data)} bytes, too few for the {width}x{height} image that they claim")
+    scans = data.count(b"\xff\xda")
+    if scans > _MAX_JPEG_SCANS:
+        raise ImageError(f"data: got a JPEG of {scans} scans, expected at most {_MAX_JPEG_SCANS}")
+    return data
+
+
+def _pixels_of_png(data: bytes, height: int, width: int) -> bytes:
+    """The chunks of a PNG file that make its pixels, their checksums found right."""
+    depth, colour = data[24], data[25]
+    if depth not in _PNG_DEPTHS.get(colour, ()):
+        raise ImageError(f"data: got a PNG of colour type {colour} with {depth} bits, which the format does not have")
+    kept, compressed_bytes, position = [], 0, len(_PNG_SIGNATURE)
+    most_chunks = _FEW_PNG_CHUNKS + len(data) // _LEAST_BYTES_PER_PNG_CHUNK
+    for _ in range(most_chunks):
+        (length,) = struct.unpack(">I", data[position : position + 4]) if position + 12 <= len(data) else (len(data),)
+        end = position + 12 + length
+        if end > len(data):
+            raise _truncated(data, height, width)
+        kind = data[position + 4 : position + 8]
+        if kind in _PNG_PIXEL_CHUNKS:
+            (checksum,) = struct.unpack(">I", data[end - 4 : end])
+            if zlib.crc32(memoryview(data)[position + 4 : end - 4]) != checksum:
+                raise ImageError(
+                    f"data: a damaged {width}x{height} image that cannot be decoded (checksum of {kind!r})"
+                )
+            kept.append(data[position:end])
+            compressed_bytes += length if kind == b"IDAT" else 0
+        position = end
+        if kind == b"IEND":
+            break
+    else:
+        raise ImageError(f"data: got a PNG of more than {most_chunks} chunks in {len(data)} bytes; write it with fewer")
+    row_bytes = (width * depth * _PNG_CHANNELS[colour] + 7) // 8
+    if compressed_bytes * _MOST_DEFLATED < height * row_bytes:
+        raise ImageError(
+            f"data: a damaged {width}x{height} image that cannot be decoded ({compressed_bytes} bytes cannot hold it)"
+        )
+    return _PNG_SIGNATURE + b"".join(kept)
+
+
+def _truncated(data: bytes, height: int, width: int) -> ImageError:
+    return ImageError(f"data: got {len(data)} bytes of a {width}x{height} image without its end, it was truncated")

@@ -100,6 +100,18 @@ def check_pixels(height: int, width: int, max_pixels: int) -> None:
         )
 
 
+def message_bytes(data: Any) -> np.ndarray:
+    """A message's `data` as (N,) uint8 that shares its memory.
+
+    Raises:
+        ImageError: no buffer of bytes.
+    """
+    try:
+        return np.frombuffer(data, np.uint8)
+    except (TypeError, ValueError, BufferError) as error:
+        raise ImageError(f"data: got {type(data).__name__}, expected bytes ({error})") from error
+
+
 def decode_image(message: Any, max_pixels: int) -> np.ndarray:
     """Decode a sensor_msgs/Image.
 
@@ -132,12 +144,12 @@ def decode_image(message: Any, max_pixels: int) -> np.ndarray:
     row_bytes = width * encoding.channels * encoding.value_bytes
     if step < row_bytes:
         raise ImageError(f"step: got {step} bytes for {size}, expected at least {row_bytes}; fix the camera driver")
-    if len(message.data) != step * height:
+    data = message_bytes(message.data)
+    if len(data) != step * height:
         raise ImageError(
-            f"data: got {len(message.data)} bytes for {size} with step {step}, expected {step * height}; "
-            "fix the camera driver"
+            f"data: got {len(data)} bytes for {size} with step {step}, expected {step * height}; fix the camera driver"
         )
-    rows = np.frombuffer(message.data, np.uint8).reshape(height, step)[:, :row_bytes]
+    rows = data.reshape(height, step)[:, :row_bytes]
     if encoding.value_bytes == 2:
         # Padding can leave rows at odd addresses; the copy also swaps bytes where needed.
         stored = np.ascontiguousarray(rows).view(">u2" if message.is_bigendian else "<u2")

@@ -78,9 +78,12 @@ class Health:
         last_failure: what the engine last raised.
         unstamped: frames come without a stamp, so that their age is unknown.
         qos_problem: a policy that kept a camera from being heard, or empty.
+        output_qos_problem: a policy that keeps a consumer from hearing this node, or empty.
         input_age_s: how old the newest image was when it came; negative when it was stamped in the future.
         budget_problem: what keeps the latency budget from being held, or empty.
         throttling: why the platform makes the machine slower than it could be, or empty.
+        engine_fault: why the engine does not run as it was asked to, or empty.
+        lossless: every frame was to be segmented.
     """
 
     state: str
@@ -94,9 +97,12 @@ class Health:
     last_failure: str = ""
     unstamped: bool = False
     qos_problem: str = ""
+    output_qos_problem: str = ""
     input_age_s: float = 0.0
     budget_problem: str = ""
     throttling: str = ""
+    engine_fault: str = ""
+    lossless: bool = False
 
 
 def judge(health: Health) -> tuple[int, str]:
@@ -115,6 +121,12 @@ def judge(health: Health) -> tuple[int, str]:
     if health.input_silence_s > health.input_timeout_s:
         because = f" ({health.qos_problem})" if health.qos_problem else ""
         return ERROR, f"no image on {health.input_topic} for {health.input_silence_s:.1f} s{because}"
+    if health.engine_fault:
+        return ERROR, health.engine_fault
+    if health.lossless and recent.dropped:
+        return ERROR, (
+            f"{recent.dropped} frames found the queue full and were dropped: replay slower or raise queue_limit_mb"
+        )
     if recent.failed:
         return WARN, f"engine failed on {recent.failed} frames: {health.last_failure}"
     if recent.rejected:
@@ -127,8 +139,8 @@ def judge(health: Health) -> tuple[int, str]:
             f"images are {abs(health.input_age_s):.1f} s {side}: the camera lags, or its clock differs from this "
             "node's (set use_sim_time where a bag is replayed)"
         )
-    if health.qos_problem:
-        return WARN, health.qos_problem
+    if health.qos_problem or health.output_qos_problem:
+        return WARN, "; ".join(filter(None, (health.qos_problem, health.output_qos_problem)))
     if health.unstamped:
         return WARN, "images come without a time stamp: latency is unknown and time synchronisation will fail"
     if not health.counts.segmented + health.counts.late:
@@ -164,6 +176,7 @@ def frame_pairs(report: FrameReport, counts: FrameCounts) -> dict[str, str]:
         "tokens_kept": f"{engine.tokens_kept:g}",
         "image_size": "{}x{}".format(*report.image_size),
         "mask_size": "{}x{}".format(*report.mask_size),
+        "batch": str(report.batch),
         "decode_ms": f"{report.decode_ms:.3f}",
         "engine_ms": f"{engine.total_ms:.3f}",
         "publish_ms": f"{report.publish_ms:.3f}",
@@ -178,26 +191,36 @@ def frame_pairs(report: FrameReport, counts: FrameCounts) -> dict[str, str]:
     return pairs
 
 
-def diagnostic_array(
-    header: Any, name: str, hardware_id: str, level: int, sentence: str, pairs: Mapping[str, str]
-) -> Any:
-    """Build a diagnostic_msgs/DiagnosticArray of one status.
+def diagnostic_status(name: str, hardware_id: str, level: int, sentence: str, pairs: Mapping[str, str]) -> Any:
+    """Build a diagnostic_msgs/DiagnosticStatus.
 
     Args:
-        header: std_msgs/Header.
         name: "<node>: <what>".
         hardware_id: the device that computes.
         level: OK, WARN or ERROR.
         sentence: the status message.
         pairs: keys and values.
     """
-    from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+    from diagnostic_msgs.msg import DiagnosticStatus, KeyValue
 
-    status = DiagnosticStatus(
+    return DiagnosticStatus(
         level=bytes([level]),
         name=name,
         message=sentence,
         hardware_id=hardware_id,
         values=[KeyValue(key=key, value=value) for key, value in pairs.items()],
     )
-    return DiagnosticArray(header=header, status=[status])
+
+
+def diagnostic_array(
+    header: Any, name: str, hardware_id: str, level: int, sentence: str, pairs: Mapping[str, str]
+) -> Any:
+    """Build a diagnostic_msgs/DiagnosticArray of one status; see `diagnostic_status`.
+
+    Args:
+        header: std_msgs/Header.
+        name, hardware_id, level, sentence, pairs: of the status.
+    """
+    from diagnostic_msgs.msg import DiagnosticArray
+
+    return DiagnosticArray(header=header, status=[diagnostic_status(name, hardware_id, level, sentence, pairs)])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 from rclpy.node import Node
-from rclpy.qos import qos_policy_name_from_kind
+
+from clustvit_ros.ros.qos import QosWatch
 
 _MAX_SUGGESTIONS = 5
 
@@ -19,18 +19,20 @@ class InputWatch:
         node: whose graph and logger to use.
         topic: the resolved topic name.
         type_name: the message type, e.g. "sensor_msgs/msg/Image".
+        qos: knows about publishers that are not heard.
         clock: monotonic seconds.
     """
 
-    def __init__(self, node: Node, topic: str, type_name: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, node: Node, topic: str, type_name: str, qos: QosWatch, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._node = node
         self.topic = topic
         self._type_name = type_name
         self._clock = clock
         self._last_s = clock()
         self._told = False
-        self.qos_problem = ""
-        """The policy that keeps a publisher from being heard, in a sentence; empty when none does."""
+        self._qos = qos
 
     @property
     def silence_s(self) -> float:
@@ -42,7 +44,6 @@ class InputWatch:
         self._last_s = self._clock()
         if self._told:
             self._told = False
-            self.qos_problem = ""
             self._node.get_logger().info(f"images arrive again on {self.topic}")
 
     def check(self, timeout_s: float) -> None:
@@ -52,18 +53,10 @@ class InputWatch:
         self._told = True
         self._node.get_logger().warning(f"no image on {self.topic} for {self.silence_s:.1f} s: {self._explain()}")
 
-    def on_incompatible_qos(self, event: Any) -> None:
-        """Subscription event: a publisher exists that DDS refuses to match."""
-        policy = qos_policy_name_from_kind(event.last_policy_kind)
-        self.qos_problem = (
-            f"a publisher on {self.topic} offers incompatible QoS ({policy}); "
-            f"set qos_overrides.{self.topic}.subscription.* to what `ros2 topic info -v {self.topic}` shows"
-        )
-        self._node.get_logger().warning(self.qos_problem)
-
     def _explain(self) -> str:
-        if self.qos_problem:
-            return self.qos_problem
+        problem = self._qos.problem_of(self.topic)
+        if problem:
+            return problem
         publishers = self._node.get_publishers_info_by_topic(self.topic)
         other_types = sorted({info.topic_type for info in publishers} - {self._type_name})
         if other_types:
@@ -82,13 +75,3 @@ class InputWatch:
         ]  # fmt: skip
         found = f"; images are published on {', '.join(elsewhere[:_MAX_SUGGESTIONS])}" if elsewhere else ""
         return f"nobody publishes there; start the camera or remap with `-r image:=<topic>`{found}"
-
-
-def subscription_events(watch: InputWatch) -> Any:
-    """Event callbacks that tell `watch` about publishers with incompatible QoS."""
-    try:
-        from rclpy.event_handler import SubscriptionEventCallbacks
-    except ImportError:  # Humble's name for the same module
-        from rclpy.qos_event import SubscriptionEventCallbacks
-    return SubscriptionEventCallbacks(incompatible_qos=watch.on_incompatible_qos)
-

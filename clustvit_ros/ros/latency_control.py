@@ -53,6 +53,7 @@ class LatencyControl:
         self._logger = logger
         self._cache = cache or CalibrationCache()
         self._sizes: dict[tuple[int, int], _ImageSize] = {}
+        self._device = engine.info.device
         self._newest: tuple[int, int] | None = None
         self._parameters = SegmentationParameters()
         self._misses = MissCounter()
@@ -112,7 +113,7 @@ class LatencyControl:
             decision=decision,
         )
 
-    def observe(self, allowance: Allowance, engine: Stats, age_ms: float, missed: bool) -> Misses:
+    def observe(self, allowance: Allowance, engine: Stats, age_ms: float, missed: bool, learn: bool = True) -> Misses:
         """Learn from the frame that `allowance` was for.
 
         Args:
@@ -120,6 +121,7 @@ class LatencyControl:
             engine: what the engine did.
             age_ms: milliseconds from the frame's stamp to the publication of its mask.
             missed: it missed its deadline.
+            learn: the frame is an example of what one frame costs; one of a batch is not.
 
         Returns:
             Deadline misses so far, this frame included.
@@ -128,7 +130,7 @@ class LatencyControl:
         entry = self._sizes[self._newest]
         if allowance.budget_ms:
             self._misses.add(missed)
-        if entry.controller is not None and entry.calibration is None and not entry.unsettled:
+        if learn and entry.controller is not None and entry.calibration is None and not entry.unsettled:
             overhead_ms = max(age_ms - engine.total_ms, 0.0)
             entry.controller.observe(engine.token_capacity, engine.total_ms, overhead_ms)
         entry.unsettled = False
@@ -157,6 +159,9 @@ class LatencyControl:
                 return
 
     def _prepare(self, image_size: tuple[int, int], parameters: SegmentationParameters) -> _ImageSize:
+        if self._engine.info.device != self._device:  # it fell back, or came back: what was measured is void
+            self._device = self._engine.info.device
+            self._sizes.clear()
         again = parameters.recalibrate and not self._recalibrated
         self._recalibrated = self._recalibrated and parameters.recalibrate
         entry = self._sizes.get(image_size)

@@ -1,6 +1,6 @@
-"""The segmentation node: a thin, managed shell that feeds the newest camera image to an engine and publishes masks.
+"""The segmentation node: a thin, managed shell that feeds the newest camera images to an engine and publishes masks.
 
-One executor thread serves parameters, lifecycle and diagnostics and only stores the newest image; one worker thread
+One executor thread serves parameters, lifecycle and diagnostics and only stores the newest images; one worker thread
 decodes, segments and publishes. Neither waits for the other.
 """
 
@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from diagnostic_msgs.msg import DiagnosticArray
@@ -17,28 +18,28 @@ from rclpy.clock import Clock, ClockType
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
-from rclpy.qos import QoSProfile, ReliabilityPolicy
-from rclpy.qos_overriding_options import QoSOverridingOptions
-from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import Header
 
-from clustvit_ros.control import BudgetStatus
-from clustvit_ros.errors import ClustvitError
-from clustvit_ros.ros.diagnostics import OK, FrameCounts, Health, diagnostic_array, engine_pairs, frame_pairs, judge
-from clustvit_ros.ros.frame_pipeline import OUTPUT_QOS, Frame, FramePipeline, FrameReport, MaskPublishers
-from clustvit_ros.ros.frame_runner import Account, FrameRunner
-from clustvit_ros.ros.input_watch import InputWatch, subscription_events
-from clustvit_ros.ros.latency_control import LatencyControl
+from clustvit_ros.control import BudgetStatus, FairScheduler
+from clustvit_ros.errors import ClustvitError, ConfigError
+from clustvit_ros.ros import label_info
+from clustvit_ros.ros.camera_stream import CameraStream
+from clustvit_ros.ros.diagnostics import OK, FrameCounts, diagnostic_array, frame_pairs
+from clustvit_ros.ros.engine_host import EngineHost, LoadedEngine
+from clustvit_ros.ros.frame_pipeline import Frame, FrameReport
+from clustvit_ros.ros.frame_runner import FrameRunner
+from clustvit_ros.ros.frame_worker import LatestSlot
+from clustvit_ros.ros.node_report import camera_status
 from clustvit_ros.ros.parameter_server import ParameterServer
-from clustvit_ros.ros.parameters import SegmentationParameters
+from clustvit_ros.ros.parameters import CameraParameters, SegmentationParameters
 from clustvit_ros.ros.process import run_node
+from clustvit_ros.ros.qos import QosWatch
+from clustvit_ros.ros.replay import FrameQueue
 from clustvit_ros.runtime import Engine, ScriptedEngine, create_engine
 from clustvit_ros.runtime.bound_engine import BoundEngine
-from clustvit_ros.runtime.machine import throttling
+from clustvit_ros.runtime.class_groups import group_classes, parse_groups
+from clustvit_ros.runtime.resilient_engine import ResilientEngine
 from clustvit_ros.runtime.scripted_engine import proportional
-
-INPUT_QOS = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
-"""As sensor data, but keep the newest only: it is the one that will be segmented."""
 
 _REPORT_PERIOD_S = 1.0
 
@@ -51,18 +52,25 @@ def load_engine(parameters: SegmentationParameters) -> Engine:
     """
     if parameters.engine == "scripted":
         return ScriptedEngine(latency_ms=proportional(parameters.scripted_latency_ms))
-    return BoundEngine(
-        lambda: create_engine(
-            parameters.model, parameters.engine, parameters.device, parameters.threads, parameters.precision
-        )
+
+    def precision_on(device: str) -> str:
+        # A CPU that takes over from a GPU is slow enough without emulating half precision.
+        return "float32" if device == "cpu" != parameters.device else parameters.precision
+
+    return ResilientEngine(
+        lambda device: BoundEngine(
+            lambda: create_engine(parameters.model, parameters.engine, device, parameters.threads, precision_on(device))
+        ),
+        parameters.device,
+        adapt=parameters.processing == "live",
     )
 
 
 class SegmentationNode(LifecycleNode):
-    """Segments the newest camera image, again and again.
+    """Segments the newest image of each camera, again and again.
 
     Args:
-        engine_factory: makes the engine when the node is configured.
+        engine_factory: makes the engine when the node is configured, and when `model` changes.
         arguments: of rclpy's Node.
 
     Raises:
@@ -73,27 +81,38 @@ class SegmentationNode(LifecycleNode):
         self, engine_factory: Callable[[SegmentationParameters], Engine] = load_engine, **arguments: Any
     ) -> None:
         super().__init__("segmentation", **arguments)
-        self._engine_factory = engine_factory
-        self._engine: Engine | None = None
-        self._latency: LatencyControl | None = None
-        self._runner: FrameRunner | None = None
-        self._watch: InputWatch | None = None
-        self._subscription: Any = None
-        self._stats: Any = None
-        self._masks: MaskPublishers | None = None
         self._state = "unconfigured"
         self._fault = ""
-        self._first_mask_told = True
-        self._reported = FrameCounts()
-        self._server = ParameterServer(self, SegmentationParameters, self._why_locked, self._check)
+        self._engine_fault = ""
+        self._reported_s = 0.0
+        self._successor: LoadedEngine | None = None
+        self._runner: FrameRunner | None = None
+        self._streams: dict[str, CameraStream] = {}
+        self._qos = QosWatch(self)
+        self._host = EngineHost(engine_factory, self.get_logger(), lambda: self.get_clock().now().nanoseconds)
+        self._server = ParameterServer(
+            self, SegmentationParameters, self._why_locked, self._check_change, self._adopt_change
+        )
+        parse_groups(self.parameters.class_groups)
+        self.cameras = self.parameters.camera_names
+        """The cameras' names; the only camera has none."""
+        for camera in filter(None, self.cameras):
+            self._server.add(f"{camera}.", CameraParameters)
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         # Steady, so that diagnostics keep their pace while simulated time stands still.
         self._timer = self.create_timer(_REPORT_PERIOD_S, self._report, clock=Clock(clock_type=ClockType.STEADY_TIME))
+        if not label_info.AVAILABLE:
+            self.get_logger().warning(label_info.UNAVAILABLE)
 
     @property
     def parameters(self) -> SegmentationParameters:
         """The parameters in force."""
         return self._server.current
+
+    def parameters_of(self, camera: str) -> SegmentationParameters:
+        """The parameters in force for one camera."""
+        tables = self._server.tables
+        return tables[f"{camera}."].over(tables[""]) if camera else tables[""]
 
     def autostart(self) -> bool:
         """Configure and activate.
@@ -111,41 +130,35 @@ class SegmentationNode(LifecycleNode):
             0: every way to end is a good one.
         """
         if self._runner is None or self._runner.stop():
-            self._free_engine()
+            self._host.free()
         return 0
 
     # Lifecycle transitions. rclpy swallows what they raise, so each one reports its own failure.
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Load and warm the engine, create the publishers."""
-        return self._transition("configuring", self._configure, super().on_configure, state, "inactive")
+        """Create the publishers, load and warm the engine."""
+        return self._transition("configuring", "inactive", self._configure, partial(super().on_configure, state))
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Subscribe to the camera and begin to publish."""
-        return self._transition("activating", self._activate, super().on_activate, state, "active")
+        """Subscribe to the cameras and begin to publish."""
+        return self._transition("activating", "active", partial(self._activate, state))
 
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Unsubscribe and finish the frame at hand."""
-        return self._transition("deactivating", self._deactivate, super().on_deactivate, state, "inactive")
+        return self._transition("deactivating", "inactive", self._deactivate, partial(super().on_deactivate, state))
 
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Free the engine and the publishers."""
-        return self._transition("cleaning up", self._clean_up, super().on_cleanup, state, "unconfigured")
+        return self._transition("cleaning up", "unconfigured", self._clean_up, partial(super().on_cleanup, state))
 
     def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Stop and free everything, from any state."""
-        return self._transition("shutting down", self._shut_down, super().on_shutdown, state, "finalized")
+        return self._transition("shutting down", "finalized", self._shut_down, partial(super().on_shutdown, state))
 
-    def _transition(
-        self,
-        what: str,
-        work: Callable[[], None],
-        publishers: Callable[[LifecycleState], TransitionCallbackReturn],
-        state: LifecycleState,
-        reached: str,
-    ) -> TransitionCallbackReturn:
+    def _transition(self, what: str, reached: str, *steps: Callable[[], Any]) -> TransitionCallbackReturn:
         try:
-            work()
+            for step in steps:
+                step()
         except ClustvitError as error:
             self._fault = f"{what} failed: {error}"
             self.get_logger().error(self._fault)
@@ -156,64 +169,36 @@ class SegmentationNode(LifecycleNode):
                 self.get_logger().error(f"{what} failed: {traceback.format_exc().rstrip()}")
             return TransitionCallbackReturn.FAILURE
         self._state, self._fault = reached, ""
-        return publishers(state)
+        return TransitionCallbackReturn.SUCCESS
 
     def _configure(self) -> None:
         parameters = self.parameters
-        model = "" if parameters.engine == "scripted" else f" with model {parameters.model}, device {parameters.device}"
-        self.get_logger().info(f"loading engine {parameters.engine}{model}")
-        start_s = time.monotonic()
-        engine = self._engine_factory(parameters)
         try:
-            engine.warmup()
-            self._masks = MaskPublishers(self.create_lifecycle_publisher)
-            self._stats = self.create_lifecycle_publisher(
-                DiagnosticArray, "segmentation/stats", OUTPUT_QOS,
-                qos_overriding_options=QoSOverridingOptions.with_default_policies(),
-            )  # fmt: skip
+            for camera in self.cameras:
+                self._streams[camera] = CameraStream(self, camera, self._qos, parameters.processing == "every_frame")
+            self._host.use(self._host.load(parameters, {name: s.outputs for name, s in self._streams.items()}))
         except BaseException:
-            engine.close()
-            self._destroy_publishers()
+            self._destroy_streams()
             raise
-        self._engine = engine
-        self._latency = LatencyControl(engine, self.get_logger())
-        info = engine.info
-        reason = f" ({info.device_reason})" if info.device_reason else ""
-        self.get_logger().info(
-            f"{info.model} runs on {info.device}{reason}: engine {info.engine}, {info.precision}, "
-            f"{len(info.classes)} classes, {info.tokens_total} tokens at {info.input_size[1]}x{info.input_size[0]}; "
-            f"loaded and warm in {time.monotonic() - start_s:.1f} s"
-        )
 
-    def _activate(self) -> None:
+    def _activate(self, state: LifecycleState) -> None:
         if self._runner is not None and self._runner.busy:
             raise ClustvitError("the engine is still busy with the last frame; try again in a moment")
-        # The state machine activates after configuring.
-        assert self._engine is not None and self._masks is not None and self._latency is not None
-        pipeline = FramePipeline(self._engine, self._masks, lambda: self.get_clock().now().nanoseconds, self._latency)
         self._runner = FrameRunner(
-            pipeline, lambda: self.parameters, self._on_frame_report, self.get_logger(), self.context.ok
-        )
-        self._reported = FrameCounts()
-        self._first_mask_told = False
-        compressed = self.parameters.image_transport == "compressed"
-        kind = CompressedImage if compressed else Image
-        topic = self.resolve_topic_name("image") + ("/compressed" if compressed else "")
-        self._watch = InputWatch(self, topic, f"sensor_msgs/msg/{kind.__name__}")
-        self._runner.start()
-        self._subscription = self.create_subscription(
-            kind, topic, self._on_image, INPUT_QOS,
-            event_callbacks=subscription_events(self._watch),
-            qos_overriding_options=QoSOverridingOptions.with_default_policies(),
+            self._host.pipeline, self.parameters_of, self._on_frame_report, self.get_logger(), self.context.ok,
+            self._make_slot(), self.cameras,
         )  # fmt: skip
-        mask_topic = self.resolve_topic_name("segmentation/mask")
-        self.get_logger().info(f"active: {self._subscription.topic_name} -> {mask_topic}")
+        # Before the first frame: publishers drop what comes while they are inactive.
+        super().on_activate(state)
+        self._publish_labels()
+        self._runner.start()
+        for stream in self._streams.values():
+            topic = stream.subscribe(self.parameters, self._runner.put)
+            self.get_logger().info(f"active: {topic} -> {stream.mask_topic}")
 
     def _deactivate(self) -> None:
-        if self._subscription is not None:
-            self.destroy_subscription(self._subscription)
-            self._subscription = None
-        self._watch = None
+        for stream in self._streams.values():
+            stream.unsubscribe()
         if self._runner is not None and not self._runner.stop():
             self.get_logger().warning("the engine is still busy with the last frame; its mask will not be published")
 
@@ -221,24 +206,26 @@ class SegmentationNode(LifecycleNode):
         if self._runner is not None and self._runner.busy:
             raise ClustvitError("the engine is still busy with the last frame; try again in a moment")
         self._runner = None
-        self._destroy_publishers()
-        self._free_engine()
+        self._destroy_streams()
+        self._host.free()
 
     def _shut_down(self) -> None:
         self._deactivate()
         if self._runner is None or not self._runner.busy:
             self._clean_up()  # else a hanging engine keeps its memory until the process ends
 
-    def _destroy_publishers(self) -> None:
-        for publisher in [*(self._masks.all() if self._masks else []), *([self._stats] if self._stats else [])]:
-            self.destroy_lifecycle_publisher(publisher)
-        self._masks = self._stats = None
+    def _destroy_streams(self) -> None:
+        for stream in self._streams.values():
+            stream.destroy()
+        self._streams.clear()
 
-    def _free_engine(self) -> None:
-        self._latency = None
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
+    def _make_slot(self) -> LatestSlot[Frame]:
+        parameters, tables = self.parameters, self._server.tables
+        if parameters.processing == "every_frame":
+            return FrameQueue(parameters.queue_limit_mb * 1_000_000, lambda frame: len(frame.message.data))
+        return LatestSlot(FairScheduler({c: tables[f"{c}."].weight if c else 1.0 for c in self.cameras}))
+
+    # Parameters.
 
     def _why_locked(self) -> str | None:
         if self._state in ("unconfigured", "finalized"):
@@ -248,74 +235,108 @@ class SegmentationNode(LifecycleNode):
             f"(`ros2 lifecycle set {self.get_fully_qualified_name()} ...`), or restart with the new value"
         )
 
-    def _check(self, old: SegmentationParameters, new: SegmentationParameters) -> None:
-        if self._latency is not None:
-            self._latency.check(old, new)
+    def _check_change(self, old: SegmentationParameters, new: SegmentationParameters) -> None:
+        parse_groups(new.class_groups)
+        loaded = self._host.current
+        if loaded is None:
+            return
+        loaded.latency.check(old, new)
+        if new.model != old.model:
+            if new.engine == "scripted":
+                raise ConfigError(
+                    f"model: {new.model!r} cannot be used, engine scripted runs no model; restart with engine torch"
+                )
+            self._successor = self._host.load_beside(
+                new, {name: stream.outputs for name, stream in self._streams.items()}, self._while_loading
+            )
+        else:
+            group_classes(loaded.engine.info.classes, new.class_groups)
+
+    def _adopt_change(self, old: SegmentationParameters, new: SegmentationParameters) -> None:
+        if self._successor is not None:
+            self._host.use(self._successor)
+            self._successor = None
+            self.get_logger().info(f"model {new.model} takes over from {old.model}")
+        idle = self._runner is None or not self._runner.busy
+        if idle:
+            self._host.free_retired()
+        elif self._runner is not None:
+            for camera in filter(None, self.cameras):
+                self._runner.slot.set_weight(camera, self._server.tables[f"{camera}."].weight)
+            # Else the worker tells, before its next mask.
+            if self._runner.slot.idle:
+                self._publish_labels()
+
+    def _while_loading(self) -> bool:
+        for stream in self._streams.values():
+            stream.take_messages()
+        if time.monotonic() - self._reported_s > _REPORT_PERIOD_S:
+            self._report()
+        return self.context.ok()
 
     # Frames.
 
-    def _on_image(self, message: Image | CompressedImage) -> None:
-        if self._watch is not None and self._runner is not None:
-            self._watch.saw_image()
-            self._runner.put(Frame(message, self.get_clock().now().nanoseconds))
-
     def _on_frame_report(self, frame: Frame, report: FrameReport, counts: FrameCounts) -> None:
-        if not self._first_mask_told:
-            self._first_mask_told = True
+        stream = self._streams[frame.camera]
+        if not stream.first_mask_told:
+            stream.first_mask_told = True
             engine = report.engine
             self.get_logger().info(
-                f"first mask: {report.mask_size[1]}x{report.mask_size[0]}, {report.age_ms:.1f} ms after the image's "
-                f"stamp; engine {engine.total_ms:.1f} ms, {engine.tokens_kept:g} of {engine.tokens_total} tokens"
+                f"{frame.camera + ': ' if frame.camera else ''}first mask: "
+                f"{report.mask_size[1]}x{report.mask_size[0]}, "
+                f"{report.age_ms:.1f} ms after the image's stamp; engine {engine.total_ms:.1f} ms, "
+                f"{engine.tokens_kept:g} of {engine.tokens_total} tokens"
             )
-        stats, engine_ = self._stats, self._engine
-        if stats is not None and engine_ is not None and stats.get_subscription_count():
-            stats.publish(
-                diagnostic_array(
-                    frame.message.header, f"{self.get_name()}: frame", engine_.info.device, OK, "segmented",
-                    frame_pairs(report, counts),
-                )
-            )  # fmt: skip
+        loaded = self._host.current
+        if loaded is not None and stream.outputs.wanted("stats"):
+            device, name = loaded.engine.info.device, f"{self.get_name()}: frame"
+            pairs = {"camera": frame.camera} if frame.camera else {}
+            pairs.update(frame_pairs(report, counts))
+            header = frame.message.header
+            stream.outputs.publish_stats(diagnostic_array(header, name, device, OK, "segmented", pairs))
+
+    def _publish_labels(self) -> None:
+        loaded = self._host.current
+        if loaded is not None:
+            classes = group_classes(loaded.engine.info.classes, self.parameters.class_groups).classes
+            header = Header(stamp=self.get_clock().now().to_msg())
+            for stream in self._streams.values():
+                stream.outputs.publish_labels(classes, self.parameters.confidence_threshold, header)
 
     # Diagnostics, once a second.
 
     def _report(self) -> None:
-        if self._watch is not None:
-            self._watch.check(self.parameters.input_timeout_s)
-        account = self._runner.account() if self._runner is not None else Account()
-        status = self._latency.status if self._latency is not None else BudgetStatus()
-        if status.recalibrated and self.parameters.recalibrate:
+        self._reported_s = time.monotonic()
+        self._qos.check()
+        loaded = self._host.current
+        budget = loaded.latency.status if loaded is not None else BudgetStatus()
+        if budget.recalibrated and self.parameters.recalibrate:
             self.set_parameters([Parameter("recalibrate", value=False)])
-        level, sentence = judge(self._health(account, status.problem()))
-        pairs = {"state": self._state, **account.counts.as_pairs()}
-        if self._engine is not None:
-            pairs.update(engine_pairs(self._engine.info))
-        pairs.update(status.as_pairs())
-        pairs.update(account.age.as_pairs("age"))
-        pairs.update(account.engine.as_pairs("engine"))
-        header = Header(stamp=self.get_clock().now().to_msg())
-        device = self._engine.info.device if self._engine is not None else ""
-        name = f"{self.get_fully_qualified_name().lstrip('/')}: segmentation"
-        self._diagnostics.publish(diagnostic_array(header, name, device, level, sentence, pairs))
-        self._reported = account.counts
+        self._tell_engine_fault(loaded)
+        array = DiagnosticArray(header=Header(stamp=self.get_clock().now().to_msg()))
+        for camera in self.cameras:
+            stream = self._streams.get(camera)
+            if stream is not None and stream.watch is not None:
+                stream.watch.check(self.parameters.input_timeout_s)
+            account = self._runner.account(camera) if self._runner is not None else None
+            array.status.append(
+                camera_status(
+                    name=f"{self.get_fully_qualified_name().lstrip('/')}: segmentation{' ' + camera if camera else ''}",
+                    state=self._state, fault=self._fault, engine=loaded.engine if loaded is not None else None,
+                    engine_fault=self._engine_fault, budget=budget, parameters=self.parameters, stream=stream,
+                    account=account,
+                )
+            )  # fmt: skip
+        self._diagnostics.publish(array)
 
-    def _health(self, account: Account, budget_problem: str) -> Health:
-        watch = self._watch
-        return Health(
-            state=self._state,
-            fault=self._fault,
-            input_topic=watch.topic if watch else "",
-            input_silence_s=watch.silence_s if watch else 0.0,
-            input_timeout_s=self.parameters.input_timeout_s,
-            counts=account.counts,
-            recent=account.counts.since(self._reported),
-            last_rejection=account.last_rejection,
-            last_failure=account.last_failure,
-            unstamped=account.unstamped,
-            qos_problem=watch.qos_problem if watch else "",
-            input_age_s=account.arrival_age_ms / 1000.0,
-            budget_problem=budget_problem,
-            throttling=throttling() if budget_problem else "",
-        )
+    def _tell_engine_fault(self, loaded: LoadedEngine | None) -> None:
+        fault = loaded.engine.fault if loaded is not None else ""
+        if bool(fault) != bool(self._engine_fault):
+            if fault:
+                self.get_logger().error(fault)
+            else:
+                self.get_logger().info("the engine runs as configured again")
+        self._engine_fault = fault
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -324,10 +345,15 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         0 after SIGINT or SIGTERM; 1 when the node could not start.
     """
-    return run_node("segmentation", SegmentationNode, _spin, arguments)
+    return run_node("segmentation", SegmentationNode, spin, arguments)
 
 
-def _spin(node: SegmentationNode, executor: SingleThreadedExecutor) -> int:
+def spin(node: SegmentationNode, executor: SingleThreadedExecutor) -> int:
+    """Start the node where it is to start by itself, and serve it until ROS shuts down.
+
+    Returns:
+        1 when it could not start.
+    """
     if node.parameters.autostart and not node.autostart():
         return 1
     executor.spin()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -34,9 +34,11 @@ class ParameterSpec:
         choices: accepted strings, empty for no restriction.
         pattern: regular expression that a string must match in full, empty for no restriction.
         form: what `pattern` accepts, in words.
+        separator: a string parameter takes an array of strings too, and joins it with this.
         accepts_integer: a string parameter takes an integer for its decimal form (`source: 0`).
         unit: physical unit, empty for none.
         live: a change takes effect on the next frame; otherwise the node must be cleaned up first.
+        fixed: cannot change while the node runs, in whatever state.
     """
 
     name: str
@@ -48,14 +50,16 @@ class ParameterSpec:
     choices: tuple[str, ...] = ()
     pattern: str = ""
     form: str = ""
+    separator: str = ""
     accepts_integer: bool = False
     unit: str = ""
     live: bool = False
+    fixed: bool = False
 
     @property
     def type_name(self) -> str:
-        """The type's name in ROS 2: bool, integer, double or string."""
-        return _TYPE_NAMES[self.kind]
+        """The type's name in ROS 2: bool, integer, double, string, or string (array)."""
+        return _TYPE_NAMES[self.kind] + (" (array)" if self.separator else "")
 
     @property
     def range_text(self) -> str:
@@ -74,6 +78,8 @@ class ParameterSpec:
         Raises:
             ConfigError: wrong type, not finite, or outside the range.
         """
+        if self.separator and not isinstance(value, str):
+            value = self._joined(value)
         kind = type(value)
         widened = kind is int and (self.kind is float or self.accepts_integer)
         if kind is not self.kind and not widened:
@@ -82,6 +88,14 @@ class ParameterSpec:
         if not self._in_range(coerced):
             raise self._refusal(repr(value))
         return coerced
+
+    def _joined(self, value: Any) -> Any:
+        # An empty array arrives without its type, as bytes or as nothing at all.
+        if value is None or (isinstance(value, Sized) and not len(value)):
+            return ""
+        if isinstance(value, Sequence) and all(isinstance(item, str) for item in value):
+            return self.separator.join(value)
+        return value
 
     def _in_range(self, value: Any) -> bool:
         if self.kind is str:
@@ -105,10 +119,10 @@ def parameter(default: Any, description: str, **limits: Any) -> Any:
     return dataclasses.field(default=default, metadata={"description": description, **limits})
 
 
-def specs_of(table: type) -> tuple[ParameterSpec, ...]:
-    """The parameters that dataclass `table` declares, in order."""
+def specs_of(table: type, prefix: str = "") -> tuple[ParameterSpec, ...]:
+    """The parameters that dataclass `table` declares, in order, `prefix` before their names."""
     return tuple(
-        ParameterSpec(name=field.name, kind=type(field.default), default=field.default, **field.metadata)
+        ParameterSpec(name=prefix + field.name, kind=type(field.default), default=field.default, **field.metadata)
         for field in dataclasses.fields(table)
     )
 
@@ -123,8 +137,8 @@ def build(table: type[T], values: Mapping[str, Any]) -> T:
     return table(**{name: specs[name].coerce(value) for name, value in values.items()})
 
 
-def markdown_table(table: type) -> str:
-    """The parameters of `table` as a Markdown table, one row each."""
+def markdown_table(table: type, prefix: str = "") -> str:
+    """The parameters of `table` as a Markdown table, one row each, `prefix` before their names."""
     rows = ["| Parameter | Type | Default | Range | Live | Meaning |", "|---|---|---|---|---|---|"]
     for spec in specs_of(table):
         default = str(spec.default).lower() if spec.kind is bool else str(spec.default)
@@ -132,5 +146,6 @@ def markdown_table(table: type) -> str:
         unit = f" {spec.unit}" if spec.unit else ""
         live = "yes" if spec.live else "no"
         range_text = f"{spec.range_text}{unit}" if spec.range_text else ""
-        rows.append(f"| `{spec.name}` | {spec.type_name} | {default} | {range_text} | {live} | {spec.description} |")
+        name = f"`{prefix}{spec.name}`"
+        rows.append(f"| {name} | {spec.type_name} | {default} | {range_text} | {live} | {spec.description} |")
     return "\n".join(rows)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from clustvit_ros.control import POLICIES, REFERENCES
+from clustvit_ros.errors import ConfigError
 from clustvit_ros.ros.parameter_spec import ParameterSpec, markdown_table, parameter, specs_of
 from clustvit_ros.runtime import ENGINES, PRECISIONS, Settings
 
@@ -13,7 +14,10 @@ from clustvit_ros.runtime import ENGINES, PRECISIONS, Settings
 class SegmentationParameters:
     """One consistent set of values; a frame is processed under exactly one of these."""
 
-    model: str = parameter("camvid_tiny", "Name of a shipped model, or path of a model folder.")
+    model: str = parameter(
+        "camvid_tiny", "Name of a shipped model, or path of a model folder; loaded beside the old one, then swapped.",
+        live=True,
+    )  # fmt: skip
     engine: str = parameter(
         "auto", "What runs the network; `auto` is `cuda_graph` on a GPU and `torch` (eager) on a CPU.",
         choices=ENGINES,
@@ -54,6 +58,15 @@ class SegmentationParameters:
     recalibrate: bool = parameter(
         False, "Times the engine again instead of using the kept calibration; becomes false when done.", live=True
     )
+    class_groups: str = parameter(
+        "", "Replaces the model's classes by fewer; ids follow the order, what no group names becomes 255.",
+        pattern=r"\s*|[^;:]+:[^;:]+(;[^;:]+:[^;:]+)*;?\s*", form="GROUP: CLASS, CLASS; GROUP: CLASS", separator=";",
+        live=True,
+    )  # fmt: skip
+    cameras: str = parameter(
+        "", "Several cameras share the engine; the topics of each are below its name (`front/image`).",
+        pattern=r"|[A-Za-z]\w*(\s*,\s*[A-Za-z]\w*)*", form="names of letters, digits and _", separator=",", fixed=True,
+    )  # fmt: skip
     confidence_threshold: float = parameter(
         0.0, "Pixels less confident than this become 255 (unlabelled) in the mask.",
         minimum=0.0, maximum=1.0, live=True,
@@ -69,6 +82,14 @@ class SegmentationParameters:
     image_transport: str = parameter(
         "raw", "`compressed` subscribes to JPEG or PNG on `<image>/compressed`.", choices=("raw", "compressed")
     )
+    processing: str = parameter(
+        "live", "`every_frame` queues all frames and adapts nothing, so that masks of a replay repeat bit for bit.",
+        choices=("live", "every_frame"),
+    )  # fmt: skip
+    queue_limit_mb: int = parameter(
+        1024, "With `every_frame`, frames that wait may take so much memory; what comes then is dropped, and told.",
+        minimum=1, maximum=1_048_576, unit="MB",
+    )  # fmt: skip
     max_image_pixels: int = parameter(
         16_777_216, "Larger images are rejected before any memory is spent on them.",
         minimum=1, maximum=1_073_741_824, unit="pixels", live=True,
@@ -82,6 +103,19 @@ class SegmentationParameters:
         0.0, "How long the scripted engine takes with every token kept; merging saves up to three quarters.",
         minimum=0.0, maximum=60_000.0, unit="ms",
     )  # fmt: skip
+
+    @property
+    def camera_names(self) -> tuple[str, ...]:
+        """The cameras of `cameras`; one without a name where there are none.
+
+        Raises:
+            ConfigError: a name repeats.
+        """
+        names = tuple(name.strip() for name in self.cameras.split(","))
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ConfigError(f"cameras: got {', '.join(repeated)} more than once, expected each name once")
+        return names
 
     def settings(self, model_size: tuple[int, int], confidence: bool, clusters: bool) -> Settings:
         """What one engine call gets.
@@ -107,6 +141,25 @@ class SegmentationParameters:
         )
 
 
+@dataclass(frozen=True)
+class CameraParameters:
+    """What a camera of `cameras` has for itself; declared as `<camera>.<name>`."""
+
+    merge_threshold: float = parameter(
+        -1.0, "As `merge_threshold`, for this camera; -1 takes the node's.", minimum=-1.0, maximum=1.0, live=True
+    )
+    weight: float = parameter(
+        1.0, "Share of the engine's turns relative to the other cameras', where they compete.",
+        minimum=0.01, maximum=100.0, live=True,
+    )  # fmt: skip
+
+    def over(self, parameters: SegmentationParameters) -> SegmentationParameters:
+        """The node's parameters as they hold for this camera."""
+        if self.merge_threshold < 0.0:
+            return parameters
+        return replace(parameters, merge_threshold=self.merge_threshold)
+
+
 PARAMETERS: tuple[ParameterSpec, ...] = specs_of(SegmentationParameters)
 """Every parameter of the segmentation node, in the order of the README's table."""
 
@@ -114,3 +167,8 @@ PARAMETERS: tuple[ParameterSpec, ...] = specs_of(SegmentationParameters)
 def as_markdown_table() -> str:
     """The table for the README; a test compares the two."""
     return markdown_table(SegmentationParameters)
+
+
+def camera_markdown_table() -> str:
+    """The table of a camera's own parameters for the README."""
+    return markdown_table(CameraParameters, "<camera>.")

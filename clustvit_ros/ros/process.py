@@ -13,6 +13,7 @@ from rclpy.node import Node
 
 from clustvit_ros.errors import ClustvitError, ConfigError
 from clustvit_ros.runtime.memory import keep_freed_memory
+from clustvit_ros.shared_memory import remove_leftovers
 
 N = TypeVar("N", bound=Node)
 
@@ -36,6 +37,7 @@ def run_node(
     try:
         keep_freed_memory()
         _bound_spinning()
+        _clear_shared_memory(name)
         _initialise(arguments)
         node = create()
         executor = SingleThreadedExecutor()
@@ -66,6 +68,16 @@ def _initialise(arguments: list[str] | None) -> None:
         rclpy.init(args=arguments)
     except RuntimeError as error:  # a parameter file or argument that rcl cannot read
         raise ConfigError(str(error)) from error
+
+
+def _clear_shared_memory(name: str) -> None:
+    """Delete what killed processes left; enough of it, and this process gets no shared memory."""
+    removed = remove_leftovers()
+    if removed:
+        megabytes = sum(leftover.bytes_used for leftover in removed) / 1e6
+        rclpy.logging.get_logger(name).info(
+            f"deleted {len(removed)} shared-memory segments ({megabytes:.0f} MB) of processes that were killed"
+        )
 
 
 def _bound_spinning() -> None:

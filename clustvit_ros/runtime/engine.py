@@ -130,6 +130,11 @@ class Engine(abc.ABC):
     def info(self) -> EngineInfo:
         """What this engine runs, and where."""
 
+    @property
+    def fault(self) -> str:
+        """Why this engine does not run as it was asked to, in a sentence; empty while it does."""
+        return ""
+
     @abc.abstractmethod
     def warmup(self, image_size: tuple[int, int] | None = None) -> None:
         """Do everything slow that a first call would do, for images of (height, width) `image_size`."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from clustvit_ros.errors import ConfigError, EngineError, ModelError
-from clustvit_ros.modeling.model_folder import ModelConfig, hash_weights, load_config
+from clustvit_ros.modeling.model_folder import ModelConfig, hash_weights, inside, load_config
 from clustvit_ros.modeling.vit import grid_size_of
 from clustvit_ros.paths import find_model, user_cache_dir
 from clustvit_ros.runtime.device import describe_device, select_device
@@ -122,6 +122,8 @@ class OnnxEngine(NetworkEngine):
     def _find_file(self, config: ModelConfig, size: tuple[int, int]) -> Path:
         wanted = describe_export(config, self._weights_sha256, size, None)
         shipped = find_model(self._model) / ONNX_FILE
+        if shipped.exists():
+            inside(shipped.parent, ONNX_FILE)
         if shipped.is_file():
             found = read_metadata(shipped)
             stale = [name for name in ("format", "weights_sha256", "network") if found.get(name) != wanted[name]]

@@ -35,6 +35,8 @@ class ScriptedEngine(Engine):
 
     Args:
         latency_ms: milliseconds of a call; a number, or a function of (call index, kept tokens, total tokens).
+        failure: called with the call's index; what it returns is raised instead of a prediction, None is none.
+        device: what `info` calls the device.
         sleep: waits that many seconds; replace it to script time.
         clock: monotonic seconds; replace it with `sleep`.
     """
@@ -44,12 +46,14 @@ class ScriptedEngine(Engine):
         latency_ms: float | Callable[[int, int, int], float] = 0.0,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.perf_counter,
+        failure: Callable[[int], Exception | None] = lambda _call: None,
+        device: str = "cpu",
     ) -> None:
         self._latency_ms = latency_ms if callable(latency_ms) else lambda *_: float(latency_ms)
-        self._sleep, self._clock = sleep, clock
+        self._sleep, self._clock, self._failure = sleep, clock, failure
         self._calls = 0
         self._info = EngineInfo(
-            model="scripted", engine="scripted", device="cpu", device_reason="", precision="none", classes=_CLASSES,
+            model="scripted", engine="scripted", device=device, device_reason="", precision="none", classes=_CLASSES,
             input_size=(480, 640), tokens_total=1200,
         )  # fmt: skip
 
@@ -66,6 +70,10 @@ class ScriptedEngine(Engine):
     def segment(self, images: np.ndarray | Sequence[np.ndarray], settings: Settings = Settings()) -> Prediction:
         start = self._clock()
         batch = as_batch(images)
+        failure = self._failure(self._calls)
+        if failure is not None:
+            self._calls += 1
+            raise failure
         size = settings.output_size or batch.shape[1:3]
         green = np.stack([cv2.resize(i[..., 1], size[::-1], interpolation=cv2.INTER_NEAREST) for i in batch])
         mask, within = green >> 6, green & 63

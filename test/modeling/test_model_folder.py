@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import struct
 
 import pytest
 import torch
@@ -116,3 +119,110 @@ def test_configuration_is_frozen(folder):
 
 def test_weights_are_readable_for_other_users(folder):
     assert (folder[0] / "model.safetensors").stat().st_mode & 0o044 == 0o044
+
+
+def test_numbers_that_are_none_are_refused(folder):
+    weights = load_file(folder[0] / "model.safetensors")
+    name = next(iter(weights))
+    weights[name].view(-1)[0] = float("nan")
+    save_file(weights, folder[0] / "model.safetensors")
+    with pytest.raises(ModelError, match=f"no numbers in {name}"):
+        load_segmenter(folder[0])
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        {"depth": 10**9},
+        {"embed_dim": 10**12, "num_heads": 1},
+        {"image_size": [10**9, 10**9]},
+        {"head_depth": 10**6},
+        {"mlp_ratio": 1e18},
+        {"embed_dim": 60_000, "num_heads": 1, "depth": 500},
+    ],
+)
+def test_networks_of_absurd_size_cost_nothing(folder, network):
+    edit(folder[0], network={**OVERRIDES, **network})
+    with pytest.raises((ConfigError, ModelError), match=r"expected at most|do not fit"):
+        load_segmenter(folder[0])
+
+
+def test_absurd_inputs_are_refused(folder):
+    edit(folder[0], input={"size": [10**6, 10**6]})
+    with pytest.raises(ConfigError, match="expected at most 8192 px"):
+        load_config(folder[0])
+
+
+def header(content, tail=b"") -> bytes:
+    text = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return struct.pack("<Q", len(text)) + text + tail
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        struct.pack("<Q", 2**63) + b"{}",
+        struct.pack("<Q", 2**40) + b"{}",
+        header(b"{" * 100_000),
+        header({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}),
+        header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, bytes(4)),
+        header({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+                "b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, bytes(4)),
+        header({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, bytes(4)),
+        header({"a": {"dtype": "F32", "shape": [2**32, 2**32], "data_offsets": [0, 0]}}),
+    ],
+)  # fmt: skip
+def test_lying_headers_are_refused(folder, content):
+    (folder[0] / "model.safetensors").write_bytes(content)
+    with pytest.raises(ModelError, match="cannot be read"):
+        load_segmenter(folder[0])
+
+
+def test_a_large_file_of_other_tensors_is_refused_by_its_header(folder):
+    shape = {"dtype": "F32", "shape": [2**30], "data_offsets": [0, 2**32]}
+    path = folder[0] / "model.safetensors"
+    path.write_bytes(header({"backdoor": shape}))
+    os.truncate(path, path.stat().st_size + 2**32)  # 4 GB without a byte on disk
+    with pytest.raises(ModelError, match="unknown: backdoor"):
+        load_segmenter(folder[0])
+
+
+def test_links_must_not_lead_out_of_the_folder(folder, tmp_path):
+    path = folder[0]
+    elsewhere = tmp_path / "elsewhere.safetensors"
+    (path / "model.safetensors").rename(elsewhere)
+    (path / "model.safetensors").symlink_to(elsewhere)
+    with pytest.raises(ModelError, match="outside of the model's folder"):
+        load_segmenter(path)
+    elsewhere.rename(path / "real")
+    (path / "model.safetensors").unlink()
+    (path / "model.safetensors").symlink_to("real")
+    load_segmenter(path)
+    linked = tmp_path / "install" / "toy"  # as `colcon build --symlink-install` lays it out
+    linked.mkdir(parents=True)
+    for name in ("model.yaml", "model.safetensors"):
+        (linked / name).symlink_to(path / name)
+    load_segmenter(linked)
+
+
+def test_devices_and_folders_are_no_weights(folder):
+    weights = folder[0] / "model.safetensors"
+    weights.unlink()
+    weights.mkdir()
+    with pytest.raises(ModelError, match="cannot be read"):
+        load_segmenter(folder[0])
+    weights.rmdir()
+    os.mkfifo(weights)
+    with pytest.raises(ModelError, match="cannot be read"):
+        load_segmenter(folder[0])
+
+
+def test_nothing_is_unpickled(folder):
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(folder[0] / "pwned"),)
+
+    torch.save({"weights": Payload()}, folder[0] / "model.safetensors")
+    with pytest.raises(ModelError, match="cannot be read"):
+        load_segmenter(folder[0])
+    assert not (folder[0] / "pwned").exists()

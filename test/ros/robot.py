@@ -9,7 +9,7 @@ import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray
 from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue
 from rcl_interfaces.srv import GetParameters, SetParameters, SetParametersAtomically
-from sensor_msgs.msg import Image
+from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import Header
 
 from clustvit_ros.ros.conversions import image_message
@@ -41,10 +41,15 @@ def mask_of(message: Image) -> np.ndarray:
 class Robot:
     """A running node, a camera for it, and what it published."""
 
-    def __init__(self, client: Any, start_node: Callable[..., Any], namespace: str, *arguments: str) -> None:
+    def __init__(
+        self, client: Any, start_node: Callable[..., Any], namespace: str, *arguments: str, transport: str = "raw"
+    ) -> None:
         self.client, self.namespace = client, namespace
         self.process = start_node("node", "-r", f"__ns:={namespace}", "-p", "engine:=scripted", *arguments)
-        self.camera = client.image_publisher(f"{namespace}/image")
+        if transport == "compressed":
+            self.camera = client.image_publisher(f"{namespace}/image/compressed", CompressedImage)
+        else:
+            self.camera = client.image_publisher(f"{namespace}/image")
         self.masks: list[Image] = client.collect(Image, f"{namespace}/segmentation/mask")
         self.stats: list[DiagnosticArray] = client.collect(DiagnosticArray, f"{namespace}/segmentation/stats")
 

@@ -13,9 +13,10 @@ from sensor_msgs.msg import Image
 from std_msgs.msg import Header
 
 from clustvit_ros.errors import EngineError, ImageError
+from clustvit_ros.ros.camera_outputs import CameraOutputs
 from clustvit_ros.ros.conversions import image_message
 from clustvit_ros.ros.diagnostics import FrameCounts, frame_pairs
-from clustvit_ros.ros.frame_pipeline import Frame, FramePipeline, MaskPublishers
+from clustvit_ros.ros.frame_pipeline import Frame, FramePipeline
 from clustvit_ros.ros.frame_runner import FrameRunner
 from clustvit_ros.ros.latency_control import LatencyControl
 from clustvit_ros.ros.parameter_spec import build
@@ -92,15 +93,18 @@ class Bench:
             return self.published.setdefault(name, FakePublisher(int(name in subscribed)))
 
         latency = LatencyControl(self.engine, FakeLogger())
-        self.pipeline = FramePipeline(self.engine, MaskPublishers(create), lambda: self.now_ns, latency)
+        self.pipeline = FramePipeline(self.engine, {"": CameraOutputs(create)}, lambda: self.now_ns, latency)
 
     def frame(self, pixels: np.ndarray, stamp_s: int = 99) -> Frame:
         header = Header(frame_id="camera")
         header.stamp.sec = stamp_s
         return Frame(image_message(pixels, "rgb8", header), arrival_ns=self.now_ns - 20_000_000)
 
+    def images(self) -> list[tuple[str, FakePublisher]]:
+        return [(name, self.published[name]) for name in ALL]
+
     def counts(self) -> dict[str, int]:
-        return {name: len(publisher.messages) for name, publisher in self.published.items()}
+        return {name: len(self.published[name].messages) for name in ALL}
 
 
 @pytest.fixture
@@ -130,9 +134,9 @@ def test_only_the_mask_is_computed_for_nobody(pixels: np.ndarray) -> None:
 def test_everything_is_published_when_subscribed(pixels: np.ndarray) -> None:
     bench = Bench(*ALL)
     bench.pipeline.process(bench.frame(pixels), build(SegmentationParameters, {"output_size": "20x10"}))
-    sizes = {name: (p.messages[0].height, p.messages[0].width) for name, p in bench.published.items()}
+    sizes = {name: (p.messages[0].height, p.messages[0].width) for name, p in bench.images()}
     assert sizes == {"mask": (20, 10), "confidence": (20, 10), "clusters": (20, 10), "overlay": (32, 48)}
-    encodings = {name: publisher.messages[0].encoding for name, publisher in bench.published.items()}
+    encodings = {name: publisher.messages[0].encoding for name, publisher in bench.images()}
     assert encodings == {"mask": "mono8", "confidence": "mono8", "clusters": "mono8", "overlay": "rgb8"}
 
 
@@ -158,7 +162,11 @@ def test_a_late_frame_is_counted_and_published_as_the_policy_says(policy: str, m
         {"latency_budget_ms": 500, "budget_reference": "stamp", "deadline_policy": policy},
     )
     runner = FrameRunner(
-        bench.pipeline, lambda: parameters, lambda *report: reports.append(report), FakeLogger(), lambda: True
+        lambda: bench.pipeline,
+        lambda camera: parameters,
+        lambda *report: reports.append(report),
+        FakeLogger(),
+        lambda: True,
     )
     runner._handle(bench.frame(pixels))  # stamped a second ago
     _, report, counts = reports[0]
@@ -185,18 +193,17 @@ def test_every_frame_says_under_which_latency_settings_it_was_made(pixels: np.nd
 def test_bad_frames_and_engine_failures_are_counted_and_survived(pixels: np.ndarray) -> None:
     bench, logger, reports = Bench(), FakeLogger(), []
     runner = FrameRunner(
-        bench.pipeline, SegmentationParameters, lambda *report: reports.append(report), logger, lambda: True
+        lambda: bench.pipeline,
+        lambda camera: SegmentationParameters(),
+        lambda *report: reports.append(report),
+        logger,
+        lambda: True,
     )
     good, bad = bench.frame(pixels), bench.frame(pixels)
     bad.message.encoding = "32FC1"
-    handle, on_fault = runner._handle, runner._on_fault  # the worker's two ways, without its thread
-
     for frame, failure in ((bad, None), (good, EngineError("device lost")), (good, ValueError("bug")), (good, None)):
         bench.engine.failure = failure
-        try:
-            handle(frame)
-        except Exception as error:
-            on_fault(error)
+        runner._handle(frame)  # the worker's way, without its thread
     account = runner.account()
     assert (account.counts.rejected, account.counts.failed, account.counts.segmented) == (1, 2, 1)
     assert "32FC1" in account.last_rejection

@@ -90,8 +90,11 @@ def test_integer_is_accepted_for_a_double(robot: Robot, pixels: np.ndarray) -> N
         (Parameter(name="merge_threshold"), ["merge_threshold", "0.0 to 1.0"]),
         (integer("token_capacity", -1), ["token_capacity", "0", "1048576"]),
         (string("output_size", "big"), ["output_size", "input, model or HEIGHTxWIDTH"]),
-        (string("model", "other"), ["model", "cannot change while the node is active", "ros2 lifecycle set"]),
-        (string("device", "cuda"), ["device", "cannot change while the node is active"]),
+        (string("model", "other"), ["model", "'other' cannot be used", "scripted runs no model"]),
+        (string("cameras", "front"), ["cameras", "cannot change while the node runs"]),
+        (string("class_groups", "a"), ["class_groups", "GROUP: CLASS, CLASS"]),
+        (string("class_groups", "a: dim; b: fog"), ["no class 'fog', expected dark, dim, bright, glare"]),
+        (string("device", "cuda"), ["device", "cannot change while the node is active", "ros2 lifecycle set"]),
     ],
 )
 def test_refusals_name_the_range_and_change_nothing(robot: Robot, parameter: Parameter, words: list[str]) -> None:

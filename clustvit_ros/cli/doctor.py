@@ -1,0 +1,55 @@
+"""`clustvit-ros doctor`: does this machine have what the node needs, and does it really work?"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+
+from clustvit_ros.cli import machine_checks
+from clustvit_ros.cli.camera_check import check_camera
+from clustvit_ros.cli.compute_checks import run_isolated
+from clustvit_ros.cli.findings import Finding, Level, as_json, as_text
+from clustvit_ros.shared_memory import remove_leftovers
+
+_DEFAULT_TOPIC = "/image"
+_MAX_IMAGE_PIXELS = 16_777_216
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("doctor", help="find out what keeps the node from working here, and what helps")
+    parser.add_argument("--model", default="camvid_tiny", help="a shipped model's name or a model folder")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument(
+        "--topic", help=f"the camera's topic; without a camera there this fails (default: look at {_DEFAULT_TOPIC})"
+    )
+    parser.add_argument("--seconds", type=float, default=3.0, help="how long to listen to the camera (default: 3)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--clean", action="store_true", help="delete shared memory that killed processes left, first")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print every finding; 1 when one of them is a failure."""
+    findings = examine(args)
+    print(as_json(findings) if args.json else as_text(findings))
+    return int(any(finding.level is Level.FAIL for finding in findings))
+
+
+def examine(args: argparse.Namespace) -> list[Finding]:
+    """Look at everything."""
+    findings = machine_checks.check_packages()
+    findings += machine_checks.check_cv_bridge()
+    findings += run_isolated("torch", args.device)
+    findings += run_isolated("onnxruntime")
+    findings += run_isolated("model", args.model, args.device)
+    if args.clean:
+        removed = remove_leftovers()
+        findings.append(Finding("clean", Level.OK, f"deleted {len(removed)} segments of killed processes"))
+    findings += machine_checks.check_shared_memory()
+    findings += machine_checks.check_dds()
+    findings += machine_checks.check_sockets()
+    if importlib.util.find_spec("rclpy") is not None:
+        findings += check_camera(
+            args.topic or _DEFAULT_TOPIC, args.seconds, _MAX_IMAGE_PIXELS, required=args.topic is not None
+        )
+    return findings

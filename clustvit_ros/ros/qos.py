@@ -1,0 +1,107 @@
+"""Quality of service of the node's topics, how users override it, and why a peer may not be heard."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rclpy.node import Node
+from rclpy.qos import (
+    DurabilityPolicy,
+    QoSCompatibility,
+    QoSPolicyKind,
+    QoSProfile,
+    ReliabilityPolicy,
+    qos_check_compatible,
+    qos_policy_name_from_kind,
+)
+from rclpy.qos_overriding_options import QoSOverridingOptions
+
+try:
+    from rclpy.event_handler import PublisherEventCallbacks, SubscriptionEventCallbacks
+except ImportError:  # Humble's name for the same module
+    from rclpy.qos_event import PublisherEventCallbacks, SubscriptionEventCallbacks
+
+
+def input_qos() -> QoSProfile:
+    """As sensor data, but keep the newest only: it is the one that will be segmented."""
+    return QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
+
+
+def output_qos(depth: int = 5) -> QoSProfile:
+    """Reliable and volatile: consumers may ask for less.
+
+    A new profile for every topic: rclpy writes a topic's overrides into the profile that it is given.
+    """
+    return QoSProfile(depth=depth, reliability=ReliabilityPolicy.RELIABLE)
+
+
+def latched_qos() -> QoSProfile:
+    """Reliable and transient local: whoever comes late gets the newest message."""
+    return QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+
+
+def overridable() -> QoSOverridingOptions:
+    """History, depth, reliability and durability can be set with `qos_overrides` parameters."""
+    kinds = (QoSPolicyKind.HISTORY, QoSPolicyKind.DEPTH, QoSPolicyKind.RELIABILITY, QoSPolicyKind.DURABILITY)
+    return QoSOverridingOptions(policy_kinds=kinds)
+
+
+class QosWatch:
+    """Remembers which topics have peers that DDS refuses to match, until those peers are gone.
+
+    Args:
+        node: whose graph and logger to use.
+    """
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._problems: dict[str, str] = {}
+
+    def problem_of(self, *topics: str) -> str:
+        """What is refused on these topics, and the remedy; empty when nothing is."""
+        return "; ".join(self._problems[topic] for topic in topics if topic in self._problems)
+
+    def publisher_events(self, topic: str) -> Any:
+        """Event callbacks for a publisher on the resolved `topic`."""
+        return PublisherEventCallbacks(incompatible_qos=lambda event: self._refused(topic, "publisher", event))
+
+    def subscription_events(self, topic: str) -> Any:
+        """Event callbacks for a subscription to the resolved `topic`."""
+        return SubscriptionEventCallbacks(incompatible_qos=lambda event: self._refused(topic, "subscription", event))
+
+    def remove(self, topic: str) -> None:
+        """The publisher or subscription is gone, and its problems are."""
+        self._problems.pop(topic, None)
+
+    def check(self) -> None:
+        """Forget problems whose peers have gone; call it from time to time."""
+        for topic in list(self._problems):
+            if not self._misfits(topic):
+                del self._problems[topic]
+                self._node.get_logger().info(f"nobody with incompatible QoS is left on {topic}")
+
+    def _refused(self, topic: str, ours: str, event: Any) -> None:
+        name = str(qos_policy_name_from_kind(event.last_policy_kind)).rpartition(".")[2]
+        peer = "a publisher on" if ours == "subscription" else "a subscriber of"
+        does = "offers" if ours == "subscription" else "asks for"
+        fate = "is not heard" if ours == "subscription" else "gets no messages"
+        self._problems[topic] = (
+            f"{peer} {topic} {does} incompatible QoS ({name}) and {fate}; change it there, or set "
+            f"qos_overrides.{topic}.{ours}.{name.lower()} here (`ros2 topic info -v {topic}` shows both sides)"
+        )
+        self._node.get_logger().warning(self._problems[topic])
+
+    def _misfits(self, topic: str) -> bool:
+        """One of the node's own endpoints and a peer are still incompatible.
+
+        Both sides as the graph has them: a profile as it was written leaves policies out that DDS fills in.
+        """
+        publishers = self._node.get_publishers_info_by_topic(topic)
+        subscriptions = self._node.get_subscriptions_info_by_topic(topic)
+        own = (self._node.get_name(), self._node.get_namespace())
+        return any(
+            qos_check_compatible(publisher.qos_profile, subscription.qos_profile)[0] == QoSCompatibility.ERROR
+            for publisher in publishers
+            for subscription in subscriptions
+            if own in ((end.node_name, end.node_namespace) for end in (publisher, subscription))
+        )
