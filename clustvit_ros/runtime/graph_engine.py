@@ -165,7 +165,7 @@ class GraphEngine(TorchEngine):
                 if settings.merge_threshold < 1.0:
                     self._recorder.download(plan.kept_host, kept)
                     self._recorder.wait()
-                    count = int(plan.kept_host)
+                    count = max(int(plan.kept_host), min(settings.min_tokens, tokens_total))
                 capacity = choose_capacity(
                     default_ladder(tokens_total), count, settings.token_capacity, most_exempt(exempt)
                 )

@@ -16,6 +16,7 @@ from clustvit_ros.modeling.model_folder import ModelConfig
 from clustvit_ros.modeling.vit import grid_size_of
 from clustvit_ros.runtime.capacity import default_ladder
 from clustvit_ros.runtime.engine import Engine, EngineInfo, Prediction, Settings, Stats, as_batch
+from clustvit_ros.runtime.exemption import exempt_tokens
 from clustvit_ros.runtime.memory import keep_freed_memory
 from clustvit_ros.runtime.postprocess import cluster_map, label_maps
 from clustvit_ros.runtime.preprocess import network_size, to_input
@@ -181,7 +182,8 @@ class NetworkEngine(Engine):
         size = network_size(batch.shape[1:3], self._config.input.size, self._config.network.patch_size)
         x = self.preprocess(batch, size)
         timer.lap("preprocess")
-        output = self.infer(x, settings, timer.lap)
+        exempt = self._exempt(x, settings, timer.lap)
+        output = self.infer(x, settings, timer.lap, exempt)
         maps = self.postprocess(output, settings.output_size or batch.shape[1:3], settings)
         mask = self.download(maps.mask)
         confidence = None if maps.confidence is None else self.download(maps.confidence)
@@ -195,8 +197,21 @@ class NetworkEngine(Engine):
             merge_threshold=settings.merge_threshold,
             total_ms=timer.total_ms,
             stages_ms=timer.stages_ms,
+            tokens_exempt=most_exempt(exempt),
         )
         return Prediction(mask, confidence, clusters, stats)
+
+    def _exempt(self, x: Tensor, settings: Settings, lap: Lap) -> Tensor | None:
+        """Tokens that must not be merged, as `infer` takes them."""
+        classes = settings.merge_exempt_classes
+        if not self._config.network.merges or not (settings.merge_exempt_region or classes):
+            return None
+        grid_size = grid_size_of((x.shape[2], x.shape[3]), self._config.network.patch_size)
+        masks = settings.previous_mask
+        if classes and settings.merge_exempt_source == "two_pass":
+            masks = self.infer(x, settings).logits.argmax(dim=1).cpu().numpy()
+            lap("first_pass")
+        return exempt_tokens(grid_size, settings.merge_exempt_region, masks, classes)
 
 
 def most_exempt(exempt: Tensor | None) -> int:

@@ -114,6 +114,7 @@ class TorchEngine(NetworkEngine):
             # The count is one number read back from the device; nothing needs counting when nothing may be merged.
             count = settings.merge_threshold < 1.0
             kept = int(backbone.count_kept(state, settings.merge_threshold).max()) if count else tokens_total
+            kept = max(kept, min(settings.min_tokens, tokens_total))
             capacity = choose_capacity(default_ladder(tokens_total), kept, settings.token_capacity, most_exempt(exempt))
         lap("encode")
         features = backbone.finish(state, token_capacity=capacity)
