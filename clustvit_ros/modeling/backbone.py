@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from clustvit_ros.errors import ConfigError
+
 
 class Features(NamedTuple):
     """What a backbone hands to the decode head.
@@ -35,10 +37,12 @@ class Backbone(nn.Module, abc.ABC):
     Attributes:
         patch_size: side in pixels of what one token of the grid stands for.
         merges: whether threshold and capacity have an effect.
+        exempts: whether single tokens can be left out of merging.
     """
 
     patch_size: int
     merges: bool = False
+    exempts: bool = False
 
     @abc.abstractmethod
     def encode(self, images: Tensor) -> Any:
@@ -63,8 +67,14 @@ class Backbone(nn.Module, abc.ABC):
         Args:
             state: of `encode`; stays as it is.
             tokens: (N,) or (B, N) bool on the state's device, true where a token must be kept.
+
+        Raises:
+            ConfigError: this backbone's way to merge cannot leave single tokens out (`exempts` is false).
         """
-        raise NotImplementedError(f"{type(self).__name__} merges no tokens")
+        raise ConfigError(
+            f"{type(self).__name__} cannot exempt single tokens from merging; leave merge_exempt_classes and "
+            "merge_exempt_region empty"
+        )
 
     @abc.abstractmethod
     def finish(self, state: Any, merge_threshold: float = 0.5, token_capacity: int | Tensor | None = None) -> Features:

@@ -53,6 +53,7 @@ class ClustViT(VisionTransformer):
     """
 
     merges = True
+    exempts = True
 
     def __init__(self, num_clusters: int, injection_point: int, cluster_mlp_dim: int, **vit) -> None:
         super().__init__(**vit)

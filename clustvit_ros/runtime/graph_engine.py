@@ -255,7 +255,8 @@ class GraphEngine(TorchEngine):
             state = self.encode(plan.x)
             if not backbone.merges:
                 return state, None
-            state = backbone.exempt(state, plan.exempt)
+            if backbone.exempts:
+                state = backbone.exempt(state, plan.exempt)
             return state, backbone.count_kept(state, plan.merge_threshold).max()
 
         plan.stage_a = self._record(stage_a)
@@ -303,6 +304,8 @@ class GraphEngine(TorchEngine):
 
     def _set_inputs(self, plan: _Plan, settings: Settings, exempt: Tensor | None) -> None:
         plan.merge_threshold.fill_(settings.merge_threshold)
+        if exempt is not None and not self._network.backbone.exempts:
+            self._network.backbone.exempt(None, plan.exempt)  # says that it cannot
         if exempt is not None or plan.any_exempt:
             plan.exempt_host.copy_(torch.zeros((), dtype=torch.bool) if exempt is None else exempt)
             self._recorder.upload(plan.exempt, plan.exempt_host)

@@ -16,10 +16,11 @@ from clustvit_ros.errors import ConfigError, EngineError, ModelError
 from clustvit_ros.modeling.model_folder import ModelConfig, hash_weights, inside, load_config
 from clustvit_ros.modeling.vit import grid_size_of
 from clustvit_ros.paths import find_model, user_cache_dir
+from clustvit_ros.runtime.capacity import choose_capacity, default_ladder
 from clustvit_ros.runtime.device import describe_device, select_device
 from clustvit_ros.runtime.engine import Settings
 from clustvit_ros.runtime.network_engine import Lap, NetworkEngine, NetworkOutput
-from clustvit_ros.runtime.onnx_export import describe_export, export_onnx
+from clustvit_ros.runtime.onnx_export import EXEMPT_NAME, describe_export, export_onnx
 from clustvit_ros.runtime.onnx_session import open_session, read_metadata
 
 ONNX_FILE = "model.onnx"
@@ -81,7 +82,21 @@ class OnnxEngine(NetworkEngine):
     def infer(
         self, x: Tensor, settings: Settings, lap: Lap = lambda stage: None, exempt: Tensor | None = None
     ) -> NetworkOutput:
-        """Run the network alone; its one stage is `network`."""
+        """Run the network alone; its one stage is `network`.
+
+        A batch's images share their exempt tokens: what must be kept in one is kept in all.
+        """
+        output = self._run(x, settings.merge_threshold, settings.token_capacity, exempt)
+        floor = min(settings.min_tokens, settings.token_capacity or settings.min_tokens)
+        if self._config.network.merges and output.token_capacity < floor:
+            # The file knows an upper bound only. With a threshold of 1 that is what is kept.
+            rung = choose_capacity(default_ladder(output.grid_size[0] * output.grid_size[1]), floor)
+            bound = min(rung, settings.token_capacity or rung)
+            output = self._run(x, 1.0, bound, exempt)
+        lap("network")
+        return output
+
+    def _run(self, x: Tensor, merge_threshold: float, token_capacity: int, exempt: Tensor | None) -> NetworkOutput:
         size = (x.shape[2], x.shape[3])
         if size != self._session_size:
             self._session, problem = self._open(self._config, size, self._device)
@@ -96,8 +111,16 @@ class OnnxEngine(NetworkEngine):
         capacity = np.empty((), np.int64)
 
         binding = self._session.io_binding()
-        binding.bind_cpu_input("merge_threshold", np.array(settings.merge_threshold, np.float32))
-        binding.bind_cpu_input("token_capacity", np.array(settings.token_capacity, np.int64))
+        binding.bind_cpu_input("merge_threshold", np.array(merge_threshold, np.float32))
+        binding.bind_cpu_input("token_capacity", np.array(token_capacity, np.int64))
+        if exempt is not None:
+            if EXEMPT_NAME not in {value.name for value in self._session.get_overridable_initializers()}:
+                raise ConfigError(
+                    "this network's way to merge cannot exempt single tokens; leave merge_exempt_classes and "
+                    "merge_exempt_region empty"
+                )
+            shared = exempt if exempt.ndim == 1 else exempt.any(dim=0)
+            binding.bind_cpu_input(EXEMPT_NAME, np.ascontiguousarray(shared.numpy()))
         device = {"device_type": self._device.type, "device_id": self._device.index or 0}
         binding.bind_input("images", **device, **_buffer(x, np.float32))
         binding.bind_output("logits", **device, **_buffer(logits, np.float32))
@@ -110,7 +133,6 @@ class OnnxEngine(NetworkEngine):
             self._session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
             raise EngineError(f"{self._info.device} failed on a batch of shape {tuple(x.shape)}: {error}") from error
-        lap("network")
         merges = self._config.network.merges
         return NetworkOutput(logits, cluster_ids if merges else None, grid_size, int(capacity))
 
