@@ -110,17 +110,11 @@ class OnnxEngine(NetworkEngine):
         cluster_ids = torch.empty(B, N, dtype=torch.int64, device=self._device)
         capacity = np.empty((), np.int64)
 
+        if exempt is not None:
+            return self._run_exempt(x, merge_threshold, token_capacity, exempt)
         binding = self._session.io_binding()
         binding.bind_cpu_input("merge_threshold", np.array(merge_threshold, np.float32))
         binding.bind_cpu_input("token_capacity", np.array(token_capacity, np.int64))
-        if exempt is not None:
-            if EXEMPT_NAME not in {value.name for value in self._session.get_overridable_initializers()}:
-                raise ConfigError(
-                    "this network's way to merge cannot exempt single tokens; leave merge_exempt_classes and "
-                    "merge_exempt_region empty"
-                )
-            shared = exempt if exempt.ndim == 1 else exempt.any(dim=0)
-            binding.bind_cpu_input(EXEMPT_NAME, np.ascontiguousarray(shared.numpy()))
         device = {"device_type": self._device.type, "device_id": self._device.index or 0}
         binding.bind_input("images", **device, **_buffer(x, np.float32))
         binding.bind_output("logits", **device, **_buffer(logits, np.float32))
@@ -135,6 +129,28 @@ class OnnxEngine(NetworkEngine):
             raise EngineError(f"{self._info.device} failed on a batch of shape {tuple(x.shape)}: {error}") from error
         merges = self._config.network.merges
         return NetworkOutput(logits, cluster_ids if merges else None, grid_size, int(capacity))
+
+    def _run_exempt(self, x: Tensor, merge_threshold: float, token_capacity: int, exempt: Tensor) -> NetworkOutput:
+        """As `_run`, through host memory: optional inputs cannot be bound."""
+        if EXEMPT_NAME not in {value.name for value in self._session.get_overridable_initializers()}:
+            raise ConfigError(
+                "this network's way to merge cannot exempt single tokens; leave merge_exempt_classes and "
+                "merge_exempt_region empty"
+            )
+        shared = exempt if exempt.ndim == 1 else exempt.any(dim=0)
+        feed = {
+            "images": x.cpu().numpy(),
+            "merge_threshold": np.array(merge_threshold, np.float32),
+            "token_capacity": np.array(token_capacity, np.int64),
+            EXEMPT_NAME: shared.numpy(),
+        }
+        try:
+            logits, cluster_ids, capacity = self._session.run(None, feed)
+        except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
+            raise EngineError(f"{self._info.device} failed on a batch of shape {tuple(x.shape)}: {error}") from error
+        grid_size = grid_size_of((x.shape[2], x.shape[3]), self._config.network.patch_size)
+        ids = torch.from_numpy(cluster_ids).to(self._device)
+        return NetworkOutput(torch.from_numpy(logits).to(self._device), ids, grid_size, int(capacity))
 
     def _open(self, config: ModelConfig, size: tuple[int, int], device: torch.device) -> tuple[Any, str]:
         """A session for a size of the network's input, and why it is not on the wanted provider."""

@@ -33,7 +33,7 @@ from clustvit_ros.modeling.vit import grid_size_of
 from clustvit_ros.runtime.capacity import default_ladder
 from clustvit_ros.runtime.onnx_check import check_against_torch
 
-FORMAT = "2"
+FORMAT = "1"
 INPUT_NAMES = ("images", "merge_threshold", "token_capacity")
 EXEMPT_NAME = "exempt"
 """A fourth input, (N,) bool: tokens that must not be merged. Whoever leaves it out exempts none."""
@@ -145,6 +145,7 @@ def describe_export(
     }
     return {
         "format": FORMAT,
+        "optional_inputs": EXEMPT_NAME,
         "model": config.name,
         "architecture": config.architecture,
         "exporter_version": __version__,
