@@ -156,3 +156,36 @@ def test_regions_and_classes_are_read_from_text():
 def test_a_network_that_merges_nothing_needs_no_exemption(make_toy_variant, images, backbone):
     engine = create_engine(str(make_toy_variant(backbone=backbone)), "torch", "cpu")
     assert engine.segment(images[0], Settings(merge_exempt_region=((0, 0, 1, 1),))).stats.tokens_exempt == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["two_pass", "previous_mask"])
+def test_pedestrians_on_camvid_lose_nothing_to_merging(camvid_dir, source):
+    """The images of CamVid val do not follow one another, so there is no previous mask.
+
+    `two_pass` finds the class in the frame itself, through merging. For `previous_mask` the frame's unmerged mask
+    stands in: what a previous mask would be if nothing had moved.
+    """
+    import cv2
+
+    engine = create_engine("camvid_tiny", "torch", "cpu")
+    names = engine.info.classes.names
+    pedestrian, count = names.index("pedestrian"), len(names)
+    strongest = {"merge_threshold": 0.0, "token_capacity": 82, "confidence": False}
+    confusion = {"full": np.zeros((count, count)), "exempt": np.zeros((count, count))}
+    for path in sorted((camvid_dir / "val" / "images").glob("*.jpg")):
+        image = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+        label = cv2.imread(str(camvid_dir / "val" / "labels" / f"{path.stem}.png"), cv2.IMREAD_UNCHANGED)
+        full = engine.segment(image, Settings(merge_threshold=1.0, confidence=False)).mask[0]
+        settings = Settings(
+            **strongest, merge_exempt_classes=(pedestrian,), merge_exempt_source=source, previous_mask=full
+        )
+        labelled = label < count
+        for name, mask in (("full", full), ("exempt", engine.segment(image, settings).mask[0])):
+            pairs = label[labelled].astype(int) * count + mask[labelled]
+            confusion[name] += np.bincount(pairs, minlength=count**2).reshape(count, count)
+    iou = {}
+    for name, table in confusion.items():
+        hits = table[pedestrian, pedestrian]
+        iou[name] = 100 * hits / (table[pedestrian].sum() + table[:, pedestrian].sum() - hits)
+    assert iou["exempt"] >= iou["full"] - 0.5, iou
