@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 from collections.abc import Iterator
@@ -59,7 +60,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--provider", choices=PROVIDERS, default="", help="ONNX Runtime's provider (default: device's)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = automatic (default: 0)")
-    parser.add_argument("--precision", default="float32", help="float32 is the only one so far (default: float32)")
+    parser.add_argument(
+        "--precision", type=parse_names, default=("float32",),
+        help="float32, float16 or bfloat16, or several separated by commas (default: float32)",
+    )  # fmt: skip
+    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks (needs a compiler)")
     parser.add_argument("--warmup", type=int, default=5, help="calls before the timed ones (default: 5)")
     parser.add_argument("--runs", type=int, default=30, help="timed calls (default: 30)")
     parser.add_argument("--roofline", action="store_true", help="show what the device's measured rates would allow")
@@ -72,8 +77,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.precision != "float32":
-        raise ConfigError(f"precision: got {args.precision!r}, the engines compute in float32 only")
     for name, least in (("batch", 1), ("runs", 1), ("warmup", 0), ("threads", 0)):
         if getattr(args, name) < least:
             raise ConfigError(f"{name}: got {getattr(args, name)}, expected at least {least}")
@@ -116,10 +119,10 @@ def _cases(args: argparse.Namespace, folder: Path) -> Iterator[BenchCase]:
             capacities = [0]
         for engine in args.engine:
             provider = args.provider if engine == "onnxruntime" else ""
-            for capacity in capacities:
+            for precision, capacity in itertools.product(args.precision, capacities):
                 yield BenchCase(
                     config.name, model, engine, args.device, args.threads, size, args.batch, capacity, provider,
-                    cache_dir,
+                    cache_dir, precision, args.compile,
                 )  # fmt: skip
 
 
@@ -159,10 +162,17 @@ def _random_model(folder: Path, size: tuple[int, int], num_classes: int) -> Path
 
 
 def _bounds_ms(rows: list[dict[str, Any]], cases: list[BenchCase], device: torch.device) -> list[float]:
-    rates = measure_rates(device)
-    print(f"{device}: {rates.matmul_gflops:.0f} GFLOP/s in matrix products, {rates.bandwidth_gb_s:.1f} GB/s\n")
+    rates = {name: measure_rates(device, name) for name in dict.fromkeys(row["precision"] for row in rows)}
+    for name, measured in rates.items():
+        print(
+            f"{device}, {name}: {measured.matmul_gflops:.0f} GFLOP/s in matrix products, "
+            f"{measured.bandwidth_gb_s:.1f} GB/s"
+        )
+    print()
     bounds = []
     for row, case in zip(rows, cases, strict=True):
         pixels = case.batch * case.size[0] * case.size[1]
-        bounds.append(roofline_ms(Cost(int(row["gflops"] * 1e9), row["parameters"]), rates, 12 * pixels, pixels))
+        cost = Cost(int(row["gflops"] * 1e9), row["parameters"])
+        weight_bytes = 4 if row["precision"] == "float32" else 2
+        bounds.append(roofline_ms(cost, rates[row["precision"]], 12 * pixels, pixels, weight_bytes))
     return bounds

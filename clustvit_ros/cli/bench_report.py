@@ -25,13 +25,25 @@ def format_table(rows: Sequence[dict[str, Any]], bounds_ms: Sequence[float] | No
         rows: as `run_cases` returns them.
         bounds_ms: per row the time that the device would allow, shown beside the measured one.
     """
-    header = ["arch", "engine", "kept", "p50 ms", "p95 ms", "p99 ms", "vs first", "GFLOPs", "M params", "peak MB"]
+    header = [
+        "arch",
+        "engine",
+        "precision",
+        "kept",
+        "p50 ms",
+        "p95 ms",
+        "p99 ms",
+        "vs first",
+        "GFLOPs",
+        "M params",
+        "peak MB",
+    ]
     measured = {stage for row in rows for stage in row["stages_ms"]}
     stages = sorted(measured, key=lambda stage: (_STAGES.index(stage) if stage in _STAGES else len(_STAGES), stage))
     lines = [header + (["roofline ms", "x roofline"] if bounds_ms else []) + stages]
     for index, row in enumerate(rows):
         cells = [
-            row["arch"], row["engine"], f"{row['tokens_kept']}/{row['tokens_total']}",
+            row["arch"], row["engine"], row["precision"], f"{row['tokens_kept']}/{row['tokens_total']}",
             *(f"{row[name]:.1f}" for name in ("p50_ms", "p95_ms", "p99_ms")),
             f"{rows[0]['p50_ms'] / row['p50_ms']:.2f}x", f"{row['gflops']:.1f}", f"{row['parameters'] / 1e6:.1f}",
             f"{row['peak_memory_mb']:.0f}",
@@ -43,9 +55,7 @@ def format_table(rows: Sequence[dict[str, Any]], bounds_ms: Sequence[float] | No
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     lines.insert(1, ["-" * width for width in widths])
     first = rows[0]
-    title = (
-        f"{first['device']}, {first['precision']}, {first['size']}, batch {first['batch']}, {first['classes']} classes"
-    )
+    title = f"{first['device']}, {first['size']}, batch {first['batch']}, {first['classes']} classes"
     table = ("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
     return "\n".join([title, "", *table])
 
@@ -64,11 +74,11 @@ def draw_plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         ) from error
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for arch, engine in dict.fromkeys((row["arch"], row["engine"]) for row in rows):
+    for key in dict.fromkeys((row["arch"], row["engine"], row["precision"]) for row in rows):
         points = sorted(
-            (row["tokens_kept"], row["p50_ms"]) for row in rows if (row["arch"], row["engine"]) == (arch, engine)
+            (row["tokens_kept"], row["p50_ms"]) for row in rows if (row["arch"], row["engine"], row["precision"]) == key
         )
-        label = f"{arch} ({engine})"
+        label = f"{key[0]} ({key[1]}, {key[2]})"
         if len(points) == 1 and points[0][0] == rows[0]["tokens_total"]:
             axes.axhline(points[0][1], linestyle="--", color=axes.plot([], [])[0].get_color(), label=label)
         else:

@@ -1,5 +1,6 @@
 """Latency statistics, the controller that holds a budget, turns among cameras. Pure: no clock, no sleep, no device."""
 
+from clustvit_ros.control.accuracy import AccuracyGuard, Agreement
 from clustvit_ros.control.allowance import POLICIES, REFERENCES, Allowance, BudgetStatus
 from clustvit_ros.control.budget import BudgetController, Decision, check_budget
 from clustvit_ros.control.deadlines import MissCounter, Misses
@@ -8,6 +9,7 @@ from clustvit_ros.control.scheduling import FairScheduler
 from clustvit_ros.control.topic_statistics import TopicStatistics
 
 __all__ = [
-    "POLICIES", "REFERENCES", "Allowance", "BudgetController", "BudgetStatus", "Decision", "Distribution",
+    "POLICIES", "REFERENCES", "AccuracyGuard", "Agreement",
+    "Allowance", "BudgetController", "BudgetStatus", "Decision", "Distribution",
     "FairScheduler", "LatencyTable", "LatencyWindow", "MissCounter", "Misses", "TopicStatistics", "check_budget",
 ]  # fmt: skip

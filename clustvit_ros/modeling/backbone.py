@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from clustvit_ros.errors import ConfigError
+
 
 class Features(NamedTuple):
     """What a backbone hands to the decode head.
@@ -58,11 +60,13 @@ class Backbone(nn.Module, abc.ABC):
         merges: whether threshold and capacity have an effect.
         decides: whether it decides inside, by clustering, what no result shows: where two choices are equal but for
             rounding, devices and engines may then choose differently.
+        exempts: whether single tokens can be left out of merging.
     """
 
     patch_size: int
     merges: bool = False
     decides: bool = False
+    exempts: bool = False
 
     @abc.abstractmethod
     def encode(self, images: Tensor) -> Any:
@@ -77,9 +81,24 @@ class Backbone(nn.Module, abc.ABC):
 
         Args:
             state: of `encode`.
-            merge_threshold: 0..1; a () float32 tensor where traced.
+            merge_threshold: 0..1; a () float32 tensor where traced or recorded.
         """
         raise NotImplementedError(f"{type(self).__name__} merges no tokens")
+
+    def exempt(self, state: Any, tokens: Tensor) -> Any:
+        """The state with some tokens never merged, as long as `finish` is given a capacity that has room for them.
+
+        Args:
+            state: of `encode`; stays as it is.
+            tokens: (N,) or (B, N) bool on the state's device, true where a token must be kept.
+
+        Raises:
+            ConfigError: this backbone's way to merge cannot leave single tokens out (`exempts` is false).
+        """
+        raise ConfigError(
+            f"{type(self).__name__} cannot exempt single tokens from merging; leave merge_exempt_classes and "
+            "merge_exempt_region empty"
+        )
 
     @abc.abstractmethod
     def finish(self, state: Any, merge_threshold: float = 0.5, token_capacity: int | Tensor | None = None) -> Features:

@@ -27,7 +27,8 @@ class Clusterer(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, num_clusters + 1)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.fc2(F.relu(self.fc1(tokens)))
+        # Its own precision: what is merged where is decided in float32, whatever the rest of the network runs in.
+        return self.fc2(F.relu(self.fc1(tokens.to(self.fc1.weight.dtype))))
 
 
 class Regenerator(nn.Module):
@@ -80,7 +81,10 @@ def merge_scores(cluster_logits: Tensor) -> MergeScores:
 
 
 def threshold_margin(merge_threshold: float | Tensor) -> float | Tensor:
-    """The margin above which a token is merged: logit of the threshold, -inf at 0 and +inf at 1."""
+    """The margin above which a token is merged: logit of the threshold, -inf at 0 and +inf at 1.
+
+    A () tensor gives a tensor, where a threshold is traced or read from the device.
+    """
     if isinstance(merge_threshold, Tensor):
         return torch.log(merge_threshold / (1.0 - merge_threshold))
     if merge_threshold <= 0.0:
@@ -180,8 +184,9 @@ def representatives(tokens: Tensor, cluster_ids: Tensor, num_clusters: int) -> T
     """Mean token of each cluster, zero for an empty one: (B, N, C), (B, N) -> (B, k, C)."""
     ids = torch.arange(1, num_clusters + 1, device=tokens.device)
     member = (cluster_ids[:, None, :] == ids[None, :, None]).to(tokens.dtype)  # B k N
-    count = member.sum(dim=2, keepdim=True).clamp(min=1.0)
-    return (member @ tokens) / count
+    # Counted in float32, and weighted before the sum: in half precision hundreds of tokens neither count nor add up.
+    count = member.sum(dim=2, keepdim=True, dtype=torch.float32).clamp(min=1.0)
+    return (member / count).to(tokens.dtype) @ tokens
 
 
 def slots_of(merge: Merge) -> Tensor:

@@ -75,6 +75,7 @@ class ClustViT(VisionTransformer):
     """
 
     merges = True
+    exempts = True
 
     def __init__(
         self,
@@ -114,6 +115,9 @@ class ClustViT(VisionTransformer):
         """As the first Clusterer has it: the later ones see what the capacity, decided by then, leaves."""
         return count_kept(merge_scores(state.cluster_logits), merge_threshold)
 
+    def exempt(self, state: Injection, tokens: Tensor) -> Injection:
+        return state._replace(cluster_logits=_keeping(state.cluster_logits, tokens))
+
     def finish(
         self, state: Injection, merge_threshold: float = 0.5, token_capacity: int | Tensor | None = None
     ) -> Features:
@@ -140,7 +144,9 @@ class ClustViT(VisionTransformer):
             T = positions.shape[1]
             is_token = None if key_mask is None else key_mask[:, 1 : 1 + T]
             if index > 0:
-                logits.append(self.later_clusterers[index - 1](x[:, 1 : 1 + T]))
+                # Exempt at the first point is exempt at all.
+                exempt = state.cluster_logits[..., 0].gather(1, positions) == torch.inf
+                logits.append(_keeping(self.later_clusterers[index - 1](x[:, 1 : 1 + T]), exempt))
                 logit_positions.append(positions)
             scores = merge_scores(logits[-1])
             merge = self._merge(x[:, : 1 + T], scores, merge_threshold, token_capacity, index, num_tokens, is_token)
@@ -202,6 +208,13 @@ class ClustViT(VisionTransformer):
         if not traced and capacity >= x.shape[1] - 1:
             return None
         return merge_to_capacity(x, scores, capacity, self.num_clusters)
+
+
+def _keeping(cluster_logits: Tensor, tokens: Tensor) -> Tensor:
+    """Cluster logits (B, N, k+1) that keep the (N,) or (B, N) tokens, whatever their clusters say."""
+    # An infinite logit of "keep" is a merge margin of minus infinity.
+    keep = cluster_logits[..., :1].masked_fill(tokens[..., None], torch.inf)
+    return torch.cat([keep, cluster_logits[..., 1:]], dim=-1)
 
 
 def _extended(key_mask: Tensor | None, earlier: Tensor) -> Tensor | None:

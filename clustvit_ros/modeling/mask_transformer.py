@@ -45,7 +45,9 @@ class MaskTransformer(nn.Module):
             x = block(x, key_mask)
         x = self.norm(x)
         patches, classes = x[:, : -self.num_classes], x[:, -self.num_classes :]
-        patches = F.normalize(self.patch_proj(patches), dim=-1)
-        classes = F.normalize(self.class_proj(classes), dim=-1)
+        # Cosines of many classes differ in digits that half precision lacks: at least float32 from here on.
+        precise = torch.promote_types(x.dtype, torch.float32)
+        patches = F.normalize(self.patch_proj(patches).to(precise), dim=-1)
+        classes = F.normalize(self.class_proj(classes).to(precise), dim=-1)
         scores = self.mask_norm(patches @ classes.transpose(1, 2))
         return features.to_grid(scores)

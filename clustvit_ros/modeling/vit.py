@@ -20,6 +20,8 @@ from clustvit_ros.errors import ImageError
 from clustvit_ros.modeling.backbone import Backbone, Features
 
 BACKBONE_NORM_EPS = 1e-6
+# Grids whose resized position embedding is remembered: one for each camera.
+_MOST_GRIDS = 8
 
 
 class PatchProjection(nn.Module):
@@ -159,6 +161,7 @@ class VisionTransformer(Backbone):
             for i in range(depth)
         )
         self.norm = nn.LayerNorm(embed_dim, eps=BACKBONE_NORM_EPS)
+        self._resized: dict[tuple, Tensor] = {}
 
     def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Patches plus class token plus position: (B, 3, H, W) -> (B, 1+N, C) and the grid (h, w).
@@ -181,14 +184,28 @@ class VisionTransformer(Backbone):
         """Position embedding for a grid: (1, 1+h*w, C).
 
         A grid of another shape but the same count uses the entries as they are, in flattened order, as the reference
-        implementation does.
+        implementation does. Without gradients, one resizing serves all images of a grid.
         """
         if grid_size[0] * grid_size[1] == self.grid_size[0] * self.grid_size[1]:
             return self.pos_embed
+        source = self.pos_embed
+        # A CUDA graph that is being captured would outlive what this cache holds.
+        if torch.is_grad_enabled() or (source.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return self._resize_pos_embed(grid_size)
+        version = 0 if source.is_inference() else source._version
+        key = (grid_size, source.device, source.dtype, version)
+        if key not in self._resized:
+            if len(self._resized) >= _MOST_GRIDS:
+                self._resized.clear()
+            self._resized[key] = self._resize_pos_embed(grid_size)
+        return self._resized[key]
+
+    def _resize_pos_embed(self, grid_size: tuple[int, int]) -> Tensor:
         cls, grid = self.pos_embed[:, :1], self.pos_embed[:, 1:]
-        grid = grid.transpose(1, 2).unflatten(2, self.grid_size)
+        precise = torch.promote_types(grid.dtype, torch.float32)
+        grid = grid.to(precise).transpose(1, 2).unflatten(2, self.grid_size)
         grid = F.interpolate(grid, size=grid_size, mode="bicubic", align_corners=False)
-        return torch.cat([cls, grid.flatten(2).transpose(1, 2)], dim=1)
+        return torch.cat([cls, grid.flatten(2).transpose(1, 2).to(cls.dtype)], dim=1)
 
     def encode(self, images: Tensor) -> Any:
         """All of a plain ViT: (B, 3, H, W) -> features."""

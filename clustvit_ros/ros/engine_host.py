@@ -13,6 +13,7 @@ from clustvit_ros.errors import ClustvitError, ConfigError
 from clustvit_ros.ros.camera_outputs import CameraOutputs
 from clustvit_ros.ros.frame_pipeline import FramePipeline
 from clustvit_ros.ros.latency_control import LatencyControl
+from clustvit_ros.ros.merge_guard import check_exemptions
 from clustvit_ros.ros.parameters import SegmentationParameters
 from clustvit_ros.ros.replay import FixedLatency
 from clustvit_ros.runtime import Engine
@@ -69,7 +70,7 @@ class EngineHost:
             outputs: camera -> where its masks go.
 
         Raises:
-            ClustvitError: it cannot be loaded, or has not the classes that `class_groups` names.
+            ClustvitError: it cannot be loaded, or has not the classes that parameters name.
         """
         scripted = parameters.engine == "scripted"
         model = "" if scripted else f" with model {parameters.model}, device {parameters.device}"
@@ -79,6 +80,7 @@ class EngineHost:
         try:
             info = engine.info
             grouping = group_classes(info.classes, parameters.class_groups)
+            check_exemptions(parameters, info.classes.names)
             self._logger.info(f"warming {info.model} up on {info.device}")
             engine.warmup()
             lossless = parameters.processing == "every_frame"

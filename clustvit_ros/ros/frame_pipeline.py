@@ -14,6 +14,7 @@ from clustvit_ros.ros.camera_outputs import CameraOutputs
 from clustvit_ros.ros.compressed import decode_compressed
 from clustvit_ros.ros.conversions import decode_image
 from clustvit_ros.ros.latency_control import LatencyControl
+from clustvit_ros.ros.merge_guard import MergeGuard
 from clustvit_ros.ros.overlay import draw_overlay
 from clustvit_ros.ros.parameters import SegmentationParameters
 from clustvit_ros.ros.replay import FixedLatency
@@ -129,6 +130,7 @@ class FramePipeline:
         self._latency = latency
         self._outputs = outputs
         self._now_ns = now_ns
+        self.guard = MergeGuard(engine)
         self._batches = gain is not None and gain.worthwhile
 
     def process(self, frame: Frame, parameters: SegmentationParameters) -> FrameReport:
@@ -178,17 +180,21 @@ class FramePipeline:
         """
         first = frames[0]
         grouping = group_classes(self._engine.info.classes, first.parameters.class_groups)
-        allowance = self._latency.allow(first.image_size, first.parameters)
+        allowance = self._latency.allow(first.image_size, self.guard.parameters_for(first.image_size, first.parameters))
+        cameras, images = [frame.frame.camera for frame in frames], [frame.image for frame in frames]
         settings = replace(first.settings, token_capacity=allowance.token_ceiling)
-        images = first.image if len(frames) == 1 else [frame.image for frame in frames]
-        prediction = grouping.apply(self._engine.segment(images, settings))
+        settings = self.guard.settings_for(settings, cameras, first.image_size)
+        result = self._engine.segment(images[0] if len(images) == 1 else images, settings)
+        self.guard.saw(cameras, images, settings, result)
+        prediction = grouping.apply(result)
         return [
             self._publish(frame, _nth(prediction, index), allowance, grouping, len(frames))
             for index, frame in enumerate(frames)
         ]
 
     def use_idle_time(self, idle: Callable[[], bool]) -> None:
-        """Do what can wait, as long as `idle()`: see `LatencyControl.use_idle_time`."""
+        """Do what can wait, as long as `idle()`: see `LatencyControl.use_idle_time` and `MergeGuard.use_idle_time`."""
+        self.guard.use_idle_time(idle)
         self._latency.use_idle_time(idle)
 
     def _publish(

@@ -30,6 +30,7 @@ from clustvit_ros.ros.engine_host import EngineHost, LoadedEngine
 from clustvit_ros.ros.frame_pipeline import Frame, FrameReport
 from clustvit_ros.ros.frame_runner import FrameRunner
 from clustvit_ros.ros.frame_worker import LatestSlot
+from clustvit_ros.ros.merge_guard import check_exemptions
 from clustvit_ros.ros.node_report import camera_status
 from clustvit_ros.ros.parameter_server import ParameterServer
 from clustvit_ros.ros.parameters import CameraParameters, SegmentationParameters
@@ -53,9 +54,14 @@ def load_engine(parameters: SegmentationParameters) -> Engine:
     """
     if parameters.engine == "scripted":
         return ScriptedEngine(latency_ms=proportional(parameters.scripted_latency_ms))
+
+    def precision_on(device: str) -> str:
+        # A CPU that takes over from a GPU is slow enough without emulating half precision.
+        return "float32" if device == "cpu" != parameters.device else parameters.precision
+
     return ResilientEngine(
         lambda device: BoundEngine(
-            lambda: create_engine(parameters.model, parameters.engine, device, parameters.threads)
+            lambda: create_engine(parameters.model, parameters.engine, device, parameters.threads, precision_on(device))
         ),
         parameters.device,
         adapt=parameters.processing == "live",
@@ -93,6 +99,7 @@ class SegmentationNode(LifecycleNode):
             self, SegmentationParameters, self._why_locked, self._check_change, self._adopt_change
         )
         parse_groups(self.parameters.class_groups)
+        check_exemptions(self.parameters, None)
         self.cameras = self.parameters.camera_names
         """The cameras' names; the only camera has none."""
         for camera in filter(None, self.cameras):
@@ -246,6 +253,7 @@ class SegmentationNode(LifecycleNode):
 
     def _check_change(self, old: SegmentationParameters, new: SegmentationParameters) -> None:
         parse_groups(new.class_groups)
+        check_exemptions(new, None)
         loaded = self._host.current
         if loaded is None:
             return
@@ -260,6 +268,7 @@ class SegmentationNode(LifecycleNode):
             )
         else:
             group_classes(loaded.engine.info.classes, new.class_groups)
+            check_exemptions(new, loaded.engine.info.classes.names)
 
     def _adopt_change(self, old: SegmentationParameters, new: SegmentationParameters) -> None:
         if self._successor is not None:
@@ -301,6 +310,7 @@ class SegmentationNode(LifecycleNode):
             device, name = loaded.engine.info.device, f"{self.get_name()}: frame"
             pairs = {"camera": frame.camera} if frame.camera else {}
             pairs.update(frame_pairs(report, counts))
+            pairs.update(loaded.pipeline.guard.pairs)
             header = frame.message.header
             stream.outputs.publish_stats(diagnostic_array(header, name, device, OK, "segmented", pairs))
 
@@ -319,6 +329,7 @@ class SegmentationNode(LifecycleNode):
         self._qos.check()
         loaded = self._host.current
         budget = loaded.latency.status if loaded is not None else BudgetStatus()
+        accuracy = loaded.pipeline.guard.pairs if loaded is not None else {}
         if budget.recalibrated and self.parameters.recalibrate:
             self.set_parameters([Parameter("recalibrate", value=False)])
         self._tell_engine_fault(loaded)
@@ -332,8 +343,8 @@ class SegmentationNode(LifecycleNode):
                 camera_status(
                     name=f"{self.get_fully_qualified_name().lstrip('/')}: segmentation{' ' + camera if camera else ''}",
                     state=self._state, fault=self._fault, engine=loaded.engine if loaded is not None else None,
-                    engine_fault=self._engine_fault, budget=budget, parameters=self.parameters, stream=stream,
-                    account=account,
+                    engine_fault=self._engine_fault, budget=budget, accuracy=accuracy, parameters=self.parameters,
+                    stream=stream, account=account,
                 )
             )  # fmt: skip
         self._diagnostics.publish(array)

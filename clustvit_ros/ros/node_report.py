@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from clustvit_ros.control import BudgetStatus
@@ -20,6 +21,7 @@ def camera_status(
     engine: Engine | None,
     engine_fault: str,
     budget: BudgetStatus,
+    accuracy: Mapping[str, str],
     parameters: SegmentationParameters,
     stream: CameraStream | None,
     account: Account | None,
@@ -33,6 +35,7 @@ def camera_status(
         engine: what is loaded; None when nothing is.
         engine_fault: why it does not run as it was asked to, or empty.
         budget: what is known about the latency budget.
+        accuracy: what the accuracy checks found, as keys and values.
         parameters: in force.
         stream: the camera's topics; None before they exist.
         account: what became of its frames; None before the first activation.
@@ -67,6 +70,7 @@ def camera_status(
     if engine is not None:
         pairs.update(engine_pairs(engine.info))
     pairs.update(budget.as_pairs())
+    pairs.update(accuracy)
     if stream is not None:
         pairs.update(stream.statistics.as_pairs("input"))
         pairs["input_dropped_recently"] = str(recent.dropped)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from clustvit_ros.control import POLICIES, REFERENCES
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.ros.parameter_spec import ParameterSpec, markdown_table, parameter, specs_of
-from clustvit_ros.runtime import ENGINES, Settings
+from clustvit_ros.runtime import ENGINES, PRECISIONS, Settings
+from clustvit_ros.runtime.engine import EXEMPT_SOURCES
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,16 @@ class SegmentationParameters:
         live=True,
     )  # fmt: skip
     engine: str = parameter(
-        "torch", "What runs the network; `scripted` needs no network and labels by brightness.",
+        "auto", "What runs the network; `auto` is `cuda_graph` on a GPU and `torch` (eager) on a CPU.",
         choices=ENGINES,
     )  # fmt: skip
     device: str = parameter(
         "auto", "Where it runs; `auto` takes the GPU when a real kernel runs on it.",
         pattern=r"auto|cpu|cuda(:\d{1,3})?", form="auto, cpu, cuda or cuda:N",
+    )  # fmt: skip
+    precision: str = parameter(
+        "float32", "What the network computes in; half precisions are for a GPU, a CPU gets slower.",
+        choices=PRECISIONS,
     )  # fmt: skip
     threads: int = parameter(0, "CPU threads of the engine; 0 leaves the choice to it.", minimum=0, maximum=1024)
     merge_threshold: float = parameter(
@@ -50,6 +55,27 @@ class SegmentationParameters:
     min_tokens: int = parameter(
         0, "The budget keeps at least so many tokens, even if it is missed; `token_capacity` comes first.",
         minimum=0, maximum=1_048_576, unit="tokens", live=True,
+    )  # fmt: skip
+    merge_exempt_classes: str = parameter(
+        "", "Classes whose tokens, as the camera's previous mask shows them, are never merged, nor those beside them.",
+        pattern=r"[^;:]*", form="CLASS, CLASS", separator=",", live=True,
+    )  # fmt: skip
+    merge_exempt_region: str = parameter(
+        "", "Rectangles whose tokens are never merged, e.g. the lower third: `0.67 0 1 1`.",
+        pattern=r"\s*|[-+.\deE,\s]+(;[-+.\deE,\s]+)*;?\s*", form="TOP LEFT BOTTOM RIGHT; ... as fractions of the image",
+        separator=";", live=True,
+    )  # fmt: skip
+    merge_exempt_source: str = parameter(
+        "previous_mask", "Where exempt classes are looked for; `two_pass` segments every frame twice instead.",
+        choices=EXEMPT_SOURCES, live=True,
+    )  # fmt: skip
+    min_agreement: float = parameter(
+        0.0, "Merging backs off while fewer pixels than this share equal the unmerged mask's; 0 asks for nothing.",
+        minimum=0.0, maximum=1.0, live=True,
+    )  # fmt: skip
+    accuracy_check_period_s: float = parameter(
+        0.0, "How often a frame is segmented unmerged as well and compared, between frames; 0 is never.",
+        minimum=0.0, maximum=3600.0, unit="s", live=True,
     )  # fmt: skip
     recalibrate: bool = parameter(
         False, "Times the engine again instead of using the kept calibration; becomes false when done.", live=True

@@ -3,39 +3,61 @@
 from __future__ import annotations
 
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.runtime.engine import Engine, EngineInfo, Prediction, Settings, Stats
+from clustvit_ros.runtime.engine import PRECISIONS, Engine, EngineInfo, Prediction, Settings, Stats
 from clustvit_ros.runtime.scripted_engine import ScriptedEngine
 
-ENGINES = ("torch", "onnxruntime", "scripted")
+ENGINES = ("auto", "torch", "cuda_graph", "onnxruntime", "scripted")
 
 __all__ = [
-    "ENGINES", "Engine", "EngineInfo", "Prediction", "ScriptedEngine", "Settings", "Stats", "create_engine",
+    "ENGINES", "PRECISIONS", "Engine", "EngineInfo", "Prediction", "ScriptedEngine", "Settings", "Stats",
+    "create_engine",
 ]  # fmt: skip
 
 
-def create_engine(model: str, engine: str = "torch", device: str = "auto", threads: int = 0) -> Engine:
+def create_engine(
+    model: str,
+    engine: str = "torch",
+    device: str = "auto",
+    threads: int = 0,
+    precision: str = "float32",
+    compiled: bool = False,
+) -> Engine:
     """Make an engine by name.
 
     Args:
         model: a shipped model's name or a model folder's path; "scripted" needs none.
-        engine: one of `ENGINES`.
+        engine: one of `ENGINES`; "auto" is "cuda_graph" on a GPU and "torch" on a CPU.
         device: "auto", "cpu", "cuda" or "cuda:N".
         threads: CPU threads; 0 is automatic.
+        precision: one of `PRECISIONS`; `onnxruntime` has float16 with TensorRT alone.
+        compiled: `torch.compile` the blocks of "torch" and "cuda_graph".
 
     Raises:
-        ConfigError: unknown engine or device name, or an unusable model configuration.
+        ConfigError: unknown engine, device or precision, one that the engine lacks, or an unusable model configuration.
         ModelError: the model cannot be loaded.
         EngineError: the device does not work, or the engine's packages are not installed.
     """
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision: got {precision!r}, expected one of {', '.join(PRECISIONS)}")
     if engine == "scripted":
         return ScriptedEngine()
+    # Imported here and not above: the scripted engine serves machines and tests without PyTorch.
+    if engine == "auto":
+        from clustvit_ros.runtime.device import select_device
+
+        engine = "torch" if select_device(device)[0].type == "cpu" else "cuda_graph"
     if engine == "torch":
-        # Here and not above: the scripted engine serves machines and tests without PyTorch.
         from clustvit_ros.runtime.torch_engine import TorchEngine
 
-        return TorchEngine.from_model(model, device, threads)
+        return TorchEngine.from_model(model, device, threads, precision, compiled)
+    if engine == "cuda_graph":
+        from clustvit_ros.runtime.graph_engine import GraphEngine
+
+        return GraphEngine.from_model(model, device, threads, precision, compiled)
     if engine == "onnxruntime":
         from clustvit_ros.runtime.onnx_engine import OnnxEngine
 
-        return OnnxEngine(model, device, threads)
+        if compiled:
+            raise ConfigError("compiled: the engine onnxruntime compiles in its own way; leave compilation off")
+        return OnnxEngine(model, device, threads, precision=precision)
     raise ConfigError(f"engine: got {engine!r}, expected one of {', '.join(ENGINES)}")

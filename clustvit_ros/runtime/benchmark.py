@@ -1,6 +1,6 @@
 """Timing networks fairly: one pipeline for all, interleaved, so that whatever drifts on the machine hits all alike.
 
-What is timed is normalised image in (in host memory), uint8 mask out (in host memory): the network and `label_maps`
+What is timed is normalised image in (in host memory), uint8 mask out (in host memory): the network and its label map
 without confidence.
 """
 
@@ -25,7 +25,6 @@ from clustvit_ros.runtime.engine import Settings
 from clustvit_ros.runtime.flops import count_cost
 from clustvit_ros.runtime.network_engine import Lap, NetworkEngine, NetworkOutput, StageTimer
 from clustvit_ros.runtime.onnx_engine import OnnxEngine
-from clustvit_ros.runtime.postprocess import label_maps
 from clustvit_ros.runtime.preprocess import to_input
 
 ROW_KEYS = (
@@ -42,7 +41,7 @@ class BenchCase:
     Args:
         arch: what results call it.
         model: its model folder.
-        engine, device, threads: as `create_engine` takes them.
+        engine, device, threads, precision, compiled: as `create_engine` takes them.
         size: (height, width) of the input.
         batch: images per call.
         token_capacity: tokens kept; 0 is all.
@@ -60,6 +59,8 @@ class BenchCase:
     token_capacity: int = 0
     execution_provider: str = ""
     cache_dir: Path | None = None
+    precision: str = "float32"
+    compiled: bool = False
 
     def open(self) -> NetworkEngine:
         """The engine, ready to run.
@@ -68,8 +69,10 @@ class BenchCase:
             ModelError, ConfigError, EngineError: as `create_engine`, or an engine that runs no network.
         """
         if self.engine == "onnxruntime":
-            return OnnxEngine(self.model, self.device, self.threads, self.execution_provider, self.cache_dir)
-        engine = create_engine(str(self.model), self.engine, self.device, self.threads)
+            return OnnxEngine(
+                self.model, self.device, self.threads, self.execution_provider, self.cache_dir, self.precision
+            )
+        engine = create_engine(str(self.model), self.engine, self.device, self.threads, self.precision, self.compiled)
         if not isinstance(engine, NetworkEngine):
             raise ConfigError(f"bench: engine {self.engine!r} runs no network, so there is nothing to measure")
         return engine
@@ -80,7 +83,7 @@ class Pipeline:
 
     def __init__(self, case: BenchCase, engine: NetworkEngine) -> None:
         self.case, self.engine = case, engine
-        self._settings = Settings(merge_threshold=1.0, token_capacity=case.token_capacity)
+        self._settings = Settings(merge_threshold=1.0, token_capacity=case.token_capacity, confidence=False)
         generator = torch.Generator().manual_seed(0)
         self._images = torch.randn(case.batch, 3, *case.size, generator=generator)
         if engine.device.type == "cuda":
@@ -92,9 +95,9 @@ class Pipeline:
             x = self._images.to(self.engine.device, non_blocking=True)
             lap("copy_in")
             output = self.engine.infer(x, self._settings, lap)
-            mask, _ = label_maps(output.logits, self.case.size, with_confidence=False)
+            maps = self.engine.postprocess(output, self.case.size, self._settings)
             lap("postprocess")
-            mask.cpu()
+            self.engine.download(maps.mask)
             lap("copy_out")
         return output
 
@@ -132,7 +135,7 @@ def run_cases(cases: list[BenchCase], runs: int, warmup: int) -> list[dict[str, 
     pipelines = []
     for case in cases:
         # Cases that differ in their capacity alone share an engine.
-        key = (case.model, case.engine, case.execution_provider)
+        key = (case.model, case.engine, case.execution_provider, case.precision, case.compiled)
         if key not in engines:
             engines[key] = case.open()
         pipelines.append(Pipeline(case, engines[key]))
@@ -158,9 +161,11 @@ def _row(pipeline: Pipeline, output: NetworkOutput, times_ms: list[float], stage
     kept = output.token_capacity if output.cluster_ids is not None else tokens_total
     cost = count_cost(config.network, len(config.classes), case.size, case.batch, kept)
     p50_ms, p95_ms, p99_ms = (round(float(np.percentile(times_ms, share)), 3) for share in (50, 95, 99))
+    # What ran, not what was asked for: graphs fall back to eager frames where they cannot be captured.
+    engine = f"{info.engine}:{case.execution_provider}" if case.execution_provider else info.engine
     values = (
         case.arch,
-        f"{case.engine}:{case.execution_provider}" if case.execution_provider else case.engine,
+        f"{engine}:compiled" if case.compiled else engine,
         info.device,
         info.precision,
         torch.get_num_threads(),

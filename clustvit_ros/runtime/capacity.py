@@ -12,16 +12,20 @@ def default_ladder(tokens_total: int) -> tuple[int, ...]:
     return tuple(sorted({max(tokens_total * rung // _RUNGS, 1) for rung in range(1, _RUNGS + 1)}))
 
 
-def choose_capacity(ladder: Sequence[int], tokens_below_threshold: int, ceiling: int = 0) -> int:
+def choose_capacity(ladder: Sequence[int], tokens_below_threshold: int, ceiling: int = 0, exempt: int = 0) -> int:
     """The smallest capacity that keeps every token below the threshold, but none above the ceiling.
 
     Args:
         ladder: capacities, ascending.
         tokens_below_threshold: tokens the threshold wants kept (of the fullest image of a batch).
         ceiling: upper bound on kept tokens; 0 is none. It need not be on the ladder.
+        exempt: tokens that must not be merged (of the fullest image of a batch); they come before the ceiling.
 
     Returns:
         Token capacity. Slots left over keep the least certain of the tokens that could have been merged.
     """
     smallest = next((capacity for capacity in ladder if capacity >= tokens_below_threshold), ladder[-1])
-    return min(smallest, ceiling) if ceiling > 0 else smallest
+    bounded = min(smallest, ceiling) if ceiling > 0 else smallest
+    if bounded >= exempt:
+        return bounded
+    return next((capacity for capacity in ladder if capacity >= exempt), ladder[-1])

@@ -16,6 +16,13 @@ import numpy as np
 from clustvit_ros.classes import ClassSet
 from clustvit_ros.errors import ConfigError, ImageError
 
+PRECISIONS = ("float32", "float16", "bfloat16")
+"""What a network may compute in; what decides or sums stays in float32."""
+
+
+EXEMPT_SOURCES = ("previous_mask", "two_pass")
+"""Where classes that are exempt from merging are looked for."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -29,6 +36,13 @@ class Settings:
         output_size: (height, width) of mask, confidence and cluster map; None is the input image's size.
         confidence: compute the confidence map.
         clusters: compute the cluster map.
+        min_tokens: keep at least so many tokens, though the threshold would merge them; `token_capacity` comes first.
+        merge_exempt_region: rectangles (top, left, bottom, right), fractions of the image, whose tokens are never
+            merged. Exempt tokens come before `token_capacity`: it rises to the next rung that has room for them all.
+        merge_exempt_classes: ids of classes whose tokens are never merged, nor the tokens beside them.
+        merge_exempt_source: where those classes are looked for: "previous_mask", or "two_pass", the mask that a first
+            pass over the same frame gives, for almost twice the time.
+        previous_mask: (H, W) or (B, H, W) class ids of the engine's own classes, for the former; None exempts no class.
 
     Raises:
         ConfigError: a value outside its range.
@@ -40,6 +54,11 @@ class Settings:
     output_size: tuple[int, int] | None = None
     confidence: bool = True
     clusters: bool = False
+    min_tokens: int = 0
+    merge_exempt_region: tuple[tuple[float, float, float, float], ...] = ()
+    merge_exempt_classes: tuple[int, ...] = ()
+    merge_exempt_source: str = "previous_mask"
+    previous_mask: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("merge_threshold", "confidence_threshold"):
@@ -48,6 +67,12 @@ class Settings:
                 raise ConfigError(f"{name}: got {value}, expected 0.0 to 1.0")
         if self.token_capacity < 0:
             raise ConfigError(f"token_capacity: got {self.token_capacity}, expected 0 (automatic) or a positive count")
+        if self.min_tokens < 0:
+            raise ConfigError(f"min_tokens: got {self.min_tokens}, expected 0 or a positive count")
+        if self.merge_exempt_source not in EXEMPT_SOURCES:
+            raise ConfigError(
+                f"merge_exempt_source: got {self.merge_exempt_source!r}, expected one of {', '.join(EXEMPT_SOURCES)}"
+            )
         if self.output_size is not None and min(self.output_size) < 1:
             raise ConfigError(f"output_size: got {self.output_size}, expected positive (height, width)")
 
@@ -64,6 +89,7 @@ class Stats:
         stages_ms: milliseconds by stage; sum about `total_ms`. `preprocess` and `postprocess`, and between them what
             the engine can tell apart: `encode` (up to the injection point), `finish` (from there), `decode` (the head).
         total_ms: milliseconds from the call to its return.
+        tokens_exempt: patch tokens that had to be kept, of the image that had the most.
     """
 
     tokens_total: int
@@ -72,6 +98,7 @@ class Stats:
     merge_threshold: float
     total_ms: float
     stages_ms: dict[str, float] = field(default_factory=dict)
+    tokens_exempt: int = 0
 
 
 @dataclass(frozen=True)

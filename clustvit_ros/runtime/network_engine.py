@@ -16,6 +16,7 @@ from clustvit_ros.modeling.model_folder import ModelConfig
 from clustvit_ros.modeling.vit import grid_size_of
 from clustvit_ros.runtime.capacity import default_ladder
 from clustvit_ros.runtime.engine import Engine, EngineInfo, Prediction, Settings, Stats, as_batch
+from clustvit_ros.runtime.exemption import exempt_tokens
 from clustvit_ros.runtime.memory import keep_freed_memory
 from clustvit_ros.runtime.postprocess import cluster_map, label_maps
 from clustvit_ros.runtime.preprocess import network_size, to_input
@@ -46,6 +47,22 @@ class NetworkOutput(NamedTuple):
     token_capacity: int
 
 
+class Maps(NamedTuple):
+    """Label maps of a batch, on the engine's device.
+
+    Attributes:
+        mask: (B, H, W) uint8 (int32 above 255 classes).
+        confidence: (B, H, W) uint8; None when not asked for.
+        clusters: (B, H, W) uint8; None when not asked for or without clusters.
+        tokens_kept: () float, mean over the batch.
+    """
+
+    mask: Tensor
+    confidence: Tensor | None
+    clusters: Tensor | None
+    tokens_kept: Tensor
+
+
 class NetworkEngine(Engine):
     """An engine around a network; what runs the network is the subclass's.
 
@@ -56,6 +73,7 @@ class NetworkEngine(Engine):
         device_name: the same for people.
         device_reason: why this device, when it was chosen automatically; else empty.
         weights_sha256: of the model's weights file; empty for a network that comes from none.
+        precision: one of `PRECISIONS`, what the network computes in.
     """
 
     def __init__(
@@ -66,6 +84,7 @@ class NetworkEngine(Engine):
         device_name: str,
         device_reason: str,
         weights_sha256: str = "",
+        precision: str = "float32",
     ) -> None:
         keep_freed_memory()
         self._config = config
@@ -77,7 +96,7 @@ class NetworkEngine(Engine):
             engine=engine,
             device=device_name,
             device_reason=device_reason,
-            precision="float32",
+            precision=precision,
             classes=config.classes,
             input_size=config.input.size,
             tokens_total=grid_size[0] * grid_size[1],
@@ -85,17 +104,40 @@ class NetworkEngine(Engine):
         )
 
     @abc.abstractmethod
-    def infer(self, x: Tensor, settings: Settings, lap: Lap = lambda stage: None) -> NetworkOutput:
+    def infer(
+        self, x: Tensor, settings: Settings, lap: Lap = lambda stage: None, exempt: Tensor | None = None
+    ) -> NetworkOutput:
         """Run the network alone.
 
         Args:
             x: (B, 3, H, W) float32, normalised, on the engine's device.
             settings: threshold and capacity are used.
             lap: called after each of the stages that this engine can tell apart.
+            exempt: (N,) or (B, N) bool in host memory, true where a token must not be merged; None exempts none. They
+                come before the token capacity.
 
         Raises:
             EngineError: the device failed.
         """
+
+    def preprocess(self, batch: np.ndarray, size: tuple[int, int]) -> Tensor:
+        """Resize and normalise: (B, H, W, 3) uint8 -> (B, 3, *size) float32 on the engine's device."""
+        return to_input(batch, size, self._config.input, self._device)
+
+    def postprocess(self, output: NetworkOutput, size: tuple[int, int], settings: Settings) -> Maps:
+        """Label maps of (height, width) `size`; maps that the settings do not ask for are left out."""
+        mask, confidence = label_maps(output.logits, size, settings.confidence_threshold, settings.confidence)
+        ids = output.cluster_ids
+        if ids is None:
+            tokens_total = output.grid_size[0] * output.grid_size[1]
+            return Maps(mask, confidence, None, torch.tensor(float(tokens_total)))
+        clusters = cluster_map(ids, output.grid_size, size) if settings.clusters else None
+        return Maps(mask, confidence, clusters, (ids == 0).sum(dim=1).float().mean())
+
+    def download(self, maps: Tensor) -> np.ndarray:
+        """Maps in host memory, in an array that is the caller's own."""
+        array = maps.cpu().numpy()
+        return array if array.dtype == np.uint8 else array.astype(np.uint16)
 
     @property
     def info(self) -> EngineInfo:
@@ -138,30 +180,43 @@ class NetworkEngine(Engine):
 
     def _segment(self, batch: np.ndarray, settings: Settings, timer: StageTimer) -> Prediction:
         size = network_size(batch.shape[1:3], self._config.input.size, self._config.network.patch_size)
-        x = to_input(batch, size, self._config.input, self._device)
+        x = self.preprocess(batch, size)
         timer.lap("preprocess")
-        output = self.infer(x, settings, timer.lap)
-        output_size = settings.output_size or batch.shape[1:3]
-        mask, confidence = label_maps(output.logits, output_size, settings.confidence_threshold, settings.confidence)
-        tokens_total = output.grid_size[0] * output.grid_size[1]
-        tokens_kept, clusters = float(tokens_total), None
-        if output.cluster_ids is not None:
-            tokens_kept = float((output.cluster_ids == 0).sum(dim=1).float().mean())
-            if settings.clusters:
-                clusters = cluster_map(output.cluster_ids, output.grid_size, output_size).cpu().numpy()
-        mask_array = mask.cpu().numpy()
-        prediction_mask = mask_array if mask_array.dtype == np.uint8 else mask_array.astype(np.uint16)
-        confidence_array = None if confidence is None else confidence.cpu().numpy()
+        exempt = self._exempt(x, settings, timer.lap)
+        output = self.infer(x, settings, timer.lap, exempt)
+        maps = self.postprocess(output, settings.output_size or batch.shape[1:3], settings)
+        mask = self.download(maps.mask)
+        confidence = None if maps.confidence is None else self.download(maps.confidence)
+        clusters = None if maps.clusters is None else self.download(maps.clusters)
+        tokens_kept = float(maps.tokens_kept)
         timer.lap("postprocess")
         stats = Stats(
-            tokens_total=tokens_total,
+            tokens_total=output.grid_size[0] * output.grid_size[1],
             tokens_kept=tokens_kept,
             token_capacity=output.token_capacity,
             merge_threshold=settings.merge_threshold,
             total_ms=timer.total_ms,
             stages_ms=timer.stages_ms,
+            tokens_exempt=most_exempt(exempt),
         )
-        return Prediction(prediction_mask, confidence_array, clusters, stats)
+        return Prediction(mask, confidence, clusters, stats)
+
+    def _exempt(self, x: Tensor, settings: Settings, lap: Lap) -> Tensor | None:
+        """Tokens that must not be merged, as `infer` takes them."""
+        classes = settings.merge_exempt_classes
+        if not self._config.network.merges or not (settings.merge_exempt_region or classes):
+            return None
+        grid_size = grid_size_of((x.shape[2], x.shape[3]), self._config.network.patch_size)
+        masks = settings.previous_mask
+        if classes and settings.merge_exempt_source == "two_pass":
+            masks = self.infer(x, settings).logits.argmax(dim=1).cpu().numpy()
+            lap("first_pass")
+        return exempt_tokens(grid_size, settings.merge_exempt_region, masks, classes)
+
+
+def most_exempt(exempt: Tensor | None) -> int:
+    """Exempt tokens of the image that has the most: (N,) or (B, N) bool in host memory."""
+    return 0 if exempt is None else int(exempt.sum(dim=-1).max())
 
 
 class StageTimer:

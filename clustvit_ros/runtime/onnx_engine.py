@@ -12,14 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clustvit_ros.errors import EngineError, ModelError
+from clustvit_ros.errors import ConfigError, EngineError, ModelError
 from clustvit_ros.modeling.model_folder import ModelConfig, hash_weights, inside, load_config
 from clustvit_ros.modeling.vit import grid_size_of
 from clustvit_ros.paths import find_model, user_cache_dir
+from clustvit_ros.runtime.capacity import choose_capacity, default_ladder
 from clustvit_ros.runtime.device import describe_device, select_device
 from clustvit_ros.runtime.engine import Settings
 from clustvit_ros.runtime.network_engine import Lap, NetworkEngine, NetworkOutput
-from clustvit_ros.runtime.onnx_export import describe_export, export_onnx
+from clustvit_ros.runtime.onnx_export import EXEMPT_NAME, describe_export, export_onnx
 from clustvit_ros.runtime.onnx_session import open_session, read_metadata
 
 ONNX_FILE = "model.onnx"
@@ -39,6 +40,7 @@ class OnnxEngine(NetworkEngine):
         execution_provider: "cpu", "cuda" or "tensorrt"; empty takes the device's own (TensorRT must be asked for: it
             builds for minutes on first use).
         cache_dir: for exported files and TensorRT's engines; None is the user's cache.
+        precision: "float32", or "float16" with TensorRT, which builds its engine for it; files are float32 either way.
 
     Raises:
         ModelError, ConfigError: the model cannot be loaded, or the provider does not run on such a device.
@@ -47,8 +49,14 @@ class OnnxEngine(NetworkEngine):
 
     def __init__(
         self, model: str | Path, device: str = "auto", threads: int = 0, execution_provider: str = "",
-        cache_dir: Path | None = None,
+        cache_dir: Path | None = None, precision: str = "float32",
     ) -> None:  # fmt: skip
+        if precision != "float32" and (precision, execution_provider) != ("float16", "tensorrt"):
+            raise ConfigError(
+                f"precision: got {precision!r}, expected float32 with the engine onnxruntime"
+                " (float16 with its provider tensorrt only), or another engine"
+            )
+        self._half = precision == "float16"
         if threads > 0:
             torch.set_num_threads(threads)
         self._model, self._threads, self._execution_provider = model, threads, execution_provider
@@ -65,12 +73,30 @@ class OnnxEngine(NetworkEngine):
                 )
             selected, reason = torch.device("cpu"), problem
             session, _ = self._open(config, config.input.size, selected)
-        super().__init__("onnxruntime", config, selected, describe_device(selected), reason, self._weights_sha256)
+        super().__init__(
+            "onnxruntime", config, selected, describe_device(selected), reason, self._weights_sha256, precision
+        )
         self._session, self._session_size = session, config.input.size
         self._logits_size = _logits_size(session)
 
-    def infer(self, x: Tensor, settings: Settings, lap: Lap = lambda stage: None) -> NetworkOutput:
-        """Run the network alone; its one stage is `network`."""
+    def infer(
+        self, x: Tensor, settings: Settings, lap: Lap = lambda stage: None, exempt: Tensor | None = None
+    ) -> NetworkOutput:
+        """Run the network alone; its one stage is `network`.
+
+        A batch's images share their exempt tokens: what must be kept in one is kept in all.
+        """
+        output = self._run(x, settings.merge_threshold, settings.token_capacity, exempt)
+        floor = min(settings.min_tokens, settings.token_capacity or settings.min_tokens)
+        if self._config.network.merges and output.token_capacity < floor:
+            # The file knows an upper bound only. With a threshold of 1 that is what is kept.
+            rung = choose_capacity(default_ladder(output.grid_size[0] * output.grid_size[1]), floor)
+            bound = min(rung, settings.token_capacity or rung)
+            output = self._run(x, 1.0, bound, exempt)
+        lap("network")
+        return output
+
+    def _run(self, x: Tensor, merge_threshold: float, token_capacity: int, exempt: Tensor | None) -> NetworkOutput:
         size = (x.shape[2], x.shape[3])
         if size != self._session_size:
             self._session, problem = self._open(self._config, size, self._device)
@@ -84,9 +110,11 @@ class OnnxEngine(NetworkEngine):
         cluster_ids = torch.empty(B, N, dtype=torch.int64, device=self._device)
         capacity = np.empty((), np.int64)
 
+        if exempt is not None:
+            return self._run_exempt(x, merge_threshold, token_capacity, exempt)
         binding = self._session.io_binding()
-        binding.bind_cpu_input("merge_threshold", np.array(settings.merge_threshold, np.float32))
-        binding.bind_cpu_input("token_capacity", np.array(settings.token_capacity, np.int64))
+        binding.bind_cpu_input("merge_threshold", np.array(merge_threshold, np.float32))
+        binding.bind_cpu_input("token_capacity", np.array(token_capacity, np.int64))
         device = {"device_type": self._device.type, "device_id": self._device.index or 0}
         binding.bind_input("images", **device, **_buffer(x, np.float32))
         binding.bind_output("logits", **device, **_buffer(logits, np.float32))
@@ -99,14 +127,35 @@ class OnnxEngine(NetworkEngine):
             self._session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
             raise EngineError(f"{self._info.device} failed on a batch of shape {tuple(x.shape)}: {error}") from error
-        lap("network")
         merges = self._config.network.merges
         return NetworkOutput(logits, cluster_ids if merges else None, grid_size, int(capacity))
+
+    def _run_exempt(self, x: Tensor, merge_threshold: float, token_capacity: int, exempt: Tensor) -> NetworkOutput:
+        """As `_run`, through host memory: optional inputs cannot be bound."""
+        if EXEMPT_NAME not in {value.name for value in self._session.get_overridable_initializers()}:
+            raise ConfigError(
+                "this network's way to merge cannot exempt single tokens; leave merge_exempt_classes and "
+                "merge_exempt_region empty"
+            )
+        shared = exempt if exempt.ndim == 1 else exempt.any(dim=0)
+        feed = {
+            "images": x.cpu().numpy(),
+            "merge_threshold": np.array(merge_threshold, np.float32),
+            "token_capacity": np.array(token_capacity, np.int64),
+            EXEMPT_NAME: shared.numpy(),
+        }
+        try:
+            logits, cluster_ids, capacity = self._session.run(None, feed)
+        except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
+            raise EngineError(f"{self._info.device} failed on a batch of shape {tuple(x.shape)}: {error}") from error
+        grid_size = grid_size_of((x.shape[2], x.shape[3]), self._config.network.patch_size)
+        ids = torch.from_numpy(cluster_ids).to(self._device)
+        return NetworkOutput(torch.from_numpy(logits).to(self._device), ids, grid_size, int(capacity))
 
     def _open(self, config: ModelConfig, size: tuple[int, int], device: torch.device) -> tuple[Any, str]:
         """A session for a size of the network's input, and why it is not on the wanted provider."""
         path = self._find_file(config, size)
-        return open_session(path, device, self._threads, self._execution_provider, self._cache_dir)
+        return open_session(path, device, self._threads, self._execution_provider, self._cache_dir, self._half)
 
     def _find_file(self, config: ModelConfig, size: tuple[int, int]) -> Path:
         wanted = describe_export(config, self._weights_sha256, size, None)

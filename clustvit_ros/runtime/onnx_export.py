@@ -20,6 +20,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.onnx import symbolic_helper
@@ -34,6 +35,8 @@ from clustvit_ros.runtime.onnx_check import check_against_torch
 
 FORMAT = "1"
 INPUT_NAMES = ("images", "merge_threshold", "token_capacity")
+EXEMPT_NAME = "exempt"
+"""A fourth input, (N,) bool: tokens that must not be merged. Whoever leaves it out exempts none."""
 OUTPUT_NAMES = ("logits", "cluster_ids", "capacity")
 # LayerNormalization appeared in 17; onnxruntime 1.17 and TensorRT 8.6 (JetPack 6) both read it.
 _OPSET = 17
@@ -70,13 +73,16 @@ class CapacitySegmenter(nn.Module):
         self.network = network
         self.register_buffer("ladder", torch.tensor(default_ladder(tokens_total)), persistent=False)
 
-    def forward(self, images: Tensor, merge_threshold: Tensor, token_capacity: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, merge_threshold: Tensor, token_capacity: Tensor, exempt: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Segment normalised images.
 
         Args:
             images: (B, 3, H, W) float32, normalised.
             merge_threshold: () float32 in 0..1.
             token_capacity: () int64, upper bound on kept tokens; 0 is none.
+            exempt: (N,) bool, tokens that are kept, before the upper bound; of networks that can do so.
 
         Returns:
             logits: (B, Q, h, w) float32.
@@ -90,17 +96,26 @@ class CapacitySegmenter(nn.Module):
             capacity = self.ladder[-1] + 0 * token_capacity + (0 * merge_threshold).long()
             features = backbone.finish(state)
         else:
-            capacity = self._capacity(backbone.count_kept(state, merge_threshold).max(), token_capacity)
+            if exempt is not None:
+                state = backbone.exempt(state, exempt)
+            capacity = self._capacity(backbone.count_kept(state, merge_threshold).max(), token_capacity, exempt)
             features = backbone.finish(state, token_capacity=capacity)
         ids = features.cluster_ids
         if ids is None:
             ids = images.new_zeros((images.shape[0], features.grid_size[0] * features.grid_size[1]), dtype=torch.int64)
         return self.network.decode(features).logits, ids, capacity
 
-    def _capacity(self, kept: Tensor, token_capacity: Tensor) -> Tensor:
+    def _capacity(self, kept: Tensor, token_capacity: Tensor, exempt: Tensor | None) -> Tensor:
         """`choose_capacity` as tensor operations: () int64, all of them, -> () int64."""
-        rung = torch.where(self.ladder >= kept, self.ladder, self.ladder[-1]).min()
-        return torch.where(token_capacity > 0, torch.minimum(rung, token_capacity), rung)
+        rung = self._rung(kept)
+        bounded = torch.where(token_capacity > 0, torch.minimum(rung, token_capacity), rung)
+        if exempt is None:
+            return bounded
+        count = exempt.sum()
+        return torch.where(bounded >= count, bounded, self._rung(count))
+
+    def _rung(self, tokens: Tensor) -> Tensor:
+        return torch.where(self.ladder >= tokens, self.ladder, self.ladder[-1]).min()
 
 
 def describe_export(
@@ -130,6 +145,7 @@ def describe_export(
     }
     return {
         "format": FORMAT,
+        "optional_inputs": EXEMPT_NAME,
         "model": config.name,
         "architecture": config.architecture,
         "exporter_version": __version__,
@@ -176,7 +192,13 @@ def _trace(network: Segmenter, path: Path, size: tuple[int, int], batch: int | N
     grid_size = grid_size_of(size, network.backbone.patch_size)
     tokens_total = grid_size[0] * grid_size[1]
     # Neither 1 image nor 0 or all tokens kept: the tracer must not meet a special case.
-    example = (torch.zeros(batch or 2, 3, *size), torch.tensor(0.5), torch.tensor(max(tokens_total // 2, 1)))
+    example: tuple[Tensor, ...] = (
+        torch.zeros(batch or 2, 3, *size), torch.tensor(0.5), torch.tensor(max(tokens_total // 2, 1)),
+    )  # fmt: skip
+    names = list(INPUT_NAMES)
+    if network.backbone.exempts:
+        example += (torch.arange(tokens_total) % 7 == 0,)
+        names.append(EXEMPT_NAME)
     module = CapacitySegmenter(network, tokens_total).eval()
     with torch.inference_mode():
         height, width = network(example[0][:1], token_capacity=int(example[2])).logits.shape[2:]
@@ -190,7 +212,7 @@ def _trace(network: Segmenter, path: Path, size: tuple[int, int], batch: int | N
         try:
             torch.onnx.export(
                 module, example, str(path), opset_version=_OPSET,
-                input_names=list(INPUT_NAMES), output_names=list(OUTPUT_NAMES), dynamic_axes=dynamic_axes, **choice,
+                input_names=names, output_names=list(OUTPUT_NAMES), dynamic_axes=dynamic_axes, **choice,
             )  # fmt: skip
         except (torch.onnx.errors.OnnxExporterError, RuntimeError, ImportError) as error:
             problem = str(error).strip().splitlines()[-1]
@@ -225,6 +247,12 @@ def _write_metadata(path: Path, metadata: dict[str, str]) -> None:
             "install clustvit_ros with its 'onnx' extra"
         ) from error
     file = onnx.load(str(path))
+    for value in file.graph.input:
+        if value.name == EXEMPT_NAME:
+            # An input with a value of its own is optional (ONNX IR, "graph inputs and initializers").
+            tokens_total = value.type.tensor_type.shape.dim[0].dim_value
+            none = onnx.numpy_helper.from_array(np.zeros(tokens_total, bool), EXEMPT_NAME)
+            file.graph.initializer.append(none)
     file.producer_name, file.producer_version = "clustvit_ros", __version__
     onnx.helper.set_model_props(file, metadata)
     onnx.save(file, str(path))

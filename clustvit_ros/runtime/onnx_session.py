@@ -35,7 +35,12 @@ def import_onnxruntime() -> ModuleType:
 
 
 def open_session(
-    path: Path, device: torch.device, threads: int = 0, execution_provider: str = "", cache_dir: Path | None = None
+    path: Path,
+    device: torch.device,
+    threads: int = 0,
+    execution_provider: str = "",
+    cache_dir: Path | None = None,
+    half: bool = False,
 ) -> tuple[Any, str]:
     """Open an exported file.
 
@@ -45,6 +50,7 @@ def open_session(
         threads: CPU threads; 0 leaves ONNX Runtime's choice.
         execution_provider: one of `PROVIDERS`; empty takes the device's own.
         cache_dir: where TensorRT keeps the engines it builds; None builds them at each start.
+        half: let TensorRT compute in float16.
 
     Returns:
         The `onnxruntime.InferenceSession`, and why it does not run on the wanted provider; empty if it does.
@@ -66,7 +72,9 @@ def open_session(
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         session = onnxruntime.InferenceSession(
-            str(path), options, providers=_providers(name, device, cache_dir, onnxruntime.get_available_providers())
+            str(path),
+            options,
+            providers=_providers(name, device, cache_dir, half, onnxruntime.get_available_providers()),
         )
     except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
         raise EngineError(f"{path}: ONNX Runtime {onnxruntime.__version__} cannot open it: {error}") from error
@@ -90,15 +98,15 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def _providers(
-    name: str, device: torch.device, cache_dir: Path | None, available: list[str]
+    name: str, device: torch.device, cache_dir: Path | None, half: bool, available: list[str]
 ) -> list[str | tuple[str, dict[str, str]]]:
     """Providers in order of preference; each takes the operators that those before it leave."""
     on_gpu = {"device_id": str(device.index or 0)}
     preferred: list[tuple[str, dict[str, str]]] = []
     if name == "tensorrt":
-        cache = {}
+        cache = {"trt_fp16_enable": "1", "trt_layer_norm_fp32_fallback": "1"} if half else {}
         if cache_dir is not None:
-            cache = {
+            cache |= {
                 "trt_engine_cache_enable": "1",
                 "trt_engine_cache_path": str(cache_dir),
                 "trt_timing_cache_enable": "1",

@@ -1,25 +1,66 @@
 """From class logits on the patch grid to uint8 label maps at image resolution.
 
 Logits are upsampled bilinearly (`align_corners=False`) in bands of rows, so that a full-resolution float tensor of all
-classes never exists: 150 classes at 512x512 would be 157 MB.
+classes never exists: 150 classes at 512x512 would be 157 MB. A CPU takes narrow bands that stay in its cache, and where
+only the mask is wanted just the classes that can win (`cell_labels`); a GPU takes wide bands and few kernels, all of
+them of shapes that depend on sizes alone, so that they can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from clustvit_ros.classes import IGNORE_INDEX
+from clustvit_ros.runtime.cell_labels import cell_labels
 
 # Rows of one band: all classes of it then stay in a CPU's cache.
 _BAND_ROWS = 16
+# On a GPU: 39 MB at 150 classes and 512 columns, while each kernel still has work for the whole device.
+_DEVICE_BAND_ROWS = 128
+
+
+class Upsampling(NamedTuple):
+    """Bilinear interpolation from a grid to a size, as tensors on a device.
+
+    Attributes:
+        columns: (w, W), two weights in each column.
+        upper, lower: (H,) int64, the two source rows of each row.
+        down: (H, 1), weight of the lower one.
+    """
+
+    columns: Tensor
+    upper: Tensor
+    lower: Tensor
+    down: Tensor
+
+
+@lru_cache(maxsize=16)
+def upsampling(
+    grid_size: tuple[int, int], size: tuple[int, int], device: torch.device, dtype: torch.dtype = torch.float32
+) -> Upsampling:
+    """How to get from a grid (h, w) to (H, W).
+
+    A recorded graph must hold on to what it was recorded with: the cache here forgets.
+    """
+    upper, lower, weights = zip(*_interpolation(grid_size[0], size[0]), strict=True)
+    return Upsampling(
+        _interpolation_matrix(grid_size[1], size[1], dtype, device),
+        torch.tensor(upper, device=device),
+        torch.tensor(lower, device=device),
+        torch.tensor(weights, dtype=dtype, device=device)[:, None],
+    )
 
 
 def label_maps(
-    logits: Tensor, size: tuple[int, int], confidence_threshold: float = 0.0, with_confidence: bool = True
+    logits: Tensor,
+    size: tuple[int, int],
+    confidence_threshold: float | Tensor = 0.0,
+    with_confidence: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Upsample logits, take the best class and its softmax probability.
 
@@ -34,12 +75,59 @@ def label_maps(
             are not numbers.
         confidence: (B, H, W) uint8, probability scaled to 0..255 and 0 where the mask is 255; None if not asked for.
     """
+    needs_confidence = with_confidence or confidence_threshold > 0.0
+    if logits.device.type != "cpu":
+        how = upsampling((logits.shape[2], logits.shape[3]), size, logits.device, logits.dtype)
+        mask, confidence = static_label_maps(logits, how, confidence_threshold if needs_confidence else None)
+        return mask, confidence if with_confidence else None
+    if needs_confidence:
+        mask, confidence = _banded_label_maps(logits, size, float(confidence_threshold), True)
+        return mask, confidence if with_confidence else None
+    masks = [cell_labels(image.float(), size) for image in logits]
+    return torch.stack(
+        [
+            _banded_label_maps(image[None], size, 0.0, False)[0][0] if mask is None else mask
+            for image, mask in zip(logits, masks, strict=True)
+        ]
+    ), None
+
+
+def static_label_maps(
+    logits: Tensor, how: Upsampling, confidence_threshold: float | Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """`label_maps` as few operations whose shapes depend on sizes alone.
+
+    Args:
+        logits: (B, Q, h, w) float.
+        how: to the result's size, on the logits' device.
+        confidence_threshold: a number or a () tensor; None computes no confidence.
+    """
+    B, Q, _, _ = logits.shape
+    height, width = len(how.upper), how.columns.shape[1]
+    columns = logits @ how.columns  # B Q h W
+    mask = torch.empty(B, height, width, dtype=_mask_type(Q), device=logits.device)
+    confidence = None if confidence_threshold is None else torch.empty_like(mask, dtype=torch.uint8)
+    for start in range(0, height, _DEVICE_BAND_ROWS):
+        rows = slice(start, start + _DEVICE_BAND_ROWS)
+        band = torch.lerp(columns[:, :, how.upper[rows]], columns[:, :, how.lower[rows]], how.down[rows])
+        best, labels = band.max(dim=1)
+        unsure = best.isnan()
+        if confidence is not None and confidence_threshold is not None:
+            probability = band.sub_(best[:, None]).exp_().sum(dim=1).reciprocal_().nan_to_num_(0.0)
+            unsure = unsure | (probability < confidence_threshold)
+            confidence[:, rows] = probability.mul_(255.0).round_().masked_fill_(unsure, 0.0)
+        mask[:, rows] = labels.masked_fill_(unsure, IGNORE_INDEX)
+    return mask, confidence
+
+
+def _banded_label_maps(
+    logits: Tensor, size: tuple[int, int], confidence_threshold: float, needs_confidence: bool
+) -> tuple[Tensor, Tensor | None]:
     B, Q, h, w = logits.shape
     height, width = size
     device, dtype = logits.device, logits.dtype
     columns = (logits @ _interpolation_matrix(w, width, dtype, device)).transpose(1, 2)  # B Q h W -> B h Q W
-    mask = torch.empty(B, height, width, dtype=torch.uint8 if Q <= IGNORE_INDEX else torch.int32, device=device)
-    needs_confidence = with_confidence or confidence_threshold > 0.0
+    mask = torch.empty(B, height, width, dtype=_mask_type(Q), device=device)
     confidence = torch.empty(B, height, width, dtype=torch.uint8, device=device) if needs_confidence else None
     # Falling codes make the maximum the first class of a tie; code 0 is left to pixels that equal no maximum (NaN).
     codes = torch.arange(Q, 0, -1, dtype=dtype, device=device)[:, None, None]
@@ -66,7 +154,7 @@ def label_maps(
                 labels.masked_fill_(unsure, IGNORE_INDEX)
                 confidence[image, rows] = probability.mul_(255.0).round_().masked_fill_(unsure, 0.0)
             mask[image, rows] = labels
-    return mask, confidence if with_confidence else None
+    return mask, confidence
 
 
 def cluster_map(cluster_ids: Tensor, grid_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
@@ -112,3 +200,7 @@ def _interpolation_matrix(length: int, target: int, dtype: torch.dtype, device: 
         matrix[lower, column] += 1.0 - weight
         matrix[upper, column] += weight
     return torch.from_numpy(matrix).to(device, dtype)
+
+
+def _mask_type(num_classes: int) -> torch.dtype:
+    return torch.uint8 if num_classes <= IGNORE_INDEX else torch.int32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import cv2
 import numpy as np
@@ -46,10 +47,29 @@ def to_input(images: np.ndarray, size: tuple[int, int], config: InputConfig, dev
             interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
             images = np.stack([cv2.resize(image, size[::-1], interpolation=interpolation) for image in images])
         x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float()
-    else:
-        x = torch.from_numpy(np.ascontiguousarray(images)).to(device, non_blocking=True).permute(0, 3, 1, 2).float()
-        if tuple(x.shape[2:]) != size:
-            x = F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=shrinks)
-    mean = torch.tensor(config.mean, device=device).view(1, 3, 1, 1)
-    std = torch.tensor(config.std, device=device).view(1, 3, 1, 1)
-    return x.sub_(mean).div_(std)
+        return x.sub_(_per_channel(config.mean, device)).div_(_per_channel(config.std, device))
+    pixels = torch.from_numpy(np.ascontiguousarray(images)).to(device, non_blocking=True)
+    return device_input(pixels, size, _per_channel(config.mean, device), _per_channel(config.std, device))
+
+
+def device_input(images: Tensor, size: tuple[int, int], mean: Tensor, std: Tensor) -> Tensor:
+    """Resize and normalise on the images' own device, in operations that a CUDA graph can record.
+
+    Args:
+        images: (B, H, W, 3) uint8 RGB.
+        size: (height, width) of the result.
+        mean, std: (1, 3, 1, 1) on the device.
+
+    Returns:
+        (B, 3, *size) float32.
+    """
+    shrinks = images.shape[1] > size[0] or images.shape[2] > size[1]
+    x = images.permute(0, 3, 1, 2).float()
+    if tuple(x.shape[2:]) != size:
+        x = F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=shrinks)
+    return (x - mean) / std
+
+
+@lru_cache(maxsize=16)
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device).view(1, 3, 1, 1)

@@ -14,7 +14,7 @@ _REPEATS = 5
 
 
 class DeviceRates(NamedTuple):
-    """Measured, float32.
+    """Measured in one precision.
 
     Attributes:
         matmul_gflops: 1e9 floating-point operations per second, two per multiply-add.
@@ -25,10 +25,16 @@ class DeviceRates(NamedTuple):
     bandwidth_gb_s: float
 
 
-def measure_rates(device: torch.device) -> DeviceRates:
-    """Measure a device with the threads that PyTorch has; takes about a second on a CPU."""
-    side = 2048 if device.type == "cpu" else 8192
-    a, b = torch.rand(side, side, device=device), torch.rand(side, side, device=device)
+def measure_rates(device: torch.device, precision: str = "float32") -> DeviceRates:
+    """Measure a device with the threads that PyTorch has; takes about a second on a CPU.
+
+    Args:
+        device: to be measured.
+        precision: of the matrix product, one of `PRECISIONS`.
+    """
+    # A CPU without instructions for a half precision would take minutes for more.
+    side = (2048 if precision == "float32" else 512) if device.type == "cpu" else 8192
+    a, b = (torch.rand(side, side, device=device).to(getattr(torch, precision)) for _ in range(2))
     product = torch.empty_like(a)
     # Far beyond any cache.
     source = torch.zeros(64 << 20, device=device)
@@ -38,14 +44,15 @@ def measure_rates(device: torch.device) -> DeviceRates:
     return DeviceRates(2 * side**3 / matmul_s / 1e9, 2 * source.numel() * source.element_size() / copy_s / 1e9)
 
 
-def roofline_ms(cost: Cost, rates: DeviceRates, image_bytes: int, mask_bytes: int) -> float:
+def roofline_ms(cost: Cost, rates: DeviceRates, image_bytes: int, mask_bytes: int, weight_bytes: int = 4) -> float:
     """The time below which a call cannot come on a device with these rates.
 
-    The larger of two: all counted operations at the matrix-product rate; weights (float32) and input read once and the
-    mask written once at the memory's bandwidth. Traffic of activations, which a larger cache avoids, is left out.
+    The larger of two: all counted operations at the matrix-product rate; weights (of `weight_bytes` each) and input
+    read once and the mask written once at the memory's bandwidth. Traffic of activations, which a larger cache avoids,
+    is left out.
     """
     compute_s = cost.flops / (rates.matmul_gflops * 1e9)
-    memory_s = (4 * cost.parameters + image_bytes + mask_bytes) / (rates.bandwidth_gb_s * 1e9)
+    memory_s = (weight_bytes * cost.parameters + image_bytes + mask_bytes) / (rates.bandwidth_gb_s * 1e9)
     return max(compute_s, memory_s) * 1000.0
 
 

@@ -83,7 +83,9 @@ class ScriptedEngine(Engine):
 
         total = _count_tokens(batch.shape[1:3])
         capacity = choose_capacity(
-            default_ladder(total), round(total * settings.merge_threshold), settings.token_capacity
+            default_ladder(total),
+            max(round(total * settings.merge_threshold), settings.min_tokens),
+            settings.token_capacity,
         )
         self._sleep(self._latency_ms(self._calls, capacity, total) / 1000.0)
         self._calls += 1

@@ -3,32 +3,42 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from clustvit_ros.errors import ConfigError, EngineError
+from clustvit_ros.modeling.backbone import Features
+from clustvit_ros.modeling.inference import for_inference
 from clustvit_ros.modeling.model_folder import ModelConfig, hash_weights, load_config, load_segmenter
 from clustvit_ros.modeling.segmenter import Segmenter
-from clustvit_ros.modeling.vit import grid_size_of
+from clustvit_ros.modeling.vit import Block, grid_size_of
 from clustvit_ros.runtime.capacity import choose_capacity, default_ladder
 from clustvit_ros.runtime.device import describe_device, select_device
-from clustvit_ros.runtime.engine import Settings
-from clustvit_ros.runtime.network_engine import Lap, NetworkEngine, NetworkOutput
+from clustvit_ros.runtime.engine import PRECISIONS, Settings
+from clustvit_ros.runtime.network_engine import Lap, NetworkEngine, NetworkOutput, most_exempt
 
 
 class TorchEngine(NetworkEngine):
     """Runs a network on one device.
 
     Args:
-        network: in evaluation mode; moved to the device.
+        network: copied, and the copy made ready to be run only.
         config: its classes and input.
         device: "auto", "cpu", "cuda" or "cuda:N".
         threads: CPU threads; 0 leaves PyTorch's choice. Process-wide, as PyTorch has it.
         weights_sha256: of the weights file, where the network comes from one.
+        precision: one of `PRECISIONS`. Half precisions are for a GPU; a CPU without instructions for them is slower.
+        compiled: run the transformer blocks through `torch.compile`, which needs a C++ compiler on a CPU and Triton on
+            a GPU, and minutes at the first start.
 
     Raises:
-        EngineError: the device was named and does not work.
+        ConfigError: unknown precision.
+        EngineError: the device was named and does not work, or the blocks cannot be compiled.
     """
+
+    engine_name = "torch"
 
     def __init__(
         self,
@@ -37,38 +47,87 @@ class TorchEngine(NetworkEngine):
         device: str = "auto",
         threads: int = 0,
         weights_sha256: str = "",
+        precision: str = "float32",
+        compiled: bool = False,
     ) -> None:
+        if precision not in PRECISIONS:
+            raise ConfigError(f"precision: got {precision!r}, expected one of {', '.join(PRECISIONS)}")
         if threads > 0:
             torch.set_num_threads(threads)
         selected, reason = select_device(device)
-        super().__init__("torch", config, selected, describe_device(selected), reason, weights_sha256)
-        self._network = network.to(selected).eval().requires_grad_(False)
+        super().__init__(
+            self.engine_name, config, selected, describe_device(selected), reason, weights_sha256, precision
+        )
+        self._dtype: torch.dtype = getattr(torch, precision)
+        self._network = for_inference(network.to(selected), self._dtype)
+        self._compiled = compiled
+        if compiled:
+            for module in self._network.modules():
+                if isinstance(module, Block):
+                    # One length of sequence for each capacity: compiled once, for all of them.
+                    module.compile(dynamic=True)
 
     @classmethod
-    def from_model(cls, model: str | Path, device: str = "auto", threads: int = 0) -> TorchEngine:
+    def from_model(
+        cls,
+        model: str | Path,
+        device: str = "auto",
+        threads: int = 0,
+        precision: str = "float32",
+        compiled: bool = False,
+        **arguments: Any,
+    ) -> TorchEngine:
         """An engine for a model folder or shipped model.
 
         Raises:
-            ModelError, ConfigError: the model cannot be loaded.
+            ModelError, ConfigError: the model cannot be loaded, or the precision is unknown.
             EngineError: the device was named and does not work.
         """
-        return cls(load_segmenter(model), load_config(model), device, threads, hash_weights(model))
+        network, config = load_segmenter(model), load_config(model)
+        return cls(network, config, device, threads, hash_weights(model), precision, compiled, **arguments)
 
-    def infer(self, x: Tensor, settings: Settings, lap: Lap = lambda stage: None) -> NetworkOutput:
+    def warmup(self, image_size: tuple[int, int] | None = None) -> None:
+        """Run every capacity once, for images of (height, width) `image_size`.
+
+        Raises:
+            EngineError: the blocks cannot be compiled.
+        """
+        try:
+            super().warmup(image_size)
+        except Exception as error:
+            if not self._compiled or isinstance(error, EngineError):
+                raise
+            problem = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise EngineError(f"torch.compile failed ({problem}); leave compilation off") from error
+
+    def infer(
+        self, x: Tensor, settings: Settings, lap: Lap = lambda stage: None, exempt: Tensor | None = None
+    ) -> NetworkOutput:
         """Run the network alone; stages are `encode`, `finish` (only where the network merges) and `decode`."""
         backbone = self._network.backbone
-        state = backbone.encode(x)
+        state = self.encode(x)
         grid_size = grid_size_of((x.shape[2], x.shape[3]), backbone.patch_size)
         capacity = tokens_total = grid_size[0] * grid_size[1]
         if backbone.merges:
+            if exempt is not None:
+                state = backbone.exempt(state, exempt.to(x.device))
             # The count is one number read back from the device; nothing needs counting when nothing may be merged.
             count = settings.merge_threshold < 1.0
             kept = int(backbone.count_kept(state, settings.merge_threshold).max()) if count else tokens_total
-            capacity = choose_capacity(default_ladder(tokens_total), kept, settings.token_capacity)
+            kept = max(kept, min(settings.min_tokens, tokens_total))
+            capacity = choose_capacity(default_ladder(tokens_total), kept, settings.token_capacity, most_exempt(exempt))
         lap("encode")
         features = backbone.finish(state, token_capacity=capacity)
         if backbone.merges:
             lap("finish")
-        output = self._network.decode(features)
+        logits = self.decode(features)
         lap("decode")
-        return NetworkOutput(output.logits, output.cluster_ids, grid_size, capacity)
+        return NetworkOutput(logits, features.cluster_ids, grid_size, capacity)
+
+    def encode(self, x: Tensor) -> Any:
+        """Normalised images (B, 3, H, W) float32 to the backbone's state."""
+        return self._network.backbone.encode(x.to(self._dtype))
+
+    def decode(self, features: Features) -> Tensor:
+        """Features to class logits (B, Q, h, w) float32."""
+        return self._network.decode(features).logits.float()

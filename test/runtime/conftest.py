@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from clustvit_ros.classes import ClassSet
@@ -20,3 +22,22 @@ def onnx_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache))
         yield cache / "clustvit_ros" / "onnx"
+
+
+@pytest.fixture
+def make_toy_variant(toy_model, tmp_path):
+    """Makes a model folder with other hyper-parameters than the toy's, and random weights."""
+    import torch
+
+    from clustvit_ros.modeling import build_network, load_config, save_model
+
+    def make(name="variant", **network):
+        config = load_config(toy_model)
+        config = dataclasses.replace(
+            config, network=dataclasses.replace(config.network, **network), overrides={**config.overrides, **network}
+        )
+        torch.manual_seed(3)
+        save_model(tmp_path / name, config, build_network(config.network, len(config.classes)).eval())
+        return tmp_path / name
+
+    return make

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from clustvit_ros.modeling.model_folder import InputConfig
 from clustvit_ros.runtime.capacity import choose_capacity, default_ladder
-from clustvit_ros.runtime.postprocess import cluster_map, label_maps
-from clustvit_ros.runtime.preprocess import network_size, to_input
+from clustvit_ros.runtime.cell_labels import cell_labels
+from clustvit_ros.runtime.postprocess import cluster_map, label_maps, static_label_maps, upsampling
+from clustvit_ros.runtime.preprocess import device_input, network_size, to_input
 
 
 @settings(max_examples=40, deadline=None)
@@ -91,3 +92,61 @@ def test_chosen_capacity_covers_the_threshold_below_the_ceiling(total, wanted, c
     capacity = choose_capacity(default_ladder(total), wanted, ceiling)
     assert capacity >= (min(wanted, ceiling) if ceiling else wanted)
     assert not ceiling or capacity <= ceiling
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    classes=st.integers(90, 160),
+    grid=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    factor=st.tuples(st.floats(4, 9), st.floats(4, 9)),
+    peak=st.sampled_from([3.0, 10.0, 30.0]),
+)
+def test_classes_that_cannot_win_change_nothing(seed, classes, grid, factor, peak):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(classes, *grid, generator=generator)
+    logits[:5] += peak * torch.randn(5, *grid, generator=generator)
+    size = (int(grid[0] * factor[0]), int(grid[1] * factor[1]))
+    labels = cell_labels(logits, size)
+    assume(labels is not None)  # too many could: the plain way is cheaper
+    upsampled = F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0]
+    top = upsampled.topk(2, dim=0).values
+    assert ((labels == upsampled.argmax(dim=0)) | (top[0] - top[1] < 1e-4)).all()
+    assert torch.equal(label_maps(logits[None], size, with_confidence=False)[0][0], labels)
+
+
+def test_equal_logits_give_the_first_class_and_numbers_that_are_none_the_plain_way():
+    logits = torch.full((60, 4, 4), -5.0)
+    logits[[7, 20]] = 1.0
+    assert (cell_labels(logits, (64, 64)) == 7).all()
+    logits[3, 2, 2] = float("nan")
+    assert cell_labels(logits, (64, 64)) is None
+    mask, _ = label_maps(logits[None], (64, 64), with_confidence=False)
+    assert mask[0, 0, 0] == 7 and (mask == 255).any()
+
+
+@pytest.mark.parametrize("size", [(33, 50), (130, 20), (5, 4)])
+@pytest.mark.parametrize("threshold", [None, 0.0, 0.4])
+def test_label_maps_of_static_shapes_equal_the_banded_ones(size, threshold):
+    logits = 3 * torch.randn(2, 9, 4, 5, generator=torch.Generator().manual_seed(1))
+    logits[0, :, 1, 1] = float("nan")
+    how = upsampling((4, 5), size, logits.device)
+    mask, confidence = static_label_maps(logits, how, None if threshold is None else torch.tensor(threshold))
+    expected, expected_confidence = label_maps(logits, size, threshold or 0.0, threshold is not None)
+    assert torch.equal(mask, expected) and mask.dtype == torch.uint8
+    if threshold is None:
+        assert confidence is None
+    else:
+        assert (confidence.int() - expected_confidence.int()).abs().max() <= 1
+
+
+def test_the_devices_input_equals_the_hosts():
+    images = np.random.default_rng(0).integers(0, 256, (2, 40, 60, 3), np.uint8)
+    config = InputConfig(size=(40, 60), mean=(120, 110, 100), std=(50, 60, 70))
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (config.mean, config.std))
+    same = device_input(torch.from_numpy(images), (40, 60), mean, std)
+    torch.testing.assert_close(same, to_input(images, (40, 60), config, torch.device("cpu")))
+    smaller = device_input(torch.from_numpy(images), (20, 30), mean, std)
+    host = to_input(images, (20, 30), config, torch.device("cpu"))
+    # Two ways to average, a triangle and a box; on noise they differ by more than on any camera image.
+    assert smaller.shape == host.shape and (smaller - host).abs().mean() < 0.3
