@@ -47,7 +47,8 @@ class Export(NamedTuple):
 
     Attributes:
         path: the file.
-        max_difference: largest difference between its logits and PyTorch's that the check found.
+        max_difference: largest difference between its logits and PyTorch's that the check found; of the nine tenths
+            that agree best where near ties may be decided either way.
         metadata: what the file says about itself.
     """
 

@@ -250,3 +250,19 @@ def test_encoders_that_do_not_fit_are_refused(tmp_path, capsys, changes, options
     torch.save(timm_weights(**changes), tmp_path / "a.pth")
     assert import_(tmp_path / "a.pth", tmp_path / "model", *options) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_clustr_classifiers_encoder_gets_a_fresh_head(golden_dir, tmp_path, capsys):
+    checkpoint = golden_dir / "clustr" / "network_small.pth"
+    (tmp_path / "heads.json").write_text('{"num_heads": [1, 2, 5, 8]}')
+    options = ["import-checkpoint", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "model")]
+    assert main(options) == 2
+    assert "is a ClusTR classifier; name the classes to segment with --classes" in capsys.readouterr().err
+    assert main([*options, "--classes", "camvid", "--arch", "vit_t"]) == 2
+    assert "expected one of clustr_b1, clustr_b2, clustr_b3" in capsys.readouterr().err
+    assert main([*options, "--classes", "camvid", "--config", str(tmp_path / "heads.json")]) == 0
+    assert "fresh, to be trained: head" in capsys.readouterr().out
+    network = load_segmenter(tmp_path / "model")
+    weights = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert torch.equal(network.backbone.stages[2].blocks[1].attn.kv2.weight, weights["block3.1.attn.kv2.weight"])
+    assert network.backbone.stages[2].blocks[0].attn.num_heads == 5
