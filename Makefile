@@ -40,7 +40,7 @@ $(STAMP): setup.py Makefile scripts/find_python.sh
 	@python="$$(bash scripts/find_python.sh "$(PYTHON)")" || exit 1; \
 	 if ! $(BIN)/python -c '' 2>/dev/null; then echo "creating $(VENV) with $$python"; "$$python" -m venv --clear $(VENV); fi
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[ros,opencv,train,onnx,test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[ros,opencv,train,onnx,sim,test]"
 	@touch $@
 
 clean:

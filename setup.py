@@ -55,6 +55,7 @@ setup(
         "opencv": ["opencv-python-headless>=4.5,<5"],
         "train": ["tqdm>=4.60", "matplotlib>=3.5"],
         "onnx": ["onnx>=1.15", "onnxruntime>=1.17"],
+        "sim": ["panda3d>=1.10.13", "opencv-python-headless>=4.5,<5"],
         "test": ["pytest>=7", "pytest-timeout>=2", "hypothesis>=6", "ruff>=0.6", "mypy>=1.8", "types-PyYAML"],
     },
     entry_points={

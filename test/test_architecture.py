@@ -16,7 +16,7 @@ ALLOWED = {
     "training": {"modeling"},
     "runtime": {"modeling"},
     "control": set(),
-    "ros": {"runtime", "control"},
+    "ros": {"runtime", "control", "sim"},
     "sim": set(),
     "cli": {"modeling", "training", "runtime", "control", "sim"},
 }

@@ -9,7 +9,7 @@ import sys
 from clustvit_ros import __version__
 from clustvit_ros.errors import ClustvitError, ConfigError
 
-COMMANDS = ("bench", "demo", "evaluate", "export", "import_checkpoint", "train", "tune")
+COMMANDS = ("bench", "demo", "evaluate", "export", "import_checkpoint", "sim_dataset", "train", "tune")
 
 
 def main(argv: list[str] | None = None) -> int:
