@@ -1,6 +1,8 @@
 # Two commands: `make demo` runs the main job, `make test` the checks. Each sets up .venv by itself.
 #
-#   make demo SOURCE=<folder|video|/dev/video0>   camera -> node -> recorder over DDS, pictures in demo_output/
+#   make demo                                     a simulated drive -> node -> recorder over DDS, scored live, under
+#                                                 several latency budgets; film and pictures in demo_output/
+#   make demo SOURCE=<folder|video|/dev/video0>   the same chain on your own pictures; VIEW=1 opens a window
 #   make test                                     lint, types, tests
 #   make train DATA=<folder>                      train camvid_tiny again
 #   make overhead                                 the node's own cost per frame
@@ -13,14 +15,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCE ?=
-MODEL ?= camvid_tiny
+MODEL ?=
+VIEW ?=
 DATA ?= ../shared/data/camvid
 PYTEST_ARGS ?=
 
 .PHONY: demo test lint train overhead clean
 
 demo: $(STAMP)
-	@$(BIN)/clustvit-ros demo --model $(MODEL) $(if $(SOURCE),--source "$(SOURCE)")
+	@$(BIN)/clustvit-ros demo $(if $(MODEL),--model "$(MODEL)") $(if $(SOURCE),--source "$(SOURCE)") $(if $(VIEW),--view)
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -30,7 +33,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 train: $(STAMP)
-	$(BIN)/clustvit-ros train config/train/$(MODEL).yaml --data "$(DATA)"
+	$(BIN)/clustvit-ros train config/train/$(or $(MODEL),camvid_tiny).yaml --data "$(DATA)"
 
 overhead: $(STAMP)
 	$(BIN)/python scripts/node_overhead.py

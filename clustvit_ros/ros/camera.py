@@ -72,6 +72,12 @@ class CameraParameters:
     start_delay_s: float = parameter(
         0.0, "Wait before the first frame, once the subscribers are there.", minimum=0.0, maximum=3600.0, unit="s"
     )
+    loop_frames: int = parameter(
+        0, "The simulated drive starts over after so many frames; 0 drives on.", minimum=0, maximum=2_147_483_647
+    )
+    time_lapse: float = parameter(
+        1.0, "Simulated seconds per second, for the simulated camera.", minimum=0.01, maximum=100.0
+    )
     publish_points: bool = parameter(False, "Publish the simulated camera's points as an organised cloud.")
     manifest: str = parameter("", "File that gets one JSON line per frame: stamp_ns, index, name.")
 
@@ -187,7 +193,12 @@ class CameraNode(Node):
             raise ConfigError(f"width, height: got {parameters.width} and {parameters.height}, expected both or none")
         self._parameters_ = parameters
         self._source = open_source(
-            parameters.source, parameters.width, parameters.height, parameters.rate_hz, parameters.publish_points
+            parameters.source,
+            parameters.width,
+            parameters.height,
+            parameters.rate_hz / parameters.time_lapse,
+            parameters.publish_points,
+            parameters.loop_frames,
         )
         size = (parameters.height, parameters.width) if parameters.width else None
         self._reader = FrameReader(self._source, parameters.loop, size)
