@@ -100,11 +100,11 @@ class SimulatedCamera:
     def _expose(self, picture: np.ndarray, faces: np.ndarray, pose: CameraPose, index: int) -> np.ndarray:
         """Haze between the camera and things, the lens's softness, and the sensor's noise."""
         # Haze is smooth but at edges: half the resolution is enough, and four times cheaper.
-        depth = self._renderer.depth(faces, pose, step=2)
-        clear = cv2.exp(depth * np.float32(-self._haze_per_m))
+        depth = self._renderer.depth(faces, pose, step=2, bounded=False)
+        clear = cv2.exp(np.maximum(depth, 0.0) * np.float32(-self._haze_per_m))
         clear[np.isinf(depth)] = 1.0
         clear = cv2.resize(clear, self.size[::-1], interpolation=cv2.INTER_LINEAR)
-        image = cv2.blendLinear(np.ascontiguousarray(picture), self._haze, clear, 1.0 - clear)
+        image = cv2.blendLinear(picture, self._haze, clear, 1.0 - clear)
         image = cv2.GaussianBlur(image, (3, 3), 0.6)
         row, column = (index * 37) % _NOISE_MARGIN_PX, (index * 23) % _NOISE_MARGIN_PX
         noise = self._noise[row : row + self.size[0], column : column + self.size[1]]

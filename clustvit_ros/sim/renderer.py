@@ -109,7 +109,7 @@ class Renderer:
             camera.set_hpr(np.degrees(pose.heading_rad) - 90.0, np.degrees(pose.pitch_rad), 0.0)
         self._sky.set_pos(pose.x, pose.y, 0.0)
         self._engine.render_frame()
-        picture = self._read(0)[..., :3]
+        picture = cv2.cvtColor(self._read(0), cv2.COLOR_BGRA2BGR)
         if not want_faces:
             return picture, None
         return picture, self._read(1).view("<u4")[..., 0].astype(np.int32) & 0xFFFFFF
@@ -118,11 +118,12 @@ class Renderer:
         """Class of every pixel: (H, W) uint8."""
         return np.take(self._class_table, faces)
 
-    def depth(self, faces: np.ndarray, pose: CameraPose, step: int = 1) -> np.ndarray:
+    def depth(self, faces: np.ndarray, pose: CameraPose, step: int = 1, bounded: bool = True) -> np.ndarray:
         """Distance along the optical axis: (H, W) float32 in metres, infinite for the sky.
 
         Args:
             step: take every so many-th row and column only.
+            bounded: see to it that no pixel on a triangle's rim gets a depth far from the triangle, or below zero.
 
         Each pixel's ray meets the plane n x = d of its triangle at (d - n c) / (n r), c the camera, r the ray.
         """
@@ -134,15 +135,19 @@ class Renderer:
         slopes = np.einsum("hwc,hwc->hw", planes[..., :3], self._rays[::step, ::step] @ axes)
         with np.errstate(divide="ignore", invalid="ignore"):
             depth = offsets / slopes
+        if bounded:
+            self._bound(depth, faces, position, axes[2])
+        depth[faces == 0] = np.inf
+        return depth
+
+    def _bound(self, depth: np.ndarray, faces: np.ndarray, position: np.ndarray, forward: np.ndarray) -> None:
         # A pixel on the rim of a triangle can belong to it though its centre's ray meets the plane elsewhere: if the
         # triangle is seen edge-on, anywhere. So no point lies far outside of its triangle's depths.
-        reach = self._corner_table @ axes[2] - position @ axes[2]
+        reach = self._corner_table @ forward - position @ forward
         nearest = np.maximum(np.minimum(np.minimum(reach[:, 0], reach[:, 1]), reach[:, 2]), np.float32(_NEAR_M))
         farthest = np.maximum(np.maximum(reach[:, 0], reach[:, 1]), reach[:, 2])
         np.maximum(depth, np.take(nearest, faces) * _RIM[0], out=depth)
         np.minimum(depth, np.take(farthest, faces) * _RIM[1], out=depth)
-        depth[faces == 0] = np.inf
-        return depth
 
     def points(self, depth: np.ndarray) -> np.ndarray:
         """Points of a depth map: (H, W, 3) float32, x right, y down, z forward; NaN for the sky."""
