@@ -1,6 +1,8 @@
 # Two commands: `make demo` runs the main job, `make test` the checks. Each sets up .venv by itself.
 #
-#   make demo SOURCE=<folder|video|/dev/video0>   camera -> node -> recorder over DDS, pictures in demo_output/
+#   make demo                                     a simulated drive -> node -> recorder over DDS, scored live, under
+#                                                 several latency budgets; film and pictures in demo_output/
+#   make demo SOURCE=<folder|video|/dev/video0>   the same chain on your own pictures; VIEW=1 opens a window
 #   make test                                     lint, types, tests
 #   make train DATA=<folder>                      train camvid_tiny again
 #   make overhead                                 the node's own cost per frame
@@ -15,14 +17,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.test-installed
 SOURCE ?=
-MODEL ?= camvid_tiny
+MODEL ?=
+VIEW ?=
 DATA ?= ../shared/data/camvid
 PYTEST_ARGS ?=
 
 .PHONY: demo test lint train overhead reference clean
 
 demo: $(STAMP)
-	@$(BIN)/clustvit-ros demo --model $(MODEL) $(if $(SOURCE),--source "$(SOURCE)")
+	@$(BIN)/clustvit-ros demo $(if $(MODEL),--model "$(MODEL)") $(if $(SOURCE),--source "$(SOURCE)") $(if $(VIEW),--view)
 
 test: lint $(TEST_STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -32,7 +35,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 train: $(STAMP)
-	$(BIN)/clustvit-ros train config/train/$(MODEL).yaml --data "$(DATA)"
+	$(BIN)/clustvit-ros train config/train/$(or $(MODEL),camvid_tiny).yaml --data "$(DATA)"
 
 overhead: $(STAMP)
 	$(BIN)/python scripts/node_overhead.py
@@ -47,7 +50,7 @@ $(STAMP): setup.py Makefile scripts/find_python.sh
 	@python="$$(bash scripts/find_python.sh "$(PYTHON)")" || exit 1; \
 	 if ! $(BIN)/python -c '' 2>/dev/null; then echo "creating $(VENV) with $$python"; "$$python" -m venv --clear $(VENV); fi
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[ros,opencv,train,onnx,bags,test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[ros,opencv,train,onnx,sim,bags,test]"
 	@touch $@
 
 # Ray is large, and only the tests of label-bags need it.

@@ -59,6 +59,7 @@ setup(
         "fleet": ["ray[data]>=2.40"],
         "tensorboard": ["tensorboard>=2.10"],
         "onnx": ["onnx>=1.15", "onnxruntime>=1.17"],
+        "sim": ["panda3d>=1.10.13", "opencv-python-headless>=4.5,<5"],
         "test": ["pytest>=7", "pytest-timeout>=2", "hypothesis>=6", "ruff>=0.6", "mypy>=1.8", "types-PyYAML"],
     },
     entry_points={

@@ -26,7 +26,7 @@ ALLOWED = {
     "training": {"modeling"},
     "runtime": {"modeling"},
     "control": set(),
-    "ros": {"runtime", "control"},
+    "ros": {"runtime", "control", "sim"},
     "sim": set(),
     "bags": {"runtime"},
     "cli": {"modeling", "training", "runtime", "control", "sim", "bags"},

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
 import random
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -19,13 +21,14 @@ import numpy as np
 
 from clustvit_ros.cli.pictures import write_image
 from clustvit_ros.cli.processes import NodeProcess
+from clustvit_ros.cli.sim_demo import DEFAULT_SEED, run_sim, window_problem
 from clustvit_ros.dds import node_environment
 from clustvit_ros.errors import ClustvitError, ConfigError, DataError
 from clustvit_ros.modeling.model_folder import load_config
 from clustvit_ros.training.dataset import find_images, read_image, read_labels
 from clustvit_ros.training.metrics import ConfusionMatrix
 
-_DEFAULT_SOURCE = Path("../shared/data/camvid/val")
+_MODEL, _SIM_MODEL = "camvid_tiny", "sim_tiny"
 _MIN_FRAMES, _MAX_FRAMES = 60, 300
 
 
@@ -47,12 +50,23 @@ class DemoSource:
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("demo", help="see frames segmented through real ROS 2 topics")
     parser.add_argument(
-        "--source", help="folder of images (labels/ in or beside it are scored), video file or /dev/videoN"
+        "--source",
+        default="sim",
+        help="sim or sim:SEED: a simulated drive, scored, under several latency budgets (default); "
+        "folder of images (labels/ in or beside it are scored), video file or /dev/videoN",
     )
-    parser.add_argument("--model", default="camvid_tiny", help="a shipped model's name or a model folder")
+    parser.add_argument(
+        "--model", help=f"a shipped model's name or a model folder (default: {_SIM_MODEL} for sim, else {_MODEL})"
+    )
     parser.add_argument("--merge-threshold", type=float, default=0.5, help="0..1, 1 merges nothing (default: 0.5)")
     parser.add_argument("--rate", type=float, default=10.0, help="frames per second of the camera (default: 10)")
-    parser.add_argument("--frames", type=int, default=0, help="frames to send (default: the folder, 60 to 300)")
+    parser.add_argument(
+        "--frames",
+        type=int,
+        default=0,
+        help="frames to send (default: the folder, 60 to 300; sim: 80 for each setting)",
+    )
+    parser.add_argument("--view", action="store_true", help="show the overlay in a window while it runs")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for pictures and figures")
     parser.set_defaults(run=run)
@@ -63,12 +77,22 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             "the demo needs ROS 2's rclpy: source a ROS 2 installation, or install this package with its 'ros' extra"
         )
+    if args.rate <= 0 or args.frames < 0:
+        raise ConfigError(f"--rate {args.rate:g} --frames {args.frames}: expected a rate above 0 and 0 or more frames")
+    environ = _environment()
+    if args.view and (problem := window_problem(environ)):
+        print(f"no window: {problem}; the pictures in {args.output} show the same")
+        args.view = False
+    simulated = re.fullmatch(r"sim(?::(\d{1,18}))?", args.source or "")
+    args.model = args.model or (_SIM_MODEL if simulated else _MODEL)
+    if simulated:
+        return run_sim(args, int(simulated[1] or DEFAULT_SEED), environ)
     classes = load_config(args.model).classes
     source = find_source(args.source, args.frames)
     for name in ("masks", "overlays", "logs"):
         shutil.rmtree(args.output / name, ignore_errors=True)
     (args.output / "logs").mkdir(parents=True)
-    recording = _record(args, source)
+    recording = _record(args, source, environ)
     report = {key: value for key, value in recording.items() if key != "frames"}
     report["model"] = args.model
     if source.labels is not None:
@@ -84,23 +108,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 def find_source(text: str | None, frames: int = 0) -> DemoSource:
-    """Resolve what the user passed, or the default.
+    """Resolve what the user passed.
 
     Raises:
-        ConfigError: nothing was passed and the default is not there.
+        ConfigError: nothing was passed.
         DataError: a folder without images, or no such file.
     """
     if not text:
-        if not (_DEFAULT_SOURCE / "images").is_dir():
-            raise ConfigError(
-                f"no source: {_DEFAULT_SOURCE} is not here; pass a folder of images, a video or a camera, "
-                "e.g. make demo SOURCE=/dev/video0"
-            )
-        text = str(_DEFAULT_SOURCE)
+        raise ConfigError(
+            "no source: pass sim, a folder of images, a video or a camera, e.g. make demo SOURCE=/dev/video0"
+        )
     path = Path(text).expanduser()
     if not path.is_dir():
         if not path.exists() and not text.isdecimal():
-            raise DataError(f"source {text!r} does not exist; expected a folder of images, a video file or /dev/videoN")
+            raise DataError(
+                f"source {text!r} does not exist; expected sim, sim:SEED, a folder of images, a video or /dev/videoN"
+            )
         return DemoSource(text if text.isdecimal() else str(path.absolute()), None, frames or _MIN_FRAMES)
     images = path / "images" if (path / "images").is_dir() else path
     count = len(find_images(images))
@@ -137,7 +160,7 @@ def contact_sheet(pictures: Sequence[Path], columns: int = 3, rows: int = 2, wid
     return np.vstack([np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)])
 
 
-def _record(args: argparse.Namespace, source: DemoSource) -> dict[str, Any]:
+def _record(args: argparse.Namespace, source: DemoSource, environ: dict[str, str]) -> dict[str, Any]:
     """Run the three processes to their end and return the recorder's summary.
 
     Raises:
@@ -147,11 +170,6 @@ def _record(args: argparse.Namespace, source: DemoSource) -> dict[str, Any]:
     manifest = output / "manifest.jsonl"
     manifest.unlink(missing_ok=True)
     (output / "recording.json").unlink(missing_ok=True)
-    environ = node_environment(os.environ)
-    # A domain of its own and this host only: neither the demo nor a robot nearby hears the other.
-    environ.setdefault("ROS_DOMAIN_ID", str(random.randint(1, 100)))
-    environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
-    environ.setdefault("RCUTILS_LOGGING_USE_STDOUT", "1")
     camera = {
         "source": source.location, "rate_hz": args.rate, "count": source.frames, "manifest": manifest,
         "wait_for_subscribers": 2, "wait_timeout_s": 180.0,
@@ -167,6 +185,7 @@ def _record(args: argparse.Namespace, source: DemoSource) -> dict[str, Any]:
         NodeProcess("recorder", recorder, environ, output / "logs" / "recorder.log") as recorder_process,
         NodeProcess("node", node, environ, output / "logs" / "node.log") as node_process,
         NodeProcess("camera", camera, environ, output / "logs" / "camera.log") as camera_process,
+        NodeProcess("viewer", {}, environ, output / "logs" / "viewer.log") if args.view else contextlib.nullcontext(),
     ):
         processes = (recorder_process, node_process, camera_process)
         while recorder_process.exit_code is None:
@@ -179,6 +198,16 @@ def _record(args: argparse.Namespace, source: DemoSource) -> dict[str, Any]:
     if recorder_process.exit_code:
         raise ClustvitError(f"nothing was recorded; the node's last words:\n{node_process.last_lines()}")
     return json.loads((output / "recording.json").read_text(encoding="utf-8"))
+
+
+def _environment() -> dict[str, str]:
+    """What the processes get."""
+    environ = node_environment(os.environ)
+    # A domain of its own and this host only: neither the demo nor a robot nearby hears the other.
+    environ.setdefault("ROS_DOMAIN_ID", str(random.randint(1, 100)))
+    environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
+    environ.setdefault("RCUTILS_LOGGING_USE_STDOUT", "1")
+    return environ
 
 
 def _print(report: dict[str, Any], output: Path) -> None:

@@ -20,6 +20,7 @@ COMMANDS = (
     "label_bag",
     "label_bags",
     "pretrain",
+    "sim_dataset",
     "train",
     "tune",
 )

@@ -28,14 +28,14 @@ def comparison(sample: Sample, prediction: Prediction, palette: np.ndarray) -> n
         (H, W * n, 3) uint8 RGB; n is 4, or 3 without a cluster map.
     """
     panels = [
-        _titled(sample.image, "image"),
-        _titled(palette[prediction.mask[0]], "prediction"),
-        _titled(palette[sample.labels], "ground truth"),
+        titled(sample.image, "image"),
+        titled(palette[prediction.mask[0]], "prediction"),
+        titled(palette[sample.labels], "ground truth"),
     ]
     if prediction.cluster_map is not None:
         stats = prediction.stats
         title = f"{stats.tokens_kept:.0f} of {stats.tokens_total} tokens kept"
-        panels.append(_titled(cluster_overlay(sample.image, prediction.cluster_map[0]), title))
+        panels.append(titled(cluster_overlay(sample.image, prediction.cluster_map[0]), title))
     return np.concatenate(panels, axis=1)
 
 
@@ -56,7 +56,8 @@ def write_image(path: Path, image: np.ndarray) -> None:
         raise DataError(f"{path}: cannot be written; check the folder's permissions and the disk's free space")
 
 
-def _titled(image: np.ndarray, title: str) -> np.ndarray:
+def titled(image: np.ndarray, title: str) -> np.ndarray:
+    """A copy of an (H, W, 3) uint8 image with a line of text in its upper left corner."""
     image = image.copy()
     for colour, thickness in (((0, 0, 0), 3), ((255, 255, 255), 1)):
         cv2.putText(image, title, (8, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.55, colour, thickness, cv2.LINE_AA)

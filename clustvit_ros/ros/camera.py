@@ -1,12 +1,14 @@
-"""A camera for demonstrations and tests: publishes a folder of pictures, a video or a device as a camera driver would.
+"""A camera for demonstrations and tests: publishes pictures, a video, a device or a simulated world as a driver would.
 
 Pictures are decoded ahead in a thread of their own, so that the rate holds. A manifest says which picture became the
-message of which stamp, so that masks can be compared with labels afterwards.
+message of which stamp, so that masks can be compared with labels afterwards. The simulated camera also knows its
+intrinsics, the true class of every pixel and its place; they are published with the stamp of their image.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import queue
 import sys
@@ -23,10 +25,11 @@ from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.qos_overriding_options import QoSOverridingOptions
 from rclpy.task import Future
-from sensor_msgs.msg import Image
+from sensor_msgs.msg import CameraInfo, Image, PointCloud2
 from std_msgs.msg import Header
 
 from clustvit_ros.errors import ConfigError
+from clustvit_ros.ros.camera_messages import camera_info_message, cloud_message
 from clustvit_ros.ros.conversions import image_message
 from clustvit_ros.ros.frame_source import FrameSource, SourceFrame, open_source
 from clustvit_ros.ros.parameter_server import ParameterServer
@@ -35,6 +38,9 @@ from clustvit_ros.ros.process import run_node
 
 CAMERA_QOS = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
 """Sensor data, as camera drivers offer it."""
+
+TRUTH_QOS = QoSProfile(depth=5, reliability=ReliabilityPolicy.RELIABLE)
+"""As the masks that the truth is compared with."""
 
 _DECODE_AHEAD = 4
 _START_POLL_S = 0.05
@@ -46,7 +52,9 @@ _LINGER_S = 1.0
 class CameraParameters:
     """What to publish, and how."""
 
-    source: str = parameter("", "Folder of pictures, video file, /dev/videoN or N.", accepts_integer=True)
+    source: str = parameter(
+        "", "Folder of pictures, video file, /dev/videoN or N, sim or sim:SEED.", accepts_integer=True
+    )
     rate_hz: float = parameter(
         30.0, "Frames per second; a device gives fewer if it must.", minimum=0.01, maximum=1000.0, unit="Hz"
     )
@@ -64,6 +72,13 @@ class CameraParameters:
     start_delay_s: float = parameter(
         0.0, "Wait before the first frame, once the subscribers are there.", minimum=0.0, maximum=3600.0, unit="s"
     )
+    loop_frames: int = parameter(
+        0, "The simulated drive starts over after so many frames; 0 drives on.", minimum=0, maximum=2_147_483_647
+    )
+    time_lapse: float = parameter(
+        1.0, "Simulated seconds per second, for the simulated camera.", minimum=0.01, maximum=100.0
+    )
+    publish_points: bool = parameter(False, "Publish the simulated camera's points as an organised cloud.")
     manifest: str = parameter("", "File that gets one JSON line per frame: stamp_ns, index, name.")
 
 
@@ -124,7 +139,7 @@ class FrameReader:
         if self._size is None or frame.pixels.shape[:2] == self._size:
             return frame
         pixels = cv2.resize(frame.pixels, self._size[::-1], interpolation=cv2.INTER_AREA)
-        return SourceFrame(pixels, frame.name)
+        return dataclasses.replace(frame, pixels=pixels)
 
     def _put(self, item: SourceFrame | Exception | None) -> None:
         if self._source.live:
@@ -134,6 +149,29 @@ class FrameReader:
             with contextlib.suppress(queue.Full):
                 self._frames.put(item, timeout=0.1)
                 return
+
+
+class TruthPublishers:
+    """What only the simulated camera knows: `camera_info`, `ground_truth` (mono8 class ids) and `points`.
+
+    Args:
+        node: the publishers' owner.
+        focal_px: of the pinhole camera.
+    """
+
+    def __init__(self, node: Node, focal_px: float) -> None:
+        self._focal_px = focal_px
+        self._info = node.create_publisher(CameraInfo, "camera_info", CAMERA_QOS)
+        self._labels = node.create_publisher(Image, "ground_truth", TRUTH_QOS)
+        self._points = node.create_publisher(PointCloud2, "points", TRUTH_QOS)
+
+    def publish(self, frame: SourceFrame, header: Header) -> None:
+        """Publish what came with an image, under its header."""
+        self._info.publish(camera_info_message(frame.pixels.shape[:2], self._focal_px, header))
+        if frame.labels is not None and self._labels.get_subscription_count():
+            self._labels.publish(image_message(frame.labels, "mono8", header))
+        if frame.points is not None and self._points.get_subscription_count():
+            self._points.publish(cloud_message(frame.points, header))
 
 
 class CameraNode(Node):
@@ -148,11 +186,20 @@ class CameraNode(Node):
         super().__init__("camera", **arguments)
         parameters = ParameterServer(self, CameraParameters, lambda: "cannot change while the camera runs").current
         if not parameters.source:
-            raise ConfigError("source: got nothing, expected a folder of pictures, a video file, /dev/videoN or N")
+            raise ConfigError(
+                "source: got nothing, expected a folder of pictures, a video file, /dev/videoN, N or sim:SEED"
+            )
         if bool(parameters.width) != bool(parameters.height):
             raise ConfigError(f"width, height: got {parameters.width} and {parameters.height}, expected both or none")
         self._parameters_ = parameters
-        self._source = open_source(parameters.source, parameters.width, parameters.height)
+        self._source = open_source(
+            parameters.source,
+            parameters.width,
+            parameters.height,
+            parameters.rate_hz / parameters.time_lapse,
+            parameters.publish_points,
+            parameters.loop_frames,
+        )
         size = (parameters.height, parameters.width) if parameters.width else None
         self._reader = FrameReader(self._source, parameters.loop, size)
         self._manifest: TextIO | None = None
@@ -162,6 +209,7 @@ class CameraNode(Node):
         self._publisher = self.create_publisher(
             Image, "image", CAMERA_QOS, qos_overriding_options=QoSOverridingOptions.with_default_policies()
         )
+        self._truths = TruthPublishers(self, self._source.focal_px) if self._source.focal_px else None
         self._steady = Clock(clock_type=ClockType.STEADY_TIME)
         self._created_s = time.monotonic()
         self._ready_s: float | None = None
@@ -233,6 +281,8 @@ class CameraNode(Node):
             entry = {"stamp_ns": stamp_ns, "index": self._sent, "name": frame.name}
             self._manifest.write(json.dumps(entry) + "\n")
         self._publisher.publish(image_message(frame.pixels, "bgr8", header))
+        if self._truths is not None:
+            self._truths.publish(frame, header)
         self._last_s = time.monotonic()
         self._first_s = self._first_s or self._last_s
         self._sent += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,10 +23,14 @@ class SourceFrame:
     Args:
         pixels: (H, W, 3) uint8 BGR.
         name: file name, or the source and a frame number.
+        labels: (H, W) uint8 true class ids, where the source knows them.
+        points: (H, W, 3) float32 metres in the optical frame, NaN where nothing is, where the source knows them.
     """
 
     pixels: np.ndarray
     name: str
+    labels: np.ndarray | None = None
+    points: np.ndarray | None = None
 
 
 class FrameSource(abc.ABC):
@@ -37,6 +42,8 @@ class FrameSource(abc.ABC):
 
     live: bool = False
     """True for a device: frames come at its own pace, and an old one is worth nothing."""
+    focal_px: float = 0.0
+    """Of a pinhole camera whose centre is the picture's; 0 where it is not known."""
 
     def __init__(self, description: str) -> None:
         self.description = description
@@ -139,17 +146,60 @@ class DeviceSource(FrameSource):
             index += 1
 
 
-def open_source(source: str, width: int = 0, height: int = 0) -> FrameSource:
+class SimSource(FrameSource):
+    """The simulated camera.
+
+    Args:
+        seed: of the world.
+        size: (height, width) in pixels.
+        rate_hz: frames per simulated second.
+        points: give the place of every pixel.
+        loop_frames: a pass ends, and the next one starts at the same place, after so many; 0 never ends.
+
+    Raises:
+        ConfigError: a value out of range, or its renderer is not installed.
+    """
+
+    def __init__(self, seed: int, size: tuple[int, int], rate_hz: float, points: bool, loop_frames: int = 0) -> None:
+        # Here and not above: only this source needs the renderer, which is an extra.
+        from clustvit_ros.sim import SimulatedCamera
+
+        self._seed, self._points, self._loop_frames = seed, points, loop_frames
+        self._camera = SimulatedCamera(seed, size, rate_hz)
+        self.focal_px = self._camera.focal_px
+        super().__init__(f"simulated camera, seed {seed}, {size[1]}x{size[0]}")
+
+    def __iter__(self) -> Iterator[SourceFrame]:
+        for index in range(self._loop_frames) if self._loop_frames else itertools.count():
+            frame = self._camera.frame(index, points=self._points)
+            yield SourceFrame(frame.image, f"sim_{self._seed}_{index:06d}", frame.labels, frame.points)
+
+
+def open_source(
+    source: str,
+    width: int = 0,
+    height: int = 0,
+    rate_hz: float = 30.0,
+    points: bool = False,
+    loop_frames: int = 0,
+) -> FrameSource:
     """Open whatever `source` names.
 
     Args:
-        source: folder, video file, "/dev/videoN" or "N".
-        width: pixels that a device is asked for; 0 leaves it its own.
+        source: folder, video file, "/dev/videoN" or "N", "sim" or "sim:SEED".
+        width: pixels that a device or the simulated camera is asked for; 0 leaves it its own.
         height: likewise.
+        rate_hz: frames per second of simulated time.
+        points: the simulated camera gives the place of every pixel, too.
+        loop_frames: the simulated drive starts over after so many; 0 drives on.
 
     Raises:
+        ConfigError: the simulated camera cannot be used.
         DataError: nothing there, or nothing usable.
     """
+    simulated = re.fullmatch(r"sim(?::(\d{1,18}))?", source)
+    if simulated:
+        return SimSource(int(simulated[1] or 0), (height or 480, width or 640), rate_hz, points, loop_frames)
     device = re.fullmatch(r"(?:/dev/video)?(\d{1,3})", source)
     if device:
         return DeviceSource(int(device[1]), width, height)
@@ -158,4 +208,4 @@ def open_source(source: str, width: int = 0, height: int = 0) -> FrameSource:
         return FolderSource(path)
     if path.is_file():
         return VideoSource(path)
-    raise DataError(f"source: got {source!r}, expected a folder of pictures, a video file, /dev/videoN or N")
+    raise DataError(f"source: got {source!r}, expected a folder of pictures, a video file, /dev/videoN, N or sim:SEED")

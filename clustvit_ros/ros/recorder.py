@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ _CHECK_PERIOD_S = 0.1
 _SETTLE_S = 0.5
 _MAX_PENDING_FILES = 256
 _MAX_PIXELS = 1 << 28
+# Images and truths are kept until their mask comes; a slow node leaves out many.
+_MAX_WAITING = 64
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,9 @@ class RecorderParameters:
     manifest: str = parameter("", "The camera node's manifest; names the files after the pictures.")
     save_masks: bool = parameter(True, "Write every mask as PNG.")
     save_confidence: bool = parameter(False, "Write every confidence map as PNG.")
+    save_images: bool = parameter(False, "Write every camera image as JPEG.")
+    save_ground_truth: bool = parameter(False, "Write the simulated camera's true classes as PNG.")
+    save_clusters: bool = parameter(False, "Write every cluster map as PNG; else none is computed.")
     overlay_every: int = parameter(
         1, "Write every n-th overlay as JPEG; 0 does not subscribe to it, so that none is computed.",
         minimum=0, maximum=1_000_000,
@@ -59,9 +65,7 @@ class RecorderParameters:
     idle_timeout_s: float = parameter(
         5.0, "End when no mask came for so long, after the first.", minimum=0.1, maximum=3600.0, unit="s"
     )
-    start_timeout_s: float = parameter(
-        120.0, "End when no mask comes at all.", minimum=0.1, maximum=86_400.0, unit="s"
-    )
+    start_timeout_s: float = parameter(120.0, "End when no mask comes at all.", minimum=0.1, maximum=86_400.0, unit="s")
 
 
 class PictureWriter:
@@ -103,23 +107,32 @@ class RecorderNode(Node):
         super().__init__("recorder", **arguments)
         self._options = ParameterServer(self, RecorderParameters, lambda: "cannot change while recording").current
         self._folder = Path(self._options.output_folder).expanduser()
-        for name in ("masks", "confidences", "overlays"):
+        extras = {
+            "image": self._options.save_images,
+            "ground_truth": self._options.save_ground_truth,
+            "clusters": self._options.save_clusters,
+        }
+        for name in ("masks", "confidences", "overlays", *(kind for kind, wanted in extras.items() if wanted)):
             (self._folder / name).mkdir(parents=True, exist_ok=True)
         self._recording = Recording(Manifest(Path(self._options.manifest) if self._options.manifest else None))
         self._writer = PictureWriter()
+        self._masked: set[int] = set()
+        self._waiting: dict[int, list[tuple[str, Image]]] = {}
         self._created_s = time.monotonic()
         self._last_mask_s: float | None = None
         self._ended_by = "signal"
         self.done: Future = Future()
         """Gets the reason why the recording ended."""
-        self._mask_topic = self.create_subscription(
-            Image, "segmentation/mask", self._on_mask, _RECORD_QOS
-        ).topic_name
+        self._mask_topic = self.create_subscription(Image, "segmentation/mask", self._on_mask, _RECORD_QOS).topic_name
         self.create_subscription(DiagnosticArray, "segmentation/stats", self._on_stats, _RECORD_QOS)
         if self._options.save_confidence:
             self.create_subscription(Image, "segmentation/confidence", self._on_confidence, _RECORD_QOS)
         if self._options.overlay_every:
             self.create_subscription(Image, "segmentation/overlay", self._on_overlay, _RECORD_QOS)
+        if self._options.save_ground_truth:
+            self.create_subscription(Image, "ground_truth", partial(self._on_extra, "ground_truth"), _RECORD_QOS)
+        if self._options.save_clusters:
+            self.create_subscription(Image, "segmentation/clusters", partial(self._on_extra, "clusters"), _RECORD_QOS)
         self._image: Any = None
         self.create_timer(_CHECK_PERIOD_S, self._check, clock=Clock(clock_type=ClockType.STEADY_TIME))
         self.get_logger().info(f"recording {self._mask_topic} into {self._folder}")
@@ -139,8 +152,27 @@ class RecorderNode(Node):
         self.get_logger().info(f"recorded {self._recording.masks} masks{text}; ended by {self._ended_by}")
         return 0 if self._recording.masks else 1
 
-    def _on_image(self, _serialized: bytes) -> None:
+    def _on_image(self, message: Any) -> None:
         self._recording.images += 1
+        if self._options.save_images:
+            self._on_extra("image", message)
+
+    def _on_extra(self, kind: str, message: Image) -> None:
+        stamp_ns = _stamp_ns(message)
+        if stamp_ns in self._masked:
+            self._save_extra(kind, message)
+            return
+        self._waiting.setdefault(stamp_ns, []).append((kind, message))
+        while len(self._waiting) > _MAX_WAITING:
+            # Of frames that the node dropped there will be no mask.
+            del self._waiting[next(iter(self._waiting))]
+
+    def _save_extra(self, kind: str, message: Image) -> None:
+        stamp_ns = _stamp_ns(message)
+        file = f"{kind}/{self._recording.file_stem(stamp_ns)}{'.jpg' if kind == 'image' else '.png'}"
+        pixels = decode_image(message, _MAX_PIXELS).copy() if kind == "image" else _pixels_of(message)
+        self._writer.write(self._folder / file, pixels)
+        self._recording.add_file(stamp_ns, kind, file)
 
     def _on_mask(self, message: Image) -> None:
         arrival_ns = self.get_clock().now().nanoseconds
@@ -151,6 +183,9 @@ class RecorderNode(Node):
             file = f"masks/{self._recording.file_stem(stamp_ns)}.png"
             self._writer.write(self._folder / file, _pixels_of(message))
         self._recording.add_mask(stamp_ns, (arrival_ns - stamp_ns) / 1e6, self._last_mask_s, file)
+        self._masked.add(stamp_ns)
+        for kind, extra in self._waiting.pop(stamp_ns, []):
+            self._save_extra(kind, extra)
 
     def _on_confidence(self, message: Image) -> None:
         file = f"confidences/{self._recording.file_stem(_stamp_ns(message))}.png"
@@ -171,7 +206,8 @@ class RecorderNode(Node):
     def _check(self) -> None:
         if self._image is None and self.count_publishers(self._mask_topic):
             # Serialized messages are counted without the cost of unpacking a megabyte each.
-            self._image = self.create_subscription(Image, "image", self._on_image, _IMAGE_QOS, raw=True)
+            raw = not self._options.save_images
+            self._image = self.create_subscription(Image, "image", self._on_image, _IMAGE_QOS, raw=raw)
         now_s, options = time.monotonic(), self._options
         elapsed_s = now_s - self._created_s
         if self._last_mask_s is None:

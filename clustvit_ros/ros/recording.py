@@ -21,6 +21,9 @@ class FrameRecord:
         latency_ms: from that stamp to the mask's arrival here; None while no mask came.
         mask: file name of the mask below the output folder, or None.
         overlay: likewise of the overlay.
+        image: likewise of the camera's picture.
+        ground_truth: likewise of the true classes.
+        clusters: likewise of the clusters.
         stats: the node's statistics of this frame.
     """
 
@@ -28,6 +31,9 @@ class FrameRecord:
     latency_ms: float | None = None
     mask: str | None = None
     overlay: str | None = None
+    image: str | None = None
+    ground_truth: str | None = None
+    clusters: str | None = None
     stats: dict[str, str] = field(default_factory=dict)
 
 
@@ -104,6 +110,10 @@ class Recording:
         """An overlay came."""
         self._record(stamp_ns).overlay = file
         self.overlays += 1
+
+    def add_file(self, stamp_ns: int, kind: str, file: str) -> None:
+        """A picture of `kind` (image, ground_truth, clusters) came and is saved as `file`."""
+        setattr(self._record(stamp_ns), kind, file)
 
     def add_stats(self, stamp_ns: int, pairs: dict[str, str]) -> None:
         """The node's statistics of a frame came."""

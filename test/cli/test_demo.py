@@ -9,8 +9,10 @@ import cv2
 import numpy as np
 import pytest
 
+from clustvit_ros.classes import load_class_set
 from clustvit_ros.cli.demo import contact_sheet, find_source, score
 from clustvit_ros.cli.main import main
+from clustvit_ros.cli.sim_demo import window_problem
 from clustvit_ros.errors import ConfigError, DataError
 from clustvit_ros.runtime import create_engine
 from clustvit_ros.training.dataset import LabelledImages
@@ -97,3 +99,46 @@ def test_demo_tells_why_the_node_failed(model_dir, labelled_dir, tmp_path, capsy
     arguments = ["demo", "--source", str(labelled_dir), "--model", str(tmp_path / "broken")]
     assert main([*arguments, "--output", str(tmp_path / "demo"), "--device", "cpu"]) == 2
     assert "model.safetensors" in capsys.readouterr().err
+
+
+def test_a_window_needs_a_screen():
+    assert window_problem({}).startswith("there is no screen here")
+    # Whether this OpenCV can open windows differs by build; if it cannot, the remedy is named.
+    problem = window_problem({"DISPLAY": ":0"})
+    assert not problem or "install opencv-python" in problem
+
+
+def test_bad_numbers_are_refused(capsys):
+    assert main(["demo", "--rate", "0"]) == 2
+    assert "expected a rate above 0" in capsys.readouterr().err
+
+
+@needs_ros
+@pytest.mark.ros
+@pytest.mark.skipif(importlib.util.find_spec("panda3d") is None, reason="needs panda3d (the 'sim' extra)")
+def test_simulated_drive_is_scored_under_every_budget(make_toy_model, tmp_path, capsys):
+    """Short phases and an untrained model: it is the chain that is tested, from renderer to film."""
+    model, out = make_toy_model(load_class_set("sim")), tmp_path / "demo"
+    arguments = ["demo", "--source", "sim:5", "--model", str(model), "--output", str(out), "--view"]
+    assert main([*arguments, "--device", "cpu", "--frames", "12"]) == 0
+    report = json.loads((out / "summary.json").read_text())
+    phases = {phase["name"]: phase for phase in report["phases"]}
+    assert list(phases) == ["default", "full", "budget_100", "budget_60", "budget_40"]
+    assert phases["full"]["tokens_kept_mean"] == phases["full"]["tokens_total"]
+    assert report["miou"] == pytest.approx(phases["default"]["miou"], abs=1e-3)
+    # The published truth is the renderer's, and the score is of the published masks.
+    recording = json.loads((out / "recording.json").read_text())
+    masked = [frame for frame in recording["frames"] if frame["mask"] and frame["ground_truth"]]
+    frame = masked[len(masked) // 2]
+    index = int(frame["name"].rpartition("_")[2])
+    from clustvit_ros.sim import SimulatedCamera
+
+    truth = SimulatedCamera(5, rate_hz=10.0 / 3.0).frame(index).labels
+    np.testing.assert_array_equal(cv2.imread(str(out / frame["ground_truth"]), cv2.IMREAD_UNCHANGED), truth)
+    film = cv2.VideoCapture(str(next(out.glob("demo.*"))))
+    assert film.get(cv2.CAP_PROP_FRAME_COUNT) >= sum(phase["frames"] for phase in phases.values())
+    assert film.read()[1].shape == (720, 960, 3)
+    assert cv2.imread(str(out / "summary.png")).shape[1] == 3 * 480
+    printed = capsys.readouterr().out
+    for word in ("no window: there is no screen", "live mIoU", "budget 60 %", "tokens kept", "demo.", "summary.png"):
+        assert word in printed

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("rclpy", reason="needs ROS 2 (rclpy)")
 
 from rclpy.qos import qos_profile_sensor_data
-from sensor_msgs.msg import Image
+from sensor_msgs.msg import CameraInfo, Image, PointCloud2
 
 pytestmark = pytest.mark.ros
 
@@ -112,3 +112,58 @@ def test_recorder_writes_its_summary_when_interrupted(start_node: Callable[..., 
     recorder.wait_for_output("recording /alone/segmentation/mask")
     assert recorder.stop(signal.SIGINT) == 1  # nothing was recorded
     assert json.loads((tmp_path / "recording.json").read_text())["ended_by"] == "signal"
+
+
+def test_simulated_camera_publishes_truth_with_the_stamp_of_its_image(
+    ros_client: Any, start_node: Callable[..., Any], tmp_path: Path
+) -> None:
+    pytest.importorskip("panda3d", reason="needs panda3d (the 'sim' extra)")
+    from clustvit_ros.sim import SimulatedCamera
+
+    kinds = {"image": Image, "camera_info": CameraInfo, "ground_truth": Image, "points": PointCloud2}
+    heard: dict[str, dict[tuple[int, int], Any]] = {name: {} for name in kinds}
+
+    def keep(name: str) -> Callable[[Any], None]:
+        return lambda message: heard[name].setdefault((message.header.stamp.sec, message.header.stamp.nanosec), message)
+
+    subscriptions = [
+        ros_client.node.create_subscription(kind, f"/sim/{name}", keep(name), qos_profile_sensor_data)
+        for name, kind in kinds.items()
+    ]
+    manifest = tmp_path / "manifest.jsonl"
+    camera = start_node(
+        "camera", "-r", "__ns:=/sim", "-p", "source:=sim:4", "-p", "rate_hz:=5.0", "-p", "width:=160",
+        "-p", "height:=120", "-p", "publish_points:=true", "-p", "wait_for_subscribers:=1",
+        "-p", "start_delay_s:=1.0", "-p", f"manifest:={manifest}",
+    )  # fmt: skip
+    common: set[tuple[int, int]] = set()
+
+    def complete() -> bool:
+        common.update(set.intersection(*(set(messages) for messages in heard.values())))
+        return len(common) >= 2
+
+    ros_client.spin_until(complete, "two frames with image, intrinsics, truth and points of one stamp")
+    assert camera.stop(signal.SIGINT) == 0
+    stamp = min(common)
+    image, info, truth, cloud = (heard[name][stamp] for name in kinds)
+    entries = {entry["stamp_ns"]: entry for entry in map(json.loads, manifest.read_text().splitlines())}
+    index = entries[stamp[0] * 1_000_000_000 + stamp[1]]["index"]
+    simulated = SimulatedCamera(4, (120, 160), 5.0)
+    expected = simulated.frame(index, points=True)
+    assert bytes(image.data) == expected.image.tobytes()
+    assert (truth.encoding, truth.height, truth.width, truth.step) == ("mono8", 120, 160, 160)
+    assert bytes(truth.data) == expected.labels.tobytes()
+    assert (cloud.height, cloud.width, cloud.point_step, cloud.row_step) == (120, 160, 12, 1920)
+    assert [(field.name, field.offset, field.datatype) for field in cloud.fields] == [
+        ("x", 0, 7),
+        ("y", 4, 7),
+        ("z", 8, 7),
+    ]
+    assert bytes(cloud.data) == expected.points.astype("<f4").tobytes() and not cloud.is_dense
+    assert (info.width, info.height) == (160, 120)
+    np.testing.assert_allclose(
+        np.reshape(info.k, (3, 3)), [[simulated.focal_px, 0, 79.5], [0, simulated.focal_px, 59.5], [0, 0, 1]]
+    )
+    assert {message.header.frame_id for message in (image, info, truth, cloud)} == {"camera"}
+    for subscription in subscriptions:
+        ros_client.node.destroy_subscription(subscription)

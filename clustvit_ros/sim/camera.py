@@ -1,0 +1,111 @@
+"""A robot's camera driving along the road of a simulated world."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from clustvit_ros.classes import load_class_set
+from clustvit_ros.errors import ConfigError
+from clustvit_ros.sim.renderer import CameraPose, Renderer
+from clustvit_ros.sim.world import World
+
+SIM_CLASSES = load_class_set("sim")
+
+_SPEED_M_PER_S = 3.0
+_LANE_M = -1.5
+_HEIGHT_M = 1.5
+_FIELD_OF_VIEW_RAD = np.radians(72.0)
+_NOISE_MARGIN_PX = 64
+
+
+@dataclass(frozen=True)
+class SimFrame:
+    """What the camera sees at one moment.
+
+    Args:
+        image: (H, W, 3) uint8 BGR.
+        labels: (H, W) uint8 class ids; None when not asked for.
+        points: (H, W, 3) float32 metres in the optical frame (x right, y down, z forward), NaN for the sky; None when
+            not asked for.
+    """
+
+    image: np.ndarray
+    labels: np.ndarray | None
+    points: np.ndarray | None
+
+
+class SimulatedCamera:
+    """Renders the frames of a drive. The same seed, size and rate give the same frames, bit for bit.
+
+    Args:
+        seed: of the world, its weather and the sensor's noise; 0 or more.
+        size: (height, width) in pixels.
+        rate_hz: frames per second of simulated time.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    def __init__(self, seed: int = 0, size: tuple[int, int] = (480, 640), rate_hz: float = 30.0) -> None:
+        if seed < 0:
+            raise ConfigError(f"sim: seed is {seed}, expected 0 or more")
+        if not all(16 <= side <= 4096 for side in size):
+            raise ConfigError(f"sim: size is {size[0]}x{size[1]}, expected a height and width of 16 to 4096 pixels")
+        if not rate_hz > 0:
+            raise ConfigError(f"sim: rate is {rate_hz} Hz, expected more than 0")
+        self.seed, self.size, self._rate_hz = seed, size, rate_hz
+        self.focal_px = size[1] / 2 / float(np.tan(_FIELD_OF_VIEW_RAD / 2))
+        self._world = World(seed)
+        self._renderer = Renderer(self._world, SIM_CLASSES, size, self.focal_px)
+        rng = np.random.default_rng((seed, 1))
+        self._haze_per_m = self._world.weather.haze_per_m
+        self._haze = np.full((*size, 3), np.rint(self._world.weather.horizon[::-1] * 255), np.uint8)
+        self._start_m = float(rng.uniform(0, self._world.route.length_m))
+        sigma = rng.uniform(1.5, 4.0)
+        rows, columns = size[0] + _NOISE_MARGIN_PX, size[1] + _NOISE_MARGIN_PX
+        self._noise = np.rint(rng.normal(0.0, sigma, (rows, columns, 3))).astype(np.int16)
+
+    def frame(self, index: int, labels: bool = True, points: bool = False) -> SimFrame:
+        """Render frame `index` (0 or more) of the drive.
+
+        Args:
+            labels: give the class of every pixel.
+            points: give the place of every pixel.
+        """
+        time_s = index / self._rate_hz
+        pose = self._pose(time_s)
+        picture, faces = self._renderer.render(pose, time_s)
+        assert faces is not None
+        image = self._expose(picture, faces, pose, index)
+        cloud = self._renderer.points(self._renderer.depth(faces, pose)) if points else None
+        return SimFrame(image, self._renderer.labels(faces) if labels else None, cloud)
+
+    def close(self) -> None:
+        """Free the renderer."""
+        self._renderer.close()
+
+    def _pose(self, time_s: float) -> CameraPose:
+        s = self._start_m + _SPEED_M_PER_S * time_s
+        sway = 0.15 * np.sin(0.31 * time_s + self.seed)
+        x, y, heading = (float(value) for value in self._world.route.at(s, _LANE_M + sway))
+        bump = np.sin(5.1 * time_s) * np.sin(0.7 * time_s)
+        return CameraPose(
+            x, y, _HEIGHT_M + 0.015 * float(bump), heading + 0.05 * float(np.sin(0.4 * time_s + 0.5 * self.seed)),
+            float(np.radians(-8.0 + 0.35 * bump)),
+        )  # fmt: skip
+
+    def _expose(self, picture: np.ndarray, faces: np.ndarray, pose: CameraPose, index: int) -> np.ndarray:
+        """Haze between the camera and things, the lens's softness, and the sensor's noise."""
+        # Haze is smooth but at edges: half the resolution is enough, and four times cheaper.
+        depth = self._renderer.depth(faces, pose, step=2, bounded=False)
+        clear = cv2.exp(np.maximum(depth, 0.0) * np.float32(-self._haze_per_m))
+        clear[np.isinf(depth)] = 1.0
+        clear = cv2.resize(clear, self.size[::-1], interpolation=cv2.INTER_LINEAR)
+        image = cv2.blendLinear(picture, self._haze, clear, 1.0 - clear)
+        image = cv2.GaussianBlur(image, (3, 3), 0.6)
+        row, column = (index * 37) % _NOISE_MARGIN_PX, (index * 23) % _NOISE_MARGIN_PX
+        noise = self._noise[row : row + self.size[0], column : column + self.size[1]]
+        return cv2.add(image, noise, dtype=cv2.CV_8U)
