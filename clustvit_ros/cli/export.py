@@ -1,11 +1,17 @@
-"""`clustvit-ros export`: a model as one ONNX file, compared with PyTorch before it is handed over."""
+"""`clustvit-ros export`: a model as one ONNX file, compared with PyTorch before it is handed over, or as an official
+checkpoint."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+import torch
+
 from clustvit_ros.cli.arguments import parse_batch, parse_size
+from clustvit_ros.errors import ConfigError
+from clustvit_ros.modeling.model_folder import load_segmenter
+from clustvit_ros.modeling.official import to_official
 from clustvit_ros.paths import find_model
 from clustvit_ros.runtime.onnx_engine import ONNX_FILE
 from clustvit_ros.runtime.onnx_export import INPUT_NAMES, OUTPUT_NAMES, export_onnx
@@ -19,10 +25,17 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--size", type=parse_size, metavar="HxW", help="input size (default: the model's own)")
     parser.add_argument("--batch", type=parse_batch, default=None, help="a fixed count, or dynamic (default: dynamic)")
+    parser.add_argument(
+        "--official",
+        action="store_true",
+        help="write an OpenMMLab checkpoint (.pth) with official names instead",
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.official:
+        return _export_official(args)
     path = args.out or find_model(args.model) / ONNX_FILE
     export = export_onnx(args.model, path, args.size, args.batch)
     print(
@@ -31,4 +44,15 @@ def run(args: argparse.Namespace) -> int:
         f"inputs {', '.join(INPUT_NAMES)}; outputs {', '.join(OUTPUT_NAMES)}\n"
         f"logits differ from PyTorch's by at most {export.max_difference:.2g}"
     )
+    return 0
+
+
+def _export_official(args: argparse.Namespace) -> int:
+    """The way back: weights under the names of the official repository."""
+    if args.out is None or args.size is not None or args.batch is not None:
+        raise ConfigError("export --official: needs --out FILE.pth, and takes neither --size nor --batch")
+    weights = to_official(load_segmenter(args.model).state_dict())
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"meta": {}, "state_dict": weights}, args.out)
+    print(f"{args.out}: {len(weights)} tensors with official names")
     return 0

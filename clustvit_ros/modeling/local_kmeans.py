@@ -26,6 +26,7 @@ from clustvit_ros.modeling.bipartite_merging import (
     group_ids,
     most_similar,
 )
+from clustvit_ros.modeling.pooling import pooling_matrix
 from clustvit_ros.modeling.vit import VisionTransformer
 
 _ROUNDS = 5
@@ -162,12 +163,15 @@ def local_kmeans(
     Returns:
         Centres (B, T, C), row-major over their grid, and weights (B, N, T) of each token's centres, which sum to 1.
     """
-    rows, row_distance = _line(grid_size[0], centre_grid[0], tokens)
-    columns, column_distance = _line(grid_size[1], centre_grid[1], tokens)
+    rows, columns = (
+        pooling_matrix(length, cells, tokens) for length, cells in zip(grid_size, centre_grid, strict=True)
+    )
     grid = tokens.unflatten(1, grid_size)
     pooled = torch.einsum("bhwc,rh->brwc", grid, rows)
     centres = torch.einsum("brwc,sw->brsc", pooled, columns).flatten(1, 2)
-    near_rows, near_columns = row_distance <= _WINDOW, column_distance <= _WINDOW
+    near_rows, near_columns = (
+        _centre_distance(length, cells, tokens) <= _WINDOW for length, cells in zip(grid_size, centre_grid, strict=True)
+    )
     near = (near_rows[:, None, :, None] & near_columns[None, :, None, :]).flatten(2).flatten(0, 1)  # N T
     # The distance of tokens to the means of their own places sets the scale.
     spread = tokens.var(dim=(1, 2), keepdim=True, unbiased=False) * tokens.shape[2]
@@ -181,15 +185,8 @@ def local_kmeans(
     return centres, weights
 
 
-def _line(length: int, cells: int | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Along one side of the grid: a pooling matrix (cells, length), and how many centres each place is from each.
-
-    As adaptive average pooling, but with tensor operations alone, as the number of cells may be traced.
-    """
+def _centre_distance(length: int, cells: int | Tensor, like: Tensor) -> Tensor:
+    """How many centres each place along one side of the grid is from each: (length, cells) int64."""
     index = torch.arange(cells, device=like.device)  # type: ignore[arg-type]  # a tensor where traced
     place = torch.arange(length, device=like.device)
-    start, end = index * length // cells, ((index + 1) * length + cells - 1) // cells
-    inside = (place >= start[:, None]) & (place < end[:, None])
-    matrix = inside.to(like.dtype) / (end - start)[:, None].to(like.dtype)
-    own = place * cells // length
-    return matrix, (own[:, None] - index).abs()
+    return ((place * cells // length)[:, None] - index).abs()

@@ -7,7 +7,7 @@ bilinear resizing without aligned corners.
 The official ClustViT has no neck: all levels have the token grid. mmsegmentation's own ViT models scale them to 4, 2, 1
 and 1/2 times the grid first; the logits are then on a grid four times as fine.
 
-Pooling is written as two small matrix products, because ONNX has no adaptive pooling to cells of unequal size.
+Pooling is written as two small matrix products, see `pooling`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clustvit_ros.modeling.backbone import Features
+from clustvit_ros.modeling.pooling import pooling_matrix
 
 POOL_SCALES = (1, 2, 3, 6)
 NECK_SCALES = (4.0, 2.0, 1.0, 0.5)
@@ -99,15 +100,6 @@ class UPerHead(nn.Module):
             rows, columns = (pooling_matrix(length, scale, x) for length in (height, width))
             outputs.append(_resized(conv(rows @ x @ columns.T), x))
         return self.bottleneck(torch.cat(outputs, dim=1))
-
-
-def pooling_matrix(length: int, cells: int, like: Tensor) -> Tensor:
-    """Adaptive average pooling of a line as a matrix: (cells, length), whose cells may share samples."""
-    matrix = torch.zeros(cells, length, dtype=like.dtype)
-    for cell in range(cells):
-        start, end = cell * length // cells, -(-(cell + 1) * length // cells)
-        matrix[cell, start:end] = 1.0 / (end - start)
-    return matrix.to(like.device)
 
 
 def _resized(x: Tensor, like: Tensor) -> Tensor:

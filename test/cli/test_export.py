@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from clustvit_ros.cli.main import main
 from clustvit_ros.runtime import onnx_check
@@ -25,6 +26,21 @@ def test_without_out_the_file_lies_where_the_engine_looks(model_dir):
         assert (model_dir / "model.onnx").is_file()
     finally:
         (model_dir / "model.onnx").unlink(missing_ok=True)
+
+
+def test_an_official_checkpoint_comes_back_as_it_was(model_dir, tmp_path):
+    first, second = tmp_path / "a.pth", tmp_path / "b.pth"
+    assert main(["export", "--official", "--model", str(model_dir), "--out", str(first)]) == 0
+    options = ["--out", str(tmp_path / "m"), "--image-size", "96x128", "--num-heads", "3", "--injection-point", "1"]
+    assert main(["import-checkpoint", "--checkpoint", str(first), *options]) == 0
+    assert main(["export", "--official", "--model", str(tmp_path / "m"), "--out", str(second)]) == 0
+    before, after = (torch.load(path, weights_only=True)["state_dict"] for path in (first, second))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_official_layout_needs_a_file(model_dir, capsys):
+    assert main(["export", "--official", "--model", str(model_dir)]) == 2
+    assert "export --official: needs --out FILE.pth" in capsys.readouterr().err
 
 
 def test_numbers_that_differ_fail_the_command(model_dir, tmp_path, capsys, monkeypatch):
