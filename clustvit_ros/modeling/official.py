@@ -189,8 +189,11 @@ def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The way back.
 
     Raises:
-        ModelError: parameters that the official layout has no name for (a convolutional stem).
+        ModelError: parameters that the official layout has no name for (a convolutional stem, another family).
     """
+    foreign = [name for name in state_dict if name.startswith("backbone.stages.") or name.endswith("surrogate_tokens")]
+    if foreign:
+        raise ModelError(f"the official layout has no name for {foreign[0]}; only ViT and ClustViT have one")
     stem = [name for name in state_dict if name.startswith("backbone.patch_embed.layers.")]
     if stem:
         raise ModelError(f"the official layout has no name for a convolutional stem ({stem[0]}, ...)")

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from clustvit_ros.classes import ClassSet, class_set_names, load_class_set
 from clustvit_ros.cli.main import main
 from clustvit_ros.errors import ModelError
-from clustvit_ros.modeling import ViTConfig, build_network, load_config, load_segmenter
+from clustvit_ros.modeling import ViTConfig, build_network, load_config, load_segmenter, network_config
 from clustvit_ros.modeling.official import from_official, to_official
 from clustvit_ros.modeling.sliding_window import whole_logits
 
@@ -266,3 +266,11 @@ def test_a_clustr_classifiers_encoder_gets_a_fresh_head(golden_dir, tmp_path, ca
     weights = torch.load(checkpoint, weights_only=True)["state_dict"]
     assert torch.equal(network.backbone.stages[2].blocks[1].attn.kv2.weight, weights["block3.1.attn.kv2.weight"])
     assert network.backbone.stages[2].blocks[0].attn.num_heads == 5
+
+
+@pytest.mark.parametrize("architecture", ["clustr_b1", "cast_t"])
+def test_other_families_have_no_official_name_to_go_back_to(architecture):
+    with torch.device("meta"):
+        network = build_network(network_config(architecture, {}), 3)
+    with pytest.raises(ModelError, match="only ViT and ClustViT have one"):
+        to_official(network.state_dict())

@@ -150,7 +150,8 @@ def test_published_sizes():
         config = network_config(name, {"head_depth": 0})
         backbone = build_network(config, 1).backbone
         assert sum(p.numel() for p in backbone.parameters()) / 1e6 == pytest.approx(parameters_m, rel=0.03)
-    assert set(ARCHITECTURES) == {f"{kind}_{size}" for kind in ("vit", "clustvit") for size in "tsbl"}
+    vits = {f"{kind}_{size}" for kind in ("vit", "clustvit") for size in "tsbl"}
+    assert set(ARCHITECTURES) == vits | {"clustr_b1", "clustr_b2", "clustr_b3", "cast_t", "cast_s", "cast_b"}
 
 
 @pytest.mark.parametrize(
