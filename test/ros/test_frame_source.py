@@ -49,7 +49,7 @@ def test_video_gives_every_frame_each_time(tmp_path: Path) -> None:
 
 
 def test_unusable_sources_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="expected a folder of pictures, a video file, /dev/videoN or N"):
+    with pytest.raises(DataError, match="expected a folder of pictures, a video file, /dev/videoN, N or sim:SEED"):
         open_source(str(tmp_path / "missing"))
     with pytest.raises(DataError, match="holds no pictures"):
         open_source(str(tmp_path))
