@@ -27,7 +27,8 @@ class Features(NamedTuple):
         slots: (B, N) int64, the row of `tokens` that stands for each token of the grid, where the sequence is left
             compact for the head; None where it is not.
         key_mask: (B, L) bool, False = padding of a compact sequence; None when there is none.
-        pyramid: maps (B, C_i, h_i, w_i) of several strides, finest first; empty for a backbone of one stride.
+        pyramid: maps (B, C_i, h_i, w_i) of several strides, finest first: all of the features of a backbone that works
+            at several strides; of a ViT the convolutional stem's, finer than the tokens, where its head asks for them.
     """
 
     tokens: Tensor

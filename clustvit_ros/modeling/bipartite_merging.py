@@ -36,6 +36,7 @@ class Similarity(NamedTuple):
         score: (B, N), cosine similarity of each token to the one most like it, 0..1.
         grid_size: (h, w) patches.
         levels: outputs of blocks so far that the head asked for.
+        details: the stem's finer maps, where the head asked for them.
     """
 
     x: Tensor
@@ -43,6 +44,7 @@ class Similarity(NamedTuple):
     score: Tensor
     grid_size: tuple[int, int]
     levels: tuple[Tensor, ...] = ()
+    details: tuple[Tensor, ...] = ()
 
 
 class Groups(NamedTuple):
@@ -82,7 +84,7 @@ class BipartiteMergingViT(VisionTransformer):
 
     def encode(self, images: Tensor) -> Similarity:
         """Everything before the first merge: (B, 3, H, W) -> state, whose cost no setting changes."""
-        x, grid_size = self.embed(images)
+        x, grid_size, details = self.embed(images)
         levels = []
         for index, block in enumerate(self.blocks[: self.injection_point]):
             x = block(x)
@@ -90,7 +92,7 @@ class BipartiteMergingViT(VisionTransformer):
                 levels.append(x[:, 1:])
         block = cast(Block, self.blocks[self.injection_point])
         branch, metric = _attention_and_metric(block.attn, block.norm1(x), None)
-        return Similarity(x + branch, metric, most_similar(metric), grid_size, tuple(levels))
+        return Similarity(x + branch, metric, most_similar(metric), grid_size, tuple(levels), details)
 
     def count_kept(self, state: Similarity, merge_threshold: float | Tensor) -> Tensor:
         """Tokens to which no other one is more similar than the threshold, by cosine similarity of their keys."""
@@ -133,7 +135,7 @@ class BipartiteMergingViT(VisionTransformer):
             x = torch.cat([x[:, :1], gather_rows(x[:, 1:], groups.slots)], dim=1)
         return self.features(
             x, state.grid_size, levels, cluster_ids=group_ids(groups.slots, groups.leads),
-            slots=groups.slots if compact else None,
+            slots=groups.slots if compact else None, pyramid=state.details,
         )  # fmt: skip
 
 

@@ -47,12 +47,14 @@ class Injection(NamedTuple):
         cluster_logits: (B, N, k+1).
         grid_size: (h, w) patches.
         levels: outputs of blocks so far that the head asked for, (B, N, C) each.
+        details: the stem's finer maps, where the head asked for them.
     """
 
     x: Tensor
     cluster_logits: Tensor
     grid_size: tuple[int, int]
     levels: tuple[Tensor, ...] = ()
+    details: tuple[Tensor, ...] = ()
 
 
 class _Stage(NamedTuple):
@@ -103,13 +105,13 @@ class ClustViT(VisionTransformer):
 
     def encode(self, images: Tensor) -> Injection:
         """Everything before the first merge: (B, 3, H, W) -> state, whose cost no setting changes."""
-        x, grid_size = self.embed(images)
+        x, grid_size, details = self.embed(images)
         levels = []
         for index, block in enumerate(self.blocks[: self.injection_points[0]]):
             x = block(x)
             if self.hands_out(index):
                 levels.append(x[:, 1:])
-        return Injection(x, self.clusterer(x[:, 1:]), grid_size, tuple(levels))
+        return Injection(x, self.clusterer(x[:, 1:]), grid_size, tuple(levels), details)
 
     def count_kept(self, state: Injection, merge_threshold: float | Tensor) -> Tensor:
         """As the first Clusterer has it: the later ones see what the capacity, decided by then, leaves."""
@@ -189,6 +191,7 @@ class ClustViT(VisionTransformer):
             cluster_positions=torch.cat(logit_positions, dim=1) if several else None,
             slots=slots if compact else None,
             key_mask=key_mask[:, 1:] if compact and key_mask is not None else None,
+            pyramid=state.details,
         )
 
     def _merge(

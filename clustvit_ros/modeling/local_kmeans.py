@@ -53,13 +53,13 @@ class LocalKMeansViT(VisionTransformer):
 
     def encode(self, images: Tensor) -> Similarity:
         """Everything before the clustering: (B, 3, H, W) -> state, whose cost no setting changes."""
-        x, grid_size = self.embed(images)
+        x, grid_size, details = self.embed(images)
         levels = []
         for index, block in enumerate(self.blocks[: self.injection_point]):
             x = block(x)
             if self.hands_out(index):
                 levels.append(x[:, 1:])
-        return Similarity(x, x[:, 1:], most_similar(x[:, 1:]), grid_size, tuple(levels))
+        return Similarity(x, x[:, 1:], most_similar(x[:, 1:]), grid_size, tuple(levels), details)
 
     def count_kept(self, state: Similarity, merge_threshold: float | Tensor) -> Tensor:
         """Tokens to which no other one is more similar than the threshold, by cosine similarity."""
@@ -101,7 +101,8 @@ class LocalKMeansViT(VisionTransformer):
             slots = torch.where(full, torch.arange(N, device=x.device), slots)
         if not self.decode_compact:
             x = _reconstructed(x, weights, full)
-        return self.features(x, state.grid_size, levels, cluster_ids=ids, slots=slots if self.decode_compact else None)
+        rows = slots if self.decode_compact else None
+        return self.features(x, state.grid_size, levels, cluster_ids=ids, slots=rows, pyramid=state.details)
 
     def _unmerged(self, state: Similarity) -> Features:
         x, levels = state.x, list(state.levels)
@@ -110,7 +111,7 @@ class LocalKMeansViT(VisionTransformer):
             if self.hands_out(index):
                 levels.append(x[:, 1:])
         ids = torch.zeros(x.shape[0], x.shape[1] - 1, dtype=torch.int64, device=x.device)
-        return self.features(x, state.grid_size, levels, cluster_ids=ids)
+        return self.features(x, state.grid_size, levels, cluster_ids=ids, pyramid=state.details)
 
 
 def _reconstructed(x: Tensor, weights: Tensor, full: Tensor | None) -> Tensor:

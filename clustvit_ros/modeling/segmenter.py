@@ -14,7 +14,7 @@ class SegmenterOutput(NamedTuple):
 
     Attributes:
         logits: (B, Q, h, w) float, class logits before any upsampling, on the patch grid; UPerNet with a neck has them
-            four times as fine.
+            four times as fine, the detail head at a quarter of the image's resolution.
         cluster_logits, cluster_ids, cluster_positions: as in `Features`.
     """
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -38,13 +38,13 @@ class PatchProjection(nn.Module):
 class ConvStem(nn.Module):
     """Strided 3x3 convolutions instead of one large patch projection: (B, 3, H, W) -> (B, C, H/p, W/p).
 
-    Learns from little data where a 16x16 projection does not, at about one block's cost (arXiv 2106.14881).
+    Learns from little data where a 16x16 projection does not, at about one block's cost (arXiv 2106.14881). On the way
+    to the patches it passes finer maps, of strides 4 to p/2, which a head may use: see `detail_dims`.
     """
 
     def __init__(self, embed_dim: int, patch_size: int) -> None:
         super().__init__()
-        num_layers = patch_size.bit_length() - 1  # each layer halves; config checks that patch_size is a power of two
-        widths = [3] + [max(embed_dim >> (num_layers - 1 - i), 8) for i in range(num_layers)]
+        widths = [3, *_stem_widths(embed_dim, patch_size)]
         layers: list[nn.Module] = []
         for width_in, width_out in pairwise(widths):
             layers += [
@@ -56,6 +56,25 @@ class ConvStem(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images)
+
+    def forward_with_details(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The patches and the maps of strides 4 to p/2, finest first."""
+        x, maps = images, []
+        for layer in self.layers:
+            x = layer(x)
+            if isinstance(layer, nn.ReLU):
+                maps.append(x)
+        return x, tuple(maps[1:-1])
+
+
+def detail_dims(embed_dim: int, patch_size: int) -> list[int]:
+    """Channels of a convolutional stem's maps of strides 4 to p/2, finest first; none for patches below 8 px."""
+    return _stem_widths(embed_dim, patch_size)[1:-1]
+
+
+def _stem_widths(embed_dim: int, patch_size: int) -> list[int]:
+    num_layers = patch_size.bit_length() - 1  # each layer halves; config checks that patch_size is a power of two
+    return [max(embed_dim >> (num_layers - 1 - i), 8) for i in range(num_layers)]
 
 
 class Attention(nn.Module):
@@ -133,6 +152,7 @@ class VisionTransformer(Backbone):
         stem: "patch" for the paper's linear projection, "conv" for strided convolutions.
         drop_path: stochastic depth of the last block, growing linearly from 0 at the first.
         level_blocks: blocks (from 0) whose outputs go into the features' `levels`.
+        details: put the convolutional stem's finer maps into the features' `pyramid`.
     """
 
     def __init__(
@@ -146,10 +166,12 @@ class VisionTransformer(Backbone):
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
         level_blocks: Sequence[int] = (),
+        details: bool = False,
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
         self.level_blocks = frozenset(level_blocks)
+        self.details = details
         self.embed_dim = embed_dim
         self.grid_size = grid_size_of(image_size, patch_size)
         self.patch_embed = (ConvStem if stem == "conv" else PatchProjection)(embed_dim, patch_size)
@@ -163,8 +185,8 @@ class VisionTransformer(Backbone):
         self.norm = nn.LayerNorm(embed_dim, eps=BACKBONE_NORM_EPS)
         self._resized: dict[tuple, Tensor] = {}
 
-    def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Patches plus class token plus position: (B, 3, H, W) -> (B, 1+N, C) and the grid (h, w).
+    def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int], tuple[Tensor, ...]]:
+        """Patches plus class token plus position: (B, 3, H, W) -> (B, 1+N, C), the grid (h, w), and the stem's details.
 
         Raises:
             ImageError: not a batch of three-channel images.
@@ -174,11 +196,15 @@ class VisionTransformer(Backbone):
         pad_bottom, pad_right = -images.shape[2] % self.patch_size, -images.shape[3] % self.patch_size
         if pad_bottom or pad_right:
             images = F.pad(images, (0, pad_right, 0, pad_bottom))
-        x = self.patch_embed(images)
+        details: tuple[Tensor, ...] = ()
+        if self.details:
+            x, details = cast(ConvStem, self.patch_embed).forward_with_details(images)
+        else:
+            x = self.patch_embed(images)
         grid_size = (x.shape[2], x.shape[3])
         x = x.flatten(2).transpose(1, 2)  # B C h w -> B N C
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
-        return x + self.resized_pos_embed(grid_size), grid_size
+        return x + self.resized_pos_embed(grid_size), grid_size, details
 
     def resized_pos_embed(self, grid_size: tuple[int, int]) -> Tensor:
         """Position embedding for a grid: (1, 1+h*w, C).
@@ -209,13 +235,13 @@ class VisionTransformer(Backbone):
 
     def encode(self, images: Tensor) -> Any:
         """All of a plain ViT: (B, 3, H, W) -> features."""
-        x, grid_size = self.embed(images)
+        x, grid_size, details = self.embed(images)
         levels = []
         for index, block in enumerate(self.blocks):
             x = block(x)
             if self.hands_out(index):
                 levels.append(x[:, 1:])
-        return self.features(x, grid_size, levels)
+        return self.features(x, grid_size, levels, pyramid=details)
 
     def hands_out(self, index: int) -> bool:
         """Whether a block's output is a level as it is; the last block's is one after the final norm."""

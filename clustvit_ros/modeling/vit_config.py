@@ -10,13 +10,14 @@ from torch import nn
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.modeling.bipartite_merging import BipartiteMergingViT
 from clustvit_ros.modeling.clustvit import ClustViT
+from clustvit_ros.modeling.detail_head import DetailHead
 from clustvit_ros.modeling.linear_head import LinearHead
 from clustvit_ros.modeling.local_kmeans import LocalKMeansViT
 from clustvit_ros.modeling.mask_transformer import MaskTransformer
 from clustvit_ros.modeling.network_config import NetworkConfig
 from clustvit_ros.modeling.segmenter import Segmenter
 from clustvit_ros.modeling.uper_head import NUM_LEVELS, UPerHead
-from clustvit_ros.modeling.vit import VisionTransformer
+from clustvit_ros.modeling.vit import VisionTransformer, detail_dims
 
 MERGES = ("none", "clusters", "tome", "kmeans")
 """Ways to merge tokens: not at all, ClustViT's clusters, ToMe's bipartite matching, local k-means."""
@@ -36,9 +37,10 @@ class ViTConfig(NetworkConfig):
         injection_point: number of blocks before merging.
         injection_points: for several merges, blocks before each; empty is `injection_point` alone.
         cluster_mlp_dim: hidden width of the Clusterer; 0 takes the published ratio, 4 1/32 times embed_dim.
-        head: "segmenter" (mask transformer), "upernet" or "linear".
+        head: "segmenter" (mask transformer), "upernet", "linear", or "detail", which joins the tokens with the finer maps
+            of a convolutional stem.
         head_depth, head_heads: blocks of Segmenter's head and their heads; 0 heads means as the encoder.
-        head_channels: width of UPerNet's head; 0 means as the encoder.
+        head_channels: width of UPerNet's head, 0 means as the encoder; of the detail head's finest level, 0 means 64.
         head_blocks: the four blocks (from 0) whose outputs UPerNet's head takes; empty means after a third, half, two
             thirds and all of them: 3, 5, 7, 11 of 12.
         neck: UPerNet only: scale its levels to a pyramid first, as mmsegmentation's ViT models do.
@@ -58,7 +60,7 @@ class ViTConfig(NetworkConfig):
     injection_point: int = 3
     injection_points: tuple[int, ...] = ()
     cluster_mlp_dim: int = 0
-    head: Literal["segmenter", "upernet", "linear"] = "segmenter"
+    head: Literal["segmenter", "upernet", "linear", "detail"] = "segmenter"
     head_depth: int = 2
     head_heads: int = 0
     head_channels: int = 0
@@ -94,6 +96,11 @@ class ViTConfig(NetworkConfig):
             raise ConfigError("network: decode is 'compact', which UPerNet's convolutions cannot do; use full")
         if self.neck and self.head != "upernet":
             raise ConfigError(f"network: neck is for head 'upernet', got head {self.head!r}")
+        if self.head == "detail" and (self.stem != "conv" or self.patch_size < 8):
+            raise ConfigError(
+                f"network: head is 'detail' with stem {self.stem!r} and patch_size {self.patch_size}; it needs "
+                "stem conv and patches of at least 8 px"
+            )
         if self.head != "upernet":
             return
         blocks = self.level_blocks
@@ -150,6 +157,7 @@ class ViTConfig(NetworkConfig):
             "mlp_ratio": self.mlp_ratio,
             "drop_path": self.drop_path,
             "level_blocks": self.level_blocks,
+            "details": self.head == "detail",
         }
         compact = self.decode == "compact"
         if self.merge_method == "clusters":
@@ -164,6 +172,9 @@ class ViTConfig(NetworkConfig):
     def _build_head(self, num_classes: int) -> nn.Module:
         if self.head == "linear":
             return LinearHead(self.embed_dim, num_classes)
+        if self.head == "detail":
+            details = detail_dims(self.embed_dim, self.patch_size)
+            return DetailHead(self.embed_dim, details, num_classes, self.head_channels or 64)
         if self.head == "upernet":
             return UPerHead(self.embed_dim, num_classes, self.head_channels or self.embed_dim, self.neck)
         return MaskTransformer(
