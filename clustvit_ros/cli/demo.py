@@ -121,7 +121,9 @@ def find_source(text: str | None, frames: int = 0) -> DemoSource:
     path = Path(text).expanduser()
     if not path.is_dir():
         if not path.exists() and not text.isdecimal():
-            raise DataError(f"source {text!r} does not exist; expected a folder of images, a video file or /dev/videoN")
+            raise DataError(
+                f"source {text!r} does not exist; expected sim, sim:SEED, a folder of images, a video or /dev/videoN"
+            )
         return DemoSource(text if text.isdecimal() else str(path.absolute()), None, frames or _MIN_FRAMES)
     images = path / "images" if (path / "images").is_dir() else path
     count = len(find_images(images))
