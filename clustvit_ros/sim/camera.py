@@ -15,8 +15,8 @@ from clustvit_ros.sim.world import World
 SIM_CLASSES = load_class_set("sim")
 
 _SPEED_M_PER_S = 3.0
-_LANE_M = -1.5
-_HEIGHT_M = 1.5
+_LANE_M = -1.2
+_HEIGHT_M = 1.9
 _FIELD_OF_VIEW_RAD = np.radians(72.0)
 _NOISE_MARGIN_PX = 64
 
@@ -94,7 +94,7 @@ class SimulatedCamera:
         bump = np.sin(5.1 * time_s) * np.sin(0.7 * time_s)
         return CameraPose(
             x, y, _HEIGHT_M + 0.015 * float(bump), heading + 0.05 * float(np.sin(0.4 * time_s + 0.5 * self.seed)),
-            float(np.radians(-8.0 + 0.35 * bump)),
+            float(np.radians(-11.0 + 0.35 * bump)),
         )  # fmt: skip
 
     def _expose(self, picture: np.ndarray, faces: np.ndarray, pose: CameraPose, index: int) -> np.ndarray:

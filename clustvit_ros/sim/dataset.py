@@ -12,7 +12,7 @@ import numpy as np
 from clustvit_ros.errors import ConfigError, DataError
 from clustvit_ros.sim.camera import SIM_CLASSES, SimFrame, SimulatedCamera
 
-FRAMES_PER_WORLD = 4
+FRAMES_PER_WORLD = 8
 _SPLITS = ("train", "val")
 # A lap takes about this many seconds; frames of one world are spread over it.
 _LAP_S = 150.0

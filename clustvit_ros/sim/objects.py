@@ -75,7 +75,7 @@ def pole(rng: np.random.Generator) -> list[Mesh]:
     grey = _varied(rng, [(0.62, 0.63, 0.66), (0.42, 0.45, 0.44), (0.55, 0.47, 0.38)][rng.integers(3)], 0.1)
     height = rng.uniform(4.5, 6.0)
     return [
-        prism("pole", "plain", (0, 0, 0), rng.uniform(0.2, 0.26), height, grey),
+        prism("pole", "plain", (0, 0, 0), rng.uniform(0.24, 0.3), height, grey),
         box("pole", "plain", (0.3, 0, height - 0.2), (1.1, 0.5, 0.4), _scaled(grey, 0.8)),
     ]
 
@@ -110,7 +110,7 @@ def vehicle(rng: np.random.Generator) -> list[Mesh]:
 
 def person(rng: np.random.Generator) -> list[Mesh]:
     """Somebody on foot, legs apart."""
-    size = rng.uniform(0.95, 1.08)
+    size = rng.uniform(1.0, 1.12)
     jacket = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.4, 0.95), rng.uniform(0.4, 0.95))
     trousers = _varied(rng, [(0.15, 0.18, 0.3), (0.25, 0.22, 0.2), (0.4, 0.36, 0.28)][rng.integers(3)])
     skin = [(0.85, 0.64, 0.52), (0.55, 0.38, 0.28), (0.36, 0.24, 0.18)][rng.integers(3)]

@@ -26,6 +26,10 @@ except ModuleNotFoundError as _error:
     ) from _error
 
 _CHUNK_M = 24.0
+# Behind hedges and houses hardly anything is seen farther away, but it would cost half the time; the woods at the
+# horizon are always drawn.
+_STATIC_SIGHT_M = 90.0
+_BACKDROP_M = 120.0
 _FAR_M = 900.0
 _SKY_FROM_DEG = -4.0
 _NEAR_M = 0.25
@@ -83,6 +87,7 @@ class Renderer:
         self._targets = tuple(self._open(pipe, scene) for scene in self._scenes)
         self._textures = {name: _texture(pixels) for name, pixels in world.textures.items()}
         self._placed: list[_Placed] = []
+        self._distant: list[tuple[tuple[Any, Any], float, float]] = []
         self._build(world)
         self._class_table = np.concatenate(self._class_of_face)
         self._plane_table = np.concatenate(self._planes).astype(np.float32)
@@ -191,7 +196,10 @@ class Renderer:
             node.set_transparency(p3d.TransparencyAttrib.M_alpha)
             _flat(node, _SHADOW_BIN, 0)
         for mesh in _chunks(world.static):
-            self._add(mesh, self._scenes, weather)
+            nodes, _ = self._add(mesh, self._scenes, weather)
+            x, y = (float(value) for value in mesh.points[..., :2].reshape(-1, 2).mean(axis=0))
+            if x * x + y * y < _BACKDROP_M**2:
+                self._distant.append((nodes, x, y))
         for thing in world.things:
             parents = tuple(scene.attach_new_node("thing") for scene in self._scenes)
             first = self._count
@@ -236,6 +244,12 @@ class Renderer:
         return nodes, rows
 
     def _place_things(self, pose: CameraPose, time_s: float) -> None:
+        for nodes, x, y in self._distant:
+            for node in nodes:
+                if (x - pose.x) ** 2 + (y - pose.y) ** 2 < _STATIC_SIGHT_M**2:
+                    node.show()
+                else:
+                    node.hide()
         for placed in self._placed:
             x, y, heading = placed.thing.place(time_s)
             near = (x - pose.x) ** 2 + (y - pose.y) ** 2 < placed.thing.sight_m**2

@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 import cv2
 import numpy as np
 
-from clustvit_ros.sim.mesh import Colour, Mesh, quads
+from clustvit_ros.sim.mesh import Colour, Mesh, blob, quads
 from clustvit_ros.sim.objects import house, person, pole, tree, vehicle
 from clustvit_ros.sim.textures import make_textures
 
-ROAD_HALF_WIDTH_M = 3.2
-_VERGE_M = 4.9
+ROAD_HALF_WIDTH_M = 2.8
+_VERGE_M = 4.0
 _STEP_M = 4.0
 _TREE_LINE_M = 58.0
-_SIGHT_M = {"pole": 20.0, "person": 20.0, "vehicle": 45.0}
+_SIGHT_M = {"pole": 16.0, "person": 16.0, "vehicle": 36.0}
 
 
 @dataclass(frozen=True)
@@ -189,9 +189,10 @@ class World:
                 "meadow": self._plant_meadow, "wood": self._plant_wood,
             }[last]  # fmt: skip
             lot(rng, side, s, length, depth_m)
-            s += length + rng.uniform(1.0, 4.0)
+            self._plant_hedge(rng, side, s + length + 1.0, depth_m)
+            s += length + 2.0
         for at in np.arange(rng.uniform(0, 10), self.route.length_m - 8, rng.uniform(14, 22)):
-            self._stand(pole(rng), at + rng.uniform(-2, 2), side * rng.uniform(4.0, 4.5), -side * np.pi / 2, "pole")
+            self._stand(pole(rng), at + rng.uniform(-2, 2), side * rng.uniform(3.3, 3.6), -side * np.pi / 2, "pole")
 
     def _lay_ploughed(self, rng: np.random.Generator, side: float, s: float, length: float, depth_m: float) -> None:
         along = np.linspace(s, s + length, max(round(length / _STEP_M), 1) + 1)
@@ -203,9 +204,9 @@ class World:
     def _lay_field(self, rng: np.random.Generator, side: float, s: float, length: float, depth_m: float) -> None:
         """Soil with crop rows along the road."""
         self._lay_ploughed(rng, side, s, length, depth_m)
-        height, width, spacing = rng.uniform(0.45, 0.8), rng.uniform(0.7, 0.95), rng.uniform(1.3, 1.7)
-        along = np.arange(s + 1.0, s + length - 1.0, 1.6)
-        for left in np.arange(_VERGE_M + 1.2, depth_m - 1.0, spacing):
+        height, width, spacing = rng.uniform(0.5, 0.9), rng.uniform(0.8, 1.05), rng.uniform(1.2, 1.5)
+        along = np.linspace(s, s + length, round(length / 1.6) + 1)
+        for left in np.arange(_VERGE_M + 0.9, depth_m - 0.5, spacing):
             # Cross-section of a row: foot, shoulder, shoulder, foot.
             offsets = side * left + np.array([-0.5, -0.32, 0.32, 0.5]) * width
             heights = height * np.array([0.0, 1.0, 1.0, 0.0])
@@ -235,7 +236,7 @@ class World:
         if rng.random() < 0.7:
             # Parked on the verge, along the road.
             heading = np.pi * (rng.random() < 0.5) + rng.uniform(-0.1, 0.1)
-            self._stand(vehicle(rng), s + length * rng.uniform(0.3, 0.8), side * 5.4, heading, "vehicle")
+            self._stand(vehicle(rng), s + length * rng.uniform(0.3, 0.8), side * 4.6, heading, "vehicle")
 
     def _plant_meadow(self, rng: np.random.Generator, side: float, s: float, length: float, depth_m: float) -> None:
         for _ in range(rng.integers(4, 9)):
@@ -245,6 +246,19 @@ class World:
         for left in np.arange(9.0, min(depth_m, 22.0), 4.5):
             for at in np.arange(s + 2, s + length - 1, 5.0):
                 self._stand(tree(rng, self._leaf), at + rng.uniform(-1, 1), side * (left + rng.uniform(-1, 1)), 0.0)
+
+    def _plant_hedge(self, rng: np.random.Generator, side: float, s: float, depth_m: float) -> None:
+        """Bushes across, higher than the camera: every piece of land ends in sight, as in hedgerow country."""
+        left, size = _VERGE_M + 1.2, 1.0
+        while left < depth_m:
+            x, y, _ = (float(value) for value in self.route.at(s + rng.uniform(-0.3, 0.3), side * left))
+            radius, height = size * rng.uniform(1.0, 1.3), rng.uniform(1.25, 1.6)
+            bush = blob("tree", "leaves", (0, 0, height * 0.85), (radius, radius, height), self._leaf, rng, 0.1, 0.5)
+            self.static.append(bush.moved(x, y))
+            self.shadows.append(self._cast(self.static[-1]))
+            # Farther from the road, fewer and larger ones do.
+            left += 1.7 * size
+            size = min(size * 1.12, 2.0)
 
     def _plant_tree_line(self, rng: np.random.Generator) -> None:
         """Woods that close the horizon, as an uneven wall outside the loop."""
@@ -269,9 +283,9 @@ class World:
             # One speed for all on the lane that comes towards the camera: nobody runs into anybody.
             start = offset + (index + rng.uniform(-0.3, 0.3)) * length / count
             self._move(vehicle(rng), start, -speed, 1.6, "vehicle")
-        for _ in range(int(rng.integers(14, 24))):
+        for _ in range(int(rng.integers(26, 38))):
             walk = rng.uniform(0.6, 1.4) * rng.choice([-1.0, 1.0])
-            left = rng.choice([-1.0, 1.0]) * rng.uniform(3.4, 4.0)
+            left = rng.choice([-1.0, 1.0]) * rng.uniform(3.0, 3.6)
             self._move(person(rng), rng.uniform(0, length), walk, left, "person")
 
     def _stand(self, meshes: list[Mesh], s: float, left_m: float, turn_rad: float, kind: str = "") -> None:

@@ -66,10 +66,10 @@ def test_points_project_onto_their_pixels_and_the_road_is_flat():
     x, y, z = frame.points[~sky].T
     np.testing.assert_allclose(x / z * camera.focal_px, columns - 159.5, atol=0.01)
     np.testing.assert_allclose(y / z * camera.focal_px, rows - 119.5, atol=0.01)
-    # What the rasteriser drew as road must lie in one plane, 1.5 m below the camera.
+    # What the rasteriser drew as road must lie in one plane, 1.9 m below the camera.
     road = frame.points[frame.labels == SIM_CLASSES.names.index("road")].astype(np.float64)
     normal = np.linalg.lstsq(road, np.ones(len(road)), rcond=None)[0]
-    assert 1 / np.linalg.norm(normal) == pytest.approx(1.5, abs=0.03)
+    assert 1 / np.linalg.norm(normal) == pytest.approx(1.9, abs=0.03)
     np.testing.assert_allclose(road @ normal, 1.0, atol=0.002)
 
 
