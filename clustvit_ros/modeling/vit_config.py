@@ -37,8 +37,8 @@ class ViTConfig(NetworkConfig):
         injection_point: number of blocks before merging.
         injection_points: for several merges, blocks before each; empty is `injection_point` alone.
         cluster_mlp_dim: hidden width of the Clusterer; 0 takes the published ratio, 4 1/32 times embed_dim.
-        head: "segmenter" (mask transformer), "upernet", "linear", or "detail", which joins the tokens with the finer maps
-            of a convolutional stem.
+        head: "segmenter" (mask transformer), "upernet", "linear", or "detail", which joins the tokens with the finer
+            maps of a convolutional stem.
         head_depth, head_heads: blocks of Segmenter's head and their heads; 0 heads means as the encoder.
         head_channels: width of UPerNet's head, 0 means as the encoder; of the detail head's finest level, 0 means 64.
         head_blocks: the four blocks (from 0) whose outputs UPerNet's head takes; empty means after a third, half, two
