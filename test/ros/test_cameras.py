@@ -154,8 +154,8 @@ def test_an_engine_ten_times_too_slow_gives_fresh_masks_and_counts_drops(
     ages = sorted(float(pairs["age_ms"]) for pairs in stats)
     engine = max(float(pairs["engine_ms"]) for pairs in stats)
     assert len(ages) >= 10
-    # One frame's period, and the way through DDS on the loaded machine of a test run; a single late one is its fault, as
-    # long as it stays below what a queue of one more frame would give.
+    # One frame's period, and the way through DDS on the loaded machine of a test run; a single late one is its
+    # fault, as long as it stays below what a queue of one more frame would give.
     assert ages[len(ages) // 2] <= engine + 1000 * PERIOD_S + 30.0
     assert ages[-1] < 2 * engine
     last = {name: int(stats[-1][f"frames_{name}"]) for name in ("received", "segmented", "dropped")}
