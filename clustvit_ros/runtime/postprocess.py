@@ -165,7 +165,7 @@ def cluster_map(cluster_ids: Tensor, grid_size: tuple[int, int], size: tuple[int
     return grid[:, rows][:, :, columns]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def _bands(length: int, target: int) -> tuple[tuple[int, int, int, tuple[float, ...]], ...]:
     """Bands of result rows between the same two source rows: (upper row, lower row, first result row, weights)."""
     samples = _interpolation(length, target)
@@ -181,7 +181,7 @@ def _bands(length: int, target: int) -> tuple[tuple[int, int, int, tuple[float, 
     return tuple(bands)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def _interpolation(length: int, target: int) -> tuple[tuple[int, int, float], ...]:
     """For each of `target` samples the two source positions and the weight of the second (`align_corners=False`)."""
     samples = []
@@ -192,7 +192,7 @@ def _interpolation(length: int, target: int) -> tuple[tuple[int, int, float], ..
     return tuple(samples)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def _interpolation_matrix(length: int, target: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Interpolation as a matrix: (length, target), two weights in each column."""
     matrix = np.zeros((length, target), np.float32)

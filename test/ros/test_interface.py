@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from robot import Robot, header, mask_of, string
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_msgs.msg import String
 
+from clustvit_ros.classes import ClassSet
 from clustvit_ros.ros.conversions import image_message
 from clustvit_ros.runtime import ScriptedEngine
 
@@ -132,6 +134,28 @@ def test_compressed_masks_are_lossless(robot: Robot, rng: np.random.Generator) -
     assert received[0].header == frame.header
     decoded = cv2.imdecode(np.frombuffer(received[0].data, np.uint8), cv2.IMREAD_UNCHANGED)
     np.testing.assert_array_equal(decoded, pixels[..., 1] >> 6)
+
+
+def test_more_than_255_classes_are_published_in_two_bytes(
+    ros_client: Any,
+    start_node: Callable[..., Any],
+    make_toy_model: Callable[[ClassSet], Path],
+    rng: np.random.Generator,
+) -> None:
+    pytest.importorskip("torch", reason="needs PyTorch")
+    from clustvit_ros.runtime import Settings, create_engine
+
+    model = make_toy_model(ClassSet.numbered(400))
+    robot = Robot(ros_client, start_node, "/wide", "-p", "engine:=torch", "-p", f"model:={model}", "-p", "device:=cpu")
+    compressed = ros_client.collect(CompressedImage, "/wide/segmentation/mask/compressed")
+    pixels = rng.integers(0, 256, (96, 128, 3), dtype=np.uint8)
+    expected = create_engine(str(model), "torch", "cpu").segment(pixels, Settings()).mask[0]
+    mask = robot.segment(image_message(pixels, "rgb8", header(1)))
+    assert (mask.encoding, mask.step, mask.is_bigendian) == ("mono16", 256, sys.byteorder == "big")
+    found = np.frombuffer(mask.data, np.uint16).reshape(96, 128)
+    assert found.max() > 255 and (found == expected).mean() > 0.99
+    ros_client.spin_until(lambda: bool(compressed), "a compressed mask")
+    assert np.array_equal(cv2.imdecode(np.frombuffer(compressed[-1].data, np.uint8), cv2.IMREAD_UNCHANGED), found)
 
 
 def test_camera_info_has_the_masks_size_and_the_frames_header(robot: Robot) -> None:
