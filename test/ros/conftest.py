@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +29,7 @@ os.environ["ROS_DOMAIN_ID"] = str(random.randint(1, 100))
 os.environ.update(dds_environment(os.environ))
 # Nothing that a test measures may stay in the user's cache, or come from it.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="clustvit_ros_test_")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 WAIT_S = 60.0
 """Upper bound of every wait: far above what is needed, so that a busy machine fails no test."""

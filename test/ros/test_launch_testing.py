@@ -5,7 +5,9 @@ Everywhere else plain processes over DDS are tested: see test_segmentation_node.
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import sys
 import tempfile
 import unittest
@@ -48,6 +50,7 @@ def process(module: str, *parameters: str) -> ExecuteProcess:
 def generate_test_description() -> tuple[LaunchDescription, dict[str, Any]]:
     """Camera and node; the picture that the camera shows is for the tests."""
     folder = Path(tempfile.mkdtemp(prefix="clustvit_ros_test_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     picture = np.random.default_rng(7).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     cv2.imwrite(str(folder / "picture.png"), picture)
     node = process("node", "engine:=scripted")
