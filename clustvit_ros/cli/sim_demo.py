@@ -22,7 +22,7 @@ from clustvit_ros.errors import ClustvitError, DataError
 from clustvit_ros.modeling.model_folder import load_config
 from clustvit_ros.training.metrics import ConfusionMatrix
 
-DEFAULT_SEED = 5
+DEFAULT_SEED = 3
 BUDGET_SHARES = (1.0, 0.6, 0.4)
 
 _LOOP_FRAMES = 80
