@@ -8,6 +8,7 @@ them of shapes that depend on sizes alone, so that they can be captured in a CUD
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -20,6 +21,10 @@ from clustvit_ros.runtime.cell_labels import cell_labels
 
 # Rows of one band: all classes of it then stay in a CPU's cache.
 _BAND_ROWS = 16
+# Up to so many values in a row of all classes, wider bands still do; there, few large operations pay more (measured on
+# two cores: 22 ms instead of 55 for 10 classes from 96x128 to 480x640, 13 instead of 17 for 11 from 22x30 to 360x480).
+_FEW_VALUES = 16_000
+_WIDE_BAND_ROWS = 32
 # On a GPU: 39 MB at 150 classes and 512 columns, while each kernel still has work for the whole device.
 _DEVICE_BAND_ROWS = 128
 
@@ -126,28 +131,22 @@ def _banded_label_maps(
     B, Q, h, w = logits.shape
     height, width = size
     device, dtype = logits.device, logits.dtype
-    columns = (logits @ _interpolation_matrix(w, width, dtype, device)).transpose(1, 2)  # B Q h W -> B h Q W
+    how = upsampling((h, w), size, device, dtype)
+    columns = (logits @ how.columns).transpose(1, 2).contiguous()  # B h Q W
     mask = torch.empty(B, height, width, dtype=_mask_type(Q), device=device)
     confidence = torch.empty(B, height, width, dtype=torch.uint8, device=device) if needs_confidence else None
     # Falling codes make the maximum the first class of a tie; code 0 is left to pixels that equal no maximum (NaN).
-    codes = torch.arange(Q, 0, -1, dtype=dtype, device=device)[:, None, None]
-    buffer = torch.empty(Q, min(_BAND_ROWS, height), width, dtype=dtype, device=device)
-    exponentials = torch.empty_like(buffer) if needs_confidence else buffer
-    for top, bottom, start, weights in _bands(h, height):
-        rows = slice(start, start + len(weights))
-        down = torch.tensor(weights, dtype=dtype, device=device)[:, None]
-        band = buffer[:, : len(weights)]
-        for image in range(B):
-            torch.lerp(columns[image, top, :, None], columns[image, bottom, :, None], down, out=band)  # Q rows W
-            best = band.amax(dim=0)
+    codes = torch.arange(Q, 0, -1, dtype=dtype, device=device)[:, None]
+    for image in range(B):
+        for rows, band in _bands(columns[image], how):  # rows Q W
+            best = band.amax(dim=1, keepdim=True)
             if confidence is not None:
                 # Logits of the best class are 0 then, and the maximum below finds them as well.
-                torch.exp(band.sub_(best), out=exponentials[:, : len(weights)])
-                probability = exponentials[:, : len(weights)].sum(dim=0).reciprocal_().nan_to_num_(0.0)
+                probability = band.sub_(best).exp().sum(dim=1).reciprocal_().nan_to_num_(0.0)
                 best = torch.zeros_like(best).masked_fill_(best.isnan(), 1.0)
             # Equality in place and a second maximum: several times faster on a CPU than max() or argmax(), which find
             # indices one by one, and than a comparison that makes booleans.
-            code = band.eq_(best).mul_(codes).amax(dim=0)
+            code = band.eq_(best).mul_(codes).amax(dim=1)
             labels = (Q - code).masked_fill_(code == 0, IGNORE_INDEX)
             if confidence is not None:
                 unsure = (probability < confidence_threshold) | (code == 0)
@@ -155,6 +154,22 @@ def _banded_label_maps(
                 confidence[image, rows] = probability.mul_(255.0).round_().masked_fill_(unsure, 0.0)
             mask[image, rows] = labels
     return mask, confidence
+
+
+def _bands(columns: Tensor, how: Upsampling) -> Iterator[tuple[slice, Tensor]]:
+    """Bands of the result before its arg-max: (h, Q, W) -> rows, (rows, Q, W)."""
+    h, Q, width = columns.shape
+    height = len(how.upper)
+    if Q * width <= _FEW_VALUES:
+        for start in range(0, height, _WIDE_BAND_ROWS):
+            rows = slice(start, start + _WIDE_BAND_ROWS)
+            upper, lower = columns.index_select(0, how.upper[rows]), columns.index_select(0, how.lower[rows])
+            yield rows, upper.lerp_(lower, how.down[rows, :, None])
+        return
+    # All rows between the same two source rows, which need not be gathered then.
+    for above, below, start, stop in _row_spans(h, height):
+        rows = slice(start, stop)
+        yield rows, torch.lerp(columns[above], columns[below], how.down[rows, :, None])
 
 
 def cluster_map(cluster_ids: Tensor, grid_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
@@ -166,19 +181,19 @@ def cluster_map(cluster_ids: Tensor, grid_size: tuple[int, int], size: tuple[int
 
 
 @lru_cache(maxsize=16)
-def _bands(length: int, target: int) -> tuple[tuple[int, int, int, tuple[float, ...]], ...]:
-    """Bands of result rows between the same two source rows: (upper row, lower row, first result row, weights)."""
+def _row_spans(length: int, target: int) -> tuple[tuple[int, int, int, int], ...]:
+    """Result rows, at most a band, between the same two source rows: (upper row, lower row, first result row, end)."""
     samples = _interpolation(length, target)
-    bands = []
+    spans = []
     start = 0
     while start < target:
         upper, lower, _ = samples[start]
         stop = start
         while stop < min(start + _BAND_ROWS, target) and samples[stop][:2] == (upper, lower):
             stop += 1
-        bands.append((upper, lower, start, tuple(weight for _, _, weight in samples[start:stop])))
+        spans.append((upper, lower, start, stop))
         start = stop
-    return tuple(bands)
+    return tuple(spans)
 
 
 @lru_cache(maxsize=16)
