@@ -21,7 +21,7 @@ import numpy as np
 
 from clustvit_ros.cli.pictures import write_image
 from clustvit_ros.cli.processes import NodeProcess
-from clustvit_ros.cli.sim_demo import DEFAULT_SEED, run_sim, window_problem
+from clustvit_ros.cli.sim_demo import DEFAULT_SEED, SIM_RATE_HZ, run_sim, window_problem
 from clustvit_ros.dds import node_environment
 from clustvit_ros.errors import ClustvitError, ConfigError, DataError
 from clustvit_ros.modeling.model_folder import load_config
@@ -30,6 +30,7 @@ from clustvit_ros.training.metrics import ConfusionMatrix
 
 _MODEL, _SIM_MODEL = "camvid_tiny", "sim_tiny"
 _MIN_FRAMES, _MAX_FRAMES = 60, 300
+_RATE_HZ = 10.0
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,14 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--model", help=f"a shipped model's name or a model folder (default: {_SIM_MODEL} for sim, else {_MODEL})"
     )
     parser.add_argument("--merge-threshold", type=float, default=0.5, help="0..1, 1 merges nothing (default: 0.5)")
-    parser.add_argument("--rate", type=float, default=10.0, help="frames per second of the camera (default: 10)")
+    parser.add_argument(
+        "--rate", type=float, help=f"frames per second of the camera (default: {_RATE_HZ:g}; sim: {SIM_RATE_HZ:g})"
+    )
     parser.add_argument(
         "--frames",
         type=int,
         default=0,
-        help="frames to send (default: the folder, 60 to 300; sim: 80 for each setting)",
+        help="frames to send (default: the folder, 60 to 300; sim: 50 for each setting)",
     )
     parser.add_argument("--view", action="store_true", help="show the overlay in a window while it runs")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
@@ -77,13 +80,15 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             "the demo needs ROS 2's rclpy: source a ROS 2 installation, or install this package with its 'ros' extra"
         )
+    simulated = re.fullmatch(r"sim(?::(\d{1,18}))?", args.source or "")
+    if args.rate is None:
+        args.rate = SIM_RATE_HZ if simulated else _RATE_HZ
     if args.rate <= 0 or args.frames < 0:
         raise ConfigError(f"--rate {args.rate:g} --frames {args.frames}: expected a rate above 0 and 0 or more frames")
     environ = _environment()
     if args.view and (problem := window_problem(environ)):
         print(f"no window: {problem}; the pictures in {args.output} show the same")
         args.view = False
-    simulated = re.fullmatch(r"sim(?::(\d{1,18}))?", args.source or "")
     args.model = args.model or (_SIM_MODEL if simulated else _MODEL)
     if simulated:
         return run_sim(args, int(simulated[1] or DEFAULT_SEED), environ)

@@ -25,7 +25,9 @@ from clustvit_ros.training.metrics import ConfusionMatrix
 DEFAULT_SEED = 3
 BUDGET_SHARES = (1.0, 0.6, 0.4)
 
-_LOOP_FRAMES = 80
+# What two cores segment while they render and record: nothing waits, and a budget has the engine's latency to itself.
+SIM_RATE_HZ = 5.0
+_LOOP_FRAMES = 50
 # Nine metres per second: within one phase, the camera sees enough of the world to be judged by it.
 _TIME_LAPSE = 3.0
 _SETTLE_S = 1.0
