@@ -83,6 +83,13 @@ def test_importing_the_package_loads_neither_torch_nor_rclpy():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_a_node_is_there_before_pytorch_is():
+    """Importing PyTorch takes more than a second, which a node that starts anew after a fault does not have."""
+    pytest.importorskip("rclpy", reason="needs ROS 2 (rclpy)")
+    code = "import sys, clustvit_ros.ros.node, clustvit_ros.ros.camera; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_the_scripted_engine_needs_no_torch():
     code = (
         "import sys; from clustvit_ros.runtime import create_engine; create_engine('', 'scripted');"

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 
 import cv2
 import numpy as np
-import torch
-from torch import Tensor
 
 from clustvit_ros.errors import ConfigError
 
@@ -55,7 +53,7 @@ def class_tokens(grid_size: tuple[int, int], masks: np.ndarray, class_ids: Seque
 
 def exempt_tokens(
     grid_size: tuple[int, int], regions: Sequence[Region], masks: np.ndarray | None, class_ids: Sequence[int]
-) -> Tensor | None:
+) -> np.ndarray | None:
     """Regions and classes together.
 
     Args:
@@ -73,7 +71,7 @@ def exempt_tokens(
     if not tokens.any():
         return None
     flat = tokens.reshape(*tokens.shape[:-2], -1)
-    return torch.from_numpy(flat[0] if flat.ndim == 2 and len(flat) == 1 else flat)
+    return flat[0] if flat.ndim == 2 and len(flat) == 1 else flat
 
 
 def parse_regions(text: str) -> tuple[Region, ...]:

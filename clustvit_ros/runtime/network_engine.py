@@ -211,7 +211,8 @@ class NetworkEngine(Engine):
         if classes and settings.merge_exempt_source == "two_pass":
             masks = self.infer(x, settings).logits.argmax(dim=1).cpu().numpy()
             lap("first_pass")
-        return exempt_tokens(grid_size, settings.merge_exempt_region, masks, classes)
+        tokens = exempt_tokens(grid_size, settings.merge_exempt_region, masks, classes)
+        return None if tokens is None else torch.from_numpy(tokens)
 
 
 def most_exempt(exempt: Tensor | None) -> int:
