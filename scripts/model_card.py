@@ -52,6 +52,7 @@ def card(config: ModelConfig) -> str:
         f"| {index} | {name} | {', '.join(map(str, colour))} | {scores['per_class_iou'][name] or 0.0:.1f} |"
         for index, (name, colour) in enumerate(zip(config.classes.names, config.classes.colours, strict=True))
     )
+    head = f"{network.head_depth} head block(s)" if network.head == "segmenter" else f"{network.head} head"
     return f"""# {config.name}
 
 ![image, prediction, ground truth, merged tokens]({EXAMPLE})
@@ -62,7 +63,7 @@ def card(config: ModelConfig) -> str:
 |---|---|
 | Architecture | {config.architecture}: width {network.embed_dim}, {network.depth} blocks, {network.num_heads} heads, \
 {network.stem} stem, {network.num_clusters} clusters after block {network.injection_point}, \
-{network.head_depth} head block(s) |
+{head} |
 | Parameters | {parameters / 1e6:.2f} million |
 | Input | {config.input.size[0]} x {config.input.size[1]} px (other aspects: about as many pixels), RGB |
 | Data | {config.training.get("data", "")} |
