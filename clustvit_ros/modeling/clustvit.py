@@ -105,7 +105,7 @@ class ClustViT(VisionTransformer):
 
     def encode(self, images: Tensor) -> Injection:
         """Everything before the first merge: (B, 3, H, W) -> state, whose cost no setting changes."""
-        x, grid_size, details = self.embed(images)
+        x, grid_size, details = self.embed_with_details(images)
         levels = []
         for index, block in enumerate(self.blocks[: self.injection_points[0]]):
             x = block(x)

@@ -53,7 +53,7 @@ class LocalKMeansViT(VisionTransformer):
 
     def encode(self, images: Tensor) -> Similarity:
         """Everything before the clustering: (B, 3, H, W) -> state, whose cost no setting changes."""
-        x, grid_size, details = self.embed(images)
+        x, grid_size, details = self.embed_with_details(images)
         levels = []
         for index, block in enumerate(self.blocks[: self.injection_point]):
             x = block(x)

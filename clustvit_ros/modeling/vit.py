@@ -185,12 +185,17 @@ class VisionTransformer(Backbone):
         self.norm = nn.LayerNorm(embed_dim, eps=BACKBONE_NORM_EPS)
         self._resized: dict[tuple, Tensor] = {}
 
-    def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int], tuple[Tensor, ...]]:
-        """Patches plus class token plus position: (B, 3, H, W) -> (B, 1+N, C), the grid (h, w), and the stem's details.
+    def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Patches plus class token plus position: (B, 3, H, W) -> (B, 1+N, C) and the grid (h, w).
 
         Raises:
             ImageError: not a batch of three-channel images.
         """
+        x, grid_size, _ = self.embed_with_details(images)
+        return x, grid_size
+
+    def embed_with_details(self, images: Tensor) -> tuple[Tensor, tuple[int, int], tuple[Tensor, ...]]:
+        """`embed`, and the stem's finer maps, finest first; none unless `details` asked for them."""
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] == 0 or images.shape[3] == 0:
             raise ImageError(f"images: got shape {tuple(images.shape)}, expected (batch, 3, height, width)")
         pad_bottom, pad_right = -images.shape[2] % self.patch_size, -images.shape[3] % self.patch_size
@@ -235,7 +240,7 @@ class VisionTransformer(Backbone):
 
     def encode(self, images: Tensor) -> Any:
         """All of a plain ViT: (B, 3, H, W) -> features."""
-        x, grid_size, details = self.embed(images)
+        x, grid_size, details = self.embed_with_details(images)
         levels = []
         for index, block in enumerate(self.blocks):
             x = block(x)
