@@ -22,12 +22,16 @@ from clustvit_ros.modeling.model_folder import InputConfig
 from clustvit_ros.modeling.vit import grid_size_of
 from clustvit_ros.runtime.benchmark import BenchCase, run_cases
 from clustvit_ros.runtime.device import describe_device, select_device
+from clustvit_ros.runtime.engine import Settings
 from clustvit_ros.runtime.flops import attention_share
 from clustvit_ros.runtime.torch_engine import TorchEngine
 from clustvit_ros.training.augmentation import Augmentation
 from clustvit_ros.training.dataset import LabelledImages
 from clustvit_ros.training.recipe import ClassEntry, Recipe, Schedule
 from clustvit_ros.training.trainer import Trainer
+
+MERGE_AFTER = 0.5
+"""Share of a training after which tokens are merged."""
 
 # Tokens for size comparisons count 16 px patches, whatever grid an architecture works on.
 _PATCH_SIZE = 16
@@ -177,8 +181,7 @@ def _measure(names: list[str], size: int, args: argparse.Namespace) -> dict[str,
         folder = args.out / "random" / f"{name}-{size}"
         torch.manual_seed(0)
         save_model(folder, config, build_network(config.network, len(config.classes)))
-        rows, columns = grid_size_of((size, size), config.network.patch_size)
-        capacity = max(round(args.kept * rows * columns), 1) if config.network.merges else 0
+        capacity = _token_capacity(config, (size, size), args.kept)
         cases.append(BenchCase(name, folder, "torch", args.device, args.threads, (size, size), token_capacity=capacity))
     measured = run_cases(cases, args.runs, warmup=1)
     return {
@@ -216,16 +219,20 @@ def _train(name: str, args: argparse.Namespace, device: torch.device) -> dict[st
         classes=tuple(ClassEntry(n, c) for n, c in zip(classes.names, classes.colours, strict=True)),
         input=InputConfig(size=args.input),
         augmentation=Augmentation(crop_size=args.crop, scale=(0.7, 1.4)),
-        # The average follows as closely as so few steps allow.
-        schedule=Schedule(epochs=epochs, batch_size=args.batch, ema_decay=0.98, validate_every=epochs),
+        # The average follows as closely as so few steps allow. Tokens merged by clusters that know nothing yet teach
+        # nothing: in a budget this short, the usual twentieth of the steps is not enough to learn them.
+        schedule=Schedule(
+            epochs=epochs, batch_size=args.batch, ema_decay=0.98, validate_every=epochs, merge_after=MERGE_AFTER
+        ),
     )
     config = dataclasses.replace(recipe.model_config(), training={"recipe": "compare"})
+    settings = Settings(token_capacity=_token_capacity(config, args.input, args.kept))
     run_dir = args.out / "runs" / _score_key(name, args)
     trainer = Trainer(recipe, train_data, run_dir, device)
     found: dict[str, Any] = {}
 
     def validate(network: Segmenter) -> dict[str, Any]:
-        found.update(evaluate(TorchEngine(network, config, str(device)), val_data))
+        found.update(evaluate(TorchEngine(network, config, str(device)), val_data, settings))
         return found
 
     started = time.monotonic()
@@ -244,6 +251,12 @@ def _train(name: str, args: argparse.Namespace, device: torch.device) -> dict[st
         "tokens_merged_mean": found["tokens_merged_mean"],
         "model": str(run_dir / "model"),
     }
+
+
+def _token_capacity(config: ModelConfig, size: tuple[int, int], kept: float) -> int:
+    """Tokens that a share `kept` of an input of `size` pixels is; 0, no limit, for a network that never merges."""
+    rows, columns = grid_size_of(size, config.network.patch_size)
+    return max(round(kept * rows * columns), 1) if config.network.merges else 0
 
 
 def _model_config(
@@ -265,7 +278,7 @@ def _cost_key(name: str, size: int, args: argparse.Namespace) -> str:
 
 def _score_key(name: str, args: argparse.Namespace) -> str:
     sizes = "-".join(f"{height}x{width}" for height, width in (args.crop, args.input))
-    return f"{name}-{args.steps}x{args.batch}-{sizes}"
+    return f"{name}-{args.steps}x{args.batch}-{sizes}-kept{args.kept:g}"
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
