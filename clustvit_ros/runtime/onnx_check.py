@@ -23,6 +23,8 @@ _TIE = 1e-3
 # Share of tokens that may be decided the other way, where several are equally good to the last bit. The others' logits
 # then follow PyTorch's but for a few. So they do where a backbone decides inside what no result shows.
 _TIED_TOKENS = 0.02
+# Of normalised pixels, whose own float32 has 1e-7.
+_ROUNDING = 1e-6
 
 
 def check_against_torch(path: Path, network: Segmenter, size: tuple[int, int], batch: int | None) -> float:
@@ -35,7 +37,7 @@ def check_against_torch(path: Path, network: Segmenter, size: tuple[int, int], b
         batch: its batch size; None (dynamic) is checked with one and two images.
 
     Returns:
-        The largest difference of logits.
+        The largest difference of logits; of a backbone that decides inside, of nine tenths of them.
 
     Raises:
         EngineError: the file cannot be run, or a capacity, a cluster id or a logit differs.
@@ -97,6 +99,8 @@ def _check_images(session, network: Segmenter, images: Tensor, many_settings: bo
         found = float(differences.quantile(0.9) if tied else differences.max())
         # A head without a final norm has logits of any size, and rounding errors to match.
         allowed = LOGIT_TOLERANCE * max(1.0, 0.1 * float(expected.logits.abs().max()))
+        if backbone.decides:
+            allowed = max(allowed, _undecided(network, images, expected.logits))
         if not found <= allowed:  # a NaN is no match either
             raise EngineError(
                 f"export: logits differ from PyTorch's by {found:.2g} {where}, allowed {allowed:.2g}; the file "
@@ -104,6 +108,17 @@ def _check_images(session, network: Segmenter, images: Tensor, many_settings: bo
             )
         difference = max(difference, found)
     return difference
+
+
+def _undecided(network: Segmenter, images: Tensor, logits: Tensor) -> float:
+    """Four times what one rounding error of the input does to PyTorch's own logits, at most 2 % of their spread.
+
+    One token that is as close to one centre as to another changes attention for all tokens, if it falls to the other.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rounded = images + _ROUNDING * torch.randn(images.shape, generator=generator)
+    differences = (network.decode(network.backbone.finish(network.backbone.encode(rounded))).logits - logits).abs()
+    return min(4 * float(differences.flatten().quantile(0.9)), 0.02 * float(logits.std()))
 
 
 def _settings(backbone: Backbone, state: Any, tokens_total: int, many: bool) -> list[tuple[float, int]]:
