@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -27,11 +28,13 @@ import numpy as np
 from clustvit_ros.cli.processes import NodeProcess
 from clustvit_ros.dds import dds_environment, node_environment
 from clustvit_ros.errors import ClustvitError, ConfigError
+from clustvit_ros.ros.frame_source import open_source
 
 BUDGET_SHARE = 0.6
 SETTLE_FRAMES = 30
 """Within so many frames a budget must be held, and a capacity regained."""
 
+_IMAGES = 24
 _FULL_FRAMES = 60
 _STEADY_FRAMES = 90
 _START_TIMEOUT_S = 180.0
@@ -118,6 +121,7 @@ class Client:
                 "budget_ms": float(pairs["latency_budget_ms"]),
                 "capacity": int(pairs["token_capacity"]),
                 "ceiling": int(pairs["token_ceiling"]),
+                "threads": int(pairs["threads"]),
                 "engine_ms": float(pairs["engine_ms"]),
                 "age_ms": float(pairs["age_ms"]),
                 "slowdown": float(pairs["slowdown"]) if self._calibrated else None,
@@ -233,12 +237,19 @@ def _burning_core() -> Iterator[None]:
         process.wait()
 
 
-def _generate_images(folder: Path) -> None:
+def _generated_images() -> Iterator[np.ndarray]:
     """Soft random pictures: smooth areas, as a camera sees them, and nothing to download."""
     rng = np.random.default_rng(0)
-    for number in range(8):
+    for _ in range(8):
         coarse = rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)
-        cv2.imwrite(str(folder / f"{number}.png"), cv2.resize(coarse, (480, 360), interpolation=cv2.INTER_CUBIC))
+        yield cv2.resize(coarse, (480, 360), interpolation=cv2.INTER_CUBIC)
+
+
+def _unpack_images(source: Path | None, folder: Path) -> None:
+    """Write pictures uncompressed: a camera has nothing to decode, and must not take the engine's cores for that."""
+    images = (frame.pixels for frame in open_source(str(source))) if source else _generated_images()
+    for number, image in enumerate(itertools.islice(images, _IMAGES)):
+        cv2.imwrite(str(folder / f"{number:02}.bmp"), image)
 
 
 def _run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -247,16 +258,14 @@ def _run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     os.environ.update(dds_environment(os.environ))
     environ = node_environment(os.environ)
-    source = options.source
-    if source is None:
-        source = folder / "images"
-        source.mkdir()
-        _generate_images(source)
+    source = folder / "images"
+    source.mkdir()
+    _unpack_images(options.source, source)
     node = {
         "engine": options.engine, "model": options.model, "device": options.device, "threads": options.threads,
         "merge_threshold": 1.0, "recalibrate": True, "scripted_latency_ms": 60.0,
     }  # fmt: skip
-    camera = {"source": source.absolute(), "rate_hz": options.rate_hz, "wait_for_subscribers": 1}
+    camera = {"source": source, "rate_hz": options.rate_hz, "wait_for_subscribers": 1}
     with (
         NodeProcess("node", node, environ, folder / "node.log") as node_process,
         NodeProcess("camera", camera, environ, folder / "camera.log") as camera_process,

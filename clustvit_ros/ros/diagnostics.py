@@ -175,6 +175,7 @@ def frame_pairs(report: FrameReport, counts: FrameCounts) -> dict[str, str]:
         "tokens_total": str(engine.tokens_total),
         "tokens_kept": f"{engine.tokens_kept:g}",
         "tokens_exempt": str(engine.tokens_exempt),
+        "threads": str(engine.threads),
         "image_size": "{}x{}".format(*report.image_size),
         "mask_size": "{}x{}".format(*report.mask_size),
         "batch": str(report.batch),

@@ -59,12 +59,15 @@ def load_engine(parameters: SegmentationParameters) -> Engine:
         # A CPU that takes over from a GPU is slow enough without emulating half precision.
         return "float32" if device == "cpu" != parameters.device else parameters.precision
 
+    live = parameters.processing == "live"
     return ResilientEngine(
         lambda device: BoundEngine(
-            lambda: create_engine(parameters.model, parameters.engine, device, parameters.threads, precision_on(device))
+            lambda: create_engine(
+                parameters.model, parameters.engine, device, parameters.threads, precision_on(device), share_cores=live
+            )
         ),
         parameters.device,
-        adapt=parameters.processing == "live",
+        adapt=live,
     )
 
 

@@ -31,7 +31,9 @@ class SegmentationParameters:
         "float32", "What the network computes in; half precisions are for a GPU, a CPU gets slower.",
         choices=PRECISIONS,
     )  # fmt: skip
-    threads: int = parameter(0, "CPU threads of the engine; 0 leaves the choice to it.", minimum=0, maximum=1024)
+    threads: int = parameter(
+        0, "CPU threads of the engine; 0: as many as other processes leave cores.", minimum=0, maximum=1024
+    )
     merge_threshold: float = parameter(
         0.5, "Tokens whose merge score is above this are merged; 1 merges nothing, 0 everything.",
         minimum=0.0, maximum=1.0, live=True,

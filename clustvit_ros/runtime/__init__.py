@@ -21,6 +21,7 @@ def create_engine(
     threads: int = 0,
     precision: str = "float32",
     compiled: bool = False,
+    share_cores: bool = False,
 ) -> Engine:
     """Make an engine by name.
 
@@ -31,6 +32,7 @@ def create_engine(
         threads: CPU threads; 0 is automatic.
         precision: one of `PRECISIONS`; `onnxruntime` has float16 with TensorRT alone.
         compiled: `torch.compile` the blocks of "torch" and "cuda_graph".
+        share_cores: let "torch" on a CPU, with `threads` 0, compute with fewer threads while others use cores.
 
     Raises:
         ConfigError: unknown engine, device or precision, one that the engine lacks, or an unusable model configuration.
@@ -49,7 +51,7 @@ def create_engine(
     if engine == "torch":
         from clustvit_ros.runtime.torch_engine import TorchEngine
 
-        return TorchEngine.from_model(model, device, threads, precision, compiled)
+        return TorchEngine.from_model(model, device, threads, precision, compiled, share_cores=share_cores)
     if engine == "cuda_graph":
         from clustvit_ros.runtime.graph_engine import GraphEngine
 

@@ -90,6 +90,7 @@ class Stats:
             the engine can tell apart: `encode` (up to the injection point), `finish` (from there), `decode` (the head).
         total_ms: milliseconds from the call to its return.
         tokens_exempt: patch tokens that had to be kept, of the image that had the most.
+        threads: of the CPU that computed it; 0 where the engine does not tell.
     """
 
     tokens_total: int
@@ -99,6 +100,7 @@ class Stats:
     total_ms: float
     stages_ms: dict[str, float] = field(default_factory=dict)
     tokens_exempt: int = 0
+    threads: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """What the operating system tells about the machine: its name, its power mode, and whether it is being throttled.
 
-Everything is read from files that may not exist, and nothing here ever fails: what cannot be read is an empty text.
+Everything is read from files that may not exist, and nothing here ever fails: what cannot be read is an empty
+text or None.
 """
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 
@@ -32,6 +34,34 @@ def power_mode(root: Path = _ROOT) -> str:
 def throttling(root: Path = _ROOT) -> str:
     """Why the platform makes this machine slower than it could be, in a sentence; empty when it does not say so."""
     return "; ".join(filter(None, (_hot_zones(root), _limited_clock(root))))
+
+
+def usable_cores() -> int:
+    """Processors that this process may run on."""
+    return len(_affinity()) or os.cpu_count() or 1
+
+
+def busy_seconds(root: Path = _ROOT) -> float | None:
+    """Seconds since boot that the processors which this process may run on have computed, summed, for all processes.
+
+    A resolution of 10 ms; None where the system does not tell.
+    """
+    allowed = {f"cpu{number}" for number in _affinity()}
+    ticks = found = 0
+    for line in _read(root / "proc/stat").splitlines():
+        name, *fields = line.split()
+        if name in allowed and len(fields) >= 7 and all(field.isdigit() for field in fields):
+            user, nice, system, _idle, _iowait, irq, soft_irq = map(int, fields[:7])
+            ticks += user + nice + system + irq + soft_irq
+            found += 1
+    return ticks / os.sysconf("SC_CLK_TCK") if found else None
+
+
+def _affinity() -> set[int]:
+    try:
+        return os.sched_getaffinity(0)
+    except (AttributeError, OSError):  # systems other than Linux
+        return set()
 
 
 def _hot_zones(root: Path) -> str:

@@ -198,6 +198,7 @@ class NetworkEngine(Engine):
             total_ms=timer.total_ms,
             stages_ms=timer.stages_ms,
             tokens_exempt=most_exempt(exempt),
+            threads=torch.get_num_threads() if self._device.type == "cpu" else 0,
         )
         return Prediction(mask, confidence, clusters, stats)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,9 +17,12 @@ from clustvit_ros.modeling.model_folder import ModelConfig, hash_weights, load_c
 from clustvit_ros.modeling.segmenter import Segmenter
 from clustvit_ros.modeling.vit import Block, grid_size_of
 from clustvit_ros.runtime.capacity import choose_capacity, default_ladder
+from clustvit_ros.runtime.core_share import CoreShare
 from clustvit_ros.runtime.device import describe_device, select_device
-from clustvit_ros.runtime.engine import PRECISIONS, Settings
+from clustvit_ros.runtime.engine import PRECISIONS, Prediction, Settings
 from clustvit_ros.runtime.network_engine import Lap, NetworkEngine, NetworkOutput, most_exempt
+
+_ALL_THREADS = torch.get_num_threads()  # before anybody changed it
 
 
 class TorchEngine(NetworkEngine):
@@ -32,6 +37,8 @@ class TorchEngine(NetworkEngine):
         precision: one of `PRECISIONS`. Half precisions are for a GPU; a CPU without instructions for them is slower.
         compiled: run the transformer blocks through `torch.compile`, which needs a C++ compiler on a CPU and Triton on
             a GPU, and minutes at the first start.
+        share_cores: compute with fewer threads while other processes use cores; has an effect on a CPU, with `threads`
+            0. Results may then differ in the last bit from frame to frame.
 
     Raises:
         ConfigError: unknown precision.
@@ -49,12 +56,17 @@ class TorchEngine(NetworkEngine):
         weights_sha256: str = "",
         precision: str = "float32",
         compiled: bool = False,
+        share_cores: bool = False,
     ) -> None:
         if precision not in PRECISIONS:
             raise ConfigError(f"precision: got {precision!r}, expected one of {', '.join(PRECISIONS)}")
+        selected, reason = select_device(device)
+        self._core_share: CoreShare | None = None
         if threads > 0:
             torch.set_num_threads(threads)
-        selected, reason = select_device(device)
+        elif share_cores and selected.type == "cpu":
+            torch.set_num_threads(_ALL_THREADS)  # an engine before this one may have left fewer
+            self._core_share = CoreShare(_ALL_THREADS)
         super().__init__(
             self.engine_name, config, selected, describe_device(selected), reason, weights_sha256, precision
         )
@@ -99,6 +111,13 @@ class TorchEngine(NetworkEngine):
                 raise
             problem = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise EngineError(f"torch.compile failed ({problem}); leave compilation off") from error
+
+    def segment(self, images: np.ndarray | Sequence[np.ndarray], settings: Settings = Settings()) -> Prediction:
+        if self._core_share is not None:
+            threads = self._core_share.threads()
+            if threads != torch.get_num_threads():
+                torch.set_num_threads(threads)
+        return super().segment(images, settings)
 
     def infer(
         self, x: Tensor, settings: Settings, lap: Lap = lambda stage: None, exempt: Tensor | None = None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
 
-from clustvit_ros.runtime.machine import machine_name, power_mode, throttling
+from clustvit_ros.runtime.machine import busy_seconds, machine_name, power_mode, throttling, usable_cores
 
 ZONE = "sys/class/thermal/thermal_zone0"
 POLICY = "sys/devices/system/cpu/cpufreq/policy0"
@@ -69,3 +71,32 @@ def test_heat_is_named(root, temperature, kind, limit, expected):
 def test_a_limited_clock_is_named(root, limit, expected):
     path = root({f"{POLICY}/scaling_max_freq": limit, f"{POLICY}/cpuinfo_max_freq": "2400000"})
     assert throttling(path) == expected
+
+
+def test_busy_seconds_count_what_any_process_computed_on_usable_cores(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 2}, raising=False)
+    (tmp_path / "proc").mkdir()
+    stat = tmp_path / "proc/stat"
+    stat.write_text(
+        "cpu  9 9 9 9 9 9 9 9 9 9\n"
+        "cpu0 100 20 30 5000 40 5 6 700 0 0\n"  # user nice system idle iowait irq softirq steal
+        "cpu1 1000 0 0 0 0 0 0 0 0 0\n"
+        "cpu2 39 0 0 9 0 0 0 0 0 0\n"
+        "intr 1 2 3\n"
+    )
+    assert usable_cores() == 2
+    assert busy_seconds(tmp_path) == pytest.approx(200 / os.sysconf("SC_CLK_TCK"))
+    stat.write_text("cpu0 what is this\n")
+    assert busy_seconds(tmp_path) is None
+    assert busy_seconds(tmp_path / "nowhere") is None
+
+
+def test_this_machine_tells_how_busy_it_is():
+    before = busy_seconds()
+    if before is None:
+        pytest.skip("no /proc/stat here")
+    end_s = time.process_time() + 0.3
+    while time.process_time() < end_s:
+        pass
+    after = busy_seconds()
+    assert after is not None and after - before >= 0.2
