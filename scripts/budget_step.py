@@ -289,7 +289,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", type=Path, help="file for the series and the figures")
     parser.add_argument("--plot", type=Path, help="file for the picture (needs matplotlib)")
-    parser.add_argument("--model", default="camvid_tiny", help="shipped model or model folder (default: %(default)s)")
+    parser.add_argument("--model", default="sim_tiny", help="shipped model or model folder (default: %(default)s)")
     parser.add_argument("--engine", default="torch", help="as the node's parameter (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="as the node's parameter (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="as the node's parameter (default: %(default)s)")
