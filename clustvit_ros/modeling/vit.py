@@ -40,9 +40,14 @@ class ConvStem(nn.Module):
 
     Learns from little data where a 16x16 projection does not, at about one block's cost (arXiv 2106.14881). On the way
     to the patches it passes finer maps, of strides 4 to p/2, which a head may use: see `detail_dims`.
+
+    Args:
+        embed_dim: C.
+        patch_size: p, a power of two.
+        num_blocks: residual blocks that refine each of the finer maps.
     """
 
-    def __init__(self, embed_dim: int, patch_size: int) -> None:
+    def __init__(self, embed_dim: int, patch_size: int, num_blocks: int = 0) -> None:
         super().__init__()
         widths = [3, *_stem_widths(embed_dim, patch_size)]
         layers: list[nn.Module] = []
@@ -53,18 +58,47 @@ class ConvStem(nn.Module):
                 nn.ReLU(),
             ]
         self.layers = nn.Sequential(*layers, nn.Conv2d(embed_dim, embed_dim, 1))
+        self.refine = nn.ModuleList(
+            nn.Sequential(*(ResidualBlock(width) for _ in range(num_blocks)))
+            for width in (detail_dims(embed_dim, patch_size) if num_blocks else ())
+        )
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images)
+        return self.forward_with_details(images)[0]
 
     def forward_with_details(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The patches and the maps of strides 4 to p/2, finest first."""
-        x, maps = images, []
+        x = images
+        maps: list[Tensor] = []
         for layer in self.layers:
             x = layer(x)
             if isinstance(layer, nn.ReLU):
+                level = len(maps) - 1  # the first map, of stride 2, is handed to nobody
+                if 0 <= level < len(self.refine):
+                    x = self.refine[level](x)
                 maps.append(x)
         return x, tuple(maps[1:-1])
+
+
+class ResidualBlock(nn.Sequential):
+    """Two 3x3 convolutions beside a skip connection (He et al., arXiv 1512.03385): (B, C, h, w) -> (B, C, h, w).
+
+    It starts as the identity for what is not negative, so that a stem trained without it can go on with it.
+    """
+
+    def __init__(self, dim: int) -> None:
+        last_norm = nn.BatchNorm2d(dim)
+        nn.init.zeros_(last_norm.weight)
+        super().__init__(
+            nn.Conv2d(dim, dim, 3, padding=1, bias=False),
+            nn.BatchNorm2d(dim),
+            nn.ReLU(),
+            nn.Conv2d(dim, dim, 3, padding=1, bias=False),
+            last_norm,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + super().forward(x))
 
 
 def detail_dims(embed_dim: int, patch_size: int) -> list[int]:
@@ -150,6 +184,7 @@ class VisionTransformer(Backbone):
         image_size: (height, width) the position embedding is made for; other sizes are accepted, it is resized.
         patch_size: side of a patch in pixels.
         stem: "patch" for the paper's linear projection, "conv" for strided convolutions.
+        stem_blocks: residual blocks at each finer stride of a convolutional stem.
         drop_path: stochastic depth of the last block, growing linearly from 0 at the first.
         level_blocks: blocks (from 0) whose outputs go into the features' `levels`.
         details: put the convolutional stem's finer maps into the features' `pyramid`.
@@ -160,6 +195,7 @@ class VisionTransformer(Backbone):
         image_size: tuple[int, int],
         patch_size: int = 16,
         stem: str = "patch",
+        stem_blocks: int = 0,
         embed_dim: int = 192,
         depth: int = 12,
         num_heads: int = 3,
@@ -174,7 +210,11 @@ class VisionTransformer(Backbone):
         self.details = details
         self.embed_dim = embed_dim
         self.grid_size = grid_size_of(image_size, patch_size)
-        self.patch_embed = (ConvStem if stem == "conv" else PatchProjection)(embed_dim, patch_size)
+        self.patch_embed: ConvStem | PatchProjection
+        if stem == "conv":
+            self.patch_embed = ConvStem(embed_dim, patch_size, stem_blocks)
+        else:
+            self.patch_embed = PatchProjection(embed_dim, patch_size)
         num_positions = 1 + self.grid_size[0] * self.grid_size[1]
         self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, embed_dim), std=0.02))
         self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, num_positions, embed_dim), std=0.02))

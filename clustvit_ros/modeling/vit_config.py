@@ -30,6 +30,8 @@ class ViTConfig(NetworkConfig):
     Args:
         backbone: "clustvit" merges tokens, "vit" is the plain baseline.
         stem: "patch" (one linear projection, as published) or "conv" (strided convolutions).
+        stem_blocks: residual blocks at each of a convolutional stem's strides from 4 to half a patch, for finer
+            structures than tokens can hold.
         embed_dim, depth, num_heads, mlp_ratio: of the encoder.
         merge: "tome" and "kmeans" merge without any trained part, from `injection_point` on, whichever the backbone;
             empty is the backbone's own way.
@@ -51,6 +53,7 @@ class ViTConfig(NetworkConfig):
 
     backbone: Literal["vit", "clustvit"] = "clustvit"
     stem: Literal["patch", "conv"] = "patch"
+    stem_blocks: int = 0
     embed_dim: int = 192
     depth: int = 12
     num_heads: int = 3
@@ -81,6 +84,11 @@ class ViTConfig(NetworkConfig):
                 raise ConfigError(f"network: embed_dim {self.embed_dim} is not a multiple of {name} {heads}")
         if self.stem == "conv" and self.patch_size & (self.patch_size - 1):
             raise ConfigError(f"network: patch_size is {self.patch_size}, a conv stem needs a power of two")
+        if self.stem_blocks < 0 or (self.stem_blocks and (self.stem != "conv" or self.patch_size < 8)):
+            raise ConfigError(
+                f"network: stem_blocks is {self.stem_blocks} with stem {self.stem!r} and patch_size {self.patch_size}; "
+                "it needs stem conv and patches of at least 8 px"
+            )
         self._check_merge()
         self._check_head()
 
@@ -151,6 +159,7 @@ class ViTConfig(NetworkConfig):
             "image_size": self.image_size,
             "patch_size": self.patch_size,
             "stem": self.stem,
+            "stem_blocks": self.stem_blocks,
             "embed_dim": self.embed_dim,
             "depth": self.depth,
             "num_heads": self.num_heads,
