@@ -243,6 +243,7 @@ def _train(name: str, args: argparse.Namespace, device: torch.device) -> dict[st
         "system": name,
         "steps": epochs * steps_per_epoch,
         "batch": args.batch,
+        "merge_after": MERGE_AFTER,
         "crop": list(args.crop),
         "input": list(args.input),
         "minutes": round((time.monotonic() - started) / 60, 1),

@@ -70,13 +70,14 @@ def format_report(
     if scores:
         score = next(iter(scores.values()))
         height, width = score["crop"]
+        unmerged = f"{score['merge_after']:.0%}"
         input_height, input_width = score["input"]
         parts += [
             "",
             f"Scores: validation images after {score['steps']} steps of {score['batch']} crops of {height}x{width} "
-            f"from random weights, images at {input_height}x{input_width}, one seed; what merges tokens does so from "
-            "half of the training on, and is scored with the share kept that stands above. Such a budget says which "
-            "system learns fast, not which is best in the end.",
+            f"from random weights, images at {input_height}x{input_width}, one seed; what merges tokens does so after "
+            f"{unmerged} of the training, and is scored with the share kept that stands above. Such a budget says "
+            "which system learns fast, not which is best in the end.",
         ]
     for quantity, title in _QUANTITIES.items():
         lines = [[title, *(f"{size} px" for size in sizes), "exponent"]]

@@ -14,7 +14,9 @@ from clustvit_ros.runtime.machine import busy_seconds, usable_cores
 
 WINDOW_S = 1.0
 """Over so long the others' use of cores is averaged."""
-_STALE = 3.0  # windows; what happened long before a frame says nothing about it
+# What others did long ago says nothing about the next frame: a window of so many seconds counts only if this process
+# computed for this share of it, as it does with frames that take seconds.
+_LONG_S, _AT_WORK = 3.0, 0.5
 # A core of which others use more than the first share is left to them; when they use less than the second, it is taken
 # back. Waiting costs several times what a thread brings, so a third is enough.
 _LEAVE, _TAKE_BACK = 0.35, 0.2
@@ -54,7 +56,9 @@ class CoreShare:
             return self._threads
         (started_s, busy_s, own_s), self._window = self._window, self._read()
         now_s, busy_now_s, own_now_s = self._window
-        if busy_s is None or busy_now_s is None or elapsed_s > _STALE * WINDOW_S:
+        if busy_s is None or busy_now_s is None:
+            return self._threads
+        if elapsed_s > _LONG_S and own_now_s - own_s < _AT_WORK * elapsed_s:
             return self._threads
         self.others = max((busy_now_s - busy_s - (own_now_s - own_s)) / (now_s - started_s), 0.0)
         self._threads = min(max(self._threads, self._left(_TAKE_BACK)), self._left(_LEAVE))

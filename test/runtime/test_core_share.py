@@ -83,6 +83,14 @@ def test_within_a_window_and_after_a_pause_the_choice_stands(machine):
     assert after(machine, share, others=1.0) == 1
 
 
+def test_frames_of_many_seconds_are_windows_of_their_own(machine):
+    share = machine.share(cores=2)
+    machine.run(8.0, others=1.0)
+    assert share.threads() == 1
+    machine.run(8.0, others=0.0)
+    assert share.threads() == 2
+
+
 def test_a_system_that_does_not_tell_changes_nothing(machine):
     machine.tells = False
     share = machine.share(cores=2)
