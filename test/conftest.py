@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from clustvit_ros.classes import ClassSet
+from clustvit_ros.openmp import bound_spinning
 
 # Before PyTorch is imported. Without a bound, its threads spin through whole time slices when a node under test has the
 # other core, and tests take ten times as long.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+bound_spinning()
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -20,6 +20,7 @@ FOUNDATION = {
     "image_encodings",
     "compressed_images",
     "shared_memory",
+    "openmp",
 }
 ALLOWED = {
     "modeling": set(),

@@ -8,6 +8,7 @@ import sys
 
 from clustvit_ros import __version__
 from clustvit_ros.errors import ClustvitError, ConfigError
+from clustvit_ros.openmp import bound_spinning
 
 COMMANDS = (
     "bench",
@@ -28,6 +29,7 @@ COMMANDS = (
 
 def main(argv: list[str] | None = None) -> int:
     """Run a sub-command; errors on purpose become one line and exit code 2, interruption exit code 130."""
+    bound_spinning()
     parser = argparse.ArgumentParser(
         prog="clustvit-ros", description="ClustViT segmentation: models, scores and demos."
     )

@@ -15,6 +15,7 @@ from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
 
 from clustvit_ros.errors import ClustvitError, ConfigError
+from clustvit_ros.openmp import bound_spinning
 from clustvit_ros.paths import user_cache_dir
 from clustvit_ros.runtime.memory import keep_freed_memory
 from clustvit_ros.shared_memory import remove_leftovers
@@ -42,7 +43,7 @@ def run_node(
     code = 0
     try:
         keep_freed_memory()
-        _bound_spinning()
+        bound_spinning()
         # PyTorch makes this folder when it is imported, else in /tmp.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(user_cache_dir() / "torchinductor"))
         _clear_shared_memory(name)
@@ -100,15 +101,3 @@ def _clear_shared_memory(name: str) -> None:
         rclpy.logging.get_logger(name).info(
             f"deleted {len(removed)} shared-memory segments ({megabytes:.0f} MB) of processes that were killed"
         )
-
-
-def _bound_spinning() -> None:
-    """Let OpenMP threads that wait for each other spin briefly, then sleep, unless the user chose otherwise.
-
-    GNU OpenMP spins for milliseconds, a whole time slice when another process has the core. Frames of 65 ms on two
-    cores, one of them taken by another process: 1.5 s at a count of 100,000, 0.28 s at 10,000, 0.16 s at 3,000. On an
-    idle machine 3,000 is too short: threads sleep between two operations of a frame, and its 95th percentile rises
-    from 78 to 105 ms. Only has an effect before PyTorch is imported.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
