@@ -52,12 +52,14 @@ def card(config: ModelConfig) -> str:
         f"| {index} | {name} | {', '.join(map(str, colour))} | {scores['per_class_iou'][name] or 0.0:.1f} |"
         for index, (name, colour) in enumerate(zip(config.classes.names, config.classes.colours, strict=True))
     )
+    # A model scored on folds has been trained on all images in the end.
+    trained_on = "; the model was trained on these images" if "miou_folds" in scores else ""
     head = f"{network.head_depth} head block(s)" if network.head == "segmenter" else f"{network.head} head"
     return f"""# {config.name}
 
 ![image, prediction, ground truth, merged tokens]({EXAMPLE})
 
-*Left to right: image, prediction, ground truth (void black), merged tokens in colour over the image.*
+*Left to right: image, prediction, ground truth (void black), merged tokens in colour over the image{trained_on}.*
 
 | | |
 |---|---|
@@ -77,7 +79,7 @@ merge threshold {scores["merge_threshold"]} |
 {classes}
 
 Made by `clustvit-ros train` with the recipe `{config.training.get("recipe", "")}`, {start}
-nothing but the training images named above. Meant for trying the package and for road scenes like those; do not let a
+nothing but the training images named above. Meant for trying the package and for scenes like those; do not let a
 robot's safety depend on it. Thin and rare classes (low IoU in the table) are where it fails first.
 """
 

@@ -67,7 +67,7 @@ for stage in $STAGES; do
     camvid_small_vit) train camvid_small_vit camvid_small_vit --data "$DATA/camvid" --init "$OUT/pretrain_small/encoder.safetensors" ;;
     camvid_tiny_vit) train camvid_tiny_vit camvid_tiny_vit --data "$DATA/camvid" --init "$OUT/pretrain_tiny/encoder.safetensors" ;;
     # Starts from the CamVid model: the encoder of the pre-training has seen the images that the folds hold out.
-    cwfid_tiny) train cwfid_tiny cwfid_tiny --data "$DATA/cwfid" --folds 5 --init "$OUT/camvid_tiny/model" ;;
+    cwfid_tiny) train cwfid_tiny cwfid_tiny_gpu --data "$DATA/cwfid" --folds 5 --init "$OUT/camvid_tiny/model" ;;
     report)
       for size in tiny small; do
         models=()
