@@ -60,7 +60,7 @@ class ConvStem(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(embed_dim, embed_dim, 1))
         self.refine = nn.ModuleList(
             nn.Sequential(*(ResidualBlock(width) for _ in range(num_blocks)))
-            for width in (detail_dims(embed_dim, patch_size) if num_blocks else ())
+            for width in detail_dims(embed_dim, patch_size)
         )
 
     def forward(self, images: Tensor) -> Tensor:
