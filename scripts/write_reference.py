@@ -115,16 +115,15 @@ def _endpoints(transport: str) -> list[tuple[str, str, str, str]]:
         node = _node(context, transport)
         if not node.autostart():
             raise SystemExit("the node did not start")
+        # The node's own endpoints: discovery would mix in what it still remembers of another node of this name.
         found = []
-        for direction, names, details in (
-            ("in", node.get_subscriber_names_and_types_by_node, node.get_subscriptions_info_by_topic),
-            ("out", node.get_publisher_names_and_types_by_node, node.get_publishers_info_by_topic),
-        ):
-            for name, kinds in names("segmentation", "/"):
+        for direction, endpoints in (("in", node.subscriptions), ("out", node.publishers)):
+            for endpoint in endpoints:
+                name, kind = endpoint.topic_name, endpoint.msg_type
                 if name in _OF_EVERY_NODE or name.startswith("/segmentation/transition_event"):
                     continue
-                own = next(info for info in details(name) if info.node_name == "segmentation")
-                found.append((name, direction, _short(kinds[0]), _qos(own.qos_profile)))
+                package = kind.__module__.split(".")[0]
+                found.append((name, direction, f"{package}/{kind.__name__}", _qos(endpoint.qos_profile)))
         _close(node)
         return found
     finally:
