@@ -24,6 +24,7 @@ from clustvit_ros.modeling.official import from_official
 from clustvit_ros.modeling.segmenter import Segmenter
 from clustvit_ros.modeling.vit import VisionTransformer, grid_size_of
 from clustvit_ros.paths import MODEL_FILE, share_dir
+from clustvit_ros.training.widening import widen
 
 ENCODER_FILE = "encoder.safetensors"
 _WRAPPERS = ("state_dict", "model", "model_state", "module")
@@ -39,6 +40,7 @@ class InitReport(NamedTuple):
         missing: names of the network that keep their random values.
         unknown: names of the file that have no place.
         mismatched: names that exist on both sides with different shapes, and which.
+        widened: how many times as wide as the file the network is; 1 is as wide.
     """
 
     source: str
@@ -47,9 +49,12 @@ class InitReport(NamedTuple):
     missing: list[str]
     unknown: list[str]
     mismatched: list[str]
+    widened: int = 1
 
     def __str__(self) -> str:
         parts = [f"{self.source}: {len(self.loaded)} tensors loaded"]
+        if self.widened > 1:
+            parts.append(f"widened {self.widened} times")
         for title, names in (
             ("resized", self.resized),
             ("left random", self.missing),
@@ -65,6 +70,8 @@ class InitReport(NamedTuple):
 def initialise(network: Segmenter, source: str | Path) -> InitReport:
     """Fill a network with what fits from a file or model folder.
 
+    Weights of a ViT half as wide, or any other whole part, are widened: see `widening`.
+
     Args:
         network: its backbone has to be a ViT as this package builds it; changed in place.
         source: a model folder, a shipped model's name, or a file of weights (.safetensors, or what `torch.load` reads
@@ -76,6 +83,9 @@ def initialise(network: Segmenter, source: str | Path) -> InitReport:
     path = _find(source)
     weights = _to_ours(_read(path))
     own = network.state_dict()
+    times = _times_wider(network, weights)
+    if times > 1:
+        weights = widen(weights, {name: value.shape for name, value in own.items()}, times)
     resized = []
     key = "backbone.pos_embed"
     if key in weights and key in own and weights[key].shape != own[key].shape:
@@ -89,7 +99,7 @@ def initialise(network: Segmenter, source: str | Path) -> InitReport:
     if not any(value.ndim >= 2 for value in matching.values()):
         raise ModelError(
             f"{path}: none of its {len(weights)} tensors fits the network; expected a ViT of width "
-            f"{network.backbone.embed_dim} in the layout of this package, timm or mmsegmentation"
+            f"{network.backbone.embed_dim} or a whole part of it in the layout of this package, timm or mmsegmentation"
         )
     mismatched = [
         f"{name} {tuple(value.shape)} instead of {tuple(own[name].shape)}"
@@ -104,7 +114,17 @@ def initialise(network: Segmenter, source: str | Path) -> InitReport:
         missing=[name for name in own if name not in matching],
         unknown=sorted(name for name in weights if name not in own),
         mismatched=mismatched,
+        widened=times,
     )
+
+
+def _times_wider(network: Segmenter, weights: dict[str, Tensor]) -> int:
+    """How many times as wide as the weights' ViT the network's is; 1 where it is no whole number."""
+    source = weights.get("backbone.cls_token")
+    if source is None or not isinstance(network.backbone, VisionTransformer):
+        return 1
+    width, source_width = network.backbone.embed_dim, source.shape[-1]
+    return width // source_width if width % source_width == 0 else 1
 
 
 def save_encoder(path: Path, backbone: VisionTransformer) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from clustvit_ros.errors import ModelError
-from clustvit_ros.modeling import build_network, network_config, save_model
+from clustvit_ros.modeling import build_network, load_segmenter, network_config, save_model
 from clustvit_ros.modeling.official import to_official
 from clustvit_ros.training.initialisation import initialise, save_encoder
 from clustvit_ros.training.recipe import read_recipe
@@ -97,6 +99,67 @@ def test_a_model_folder_of_other_classes_leaves_the_head_random(tmp_path, write_
     assert "head.class_embed" in report.missing
 
 
+WIDTHS = {"embed_dim": 64, "num_heads": 2}
+HEADS = {
+    "segmenter": {},
+    "linear": {"head": "linear"},
+    "detail": {"head": "detail", "stem": "conv", "stem_blocks": 1},
+    "two points": {"injection_points": [0, 1], "stem": "conv"},
+}
+
+
+def write_narrow(folder, write_recipe, **overrides):
+    """A model whose norms, biases and embeddings are anything but their initial values."""
+    recipe = read_recipe(write_recipe(architecture="clustvit_t", network={**SMALL, **WIDTHS, **overrides}))
+    config = recipe.model_config()
+    torch.manual_seed(1)
+    built = build_network(config.network, len(config.classes))
+    with torch.no_grad():
+        for tensor in built.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.add_(0.05 * torch.randn_like(tensor))  # variances stay positive: they start at 1
+    save_model(folder, config, built)
+    return config, load_segmenter(folder)
+
+
+@pytest.mark.parametrize("times", [2, 3])
+@pytest.mark.parametrize("head", HEADS)
+def test_a_wider_network_starts_as_the_narrow_one(tmp_path, write_recipe, head, times):
+    config, source = write_narrow(tmp_path / "narrow", write_recipe, **HEADS[head])
+    wide = dataclasses.replace(config.network, embed_dim=64 * times, num_heads=2 * times)
+    target = build_network(wide, len(config.classes)).eval()
+    report = initialise(target, tmp_path / "narrow")
+    assert report.widened == times and f"widened {times} times" in str(report)
+    assert not report.missing and not report.mismatched
+    images = torch.randn(2, 3, 64, 64)
+    for setting in ({"merge_threshold": 1.0}, {"token_capacity": 5}):
+        with torch.no_grad():
+            expected, got = source(images, **setting), target(images, **setting)
+        torch.testing.assert_close(got.logits, expected.logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got.cluster_logits, expected.cluster_logits, rtol=1e-4, atol=1e-4)
+
+
+def test_copied_channels_learn_different_things(tmp_path, write_recipe):
+    config, _ = write_narrow(tmp_path / "narrow", write_recipe)
+    wide = dataclasses.replace(config.network, embed_dim=128, num_heads=4)
+    target = build_network(wide, len(config.classes))
+    initialise(target, tmp_path / "narrow")
+    images = torch.randn(2, 3, 64, 64)
+    logits = target(images, token_capacity=5).logits
+    torch.nn.functional.cross_entropy(logits, torch.randint(logits.shape[1], (2, *logits.shape[2:]))).backward()
+    for name in ("attn.proj.weight", "mlp.fc1.weight"):
+        gradient = target.backbone.blocks[0].get_parameter(name).grad
+        first, second = gradient.chunk(2)
+        assert (first - second).abs().max() > 0.1 * gradient.abs().max(), name
+
+
+def test_a_width_that_is_no_multiple_is_refused(tmp_path, write_recipe):
+    config, _ = write_narrow(tmp_path / "narrow", write_recipe)
+    target = build_network(dataclasses.replace(config.network, embed_dim=96, num_heads=3), len(config.classes))
+    with pytest.raises(ModelError, match="expected a ViT of width 96 or a whole part of it"):
+        initialise(target, tmp_path / "narrow")
+
+
 def test_what_cannot_be_used_is_said(tmp_path):
     target = network()
     with pytest.raises(ModelError, match="does not exist"):
@@ -105,7 +168,7 @@ def test_what_cannot_be_used_is_said(tmp_path):
     with pytest.raises(ModelError, match="cannot be read as weights"):
         initialise(target, tmp_path / "broken.safetensors")
     torch.save({"fc.weight": torch.zeros(3, 3)}, tmp_path / "other.pth")
-    with pytest.raises(ModelError, match="none of its 1 tensors fits the network; expected a ViT of width 48"):
+    with pytest.raises(ModelError, match="none of its 1 tensors fits the network; expected a ViT of width 48 "):
         initialise(target, tmp_path / "other.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(ModelError, match="no tensors by name"):

@@ -50,9 +50,9 @@ def test_recipes_can_be_read_and_are_explained(path):
     assert not any(side % patch_size for side in sides), "crops and input are whole patches"
 
 
-@pytest.mark.parametrize("name", ["camvid_tiny", "camvid_small"])
+@pytest.mark.parametrize("name", ["camvid_tiny", "camvid_small", "camvid_tiny_gpu", "camvid_small_gpu"])
 def test_twins_differ_in_nothing_but_merging(name):
-    merging = read_recipe(FOLDER / f"{name}{'_gpu' if name == 'camvid_tiny' else ''}.yaml")
+    merging = read_recipe(FOLDER / f"{name}.yaml")
     plain = read_recipe(FOLDER / f"{name}_vit.yaml")
     assert plain.augmentation == merging.augmentation and plain.classes == merging.classes
     assert plain.schedule == dataclasses.replace(merging.schedule, distillation_weight=0.0)
