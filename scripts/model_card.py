@@ -55,6 +55,7 @@ def card(config: ModelConfig) -> str:
     # A model scored on folds has been trained on all images in the end.
     trained_on = "; the model was trained on these images" if "miou_folds" in scores else ""
     head = f"{network.head_depth} head block(s)" if network.head == "segmenter" else f"{network.head} head"
+    mlps = "" if network.mlp_ratio == 4.0 else f"MLPs of {int(network.embed_dim * network.mlp_ratio)}, "
     return f"""# {config.name}
 
 ![image, prediction, ground truth, merged tokens]({EXAMPLE})
@@ -64,7 +65,7 @@ def card(config: ModelConfig) -> str:
 | | |
 |---|---|
 | Architecture | {config.architecture}: width {network.embed_dim}, {network.depth} blocks, {network.num_heads} heads, \
-{network.stem} stem, {network.num_clusters} clusters after block {network.injection_point}, \
+{mlps}{network.stem} stem, {network.num_clusters} clusters after block {network.injection_point}, \
 {head} |
 | Parameters | {parameters / 1e6:.2f} million |
 | Input | {config.input.size[0]} x {config.input.size[1]} px (other aspects: about as many pixels), RGB |
