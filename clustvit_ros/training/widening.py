@@ -17,8 +17,10 @@ from torch import Tensor
 # along the columns.
 _ROW_PARTS = {r"\.attn\.qkv\.": 3}
 _COLUMN_PARTS = {r"\bbackbone\.(later_)?regenerators?\.(\d+\.)?fc1\.weight$": 2}
-# Vectors of C numbers per token or class: (1, N, C), no matrices.
+# A vector of channels per token or class: (1, N, C), no matrices.
 _EMBEDDINGS = re.compile(r"(cls_token|pos_embed|class_embed)$")
+# Whose rows are classes or clusters: twice as many of them are not the same ones twice.
+_SCORES = re.compile(r"(\bhead\.classify|\bhead\.mask_norm|clusterers?(\.\d+)?\.fc2)\.(weight|bias)$")
 
 
 def widen(weights: dict[str, Tensor], shapes: dict[str, torch.Size], times: int) -> dict[str, Tensor]:
@@ -29,27 +31,28 @@ def widen(weights: dict[str, Tensor], shapes: dict[str, torch.Size], times: int)
     Args:
         weights: of the narrow network, by name.
         shapes: of the wide network's tensors.
-        times: how often each channel is copied; which axes of a tensor hold such channels is seen from the shapes.
+        times: how often each channel is copied. Which axes of a tensor hold such channels is seen from the shapes.
 
     Returns:
-        `weights`, those tensors widened that then fit; the others as they are.
+        `weights`, widened along those axes; what else differs between the networks (classes, positions) still does.
     """
-    widened = dict(weights)
-    for name, value in weights.items():
-        shape = shapes.get(name)
-        if shape is None or shape == value.shape or len(shape) != value.ndim:
-            continue
-        axes = [axis for axis in range(value.ndim) if shape[axis] != value.shape[axis]]
-        if any(shape[axis] != times * value.shape[axis] for axis in axes):
-            continue
-        for axis in axes:
-            parts = _parts(_COLUMN_PARTS if axis == 1 else _ROW_PARTS, name)
-            value = _copied(value, axis, times, parts)
-        if 1 in axes and not _EMBEDDINGS.search(name):
-            # In float32: shares that are rounded to a shipped model's float16 would not sum to 1.
-            value = value.float() * _shares(value, times, _parts(_COLUMN_PARTS, name))
-        widened[name] = value
-    return widened
+    return {
+        name: _widened(name, value, shapes[name], times) if name in shapes else value for name, value in weights.items()
+    }
+
+
+def _widened(name: str, value: Tensor, shape: torch.Size, times: int) -> Tensor:
+    if len(shape) != value.ndim:
+        return value
+    embedding = _EMBEDDINGS.search(name) is not None
+    first = 2 if embedding else 1 if _SCORES.search(name) else 0
+    axes = [axis for axis in range(first, value.ndim) if shape[axis] == times * value.shape[axis]]
+    for axis in axes:
+        value = _copied(value, axis, times, _parts(_COLUMN_PARTS if axis == 1 else _ROW_PARTS, name))
+    if 1 in axes:
+        # In float32: shares that are rounded to a shipped model's float16 would not sum to 1.
+        value = value.float() * _shares(value, times, _parts(_COLUMN_PARTS, name))
+    return value
 
 
 def _parts(patterns: dict[str, int], name: str) -> int:

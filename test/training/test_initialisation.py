@@ -139,6 +139,22 @@ def test_a_wider_network_starts_as_the_narrow_one(tmp_path, write_recipe, head, 
         torch.testing.assert_close(got.cluster_logits, expected.cluster_logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("head", ["segmenter", "linear", "detail"])
+def test_other_classes_clusters_and_positions_are_not_copied(tmp_path, write_recipe, head):
+    config, source = write_narrow(tmp_path / "narrow", write_recipe, num_clusters=1, **HEADS[head])
+    wide = dataclasses.replace(config.network, embed_dim=128, num_heads=4, num_clusters=3, image_size=(64, 128))
+    classes = len(config.classes)
+    target = build_network(wide, 2 * classes)
+    random = {name: value.clone() for name, value in target.state_dict().items()}
+    report = initialise(target, tmp_path / "narrow")
+    expected = {"backbone.clusterer.fc2.weight", "backbone.clusterer.fc2.bias"}
+    expected |= {name for name in random if name.startswith(("head.classify.", "head.class_embed", "head.mask_norm."))}
+    assert set(report.missing) == expected
+    assert all(torch.equal(target.state_dict()[name], random[name]) for name in expected)
+    positions = source.backbone.resized_pos_embed(target.backbone.grid_size)
+    torch.testing.assert_close(target.backbone.pos_embed.detach(), positions.detach().repeat(1, 1, 2))
+
+
 def test_copied_channels_learn_different_things(tmp_path, write_recipe):
     config, _ = write_narrow(tmp_path / "narrow", write_recipe)
     wide = dataclasses.replace(config.network, embed_dim=128, num_heads=4)
