@@ -63,9 +63,20 @@ class Robot:
 
     def stats_of(self, message: Image) -> dict[str, str]:
         """The statistics that belong to a mask."""
-        stamp = message.header.stamp
-        self.client.spin_until(lambda: any(entry.header.stamp == stamp for entry in self.stats), "stats")
-        entry = next(entry for entry in self.stats if entry.header.stamp == stamp)
+        self.client.spin_until(lambda: self.has_stats(message), "stats")
+        return self._first_stats(message)
+
+    def observe(self, message: Image) -> dict[str, str]:
+        """Send a frame and return its statistics, those of the first time where it had to be sent again."""
+        self.client.send_until(self.camera, message, lambda: self.has_stats(message), "statistics")
+        return self._first_stats(message)
+
+    def has_stats(self, message: Image) -> bool:
+        """Whether a frame's statistics have arrived."""
+        return any(entry.header.stamp == message.header.stamp for entry in self.stats)
+
+    def _first_stats(self, message: Image) -> dict[str, str]:
+        entry = next(entry for entry in self.stats if entry.header.stamp == message.header.stamp)
         return {pair.key: pair.value for pair in entry.status[0].values}
 
     def set(self, *parameters: Parameter) -> Any:
@@ -96,11 +107,7 @@ class Robot:
         """
         found: list[dict[str, str]] = []
         while len(found) < frames:
-            message = image_message(pixels, "rgb8", self.now())
-            seen = len(self.stats)
-            self.client.send_until(self.camera, message, lambda seen=seen: len(self.stats) > seen, "statistics")
-            for entry in self.stats[seen:]:
-                pairs = {pair.key: pair.value for pair in entry.status[0].values}
-                if expected.items() <= pairs.items():
-                    found.append(pairs)
-        return found[:frames]
+            pairs = self.observe(image_message(pixels, "rgb8", self.now()))
+            if expected.items() <= pairs.items():
+                found.append(pairs)
+        return found

@@ -125,20 +125,18 @@ def test_late_masks_are_dropped_and_counted(robot: Robot) -> None:
     assert (punctual["published"], punctual["deadline_missed"]) == ("true", "false")
     late = image_message(PIXELS, "rgb8", robot.now())
     late.header.stamp.sec -= 10
-    seen, masks = len(robot.stats), len(robot.masks)
-    robot.client.send_until(robot.camera, late, lambda: len(robot.stats) > seen, "statistics of a late frame")
-    pairs = {pair.key: pair.value for pair in robot.stats[seen].status[0].values}
+    pairs = robot.observe(late)
     assert (pairs["published"], pairs["deadline_missed"]) == ("false", "true")
     assert int(pairs["frames_late"]) == int(punctual["frames_late"]) + 1
     assert int(pairs["deadline_misses"]) == int(punctual["deadline_misses"]) + 1
     assert robot.stream(PIXELS, 1, deadline_policy="drop")[0]["published"] == "true"
-    assert not [mask for mask in robot.masks[masks:] if mask.header.stamp == late.header.stamp]
+    assert not [mask for mask in robot.masks if mask.header.stamp == late.header.stamp]
 
 
 def test_a_storm_of_changes_loses_no_frame_and_mixes_no_settings(robot: Robot) -> None:
     client = robot.client.node.create_client(SetParametersAtomically, "/budget/segmentation/set_parameters_atomically")
     robot.client.spin_until(client.service_is_ready, "parameter service")
-    first, futures = len(robot.stats), []
+    frames, futures = [], []
     for number in range(1, 1001):
         request = SetParametersAtomically.Request(
             parameters=[
@@ -149,7 +147,8 @@ def test_a_storm_of_changes_loses_no_frame_and_mixes_no_settings(robot: Robot) -
         )  # fmt: skip
         futures.append(client.call_async(request))
         if number % 40 == 0:
-            robot.camera.publish(image_message(PIXELS, "rgb8", robot.now()))
+            frames.append(image_message(PIXELS, "rgb8", robot.now()))
+            robot.camera.publish(frames[-1])
         if number % 8 == 0:  # a service keeps the newest ten requests
             robot.client.spin_until(lambda: all(future.done() for future in futures), "answers")
     assert all(future.result().result.successful for future in futures)
@@ -157,8 +156,7 @@ def test_a_storm_of_changes_loses_no_frame_and_mixes_no_settings(robot: Robot) -
     robot.stream(PIXELS, 1, min_tokens="1000")
     assert robot.set(double("confidence_threshold", 0.0))[0].successful
 
-    seen = [{pair.key: pair.value for pair in entry.status[0].values} for entry in robot.stats[first:]]
-    storm = [pairs for pairs in seen if float(pairs["latency_budget_ms"]) > 1000]
+    storm = [robot.stats_of(frame) for frame in frames if robot.has_stats(frame)]
     assert len({pairs["min_tokens"] for pairs in storm}) > 3  # frames were made in the midst of it
     for pairs in storm:
         number = int(pairs["min_tokens"])
