@@ -64,8 +64,8 @@ for stage in $STAGES; do
     pretrain_tiny) pretrain pretrain_tiny camvid_tiny_gpu ;;
     camvid_small) train camvid_small camvid_small_gpu --data "$DATA/camvid" --init "$OUT/pretrain_small/encoder.safetensors" ;;
     camvid_tiny) train camvid_tiny camvid_tiny_gpu --data "$DATA/camvid" --init "$OUT/pretrain_tiny/encoder.safetensors" ;;
-    camvid_small_vit) train camvid_small_vit camvid_small_gpu_vit --data "$DATA/camvid" --init "$OUT/pretrain_small/encoder.safetensors" ;;
-    camvid_tiny_vit) train camvid_tiny_vit camvid_tiny_gpu_vit --data "$DATA/camvid" --init "$OUT/pretrain_tiny/encoder.safetensors" ;;
+    camvid_small_vit) train camvid_small_vit camvid_small_gpu --without-merging --data "$DATA/camvid" --init "$OUT/pretrain_small/encoder.safetensors" ;;
+    camvid_tiny_vit) train camvid_tiny_vit camvid_tiny_gpu --without-merging --data "$DATA/camvid" --init "$OUT/pretrain_tiny/encoder.safetensors" ;;
     # Starts from the CamVid model: the encoder of the pre-training has seen the images that the folds hold out.
     cwfid_tiny) train cwfid_tiny cwfid_tiny_gpu --data "$DATA/cwfid" --folds 5 --init "$OUT/camvid_tiny/model" ;;
     report)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import html
 import io
 import json
@@ -17,7 +16,6 @@ from clustvit_ros.modeling.architectures import without_merging
 from clustvit_ros.modeling.model_folder import ModelConfig
 from clustvit_ros.modeling.vit_config import ViTConfig
 
-_CLUSTERING = ("num_clusters", "injection_point", "injection_points", "cluster_mlp_dim")
 _MERGED_POINT = 0.6
 _COLUMNS = (
     ("model", "model", ""),
@@ -76,8 +74,7 @@ def _are_twins(config: ModelConfig, other: ModelConfig) -> bool:
     network, plain = config.network, other.network
     if not (isinstance(network, ViTConfig) and isinstance(plain, ViTConfig)) or network.backbone == plain.backbone:
         return False
-    clusters = {name: getattr(network, name) for name in _CLUSTERING}
-    return dataclasses.replace(plain, **clusters) == without_merging(network)
+    return without_merging(plain) == without_merging(network)
 
 
 def _points(result: dict[str, Any], twin: dict[str, Any]) -> list[tuple[str, float, str]]:

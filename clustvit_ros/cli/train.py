@@ -55,6 +55,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--out", type=Path, help="run folder for checkpoint, log and model (default: runs/<name>)")
     parser.add_argument("--init", help="weights to start from, instead of the recipe's init")
+    parser.add_argument(
+        "--without-merging",
+        action="store_true",
+        help="train the recipe's plain ViT twin instead, <name>_vit: everything alike, nothing merged",
+    )
     parser.add_argument("--val-split", default="val", help="the split that chooses the best weights (default: val)")
     parser.add_argument(
         "--folds",
@@ -82,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
     if args.folds and args.folds < 2:
         raise ConfigError(f"--folds: got {args.folds}, expected at least 2")
     recipe = read_recipe(args.recipe)
+    if args.without_merging:
+        recipe = recipe.without_merging()
     if args.init is not None:
         recipe = dataclasses.replace(recipe, init=args.init)
     if args.epochs is not None:
@@ -169,7 +176,8 @@ def _train_part(
     trainer.train(validate if part.val else None, lambda network: _save(model_dir, config, network))
     scores: dict[str, Any] = {}
     if here.is_main:
-        scores = _finish(model_dir, config, recipe, args.recipe.name, part, score)
+        origin = args.recipe.name + (" --without-merging" if args.without_merging else "")
+        scores = _finish(model_dir, config, recipe, origin, part, score)
         write_text(done, json.dumps({"recipe": to_mapping(recipe), "scores": scores}, indent=1) + "\n")
     here.wait()
     return scores

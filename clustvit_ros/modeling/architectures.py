@@ -34,6 +34,9 @@ ARCHITECTURES |= {
 }
 """Published sizes by name; a model's `network` section states what differs."""
 
+# Hyper-parameters that mean nothing to a plain ViT.
+_OF_MERGING = {"merge", "num_clusters", "injection_point", "injection_points", "cluster_mlp_dim", "decode"}
+
 
 def network_config(architecture: str, overrides: dict[str, Any], where: str = "network") -> NetworkConfig:
     """Hyper-parameters of a named architecture with some replaced.
@@ -56,4 +59,18 @@ def build_network(config: NetworkConfig, num_classes: int) -> Segmenter:
 
 def without_merging(config: ViTConfig) -> ViTConfig:
     """The plain ViT twin of a ClustViT: same network, no clusterer, no regenerator."""
-    return dataclasses.replace(config, backbone="vit", merge="")
+    default = ViTConfig()
+    return dataclasses.replace(config, backbone="vit", **{name: getattr(default, name) for name in _OF_MERGING})
+
+
+def plain_twin(architecture: str, overrides: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Architecture and `network` section of a ClustViT's plain ViT twin, as a `model.yaml` states them.
+
+    Raises:
+        ConfigError: the architecture is no ClustViT.
+    """
+    if not architecture.startswith("clustvit_"):
+        known = ", ".join(name for name in ARCHITECTURES if name.startswith("clustvit_"))
+        raise ConfigError(f"{architecture} has no plain ViT twin, expected one of {known}")
+    kept = {key: value for key, value in overrides.items() if key not in _OF_MERGING}
+    return architecture.removeprefix("clust"), kept

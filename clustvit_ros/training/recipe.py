@@ -10,7 +10,7 @@ from typing import Any, Literal
 from clustvit_ros.classes import ClassSet
 from clustvit_ros.config import from_mapping, read_yaml
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.modeling.architectures import network_config
+from clustvit_ros.modeling.architectures import network_config, plain_twin
 from clustvit_ros.modeling.model_folder import InputConfig, ModelConfig
 from clustvit_ros.training.augmentation import Augmentation
 
@@ -195,6 +195,19 @@ class Recipe:
             return self
         entries = tuple(ClassEntry(n, c) for n, c in zip(classes.names, classes.colours, strict=True))
         return dataclasses.replace(self, classes=entries)
+
+    def without_merging(self) -> Recipe:
+        """The recipe of this ClustViT's plain ViT twin: everything alike, `_vit` behind its name.
+
+        Raises:
+            ConfigError: the architecture is no ClustViT.
+        """
+        architecture, network = plain_twin(self.architecture, self.network)
+        # What is distilled is the merged pass, and there is none.
+        schedule = dataclasses.replace(self.schedule, distillation_weight=0.0)
+        return dataclasses.replace(
+            self, name=f"{self.name}_vit", architecture=architecture, network=network, schedule=schedule
+        )
 
     def model_config(self) -> ModelConfig:
         """The model that this recipe trains.

@@ -13,7 +13,7 @@ import yaml
 
 from clustvit_ros.cli.main import main
 from clustvit_ros.modeling import build_network, load_config, load_segmenter, save_model
-from clustvit_ros.modeling.architectures import without_merging
+from clustvit_ros.modeling.architectures import network_config, plain_twin
 
 
 def evaluate(model, data, *arguments):
@@ -94,9 +94,9 @@ def test_labels_of_other_classes_are_refused(model_dir, labelled_dir, tmp_path, 
 def twin_dir(model_dir, tmp_path_factory):
     """The plain ViT twin of the toy model: the same weights, nothing merged."""
     config = load_config(model_dir)
-    network = without_merging(config.network)
-    overrides = {key: value for key, value in config.overrides.items() if key != "injection_point"}
-    twin = dataclasses.replace(config, architecture="vit_t", network=network, overrides=overrides)
+    architecture, overrides = plain_twin(config.architecture, config.overrides)
+    network = network_config(architecture, overrides)
+    twin = dataclasses.replace(config, architecture=architecture, network=network, overrides=overrides)
     built = build_network(network, len(config.classes))
     built.load_state_dict(load_segmenter(model_dir).state_dict(), strict=False)
     folder = tmp_path_factory.mktemp("twin") / "toy_vit"

@@ -50,11 +50,16 @@ def test_recipes_can_be_read_and_are_explained(path):
     assert not any(side % patch_size for side in sides), "crops and input are whole patches"
 
 
-@pytest.mark.parametrize("name", ["camvid_tiny", "camvid_small", "camvid_tiny_gpu", "camvid_small_gpu"])
+@pytest.mark.parametrize("name", ["camvid_tiny", "camvid_small", "camvid_tiny_gpu", "camvid_small_gpu", "cwfid_tiny"])
 def test_twins_differ_in_nothing_but_merging(name):
     merging = read_recipe(FOLDER / f"{name}.yaml")
-    plain = read_recipe(FOLDER / f"{name}_vit.yaml")
-    assert plain.augmentation == merging.augmentation and plain.classes == merging.classes
+    plain = merging.without_merging()
+    assert plain.name == f"{merging.name}_vit" and plain.architecture == merging.architecture.removeprefix("clust")
     assert plain.schedule == dataclasses.replace(merging.schedule, distillation_weight=0.0)
-    network = without_merging(merging.model_config().network)
-    assert dataclasses.replace(plain.model_config().network, injection_point=network.injection_point) == network
+    same = {field.name: getattr(merging, field.name) for field in dataclasses.fields(merging)}
+    for changed in ("name", "architecture", "network", "schedule"):
+        same.pop(changed)
+    assert same == {key: getattr(plain, key) for key in same}
+    network = plain.model_config().network
+    assert not network.merges and network == without_merging(merging.model_config().network)
+    assert not {"injection_point", "cluster_mlp_dim"} & plain.network.keys()

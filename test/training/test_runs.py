@@ -74,6 +74,23 @@ def test_stopped_within_an_epoch_and_continued_equals_uninterrupted(train, write
     assert [r["loss"] for r in logs[0]] == pytest.approx([r["loss"] for r in logs[1]], rel=1e-6)
 
 
+def test_the_plain_twin_trains_alike_and_merges_nothing(train, write_recipe, tmp_path, capsys):
+    recipe = write_recipe(schedule={"distillation_weight": 1.0})
+    assert train(recipe, tmp_path / "run", "--without-merging") == 0
+    assert "toy_vit: device cpu" in capsys.readouterr().out
+    config = load_config(tmp_path / "run/model")
+    assert (config.architecture, config.training["recipe"]) == ("vit_t", "toy.yaml --without-merging")
+    assert config.scores["tokens_merged_mean"] == 0 and "injection_point" not in config.overrides
+    assert not any("clusterer" in name for name in load_segmenter(tmp_path / "run/model").state_dict())
+    # What the run folder says repeats it without the option, and a run folder is of either.
+    assert train(tmp_path / "run/recipe.yaml", tmp_path / "again") == 0
+    assert same_weights(checkpoint(tmp_path / "run"), checkpoint(tmp_path / "again"))
+    assert train(recipe, tmp_path / "run") == 2
+    assert "another recipe" in capsys.readouterr().err
+    assert train(write_recipe(architecture="clustr_b1", network={}), tmp_path / "other", "--without-merging") == 2
+    assert "clustr_b1 has no plain ViT twin, expected one of clustvit_t" in capsys.readouterr().err
+
+
 def test_a_finished_run_is_not_trained_again(train, write_recipe, tmp_path, capsys):
     assert train(write_recipe(), tmp_path / "run") == 0
     before = (tmp_path / "run/checkpoint.pt").stat().st_mtime_ns
