@@ -72,7 +72,9 @@ def compare_twins(results: Sequence[dict[str, Any]], configs: Sequence[ModelConf
 def _are_twins(config: ModelConfig, other: ModelConfig) -> bool:
     """Whether `other` is the plain ViT of a ClustViT; what it says about clusters does not matter."""
     network, plain = config.network, other.network
-    if not (isinstance(network, ViTConfig) and isinstance(plain, ViTConfig)) or network.backbone == plain.backbone:
+    if not (isinstance(network, ViTConfig) and isinstance(plain, ViTConfig)):
+        return False
+    if network.backbone == "vit" or plain.backbone != "vit" or plain.merges:
         return False
     return without_merging(plain) == without_merging(network)
 

@@ -117,6 +117,7 @@ def test_report_compares_models_and_settings(model_dir, twin_dir, labelled_dir, 
     assert unmerged["accuracy"] == plain["miou"]
     operations = [r["gflops_mean"] for r in sorted(merged["sweep"], key=lambda r: r["tokens_kept_mean"])]
     assert operations == sorted(operations) and operations[0] < operations[-1]
+    assert {(c["model"], c["twin"]) for c in report["comparisons"]} == {("toy", "toy_vit")}  # not the other way round
     points = {c["point"]: c for c in report["comparisons"]}
     assert {"as evaluated", "at 60 % merged"} <= points.keys()
     at_60 = points["at 60 % merged"]
