@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from clustvit_ros.classes import ClassSet
+from clustvit_ros.classes import ClassSet, load_class_set
 from clustvit_ros.config import from_mapping, read_yaml
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.modeling.architectures import network_config, plain_twin
@@ -148,7 +148,8 @@ class Recipe:
     Args:
         name: of the model.
         architecture, network: as in `model.yaml`.
-        classes: of the data; may be left out where the data set names its classes itself.
+        classes: of the data, as a list or by the name of a list in `config/classes`; may be left out where the data
+            set names its classes itself.
         input: as in `model.yaml`.
         augmentation, schedule: how it is trained.
         pretraining: for `clustvit-ros pretrain`.
@@ -233,4 +234,12 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         ConfigError: unreadable, or it holds something unknown, mis-typed or out of range.
     """
-    return from_mapping(Recipe, read_yaml(path), str(path))
+    content = read_yaml(path)
+    if isinstance(content.get("classes"), str):
+        try:
+            known = load_class_set(content["classes"])
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+        entries = zip(known.names, known.colours, strict=True)
+        content["classes"] = [{"name": name, "colour": list(colour)} for name, colour in entries]
+    return from_mapping(Recipe, content, str(path))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
+from clustvit_ros.classes import load_class_set
+from clustvit_ros.errors import ConfigError
 from clustvit_ros.modeling.architectures import without_merging
+from clustvit_ros.modeling.model_folder import load_config
 from clustvit_ros.training.augmentation import Augmentation
 from clustvit_ros.training.recipe import Pretraining, Schedule, read_recipe
 
@@ -43,11 +47,35 @@ def test_tables_state_every_key_and_its_default(title, section):
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_can_be_read_and_are_explained(path):
     recipe = read_recipe(path)
+    if not recipe.classes:  # its data names them
+        recipe = recipe.with_classes(load_class_set("sim"))
     recipe.model_config()
     assert path.name in README
     patch_size = recipe.model_config().network.patch_size
     sides = recipe.augmentation.crop_size + recipe.input.size
     assert not any(side % patch_size for side in sides), "crops and input are whole patches"
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_start_from_what_ships_or_from_another_recipe_s_model(path):
+    start = read_recipe(path).init
+    stage = re.fullmatch(r"runs/(\w+)/model", start)
+    if stage:
+        before = read_recipe(FOLDER / f"{stage[1]}.yaml")
+        assert before.name == stage[1], "or its model would lie elsewhere"
+    else:
+        assert not start or load_config(start)
+
+
+def test_classes_may_be_named_instead_of_listed(tmp_path):
+    recipe = (FOLDER / "camvid_tiny.yaml").read_text(encoding="utf-8")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.replace("classes: camvid", "classes: cityscapes"), encoding="utf-8")
+    known = load_class_set("cityscapes")
+    assert read_recipe(path).model_config().classes == known
+    path.write_text(recipe.replace("classes: camvid", "classes: moonscapes"), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"recipe\.yaml: classes: got 'moonscapes', expected one of ade20k, camvid"):
+        read_recipe(path)
 
 
 @pytest.mark.parametrize("name", ["camvid_tiny", "camvid_small", "camvid_tiny_gpu", "camvid_small_gpu", "cwfid_tiny"])
