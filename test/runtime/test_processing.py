@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clustvit_ros.modeling.model_folder import InputConfig
@@ -99,8 +99,9 @@ def test_chosen_capacity_covers_the_threshold_below_the_ceiling(total, wanted, c
     seed=st.integers(0, 1000),
     classes=st.integers(90, 160),
     grid=st.tuples(st.integers(1, 7), st.integers(1, 7)),
-    factor=st.tuples(st.floats(4, 9), st.floats(4, 9)),
-    peak=st.sampled_from([3.0, 10.0, 30.0]),
+    factor=st.tuples(st.floats(4, 20), st.floats(4, 20)),
+    # Without peaks most classes can win somewhere in a cell, and cells are halved.
+    peak=st.sampled_from([0.0, 3.0, 30.0]),
 )
 def test_classes_that_cannot_win_change_nothing(seed, classes, grid, factor, peak):
     generator = torch.Generator().manual_seed(seed)
@@ -108,7 +109,7 @@ def test_classes_that_cannot_win_change_nothing(seed, classes, grid, factor, pea
     logits[:5] += peak * torch.randn(5, *grid, generator=generator)
     size = (int(grid[0] * factor[0]), int(grid[1] * factor[1]))
     labels = cell_labels(logits, size)
-    assume(labels is not None)  # too many could: the plain way is cheaper
+    assert labels is not None
     upsampled = F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0]
     top = upsampled.topk(2, dim=0).values
     assert ((labels == upsampled.argmax(dim=0)) | (top[0] - top[1] < 1e-4)).all()
