@@ -94,6 +94,7 @@ def ways() -> list[str]:
     variants: tuple[tuple[str, dict[str, Any]], ...] = (
         ("one injection point (3), as published", {}),
         ("points 3 and 6", {"injection_points": [3, 6]}),
+        ("one point, grouped decoding", {"decode": "grouped"}),
         ("one point, compact decoding", {"decode": "compact"}),
         ("ToMe from block 3", {"merge": "tome"}),
         ("local k-means after block 3", {"merge": "kmeans"}),

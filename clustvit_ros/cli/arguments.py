@@ -45,7 +45,8 @@ def add_variants(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--decode", type=parse_names, default=("",),
-        help="full, or compact: the head runs on kept tokens and representatives alone (default: the model's)",
+        help="full, or compact: the head runs on kept tokens and representatives alone, or grouped: groups of merged "
+        "tokens go through Segmenter's head as one (default: the model's)",
     )  # fmt: skip
 
 

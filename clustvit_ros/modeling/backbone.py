@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from clustvit_ros.errors import ConfigError
+from clustvit_ros.modeling.token_groups import TokenGroups
 
 
 class Features(NamedTuple):
@@ -29,6 +30,7 @@ class Features(NamedTuple):
         key_mask: (B, L) bool, False = padding of a compact sequence; None when there is none.
         pyramid: maps (B, C_i, h_i, w_i) of several strides, finest first: all of the features of a backbone that works
             at several strides; of a ViT the convolutional stem's, finer than the tokens, where its head asks for them.
+        groups: merged tokens that a head's attention blocks may handle together; None where each goes alone.
     """
 
     tokens: Tensor
@@ -40,6 +42,7 @@ class Features(NamedTuple):
     slots: Tensor | None = None
     key_mask: Tensor | None = None
     pyramid: tuple[Tensor, ...] = ()
+    groups: TokenGroups | None = None
 
     def to_grid(self, values: Tensor) -> Tensor:
         """What was computed per row of `tokens`, on the token grid: (B, L, K) -> (B, K, h, w)."""

@@ -11,6 +11,7 @@ Beyond the paper, whose implementation knows one injection point:
   still kept, earlier representatives stay in the sequence, and regeneration undoes the merges last to first.
 * The sequence may stay compact for the head: a representative is then regenerated once, from the mean of its cluster's
   tokens at the injection point, instead of every merged token from itself.
+* Regenerated tokens may be grouped for the head's attention (`token_groups`), in capacity mode.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from clustvit_ros.modeling.clustering import (
     threshold_ids,
     unmerge,
 )
+from clustvit_ros.modeling.token_groups import group_merged
 from clustvit_ros.modeling.vit import VisionTransformer
 
 
@@ -72,7 +74,8 @@ class ClustViT(VisionTransformer):
         num_clusters: k, clusters besides "keep".
         injection_points: blocks that run before each merge, ascending, 0 <= point < depth.
         cluster_mlp_dim: hidden width of the Clusterers.
-        decode_compact: leave the sequence compact for the head.
+        decode: "full", "compact" (the sequence stays compact for the head) or "grouped" (the head is told who may go
+            through its blocks together).
         vit: arguments of `VisionTransformer`.
     """
 
@@ -84,7 +87,7 @@ class ClustViT(VisionTransformer):
         num_clusters: int,
         injection_points: Sequence[int],
         cluster_mlp_dim: int,
-        decode_compact: bool = False,
+        decode: str = "full",
         **vit,
     ) -> None:
         super().__init__(**vit)
@@ -96,7 +99,7 @@ class ClustViT(VisionTransformer):
             raise ConfigError(f"injection_points: got {list(injection_points)}, expected ascending block counts")
         self.num_clusters = num_clusters
         self.injection_points = tuple(injection_points)
-        self.decode_compact = decode_compact
+        self.decode = decode
         self.clusterer = Clusterer(self.embed_dim, cluster_mlp_dim, num_clusters)
         self.regenerator = Regenerator(self.embed_dim)
         more = range(len(injection_points) - 1)
@@ -158,7 +161,7 @@ class ClustViT(VisionTransformer):
                 later = self.later_regenerators
                 regenerator = self.regenerator if index == 0 else cast(Regenerator, later[index - 1])
                 rows = merge.compact.shape[1] - 1
-                if self.decode_compact:
+                if self.decode == "compact":
                     row_of = slots_of(merge).gather(1, slots.clamp(max=T - 1))
                     slots = torch.where(slots < T, row_of, slots - T + rows)
                 earlier = x[:, 1 + T :]
@@ -181,7 +184,10 @@ class ClustViT(VisionTransformer):
                 x = self.blocks[block_index](x, key_mask)
                 if self.hands_out(block_index):
                     levels.append(_regenerated(x, stages, self.num_clusters)[:, 1:])
-        compact = self.decode_compact and bool(stages)
+        compact = self.decode == "compact" and bool(stages)
+        groups = None
+        if self.decode == "grouped" and stages and token_capacity is not None:
+            groups = group_merged(ids, token_capacity, state.grid_size)
         return self.features(
             _represented(x, stages) if compact else _regenerated(x, stages, self.num_clusters),
             state.grid_size,
@@ -192,6 +198,7 @@ class ClustViT(VisionTransformer):
             slots=slots if compact else None,
             key_mask=key_mask[:, 1:] if compact and key_mask is not None else None,
             pyramid=state.details,
+            groups=groups,
         )
 
     def _merge(

@@ -21,7 +21,8 @@ class MaskTransformer(nn.Module):
     """Class logits per patch token: features -> (B, Q, h, w).
 
     On a compact sequence it runs on kept tokens and representatives alone; a merged token gets the class scores of its
-    representative.
+    representative. Where merged tokens are grouped, its blocks run on kept tokens and groups; a merged token gets what
+    they added to its group.
     """
 
     def __init__(self, embed_dim: int, num_classes: int, depth: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
@@ -36,15 +37,21 @@ class MaskTransformer(nn.Module):
         self.mask_norm = nn.LayerNorm(num_classes, eps=HEAD_NORM_EPS)
 
     def forward(self, features: Features) -> Tensor:
-        tokens = features.tokens
-        x = torch.cat([self.dec_proj(tokens), self.class_embed.expand(tokens.shape[0], -1, -1)], dim=1)
+        projected = self.dec_proj(features.tokens)
+        groups = features.groups
+        rows = projected if groups is None else groups.pool(projected)
+        x = torch.cat([rows, self.class_embed.expand(rows.shape[0], -1, -1)], dim=1)
         key_mask = features.key_mask
-        if key_mask is not None:
+        if groups is not None:
+            key_mask = F.pad(groups.log_sizes(projected), (0, self.num_classes))
+        elif key_mask is not None:
             key_mask = F.pad(key_mask, (0, self.num_classes), value=True)
         for block in self.blocks:
             x = block(x, key_mask)
-        x = self.norm(x)
         patches, classes = x[:, : -self.num_classes], x[:, -self.num_classes :]
+        if groups is not None:
+            patches = projected + groups.spread(patches - rows)
+        patches, classes = self.norm(patches), self.norm(classes)
         # Cosines of many classes differ in digits that half precision lacks: at least float32 from here on.
         precise = torch.promote_types(x.dtype, torch.float32)
         patches = F.normalize(self.patch_proj(patches).to(precise), dim=-1)

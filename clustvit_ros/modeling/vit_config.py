@@ -47,7 +47,8 @@ class ViTConfig(NetworkConfig):
             thirds and all of them: 3, 5, 7, 11 of 12.
         neck: UPerNet only: scale its levels to a pyramid first, as mmsegmentation's ViT models do.
         decode: "full" regenerates tokens for the head; "compact" runs the head on kept tokens and representatives and
-            gives their class scores to the merged ones.
+            gives their class scores to the merged ones; "grouped" regenerates tokens and lets small groups of them go
+            through Segmenter's head as one, in capacity mode.
         drop_path: stochastic depth, in training only.
     """
 
@@ -69,7 +70,7 @@ class ViTConfig(NetworkConfig):
     head_channels: int = 0
     head_blocks: tuple[int, ...] = ()
     neck: bool = False
-    decode: Literal["full", "compact"] = "full"
+    decode: Literal["full", "compact", "grouped"] = "full"
     drop_path: float = 0.0
 
     def __post_init__(self) -> None:
@@ -102,6 +103,15 @@ class ViTConfig(NetworkConfig):
     def _check_head(self) -> None:
         if self.decode == "compact" and self.head == "upernet":
             raise ConfigError("network: decode is 'compact', which UPerNet's convolutions cannot do; use full")
+        if self.decode == "grouped" and self.head != "segmenter":
+            raise ConfigError(
+                "network: decode is 'grouped', which is for head 'segmenter', whose attention it saves, got head "
+                f"{self.head!r}; use full"
+            )
+        if self.decode == "grouped" and self.merge_method not in ("clusters", "none"):
+            raise ConfigError(
+                f"network: decode is 'grouped', which groups a cluster's tokens, with merge {self.merge!r}; use compact"
+            )
         if self.neck and self.head != "upernet":
             raise ConfigError(f"network: neck is for head 'upernet', got head {self.head!r}")
         if self.head == "detail" and (self.stem != "conv" or self.patch_size < 8):
@@ -168,10 +178,10 @@ class ViTConfig(NetworkConfig):
             "level_blocks": self.level_blocks,
             "details": self.head == "detail",
         }
-        compact = self.decode == "compact"
         if self.merge_method == "clusters":
             cluster_mlp_dim = self.cluster_mlp_dim or self.embed_dim * 129 // 32
-            return ClustViT(self.num_clusters, self.points, cluster_mlp_dim, compact, **vit)
+            return ClustViT(self.num_clusters, self.points, cluster_mlp_dim, self.decode, **vit)
+        compact = self.decode == "compact"
         if self.merge_method == "tome":
             return BipartiteMergingViT(self.points[0], compact, **vit)
         if self.merge_method == "kmeans":

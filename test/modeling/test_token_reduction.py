@@ -1,4 +1,4 @@
-"""Properties of merging without training, of several injection points and of compact decoding."""
+"""Properties of merging without training, of several injection points, of compact and of grouped decoding."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import torch
 from clustvit_ros.errors import ConfigError, ModelError
 from clustvit_ros.modeling import ModelConfig, ViTConfig, build_network, load_segmenter, network_config, save_model
 from clustvit_ros.modeling.architectures import without_merging
+from clustvit_ros.modeling.backbone import Features
 from clustvit_ros.modeling.bipartite_merging import Groups, merge_most_similar, most_similar
 from clustvit_ros.modeling.local_kmeans import grid_of_centres, local_kmeans, middles
 from clustvit_ros.modeling.model_folder import InputConfig, write_variant
 from clustvit_ros.modeling.official import to_official
+from clustvit_ros.modeling.token_groups import GROUP_SIZE, group_merged
 
 SMALL = {"image_size": (96, 128), "embed_dim": 24, "depth": 4, "num_heads": 2, "injection_point": 1, "head_depth": 1}
 VARIANTS = [
@@ -19,6 +21,8 @@ VARIANTS = [
     {"injection_points": (0, 2, 3)},
     {"decode": "compact"},
     {"injection_points": (1, 3), "decode": "compact"},
+    {"decode": "grouped"},
+    {"injection_points": (1, 3), "decode": "grouped"},
     {"merge": "tome"},
     {"merge": "kmeans"},
     {"merge": "tome", "decode": "compact"},
@@ -159,6 +163,55 @@ def test_compact_decoding_gives_a_cluster_one_score(images):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("num_kept", [5, 31, 47])
+def test_groups_are_neighbours_of_one_cluster_wherever_its_members_allow(num_kept):
+    generator = torch.Generator().manual_seed(num_kept)
+    ids = torch.full((2, 48), 1)
+    ids[1, 24:] = 2  # the lower half of the second image
+    for image in ids:
+        image[torch.randperm(48, generator=generator)[:num_kept]] = 0
+    groups = group_merged(ids, num_kept, (6, 8))
+    num_groups = -(-(48 - num_kept) // GROUP_SIZE)
+    assert groups.counted.shape == (num_groups, GROUP_SIZE) and int(groups.counted.sum()) == 48 - num_kept
+    for image in range(2):
+        kept = ids[image] == 0
+        assert sorted(groups.slots[image][kept].tolist()) == list(range(num_kept))
+        mixed = 0
+        for row in range(num_kept, num_kept + num_groups):
+            members = (groups.slots[image] == row).nonzero()[:, 0]
+            assert len(members) == int(groups.counted[row - num_kept].sum()) and not kept[members].any()
+            mixed += len(ids[image][members].unique()) - 1
+        assert mixed <= image  # at most one group holds the end of one cluster and the beginning of the next
+    full = group_merged(torch.ones(1, 48, dtype=torch.int64), 0, (6, 8))
+    for row in range(6):  # two rows of the grid, four columns
+        block = (full.slots[0] == row).view(6, 8).nonzero()
+        assert (block.max(dim=0).values - block.min(dim=0).values).tolist() == [1, 3]
+
+
+@torch.no_grad()
+def test_grouping_equal_tokens_changes_nothing():
+    head = make(head_depth=2).head
+    tokens = torch.randn(2, 48, 24, generator=torch.Generator().manual_seed(3))
+    ids = torch.zeros(2, 48, dtype=torch.int64)
+    ids[:, 16:32], ids[:, 32:43] = 1, 2
+    tokens[:, 16:32], tokens[:, 32:43] = tokens[:, 16:17], tokens[:, 32:33]
+    alone = Features(tokens, (6, 8))
+    torch.testing.assert_close(
+        head(alone._replace(groups=group_merged(ids, 21, (6, 8)))), head(alone), rtol=0, atol=1e-5
+    )
+
+
+@torch.no_grad()
+def test_grouped_decoding_keeps_members_apart_and_leaves_exact_mode_alone(images):
+    grouped, full = make(decode="grouped"), make()
+    assert torch.equal(grouped(images).logits, full(images).logits)
+    output = grouped(images, token_capacity=17)
+    merged = output.logits[0].flatten(1).T[output.cluster_ids[0] > 0]
+    assert len(merged.unique(dim=0)) == 31
+    assert (output.logits - full(images, token_capacity=17).logits).abs().max() > 1e-4
+
+
+@torch.no_grad()
 def test_matching_merges_the_most_similar_pairs_into_their_mean():
     metric = torch.eye(6)[None].clone()
     metric[0, 5] = metric[0, 2]  # tokens 2 and 5 are alike; every even one may join an odd one
@@ -233,6 +286,10 @@ def test_what_cannot_be_is_refused():
         build_network(ViTConfig(merge="tome", injection_point=12), 2)
     with pytest.raises(ConfigError, match="merge is 'clusters', which a plain vit has no weights for"):
         ViTConfig(backbone="vit", merge="clusters")
+    with pytest.raises(ConfigError, match=r"'grouped', which is for head 'segmenter', .* got head 'linear'"):
+        ViTConfig(decode="grouped", head="linear")
+    with pytest.raises(ConfigError, match="'grouped', which groups a cluster's tokens, with merge 'tome'"):
+        ViTConfig(decode="grouped", merge="tome")
     with pytest.raises(ModelError, match="no name for a second injection point"):
         to_official(make(injection_points=(1, 2)).state_dict())
 
