@@ -38,7 +38,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         metavar="MINUTES",
         help=f"save and stop after so long with exit code {EXIT_TIME_UP}; the same command continues",
     )
-    parser.add_argument("--compile", action="store_true", help="fuse the network with torch.compile")
+    parser.add_argument("--compile", action="store_true", help="fuse network and losses with torch.compile")
     parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard logs into the run folder")
     parser.add_argument(
         "--cache-gb", type=float, default=4.0, help="keep images on the device if they fit into this (default: 4)"

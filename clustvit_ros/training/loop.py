@@ -58,7 +58,7 @@ class RunOptions(NamedTuple):
     Attributes:
         time_limit_s: stop and save after so long; 0 is no limit.
         checkpoint_every_s: save within an epoch when so long has passed; the end of an epoch saves in any case.
-        compile: let `torch.compile` fuse the network.
+        compile: let `torch.compile` fuse network and losses.
         on_record: called with each epoch's record in the main process.
     """
 
@@ -118,9 +118,10 @@ class TrainingLoop(abc.ABC, Generic[Network]):
         self.run_dir.mkdir(parents=True, exist_ok=True)
         if (self.run_dir / CHECKPOINT).exists():
             self._resume()
+        step_module = self._step_module()
         if options.compile:
-            self.network.compile()
-        self._module = processes.wrap(self._step_module(), device)
+            step_module.compile()
+        self._module = processes.wrap(step_module, device)
 
     @abc.abstractmethod
     def _step_module(self) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from clustvit_ros.config import to_mapping
 from clustvit_ros.modeling.architectures import build_network
+from clustvit_ros.modeling.backbone import Backbone
 from clustvit_ros.modeling.segmenter import Segmenter
 from clustvit_ros.modeling.vit import grid_size_of
 from clustvit_ros.training.checkpoint import CHECKPOINT
@@ -165,7 +166,10 @@ class _TrainingStep(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor, merge_threshold: float, token_capacity: int | None) -> Losses:
         weight = self._schedule.distillation_weight
-        merged = self.network(images, merge_threshold=merge_threshold, token_capacity=token_capacity)
+        backbone = cast(Backbone, self.network.backbone)
+        # What no setting changes, stem and first blocks, is computed once for both passes.
+        state = backbone.encode(images)
+        merged = self.network.decode(backbone.finish(state, merge_threshold, token_capacity))
         losses = self._supervise(merged.logits.float(), labels)
         measures: dict[str, Tensor] = {}
         # Heads may answer on a finer grid than the patches'.
@@ -173,7 +177,7 @@ class _TrainingStep(nn.Module):
         if merged.cluster_logits is not None and weight > 0 and token_capacity != num_tokens:
             # Both passes learn from the labels, the merged one from the other as well (as slimmable networks are
             # trained; Yu, Huang, arXiv 1903.05134), so that full capacity is as good as a plain ViT's.
-            full = self.network(images, merge_threshold=1.0, token_capacity=num_tokens)
+            full = self.network.decode(backbone.finish(state, 1.0, num_tokens))
             full_losses = self._supervise(full.logits.float(), labels)
             losses = {name: (losses[name] + full_losses[name]) / 2 for name in losses}
             temperature = self._schedule.distillation_temperature
