@@ -4,7 +4,7 @@
 #                                                 several latency budgets; film and pictures in demo_output/
 #   make demo SOURCE=<folder|video|/dev/video0>   the same chain on your own pictures; VIEW=1 opens a window
 #   make test                                     lint, types, tests
-#   make train DATA=<folder>                      train camvid_tiny again, in its three stages; MODEL=<recipe>: another
+#   make train DATA=<folder>                      train camvid_tiny again, in its four stages; MODEL=<recipe>: another
 #   make overhead                                 the node's own cost per frame
 #   make reference                                write docs/reference.md and the viewers' configurations again
 #
@@ -35,7 +35,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 train: $(STAMP)
-	set -e; for recipe in $(or $(MODEL),camvid_tiny_stage1 camvid_tiny_stage2 camvid_tiny); do \
+	set -e; for recipe in $(or $(MODEL),camvid_tiny_stage1 camvid_tiny_stage2 camvid_tiny_stage3 camvid_tiny); do \
 	  $(BIN)/clustvit-ros train config/train/$$recipe.yaml --data "$(DATA)"; done
 
 overhead: $(STAMP)
