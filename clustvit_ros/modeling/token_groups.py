@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clustvit_ros.modeling.clustering import gather_rows
 
-GROUP_SIZE = 8
+GROUP_SIZE = 16
 
 
 class TokenGroups(NamedTuple):

@@ -135,6 +135,9 @@ class TrainingLoop(abc.ABC, Generic[Network]):
     def _inputs(self, step: int, batch: Batch) -> tuple[Any, ...]:
         """Arguments of the step module."""
 
+    def _to_training_mode(self) -> None:
+        self.network.train()
+
     @property
     def epoch(self) -> int:
         """Epochs that are complete."""
@@ -188,7 +191,7 @@ class TrainingLoop(abc.ABC, Generic[Network]):
         done = self.step - epoch * self.steps_per_epoch
         if done == 0:
             self._totals = {}
-        self.network.train()
+        self._to_training_mode()
         for batch in self._batches(epoch, batches[done:]):
             self._train_step(batch)
             if self.step % self.steps_per_epoch and self._is_due():

@@ -14,10 +14,12 @@ _EMBEDDINGS = ("cls_token", "pos_embed", "class_embed", "mask_token")
 
 
 def build_optimizer(network: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with weight decay for matrices and kernels only; one fused kernel on a GPU."""
+    """AdamW of what wants gradients, with weight decay for matrices and kernels only; one fused kernel on a GPU."""
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            continue
         (plain if parameter.ndim < 2 or name.endswith(_EMBEDDINGS) else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     fused = next(network.parameters()).device.type == "cuda"

@@ -82,6 +82,7 @@ class Schedule(Optimisation):
         distillation_weight: of the divergence between merged result and the same network's unmerged one, which is
             then computed and supervised in the same step; 0 turns it off.
         distillation_temperature: softens both sides of that divergence.
+        trains: "all", or "merging": Clusterers and Regenerators alone, while the plain ViT around them stays as it is.
         validate_every: epochs between validations.
     """
 
@@ -93,6 +94,7 @@ class Schedule(Optimisation):
     merge_after: float = 0.05
     distillation_weight: float = 0.0
     distillation_temperature: float = 2.0
+    trains: Literal["all", "merging"] = "all"
     validate_every: int = 5
 
     def __post_init__(self) -> None:
@@ -201,9 +203,14 @@ class Recipe:
         """The recipe of this ClustViT's plain ViT twin: everything alike, `_vit` behind its name.
 
         Raises:
-            ConfigError: the architecture is no ClustViT.
+            ConfigError: the architecture is no ClustViT, or nothing but merging is trained.
         """
         architecture, network = plain_twin(self.architecture, self.network)
+        if self.schedule.trains == "merging":
+            raise ConfigError(
+                f"recipe {self.name}: trains is 'merging', which leaves its plain ViT twin nothing to learn; it is the "
+                f"model that this one starts from ({self.init or 'no init'})"
+            )
         # What is distilled is the merged pass, and there is none.
         schedule = dataclasses.replace(self.schedule, distillation_weight=0.0)
         return dataclasses.replace(

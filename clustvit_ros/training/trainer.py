@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from clustvit_ros.config import to_mapping
+from clustvit_ros.errors import ConfigError
 from clustvit_ros.modeling.architectures import build_network
 from clustvit_ros.modeling.backbone import Backbone
+from clustvit_ros.modeling.clustering import Clusterer, Regenerator
 from clustvit_ros.modeling.segmenter import Segmenter
 from clustvit_ros.modeling.vit import grid_size_of
 from clustvit_ros.training.checkpoint import CHECKPOINT
@@ -49,6 +51,7 @@ class Trainer(TrainingLoop[Segmenter]):
     Raises:
         DataError: the checkpoint in `run_dir` was made with another recipe or class list.
         ModelError: the weights of `init` do not fit.
+        ConfigError: only merging is to be trained, and the network does not merge.
     """
 
     def __init__(
@@ -68,6 +71,8 @@ class Trainer(TrainingLoop[Segmenter]):
         self.init_report: InitReport | None = None
         if recipe.init and not (Path(run_dir) / CHECKPOINT).exists():
             self.init_report = initialise(network, recipe.init)
+        if self.schedule.trains == "merging":
+            _freeze_all_but_merging(network, recipe.name)
         self.crops = Crops(
             data.__getitem__,
             len(data),
@@ -123,6 +128,13 @@ class Trainer(TrainingLoop[Segmenter]):
 
         self.run(end_of_epoch)
 
+    def _to_training_mode(self) -> None:
+        if self.schedule.trains == "all":
+            super()._to_training_mode()
+            return
+        # What is frozen has to compute what it will compute in use: no dropped paths, no batch statistics.
+        self.network.eval()
+
     def _step_module(self) -> nn.Module:
         patch_size = self.config.network.patch_size
         return _TrainingStep(self.network, self.schedule, patch_size, self._class_weights, self.processes)
@@ -145,6 +157,23 @@ class Trainer(TrainingLoop[Segmenter]):
         if pick < len(schedule.kept_fractions):
             return 1.0, max(round(rows * columns * schedule.kept_fractions[pick]), 1)
         return schedule.merge_thresholds[pick - len(schedule.kept_fractions)], None
+
+
+def _freeze_all_but_merging(network: Segmenter, name: str) -> None:
+    """Leave gradients to Clusterers and Regenerators.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    network.requires_grad_(False)
+    parts = [module for module in network.modules() if isinstance(module, (Clusterer, Regenerator))]
+    if not parts:
+        raise ConfigError(
+            f"recipe {name}: trains is 'merging', and its network has no Clusterer; expected a ClustViT with its own "
+            "way to merge"
+        )
+    for part in parts:
+        part.requires_grad_(True)
 
 
 class _TrainingStep(nn.Module):
@@ -177,9 +206,13 @@ class _TrainingStep(nn.Module):
         if merged.cluster_logits is not None and weight > 0 and token_capacity != num_tokens:
             # Both passes learn from the labels, the merged one from the other as well (as slimmable networks are
             # trained; Yu, Huang, arXiv 1903.05134), so that full capacity is as good as a plain ViT's.
-            full = self.network.decode(backbone.finish(state, 1.0, num_tokens))
-            full_losses = self._supervise(full.logits.float(), labels)
-            losses = {name: (losses[name] + full_losses[name]) / 2 for name in losses}
+            # Where merging alone is trained, the unmerged pass has nothing to learn.
+            fixed = self._schedule.trains == "merging"
+            with torch.set_grad_enabled(not fixed):
+                full = self.network.decode(backbone.finish(state, 1.0, num_tokens))
+            if not fixed:
+                full_losses = self._supervise(full.logits.float(), labels)
+                losses = {name: (losses[name] + full_losses[name]) / 2 for name in losses}
             temperature = self._schedule.distillation_temperature
             divergence = distillation_loss(merged.logits.float(), full.logits.float(), temperature)
             losses["distillation_loss"] = weight * divergence

@@ -183,9 +183,9 @@ def test_groups_are_neighbours_of_one_cluster_wherever_its_members_allow(num_kep
             mixed += len(ids[image][members].unique()) - 1
         assert mixed <= image  # at most one group holds the end of one cluster and the beginning of the next
     full = group_merged(torch.ones(1, 48, dtype=torch.int64), 0, (6, 8))
-    for row in range(6):  # two rows of the grid, four columns
+    for row in range(48 // GROUP_SIZE):  # two rows of the grid
         block = (full.slots[0] == row).view(6, 8).nonzero()
-        assert (block.max(dim=0).values - block.min(dim=0).values).tolist() == [1, 3]
+        assert (block.max(dim=0).values - block.min(dim=0).values).tolist() == [1, GROUP_SIZE // 2 - 1]
 
 
 @torch.no_grad()

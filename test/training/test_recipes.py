@@ -78,7 +78,9 @@ def test_classes_may_be_named_instead_of_listed(tmp_path):
         read_recipe(path)
 
 
-@pytest.mark.parametrize("name", ["camvid_tiny", "camvid_small", "camvid_tiny_gpu", "camvid_small_gpu", "cwfid_tiny"])
+@pytest.mark.parametrize(
+    "name", ["camvid_tiny", "camvid_tiny_stage3", "camvid_tiny_gpu", "camvid_small_gpu", "cwfid_tiny"]
+)
 def test_twins_differ_in_nothing_but_merging(name):
     merging = read_recipe(FOLDER / f"{name}.yaml")
     plain = merging.without_merging()

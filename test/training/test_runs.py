@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import CLASSES, write_split
+from conftest import CLASSES, RECIPE, write_split
 
 from clustvit_ros.modeling import load_config, load_segmenter
 from clustvit_ros.training import trainer
@@ -89,6 +89,27 @@ def test_the_plain_twin_trains_alike_and_merges_nothing(train, write_recipe, tmp
     assert "another recipe" in capsys.readouterr().err
     assert train(write_recipe(architecture="clustr_b1", network={}), tmp_path / "other", "--without-merging") == 2
     assert "clustr_b1 has no plain ViT twin, expected one of clustvit_t" in capsys.readouterr().err
+
+
+def test_merging_alone_is_learned_around_a_plain_vit_that_stays(train, write_recipe, tmp_path, capsys):
+    plain = {name: value for name, value in RECIPE["network"].items() if name != "injection_point"}
+    vit = {"architecture": "vit_t", "network": {**plain, "drop_path": 0.2}}
+    assert train(write_recipe(**vit), tmp_path / "vit") == 0
+    merging = {"trains": "merging", "epochs": 8, "distillation_weight": 1.0, "kept_fractions": [0.5]}
+    recipe = write_recipe(network={"drop_path": 0.2}, init=str(tmp_path / "vit/model"), schedule=merging)
+    assert train(recipe, tmp_path / "run") == 0
+    before, after = load_segmenter(tmp_path / "vit/model"), load_segmenter(tmp_path / "run/model")
+    assert all(torch.equal(value, after.state_dict()[name]) for name, value in before.state_dict().items())
+    images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(after(images, merge_threshold=1.0).logits, before(images).logits)
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert log[-1]["distillation_loss"] < log[0]["distillation_loss"]
+    assert log[-1]["cluster_loss"] < log[0]["cluster_loss"]
+    capsys.readouterr()
+    assert train(recipe, tmp_path / "twin", "--without-merging") == 2
+    assert "trains is 'merging', which leaves its plain ViT twin nothing to learn" in capsys.readouterr().err
+    assert train(write_recipe(**vit, schedule=merging), tmp_path / "other") == 2
+    assert "trains is 'merging', and its network has no Clusterer" in capsys.readouterr().err
 
 
 def test_a_finished_run_is_not_trained_again(train, write_recipe, tmp_path, capsys):
