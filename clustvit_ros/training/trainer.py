@@ -129,11 +129,8 @@ class Trainer(TrainingLoop[Segmenter]):
         self.run(end_of_epoch)
 
     def _to_training_mode(self) -> None:
-        if self.schedule.trains == "all":
-            super()._to_training_mode()
-            return
         # What is frozen has to compute what it will compute in use: no dropped paths, no batch statistics.
-        self.network.eval()
+        self.network.train(self.schedule.trains == "all")
 
     def _step_module(self) -> nn.Module:
         patch_size = self.config.network.patch_size

@@ -72,6 +72,16 @@ def test_replayed_graphs_equal_eager_frames(engine, eager, images, settings):
         assert ours.stats.tokens_kept == reference.stats.tokens_kept
 
 
+@pytest.mark.parametrize("decode", ["grouped", "compact"])
+def test_every_way_to_decode_is_replayed(make_toy_variant, images, decode):
+    model = make_toy_variant(decode=decode)
+    eager, engine = TorchEngine.from_model(model, "cpu"), GraphEngine.from_model(model, "cpu", recorder=EagerRecorder())
+    for image in images:
+        for settings in (Settings(merge_threshold=1.0, token_capacity=9), Settings(merge_threshold=1.0)):
+            assert (engine.segment(image, settings).mask == eager.segment(image, settings).mask).mean() > 0.999
+    engine.close()
+
+
 def test_predictions_are_the_callers_own(engine, images):
     first = engine.segment(images[0], Settings(clusters=True))
     copies = [first.mask.copy(), first.confidence.copy(), first.cluster_map.copy()]
