@@ -34,6 +34,7 @@ from clustvit_ros.runtime.roofline import measure_rates, roofline_ms
 
 _DEFAULT_SIZE = (512, 512)
 _DEFAULT_CLASSES = 150
+_WEIGHT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -62,7 +63,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = automatic (default: 0)")
     parser.add_argument(
         "--precision", type=parse_names, default=("float32",),
-        help="float32, float16 or bfloat16, or several separated by commas (default: float32)",
+        help="float32, float16, bfloat16 or int8, or several separated by commas (default: float32)",
     )  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks (needs a compiler)")
     parser.add_argument("--warmup", type=int, default=5, help="calls before the timed ones (default: 5)")
@@ -173,6 +174,6 @@ def _bounds_ms(rows: list[dict[str, Any]], cases: list[BenchCase], device: torch
     for row, case in zip(rows, cases, strict=True):
         pixels = case.batch * case.size[0] * case.size[1]
         cost = Cost(int(row["gflops"] * 1e9), row["parameters"])
-        weight_bytes = 4 if row["precision"] == "float32" else 2
+        weight_bytes = _WEIGHT_BYTES[row["precision"]]
         bounds.append(roofline_ms(cost, rates[row["precision"]], 12 * pixels, pixels, weight_bytes))
     return bounds

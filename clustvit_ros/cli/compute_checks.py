@@ -53,6 +53,7 @@ def check_torch(device: str = "auto") -> list[Finding]:
     try:
         import torch
 
+        from clustvit_ros.modeling.cpu_layers import int8_problem
         from clustvit_ros.runtime.device import describe_device, select_device
     except (ImportError, OSError) as error:
         remedy = _JETSON_TORCH if platform.machine() == "aarch64" else "pip install torch"
@@ -61,7 +62,9 @@ def check_torch(device: str = "auto") -> list[Finding]:
     built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     a = torch.arange(64 * 64, dtype=torch.float32).reshape(64, 64) % 7.0
     if torch.equal(a @ torch.eye(64), a):
-        findings.append(Finding("torch", Level.OK, f"{torch.__version__}, {built}; computes on the CPU"))
+        problem = int8_problem()
+        int8 = f"not in int8 ({problem})" if problem else "in int8 as well"
+        findings.append(Finding("torch", Level.OK, f"{torch.__version__}, {built}; computes on the CPU, {int8}"))
     else:
         findings.append(Finding("torch", Level.FAIL, "computes wrong results on the CPU", "reinstall torch"))
     try:

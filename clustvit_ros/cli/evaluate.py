@@ -18,7 +18,7 @@ from clustvit_ros.cli.training_options import usable
 from clustvit_ros.cli.tune import ladder_settings
 from clustvit_ros.errors import ConfigError, DataError
 from clustvit_ros.modeling.model_folder import ModelConfig, load_config
-from clustvit_ros.runtime import Engine, Prediction, Settings, create_engine
+from clustvit_ros.runtime import PRECISIONS, Engine, Prediction, Settings, create_engine
 from clustvit_ros.training.dataset import LabelledImages, Sample
 from clustvit_ros.training.layouts import open_data_set
 
@@ -42,6 +42,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = automatic (default: 0)")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="float32", help="what the network computes in (default: float32)"
+    )
     parser.add_argument(
         "--bad-data",
         choices=("strict", "skip"),
@@ -73,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         results = []
         for model, config in zip(models, configs, strict=True):
             data = _open(args, config)
-            engine = create_engine(str(model), device=args.device, threads=args.threads)
+            engine = create_engine(str(model), "torch", args.device, args.threads, args.precision)
             results.append(_evaluate(args, config, engine, data, settings, several=len(configs) > 1))
     if args.json:
         rows = [{key: value for key, value in r.items() if key not in (*_DETAILS, "sweep")} for r in results]

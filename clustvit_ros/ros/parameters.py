@@ -28,7 +28,7 @@ class SegmentationParameters:
         pattern=r"auto|cpu|cuda(:\d{1,3})?", form="auto, cpu, cuda or cuda:N",
     )  # fmt: skip
     precision: str = parameter(
-        "float32", "What the network computes in; half precisions are for a GPU, a CPU gets slower.",
+        "float32", "What the network computes in; half precisions are for a GPU, int8 is for a CPU with VNNI.",
         choices=PRECISIONS,
     )  # fmt: skip
     threads: int = parameter(

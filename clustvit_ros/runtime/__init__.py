@@ -30,7 +30,7 @@ def create_engine(
         engine: one of `ENGINES`; "auto" is "cuda_graph" on a GPU and "torch" on a CPU.
         device: "auto", "cpu", "cuda" or "cuda:N".
         threads: CPU threads; 0 is automatic.
-        precision: one of `PRECISIONS`; `onnxruntime` has float16 with TensorRT alone.
+        precision: one of `PRECISIONS`; `onnxruntime` has float16 with TensorRT alone, and int8 is for a CPU.
         compiled: `torch.compile` the blocks of "torch" and "cuda_graph".
         share_cores: let "torch" on a CPU, with `threads` 0, compute with fewer threads while others use cores.
 

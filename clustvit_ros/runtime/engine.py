@@ -16,8 +16,8 @@ import numpy as np
 from clustvit_ros.classes import ClassSet
 from clustvit_ros.errors import ConfigError, ImageError
 
-PRECISIONS = ("float32", "float16", "bfloat16")
-"""What a network may compute in; what decides or sums stays in float32."""
+PRECISIONS = ("float32", "float16", "bfloat16", "int8")
+"""What a network may compute in; what decides or sums stays in float32. int8 is for a CPU, the halves are for a GPU."""
 
 
 EXEMPT_SOURCES = ("previous_mask", "two_pass")

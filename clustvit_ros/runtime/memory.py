@@ -20,3 +20,12 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
         libc.mallopt(_M_TRIM_THRESHOLD, 4 * _KEPT_BYTES)
+
+
+def return_freed_memory() -> None:
+    """Give the system what loading left behind: as much as the weights took, which `keep_freed_memory` would keep.
+
+    Does nothing where there is no glibc.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

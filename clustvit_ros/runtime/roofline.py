@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
+from clustvit_ros.modeling.cpu_layers import Int8Linear
 from clustvit_ros.runtime.flops import Cost
 
 _REPEATS = 5
@@ -33,13 +35,12 @@ def measure_rates(device: torch.device, precision: str = "float32") -> DeviceRat
         precision: of the matrix product, one of `PRECISIONS`.
     """
     # A CPU without instructions for a half precision would take minutes for more.
-    side = (2048 if precision == "float32" else 512) if device.type == "cpu" else 8192
-    a, b = (torch.rand(side, side, device=device).to(getattr(torch, precision)) for _ in range(2))
-    product = torch.empty_like(a)
+    side = (2048 if precision in ("float32", "int8") else 512) if device.type == "cpu" else 8192
+    multiply = _product(side, device, precision)
     # Far beyond any cache.
     source = torch.zeros(64 << 20, device=device)
     target = torch.zeros_like(source)
-    matmul_s = _best_s(lambda: torch.mm(a, b, out=product), device)
+    matmul_s = _best_s(multiply, device)
     copy_s = _best_s(lambda: target.copy_(source), device)
     return DeviceRates(2 * side**3 / matmul_s / 1e9, 2 * source.numel() * source.element_size() / copy_s / 1e9)
 
@@ -54,6 +55,16 @@ def roofline_ms(cost: Cost, rates: DeviceRates, image_bytes: int, mask_bytes: in
     compute_s = cost.flops / (rates.matmul_gflops * 1e9)
     memory_s = (weight_bytes * cost.parameters + image_bytes + mask_bytes) / (rates.bandwidth_gb_s * 1e9)
     return max(compute_s, memory_s) * 1000.0
+
+
+def _product(side: int, device: torch.device, precision: str) -> Callable[[], object]:
+    """Multiplies two square matrices."""
+    if precision == "int8":
+        layer, x = Int8Linear(nn.Linear(side, side, bias=False)), torch.rand(side, side)
+        return lambda: layer(x)
+    a, b = (torch.rand(side, side, device=device).to(getattr(torch, precision)) for _ in range(2))
+    product = torch.empty_like(a)
+    return lambda: torch.mm(a, b, out=product)
 
 
 def _best_s(run: Callable[[], object], device: torch.device) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clustvit_ros.errors import ConfigError, EngineError
 from clustvit_ros.modeling.backbone import Features
+from clustvit_ros.modeling.cpu_layers import int8_problem, pack_layers, to_int8
 from clustvit_ros.modeling.inference import for_inference
 from clustvit_ros.modeling.model_folder import ModelConfig, hash_weights, load_config, load_segmenter
 from clustvit_ros.modeling.segmenter import Segmenter
@@ -20,6 +21,7 @@ from clustvit_ros.runtime.capacity import choose_capacity, default_ladder
 from clustvit_ros.runtime.core_share import CoreShare
 from clustvit_ros.runtime.device import describe_device, select_device
 from clustvit_ros.runtime.engine import PRECISIONS, Prediction, Settings
+from clustvit_ros.runtime.memory import return_freed_memory
 from clustvit_ros.runtime.network_engine import Lap, NetworkEngine, NetworkOutput, most_exempt
 
 _ALL_THREADS = torch.get_num_threads()  # before anybody changed it
@@ -35,13 +37,14 @@ class TorchEngine(NetworkEngine):
         threads: CPU threads; 0 leaves PyTorch's choice. Process-wide, as PyTorch has it.
         weights_sha256: of the weights file, where the network comes from one.
         precision: one of `PRECISIONS`. Half precisions are for a GPU; a CPU without instructions for them is slower.
+            int8 is for a CPU: linear and large convolutional layers in 8-bit integers, all else in float32.
         compiled: run the transformer blocks through `torch.compile`, which needs a C++ compiler on a CPU and Triton on
             a GPU, and minutes at the first start.
         share_cores: compute with fewer threads while other processes use cores; has an effect on a CPU, with `threads`
             0. Results may then differ in the last bit from frame to frame.
 
     Raises:
-        ConfigError: unknown precision.
+        ConfigError: unknown precision, or one that the device lacks.
         EngineError: the device was named and does not work, or the blocks cannot be compiled.
     """
 
@@ -61,6 +64,8 @@ class TorchEngine(NetworkEngine):
         if precision not in PRECISIONS:
             raise ConfigError(f"precision: got {precision!r}, expected one of {', '.join(PRECISIONS)}")
         selected, reason = select_device(device)
+        if precision == "int8":
+            _check_int8(selected, compiled)
         self._core_share: CoreShare | None = None
         if threads > 0:
             torch.set_num_threads(threads)
@@ -70,8 +75,12 @@ class TorchEngine(NetworkEngine):
         super().__init__(
             self.engine_name, config, selected, describe_device(selected), reason, weights_sha256, precision
         )
-        self._dtype: torch.dtype = getattr(torch, precision)
+        self._dtype: torch.dtype = torch.float32 if precision == "int8" else getattr(torch, precision)
         self._network = for_inference(network.to(selected), self._dtype)
+        if precision == "int8":
+            to_int8(self._network)
+        elif precision == "float32" and selected.type == "cpu" and not compiled:
+            pack_layers(self._network)
         self._compiled = compiled
         if compiled:
             for module in self._network.modules():
@@ -92,11 +101,14 @@ class TorchEngine(NetworkEngine):
         """An engine for a model folder or shipped model.
 
         Raises:
-            ModelError, ConfigError: the model cannot be loaded, or the precision is unknown.
+            ModelError, ConfigError: the model cannot be loaded, or the precision is unknown or not to be had.
             EngineError: the device was named and does not work.
         """
-        network, config = load_segmenter(model), load_config(model)
-        return cls(network, config, device, threads, hash_weights(model), precision, compiled, **arguments)
+        config, weights_sha256 = load_config(model), hash_weights(model)
+        # The network as it was loaded is not kept: the engine has its own copy.
+        engine = cls(load_segmenter(model), config, device, threads, weights_sha256, precision, compiled, **arguments)
+        return_freed_memory()
+        return engine
 
     def warmup(self, image_size: tuple[int, int] | None = None) -> None:
         """Run every capacity once, for images of (height, width) `image_size`.
@@ -150,3 +162,13 @@ class TorchEngine(NetworkEngine):
     def decode(self, features: Features) -> Tensor:
         """Features to class logits (B, Q, h, w) float32."""
         return self._network.decode(features).logits.float()
+
+
+def _check_int8(device: torch.device, compiled: bool) -> None:
+    if compiled:
+        raise ConfigError("compiled: torch.compile cannot take int8's layers; leave compilation off, or use float32")
+    if device.type != "cpu":
+        raise ConfigError(f"precision: got int8 on {describe_device(device)}, it is for a CPU; use float16 on a GPU")
+    problem = int8_problem()
+    if problem:
+        raise ConfigError(f"precision: got int8, but {problem}; use float32")

@@ -11,12 +11,15 @@ from clustvit_ros.errors import ConfigError, EngineError, ImageError, ModelError
 from clustvit_ros.runtime import ENGINES, Settings, create_engine
 
 
-@pytest.fixture(params=ENGINES)
+@pytest.fixture(params=[*ENGINES, "torch int8"])
 def engine(request, toy_model, onnx_cache):
-    if request.param == "onnxruntime":
+    name, _, precision = request.param.partition(" ")
+    if name == "onnxruntime":
         for package in ("onnx", "onnxruntime"):
             pytest.importorskip(package, reason=f"needs {package}, of the extra 'onnx'")
-    engine = create_engine(str(toy_model), request.param, device="cpu")
+    if precision == "int8":
+        request.getfixturevalue("vnni")
+    engine = create_engine(str(toy_model), name, device="cpu", precision=precision or "float32")
     engine.warmup((120, 160))
     yield engine
     engine.close()

@@ -14,7 +14,7 @@ from clustvit_ros.modeling.inference import for_inference
 from clustvit_ros.runtime import PRECISIONS, Settings, create_engine
 from clustvit_ros.runtime.torch_engine import TorchEngine
 
-HALVES = [name for name in PRECISIONS if name != "float32"]
+HALVES = [name for name in PRECISIONS if name.endswith("float16")]
 
 
 @pytest.fixture
@@ -37,9 +37,12 @@ def test_masks_agree_with_float32(toy_model, image, engine, precision):
         assert agreement >= (0.995 if precision == "float16" else 0.95), f"{precision} at {threshold}: {agreement:.4f}"
 
 
-@pytest.mark.parametrize("precision", HALVES)
-def test_a_trained_model_agrees_on_camera_images(camvid_dir, precision):
+@pytest.mark.parametrize("precision", [*HALVES, "int8"])
+def test_a_trained_model_agrees_on_camera_images(camvid_dir, precision, request):
     import cv2
+
+    if precision == "int8":
+        request.getfixturevalue("vnni")
 
     engines = [create_engine("camvid_tiny", "torch", "cpu", precision=name) for name in ("float32", precision)]
     paths = sorted((camvid_dir / "val" / "images").glob("*.jpg"))[::60]
@@ -94,13 +97,14 @@ def test_representatives_of_many_large_tokens_neither_overflow_nor_lose_count(dt
 
 def test_an_unknown_precision_is_refused(toy_model):
     for engine in ("torch", "cuda_graph", "onnxruntime", "scripted"):
-        with pytest.raises(ConfigError, match="precision: got 'int8', expected one of float32, float16, bfloat16"):
-            create_engine(str(toy_model), engine, "cpu", precision="int8")
+        with pytest.raises(ConfigError, match="got 'int4', expected one of float32, float16, bfloat16, int8"):
+            create_engine(str(toy_model), engine, "cpu", precision="int4")
 
 
-def test_onnxruntime_has_no_half_precision_on_a_cpu(toy_model):
+@pytest.mark.parametrize("precision", ["float16", "int8"])
+def test_onnxruntime_has_one_precision_on_a_cpu(toy_model, precision):
     with pytest.raises(ConfigError, match="expected float32 with the engine onnxruntime"):
-        create_engine(str(toy_model), "onnxruntime", "cpu", precision="float16")
+        create_engine(str(toy_model), "onnxruntime", "cpu", precision=precision)
 
 
 def test_the_position_embedding_is_resized_once_per_grid(toy_model):
