@@ -108,14 +108,15 @@ def split_windows(grid_size: tuple[int, int], window_tokens: int, device: torch.
     # A grid that is narrower than a window leaves the other side more room.
     rows = min(height, max(side, window_tokens // max(width, 1)))
     columns = min(width, window_tokens // rows)
-    tops, rows = _starts(height, rows)
-    lefts, columns = _starts(width, columns)
-    first = torch.tensor([top * width + left for top in tops for left in lefts], device=device)
-    inside = torch.tensor([row * width + column for row in range(rows) for column in range(columns)], device=device)
-    return first[:, None] + inside
+    # Made on the device: a CUDA graph that is being recorded cannot bring anything there.
+    tops, rows = _starts(height, rows, device)
+    lefts, columns = _starts(width, columns, device)
+    first = tops[:, None] * width + lefts
+    inside = torch.arange(rows, device=device)[:, None] * width + torch.arange(columns, device=device)
+    return first.flatten()[:, None] + inside.flatten()
 
 
-def _starts(length: int, side: int) -> tuple[list[int], int]:
+def _starts(length: int, side: int, device: torch.device) -> tuple[Tensor, int]:
     """First positions of the fewest windows of at most `side` that cover `length`, and their common size."""
     count = -(-length // side)
-    return [index * length // count for index in range(count)], -(-length // count)
+    return torch.arange(count, device=device) * length // count, -(-length // count)

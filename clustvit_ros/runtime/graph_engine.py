@@ -278,7 +278,7 @@ class GraphEngine(TorchEngine):
         return stage_b
 
     def _make_label_maps(self, plan: _Plan, size: tuple[int, int], confident: bool, clusters: bool) -> _LabelMaps:
-        how = upsampling(plan.grid_size, size, self._device)
+        how = upsampling((plan.logits.shape[2], plan.logits.shape[3]), size, self._device)
         tokens_total = float(plan.grid_size[0] * plan.grid_size[1])
 
         def label_maps() -> Maps:

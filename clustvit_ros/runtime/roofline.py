@@ -60,7 +60,7 @@ def roofline_ms(cost: Cost, rates: DeviceRates, image_bytes: int, mask_bytes: in
 def _product(side: int, device: torch.device, precision: str) -> Callable[[], object]:
     """Multiplies two square matrices."""
     if precision == "int8":
-        layer, x = Int8Linear(nn.Linear(side, side, bias=False)), torch.rand(side, side)
+        layer, x = Int8Linear(nn.Linear(side, side, bias=False)), torch.rand(1, side, side)
         return lambda: layer(x)
     a, b = (torch.rand(side, side, device=device).to(getattr(torch, precision)) for _ in range(2))
     product = torch.empty_like(a)

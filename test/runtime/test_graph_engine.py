@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,8 @@ from clustvit_ros.runtime import Settings, create_engine
 from clustvit_ros.runtime.graph_engine import GraphEngine
 from clustvit_ros.runtime.recorded_graph import CalledAgain, EagerRecorder
 from clustvit_ros.runtime.torch_engine import TorchEngine
+
+MODELS = sorted(path.parent for path in (Path(__file__).resolve().parents[2] / "models").glob("*/model.yaml"))
 
 
 class CountingRecorder(EagerRecorder):
@@ -70,6 +74,19 @@ def test_replayed_graphs_equal_eager_frames(engine, eager, images, settings):
             assert np.array_equal(ours.cluster_map, reference.cluster_map)
         assert ours.stats.token_capacity == reference.stats.token_capacity
         assert ours.stats.tokens_kept == reference.stats.tokens_kept
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+def test_shipped_models_are_replayed(model):
+    eager, engine = TorchEngine.from_model(model, "cpu"), GraphEngine.from_model(model, "cpu", recorder=EagerRecorder())
+    image = np.random.default_rng(5).integers(0, 256, (*engine.info.input_size, 3), np.uint8)
+    for settings in (Settings(clusters=True), Settings(token_capacity=82, confidence=False, output_size=(50, 61))):
+        ours, reference = engine.segment(image, settings), eager.segment(image, settings)
+        assert (ours.mask == reference.mask).mean() > 0.999
+        assert (ours.cluster_map is None) == (reference.cluster_map is None)
+        if settings.clusters:
+            assert np.array_equal(ours.cluster_map, reference.cluster_map)
+    engine.close()
 
 
 @pytest.mark.parametrize("decode", ["grouped", "compact"])
