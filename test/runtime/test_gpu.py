@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from clustvit_ros.errors import ConfigError
 from clustvit_ros.runtime import Settings, create_engine
 from clustvit_ros.runtime.graph_engine import GraphEngine
 from clustvit_ros.runtime.torch_engine import TorchEngine
@@ -91,3 +92,21 @@ def test_exempt_tokens_are_kept_by_graphs_as_by_eager_frames(engines, images):
         ours, reference = graphs.segment(image, settings), eager.segment(image, settings)
         assert np.array_equal(ours.cluster_map, reference.cluster_map) and not ours.cluster_map[0, 64:].any()
     assert graphs.segment(images[0], Settings(merge_threshold=0.0, clusters=True)).cluster_map[0, 64:].any()
+
+
+@pytest.mark.parametrize("name", ["camvid_tiny", "camvid_small", "cwfid_tiny", "sim_tiny"])
+def test_shipped_models_are_captured_and_agree(name):
+    graphs = create_engine(name, "auto", "auto")
+    eager = TorchEngine.from_model(name, "cuda")
+    rows, columns = np.mgrid[0:360, 0:480]
+    waves = [np.sin(rows / 25 + shift) + np.cos(columns / 20 - shift) for shift in (0, 1, 2)]
+    image = ((np.stack(waves, axis=-1) + 2) * 63).astype(np.uint8)
+    for settings in (Settings(clusters=True), Settings(token_capacity=82, confidence=False)):
+        assert (graphs.segment(image, settings).mask == eager.segment(image, settings).mask).mean() > 0.995
+    assert graphs.info.engine == "cuda_graph", graphs.info.device_reason
+    graphs.close()
+
+
+def test_int8_is_for_a_cpu(toy_model):
+    with pytest.raises(ConfigError, match=r"got int8 on cuda:0 .*use float16 on a GPU"):
+        create_engine(str(toy_model), "torch", "cuda", precision="int8")
