@@ -20,21 +20,24 @@ def resident_mb():
     pytest.skip("needs /proc/self/status")
 
 
-def make_engine(name, model):
+def make_engine(name, model, request):
     if name == "onnxruntime":
         for package in ("onnx", "onnxruntime"):
             pytest.importorskip(package, reason=f"needs {package}, of the extra 'onnx'")
     if name == "cuda_graph":
         return GraphEngine.from_model(model, "cpu", recorder=EagerRecorder())
+    if name == "torch int8":
+        request.getfixturevalue("vnni")
+        return create_engine(str(model), "torch", "cpu", precision="int8")
     return create_engine(str(model), name, "cpu")
 
 
-@pytest.mark.parametrize("name", ["torch", "cuda_graph", "onnxruntime"])
+@pytest.mark.parametrize("name", ["torch", "torch int8", "cuda_graph", "onnxruntime"])
 @pytest.mark.parametrize(
     ("calls", "allowed_mb"), [(300, 8), pytest.param(10_000, 8, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])]
 )
-def test_memory_is_constant_in_steady_state(toy_model, onnx_cache, name, calls, allowed_mb):
-    engine = make_engine(name, toy_model)
+def test_memory_is_constant_in_steady_state(toy_model, onnx_cache, request, name, calls, allowed_mb):
+    engine = make_engine(name, toy_model, request)
     engine.warmup((64, 64))
     images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8)
     ladder = engine.capacities((64, 64))
