@@ -14,6 +14,8 @@ what a ClustViT decides and regenerates with.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -95,7 +97,9 @@ def pack_layers(network: nn.Module) -> None:
 
     It pays with AVX-512, by 2 to 4 %; with AVX2 it costs as much, and elsewhere it was not measured.
     """
-    if torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available():
+    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    # PyTorch's compiler uses the same operation, which is not promised to stay.
+    if has_avx512 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         _replace_layers(network, PackedLinear)
 
 
@@ -132,7 +136,7 @@ def int8_problem() -> str:
     nn.init.constant_(layer.weight, 1.0)
     try:
         with torch.inference_mode():
-            sums = Int8Linear(layer)(torch.ones(32, 64))
+            sums = Int8Linear(layer)(torch.ones(1, 32, 64))
     except (RuntimeError, AttributeError) as error:
         return f"this PyTorch has no 8-bit layers ({str(error).splitlines()[0]})"
     if (sums - 64).abs().max() > 1:
@@ -152,7 +156,7 @@ def _round(x: Tensor) -> tuple[Tensor, float, int]:
     low, high = (float(bound) for bound in x.aminmax())
     low, high = min(0.0, low), max(0.0, high)  # in this order, for what is not a number
     scale = max(_SMALLEST_SCALE, (high - low) / _LEVELS)
-    offset = round(-low / scale)
+    offset = round(-low / scale) if math.isfinite(scale) else 0
     # One pass instead of three: the sum's low byte is the rounded quotient plus the offset.
     shifted = torch.add(torch.tensor(_ROUNDS_TO_UNITS + offset), x, alpha=1.0 / scale)
     return shifted.view(torch.int32).to(torch.uint8), scale, offset
