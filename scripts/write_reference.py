@@ -13,6 +13,7 @@ import argparse
 import os
 import random
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ OUTPUT = ROOT / "docs" / "reference.md"
 
 # Every node of rclpy has these; they are ROS 2's own.
 _OF_EVERY_NODE = {"/rosout", "/parameter_events", "/clock"}
+_MOST_LOOKS, _BETWEEN_LOOKS_S = 40, 0.5
 
 
 def main() -> None:
@@ -102,7 +104,14 @@ def services() -> str:
 
 
 def _served(node: Any, asked: Any) -> list[tuple[str, list[str]]]:
-    return node.get_service_names_and_types_by_node(asked.get_name(), asked.get_namespace())
+    """A node's services, once they have all been discovered: a loaded machine takes its time even with a node's own."""
+    found: list[tuple[str, list[str]]] = []
+    for _ in range(_MOST_LOOKS):
+        time.sleep(_BETWEEN_LOOKS_S)
+        before, found = found, node.get_service_names_and_types_by_node(asked.get_name(), asked.get_namespace())
+        if found and found == before:
+            return found
+    raise SystemExit(f"the services of {asked.get_name()} were not discovered")
 
 
 def _endpoints(transport: str) -> list[tuple[str, str, str, str]]:
