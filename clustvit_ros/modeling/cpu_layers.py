@@ -46,7 +46,23 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, *self._activation)
 
 
-class Int8Linear(nn.Module):
+class _Int8Layer(nn.Module):
+    """A trained layer, rounded; the images of a batch are rounded one by one, so that none hangs on another."""
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
+        super().__init__()
+        self._rounded, self._scales = _round_weight(layer.weight)
+        self._zeros = torch.zeros(len(self._rounded), dtype=torch.int64)
+        self._bias = None if layer.bias is None else layer.bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self._multiply(image) for image in x.split(1)]) if len(x) > 1 else self._multiply(x)
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Int8Linear(_Int8Layer):
     """A trained linear layer, rounded: (B, ..., C) float32 -> (B, ..., D) float32, GELU included where asked for.
 
     Raises:
@@ -54,40 +70,28 @@ class Int8Linear(nn.Module):
     """
 
     def __init__(self, linear: nn.Linear, gelu: bool = False) -> None:
-        super().__init__()
-        weight, self._scales = _round_weight(linear.weight)
-        self._weight = torch.ops.onednn.qlinear_prepack(weight, None)
-        self._zeros = torch.zeros(len(weight), dtype=torch.int64)
-        self._bias = None if linear.bias is None else linear.bias.detach()
+        super().__init__(linear)
+        self._rounded = torch.ops.onednn.qlinear_prepack(self._rounded, None)
         self._activation = _GELU if gelu else _NO_ACTIVATION
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self._multiply(image) for image in x.split(1)]) if len(x) > 1 else self._multiply(x)
 
     def _multiply(self, x: Tensor) -> Tensor:
         return torch.ops.onednn.qlinear_pointwise(
-            *_round(x), self._weight, self._scales, self._zeros, self._bias, 1.0, 0, torch.float32, *self._activation
+            *_round(x), self._rounded, self._scales, self._zeros, self._bias, 1.0, 0, torch.float32, *self._activation
         )
 
 
-class Int8Conv2d(nn.Module):
+class Int8Conv2d(_Int8Layer):
     """A trained convolution, rounded: (B, C, H, W) float32 -> (B, D, h, w) float32, channels last in memory."""
 
     def __init__(self, convolution: nn.Conv2d) -> None:
-        super().__init__()
-        weight, self._scales = _round_weight(convolution.weight)
+        super().__init__(convolution)
         self._shape = (convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
         # The layout has room for any offset of the input once it has for one.
-        self._weight = torch.ops.onednn.qconv_prepack(weight, self._scales, 1.0, 1, *self._shape)
-        self._zeros = torch.zeros(len(weight), dtype=torch.int64)
-        self._bias = None if convolution.bias is None else convolution.bias.detach()
+        self._rounded = torch.ops.onednn.qconv_prepack(self._rounded, self._scales, 1.0, 1, *self._shape)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self._convolve(image) for image in x.split(1)]) if len(x) > 1 else self._convolve(x)
-
-    def _convolve(self, x: Tensor) -> Tensor:
+    def _multiply(self, x: Tensor) -> Tensor:
         return torch.ops.onednn.qconv2d_pointwise(
-            *_round(x), self._weight, self._scales, self._zeros, self._bias, *self._shape,
+            *_round(x), self._rounded, self._scales, self._zeros, self._bias, *self._shape,
             1.0, 0, torch.float32, *_NO_ACTIVATION,
         )  # fmt: skip
 

@@ -17,12 +17,6 @@ from clustvit_ros.modeling.cpu_layers import Int8Conv2d, Int8Linear, PackedLinea
 from clustvit_ros.modeling.inference import for_inference
 
 
-@pytest.fixture(scope="module")
-def vnni():
-    if problem := int8_problem():
-        pytest.skip(f"needs 8-bit products: {problem}")
-
-
 @pytest.fixture
 def needs_packing():
     if not torch.backends.mkldnn.is_available():

@@ -24,15 +24,6 @@ def onnx_cache(tmp_path_factory):
         yield cache / "clustvit_ros" / "onnx"
 
 
-@pytest.fixture(scope="session")
-def vnni():
-    """For tests that compute in 8-bit integers."""
-    from clustvit_ros.modeling.cpu_layers import int8_problem
-
-    if problem := int8_problem():
-        pytest.skip(f"needs 8-bit products: {problem}")
-
-
 @pytest.fixture
 def make_toy_variant(toy_model, tmp_path):
     """Makes a model folder with other hyper-parameters than the toy's, and random weights."""
