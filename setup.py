@@ -65,8 +65,8 @@ setup(
     entry_points={
         "console_scripts": [
             "clustvit-ros = clustvit_ros.cli.main:main",
-            "segmentation_node = clustvit_ros.ros.node:main",
-            "camera_node = clustvit_ros.ros.camera:main",
+            "segmentation_node = clustvit_ros.node.node:main",
+            "camera_node = clustvit_ros.demo.camera:main",
         ],
     },
     zip_safe=True,

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 
 from clustvit_ros.errors import ImageError
-from clustvit_ros.image_encodings import check_pixels, message_bytes
+from clustvit_ros.images import check_pixels, message_bytes
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _JPEG_SIGNATURE = b"\xff\xd8\xff"

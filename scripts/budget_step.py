@@ -25,10 +25,10 @@ from typing import Any
 import cv2
 import numpy as np
 
-from clustvit_ros.cli.processes import NodeProcess
 from clustvit_ros.dds import dds_environment, node_environment
+from clustvit_ros.demo.frame_source import open_source
+from clustvit_ros.demo.processes import NodeProcess
 from clustvit_ros.errors import ClustvitError, ConfigError
-from clustvit_ros.ros.frame_source import open_source
 
 BUDGET_SHARE = 0.6
 SETTLE_FRAMES = 30
@@ -267,8 +267,8 @@ def _run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
     camera = {"source": source, "rate_hz": options.rate_hz, "wait_for_subscribers": 1}
     with (
-        NodeProcess("node", node, environ, folder / "node.log") as node_process,
-        NodeProcess("camera", camera, environ, folder / "camera.log") as camera_process,
+        NodeProcess("node.node", node, environ, folder / "node.log") as node_process,
+        NodeProcess("demo.camera", camera, environ, folder / "camera.log") as camera_process,
     ):
         client = Client()
         try:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from clustvit_ros.modeling.cast import CASTAttention
-from clustvit_ros.modeling.vit import Attention
+from clustvit_ros.networks.cast import CASTAttention
+from clustvit_ros.networks.vit import Attention
 
 _M_MMAP_THRESHOLD = -3
 

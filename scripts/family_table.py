@@ -11,8 +11,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from clustvit_ros.modeling import network_config
-from clustvit_ros.runtime.flops import Cost, count_cost
+from clustvit_ros.measure.flops import Cost, count_cost
+from clustvit_ros.networks import network_config
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "family.md"
 NAMES = {"t": "Tiny", "s": "Small", "b": "Base", "l": "Large"}

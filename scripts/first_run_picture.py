@@ -12,8 +12,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from clustvit_ros.cli.pictures import comparison
-from clustvit_ros.runtime import Settings, create_engine
+from clustvit_ros.engine import Settings, create_engine
+from clustvit_ros.measure.pictures import comparison
 from clustvit_ros.sim import SIM_CLASSES, SimulatedCamera
 from clustvit_ros.training.dataset import Sample
 

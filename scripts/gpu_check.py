@@ -17,13 +17,13 @@ import numpy as np
 import torch
 
 from clustvit_ros.classes import ClassSet
+from clustvit_ros.engine import Settings
+from clustvit_ros.engine.graph_engine import GraphEngine
+from clustvit_ros.engine.torch_engine import TorchEngine
 from clustvit_ros.errors import ClustvitError
-from clustvit_ros.modeling.architectures import build_network, network_config
-from clustvit_ros.modeling.model_folder import InputConfig, ModelConfig, save_model
+from clustvit_ros.networks.architectures import build_network, network_config
+from clustvit_ros.networks.model_folder import InputConfig, ModelConfig, save_model
 from clustvit_ros.paths import share_dir
-from clustvit_ros.runtime import Settings
-from clustvit_ros.runtime.graph_engine import GraphEngine
-from clustvit_ros.runtime.torch_engine import TorchEngine
 
 _LEAST_AGREEMENT = 0.995
 _LEAST_EQUAL = 0.9999

@@ -23,8 +23,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from clustvit_ros.cli.processes import NodeProcess
 from clustvit_ros.dds import dds_environment, node_environment
+from clustvit_ros.demo.processes import NodeProcess
 from clustvit_ros.shared_memory import find_leftovers
 
 _PATIENCE_S = 30.0
@@ -84,7 +84,8 @@ class Stack:
         return "\n".join(f"{name}: {process.last_lines(3)}" for name, process in self._nodes.items())
 
     def _start(self, name: str) -> NodeProcess:
-        return NodeProcess(name, self._specs[name], self._environ, self._folder / f"{name}.log")
+        module = {"node": "node.node", "camera": "demo.camera"}[name]
+        return NodeProcess(module, self._specs[name], self._environ, self._folder / f"{name}.log")
 
 
 def storm(

@@ -12,9 +12,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from clustvit_ros.cli.pictures import comparison
-from clustvit_ros.modeling import ModelConfig, build_network, load_config
-from clustvit_ros.runtime import Settings, create_engine
+from clustvit_ros.engine import Settings, create_engine
+from clustvit_ros.measure.pictures import comparison
+from clustvit_ros.networks import ModelConfig, build_network, load_config
 from clustvit_ros.training.dataset import LabelledImages
 
 EXAMPLE = "example.jpg"

@@ -24,7 +24,7 @@ import numpy as np
 
 from clustvit_ros.classes import ClassSet
 from clustvit_ros.dds import dds_environment, node_environment
-from clustvit_ros.runtime import Engine, EngineInfo, Prediction, Settings, Stats
+from clustvit_ros.engine import Engine, EngineInfo, Prediction, Settings, Stats
 
 _ROWS = {
     "decode_ms": "decode: message to RGB",
@@ -80,8 +80,8 @@ def measure(size: tuple[int, int], frames: int, rate_hz: float) -> dict[str, Any
     import rclpy
     from rclpy.executors import SingleThreadedExecutor
 
-    from clustvit_ros.ros.node import SegmentationNode
-    from clustvit_ros.ros.process import keep_freed_memory
+    from clustvit_ros.node.node import SegmentationNode
+    from clustvit_ros.node.process import keep_freed_memory
 
     keep_freed_memory()
     rclpy.init(args=[])
@@ -95,11 +95,11 @@ def measure(size: tuple[int, int], frames: int, rate_hz: float) -> dict[str, Any
         noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
         cv2.imwrite(str(pictures / "noise.bmp"), noise)
         recorder = _start(
-            "recorder", output_folder=folder, save_masks="false", save_confidence="true", overlay_every=0,
+            "demo.recorder", output_folder=folder, save_masks="false", save_confidence="true", overlay_every=0,
             expected_masks=frames,
         )  # fmt: skip
         camera = _start(
-            "camera", source=pictures, rate_hz=rate_hz, count=frames, wait_for_subscribers=2, start_delay_s=0.5
+            "demo.camera", source=pictures, rate_hz=rate_hz, count=frames, wait_for_subscribers=2, start_delay_s=0.5
         )
         node.autostart()
         while recorder.poll() is None:
@@ -114,7 +114,7 @@ def measure(size: tuple[int, int], frames: int, rate_hz: float) -> dict[str, Any
 
 def _start(module: str, **parameters: object) -> subprocess.Popen[bytes]:
     arguments = [part for name, value in parameters.items() for part in ("-p", f"{name}:={value}")]
-    command = [sys.executable, "-m", f"clustvit_ros.ros.{module}", "--ros-args", "--log-level", "warn", *arguments]
+    command = [sys.executable, "-m", f"clustvit_ros.{module}", "--ros-args", "--log-level", "warn", *arguments]
     return subprocess.Popen(command, env=node_environment(os.environ))
 
 

@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from clustvit_ros.cli.processes import NodeProcess
 from clustvit_ros.dds import dds_environment, node_environment
-from clustvit_ros.runtime.memory import keep_freed_memory
+from clustvit_ros.demo.processes import NodeProcess
+from clustvit_ros.engine.memory import keep_freed_memory
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _MEMORY_LIMIT_BYTES = 1_000_000
@@ -70,13 +70,13 @@ def soak_in_process(frames: int, size: tuple[int, int], encoding: str) -> dict[s
     """
     from std_msgs.msg import Header
 
-    from clustvit_ros.ros.camera_outputs import CameraOutputs
-    from clustvit_ros.ros.conversions import image_message
-    from clustvit_ros.ros.frame_pipeline import Frame, FramePipeline
-    from clustvit_ros.ros.frame_runner import FrameRunner
-    from clustvit_ros.ros.latency_control import LatencyControl
-    from clustvit_ros.ros.parameters import SegmentationParameters
-    from clustvit_ros.runtime import ScriptedEngine
+    from clustvit_ros.engine import ScriptedEngine
+    from clustvit_ros.node.camera_outputs import CameraOutputs
+    from clustvit_ros.node.conversions import image_message
+    from clustvit_ros.node.frame_pipeline import Frame, FramePipeline
+    from clustvit_ros.node.frame_runner import FrameRunner
+    from clustvit_ros.node.latency_control import LatencyControl
+    from clustvit_ros.node.parameters import SegmentationParameters
 
     keep_freed_memory()
     publishers: dict[str, DiscardingPublisher] = {}
@@ -152,8 +152,8 @@ def soak_over_dds(minutes: float, source: str, rate_hz: float, node: dict[str, A
     settled = highest = 0
     with (
         tempfile.TemporaryDirectory() as folder,
-        NodeProcess("node", node, environ, Path(folder) / "node.log") as node_process,
-        NodeProcess("camera", camera, environ, Path(folder) / "camera.log") as camera_process,
+        NodeProcess("node.node", node, environ, Path(folder) / "node.log") as node_process,
+        NodeProcess("demo.camera", camera, environ, Path(folder) / "camera.log") as camera_process,
     ):
         deadline_s = time.monotonic() + 120.0
         while not masks and time.monotonic() < deadline_s and node_process.exit_code is None:

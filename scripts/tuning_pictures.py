@@ -13,9 +13,9 @@ import cv2
 import numpy as np
 
 from clustvit_ros.cli.main import main as clustvit_ros
-from clustvit_ros.cli.pictures import cluster_overlay
-from clustvit_ros.image_files import list_images
-from clustvit_ros.runtime import Settings, create_engine
+from clustvit_ros.engine import Settings, create_engine
+from clustvit_ros.images import list_images
+from clustvit_ros.measure.pictures import cluster_overlay
 
 _THRESHOLDS = (1.0, 0.5, 0.2)
 _WIDTH_PX = 300

@@ -38,10 +38,10 @@ def main() -> None:
 
 def reference() -> str:
     """The whole document."""
-    from clustvit_ros.ros.camera import CameraParameters
-    from clustvit_ros.ros.parameter_spec import markdown_table
-    from clustvit_ros.ros.parameters import SegmentationParameters
-    from clustvit_ros.ros.recorder import RecorderParameters
+    from clustvit_ros.demo.camera import CameraParameters
+    from clustvit_ros.demo.recorder import RecorderParameters
+    from clustvit_ros.node.parameter_spec import markdown_table
+    from clustvit_ros.node.parameters import SegmentationParameters
 
     return f"""# Reference
 
@@ -142,7 +142,7 @@ def _endpoints(transport: str) -> list[tuple[str, str, str, str]]:
 def _node(context: Any, transport: str) -> Any:
     from rclpy.parameter import Parameter
 
-    from clustvit_ros.ros.node import SegmentationNode
+    from clustvit_ros.node.node import SegmentationNode
 
     overrides = {"engine": "scripted", "image_transport": transport, "autostart": False}
     return SegmentationNode(

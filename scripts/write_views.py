@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from clustvit_ros.classes import IGNORE_INDEX, ClassSet
-from clustvit_ros.modeling import load_config
+from clustvit_ros.networks import load_config
 from clustvit_ros.paths import share_dir
 
 MODEL, IMAGE_TOPIC = "camvid_tiny", "/image"

@@ -41,8 +41,8 @@ def make_toy_model(tmp_path_factory) -> Callable[[ClassSet], Path]:
     """Makes the folder of a small untrained ClustViT whose merge scores spread over the whole range."""
     import torch
 
-    from clustvit_ros.modeling import ModelConfig, build_network, network_config, save_model
-    from clustvit_ros.modeling.model_folder import InputConfig
+    from clustvit_ros.networks import ModelConfig, build_network, network_config, save_model
+    from clustvit_ros.networks.model_folder import InputConfig
 
     def make(classes: ClassSet) -> Path:
         torch.manual_seed(0)
@@ -69,7 +69,7 @@ def make_toy_model(tmp_path_factory) -> Callable[[ClassSet], Path]:
 @pytest.fixture(scope="session")
 def vnni():
     """For tests that compute in 8-bit integers."""
-    from clustvit_ros.modeling.cpu_layers import int8_problem
+    from clustvit_ros.networks.cpu_layers import int8_problem
 
     if problem := int8_problem():
         pytest.skip(f"needs 8-bit products: {problem}")

@@ -11,26 +11,19 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "clustvit_ros"
 FOUNDATION = {
-    "errors",
-    "config",
-    "classes",
-    "paths",
-    "dds",
-    "image_files",
-    "image_encodings",
-    "compressed_images",
-    "shared_memory",
-    "openmp",
-}
+    "errors", "config", "paths", "classes", "images", "compressed_images", "dds", "shared_memory", "openmp",
+}  # fmt: skip
 ALLOWED = {
-    "modeling": set(),
-    "training": {"modeling"},
-    "runtime": {"modeling"},
-    "control": set(),
-    "ros": {"runtime", "control", "sim"},
+    "networks": set(),
+    "engine": {"networks"},
+    "policy": {"engine"},
+    "node": {"engine", "policy"},
+    "demo": {"networks", "engine", "policy", "measure", "node", "sim", "training"},
+    "measure": {"networks", "engine", "policy", "training"},
+    "training": {"networks", "measure"},
+    "bags": {"engine"},
     "sim": set(),
-    "bags": {"runtime"},
-    "cli": {"modeling", "training", "runtime", "control", "sim", "bags"},
+    "cli": {"networks", "engine", "policy", "demo", "measure", "training", "bags", "sim"},
 }
 ROS_PACKAGES = {
     "rclpy",
@@ -66,8 +59,8 @@ def test_rooms_import_only_what_they_may(path):
         parts = name.split(".")
         if parts[0] == "clustvit_ros" and len(parts) > 1 and parts[1] != "__version__":
             assert parts[1] in allowed, f"{room} must not import {name}"
-        if room != "ros":
-            assert parts[0] not in ROS_PACKAGES, f"{room} must not import {name}: rclpy belongs to ros/"
+        if room not in ("node", "demo"):
+            assert parts[0] not in ROS_PACKAGES, f"{room} must not import {name}: rclpy belongs to node/ and demo/"
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.name)
@@ -87,18 +80,18 @@ def test_importing_the_package_loads_neither_torch_nor_rclpy():
 def test_a_node_is_there_before_pytorch_is():
     """Importing PyTorch takes more than a second, which a node that starts anew after a fault does not have."""
     pytest.importorskip("rclpy", reason="needs ROS 2 (rclpy)")
-    code = "import sys, clustvit_ros.ros.node, clustvit_ros.ros.camera; sys.exit('torch' in sys.modules)"
+    code = "import sys, clustvit_ros.node.node, clustvit_ros.demo.camera; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_the_scripted_engine_needs_no_torch():
     code = (
-        "import sys; from clustvit_ros.runtime import create_engine; create_engine('', 'scripted');"
+        "import sys; from clustvit_ros.engine import create_engine; create_engine('', 'scripted');"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_control_is_pure():
-    for path in (PACKAGE / "control").glob("*.py"):
-        assert not {"torch", "cv2", "rclpy", "time"} & {name.split(".")[0] for name in imports(path)}
+def test_policy_has_no_device_and_no_ros():
+    for path in (PACKAGE / "policy").glob("*.py"):
+        assert not {"torch", "cv2", "rclpy"} & {name.split(".")[0] for name in imports(path)}

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from clustvit_ros.classes import IGNORE_INDEX, ClassSet, class_set_names, load_class_set
-from clustvit_ros.modeling import load_config
+from clustvit_ros.networks import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -81,7 +81,7 @@ def test_the_foxglove_layout_places_every_panel_once():
 
 
 def test_stats_that_the_layout_plots_are_published():
-    from clustvit_ros.ros import diagnostics
+    from clustvit_ros.node import diagnostics
 
     layout = (ROOT / "config/foxglove/segmentation.json").read_text()
     source = Path(diagnostics.__file__).read_text()
@@ -91,7 +91,7 @@ def test_stats_that_the_layout_plots_are_published():
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 def test_one_palette_everywhere(model, views):
-    from clustvit_ros.ros.overlay import draw_overlay
+    from clustvit_ros.node.overlay import draw_overlay
 
     classes = load_config(model).classes
     palette = classes.palette()
@@ -119,7 +119,7 @@ def test_a_bag_s_labels_tell_the_palette(tmp_path, make_toy_model):
 
     from clustvit_ros.bags import label_bag
     from clustvit_ros.bags.writing import read_about
-    from clustvit_ros.runtime import create_engine
+    from clustvit_ros.engine import create_engine
 
     classes = ClassSet(("sky", "road"), ((1, 2, 250), (90, 80, 70)))
     engine = create_engine(str(make_toy_model(classes)), device="cpu")

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from clustvit_ros.bags.labelling import LabelOptions, label_bag
+from clustvit_ros.engine import create_engine
 from clustvit_ros.errors import ClustvitError, ConfigError
-from clustvit_ros.runtime import create_engine
 
 LABELLED, DAMAGED, FAILED = "labelled", "damaged", "failed"
 

@@ -19,8 +19,8 @@ from clustvit_ros.bags.messages import COMPRESSED_IMAGE, IMAGE, read_message, to
 from clustvit_ros.bags.reading import PARTIAL_SUFFIX, BagReader
 from clustvit_ros.bags.salvage import Salvaged
 from clustvit_ros.bags.writing import read_about, to_png, write_bag, write_pngs
+from clustvit_ros.engine import Engine, Settings
 from clustvit_ros.errors import BagError, ConfigError, ImageError
-from clustvit_ros.runtime import Engine, Settings
 
 FORMATS = ("bag", "png")
 OUTPUT_STORAGES = ("same", "mcap", "sqlite3")

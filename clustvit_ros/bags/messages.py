@@ -10,7 +10,7 @@ import numpy as np
 
 from clustvit_ros.compressed_images import decode_compressed
 from clustvit_ros.errors import ImageError
-from clustvit_ros.image_encodings import SUPPORTED_ENCODINGS, decode_image, image_fields
+from clustvit_ros.images import SUPPORTED_ENCODINGS, decode_image, image_fields
 
 IMAGE, COMPRESSED_IMAGE = "sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage"
 DIAGNOSTIC_ARRAY = "diagnostic_msgs/msg/DiagnosticArray"

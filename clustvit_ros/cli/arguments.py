@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.modeling.model_folder import load_config, write_variant
-from clustvit_ros.modeling.vit_config import MERGES, ViTConfig
+from clustvit_ros.networks.model_folder import load_config, write_variant
+from clustvit_ros.networks.vit_config import MERGES, ViTConfig
 from clustvit_ros.paths import find_model
 
 

@@ -21,16 +21,16 @@ from clustvit_ros.cli.arguments import (
     parse_names,
     parse_size,
 )
-from clustvit_ros.cli.bench_report import draw_plot, format_table, result_stem
+from clustvit_ros.engine.device import select_device
+from clustvit_ros.engine.onnx_session import PROVIDERS
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.modeling.architectures import build_network, network_config
-from clustvit_ros.modeling.model_folder import InputConfig, ModelConfig, load_config, save_model
-from clustvit_ros.modeling.vit import grid_size_of
-from clustvit_ros.runtime.benchmark import BenchCase, run_cases
-from clustvit_ros.runtime.device import select_device
-from clustvit_ros.runtime.flops import Cost
-from clustvit_ros.runtime.onnx_session import PROVIDERS
-from clustvit_ros.runtime.roofline import measure_rates, roofline_ms
+from clustvit_ros.measure.bench import BenchCase, run_cases
+from clustvit_ros.measure.bench_report import draw_plot, format_table, result_stem
+from clustvit_ros.measure.flops import Cost
+from clustvit_ros.measure.roofline import measure_rates, roofline_ms
+from clustvit_ros.networks.architectures import build_network, network_config
+from clustvit_ros.networks.model_folder import InputConfig, ModelConfig, load_config, save_model
+from clustvit_ros.networks.vit import grid_size_of
 
 _DEFAULT_SIZE = (512, 512)
 _DEFAULT_CLASSES = 150

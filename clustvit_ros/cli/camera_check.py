@@ -24,7 +24,7 @@ def check_camera(topic: str, seconds: float, max_pixels: int, required: bool) ->
         max_pixels: the node's `max_image_pixels`.
         required: the user named the topic, so that no camera there is a failure.
     """
-    command = [sys.executable, "-m", "clustvit_ros.ros.topic_probe", topic, str(seconds), str(max_pixels)]
+    command = [sys.executable, "-m", "clustvit_ros.demo.topic_probe", topic, str(seconds), str(max_pixels)]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=60.0 + 3 * seconds, check=False,

@@ -15,16 +15,16 @@ import torch
 from clustvit_ros.classes import load_class_set
 from clustvit_ros.cli.arguments import parse_counts, parse_names, parse_size
 from clustvit_ros.cli.compare_report import write_report
-from clustvit_ros.cli.evaluation import evaluate
+from clustvit_ros.engine.device import describe_device, select_device
+from clustvit_ros.engine.engine import Settings
+from clustvit_ros.engine.torch_engine import TorchEngine
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.modeling import ModelConfig, Segmenter, build_network, network_config, save_model
-from clustvit_ros.modeling.model_folder import InputConfig
-from clustvit_ros.modeling.vit import grid_size_of
-from clustvit_ros.runtime.benchmark import BenchCase, run_cases
-from clustvit_ros.runtime.device import describe_device, select_device
-from clustvit_ros.runtime.engine import Settings
-from clustvit_ros.runtime.flops import attention_share
-from clustvit_ros.runtime.torch_engine import TorchEngine
+from clustvit_ros.measure.bench import BenchCase, run_cases
+from clustvit_ros.measure.evaluation import evaluate
+from clustvit_ros.measure.flops import attention_share
+from clustvit_ros.networks import ModelConfig, Segmenter, build_network, network_config, save_model
+from clustvit_ros.networks.model_folder import InputConfig
+from clustvit_ros.networks.vit import grid_size_of
 from clustvit_ros.training.augmentation import Augmentation
 from clustvit_ros.training.dataset import LabelledImages
 from clustvit_ros.training.recipe import ClassEntry, Recipe, Schedule

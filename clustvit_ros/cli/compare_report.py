@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from clustvit_ros.engine.machine import machine_name
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.runtime.machine import machine_name
 
 _QUANTITIES = {"latency_ms": "latency (ms)", "peak_memory_mb": "peak memory (MB)", "gflops": "GFLOPs"}
 

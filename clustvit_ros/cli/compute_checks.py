@@ -53,8 +53,8 @@ def check_torch(device: str = "auto") -> list[Finding]:
     try:
         import torch
 
-        from clustvit_ros.modeling.cpu_layers import int8_problem
-        from clustvit_ros.runtime.device import describe_device, select_device
+        from clustvit_ros.engine.device import describe_device, select_device
+        from clustvit_ros.networks.cpu_layers import int8_problem
     except (ImportError, OSError) as error:
         remedy = _JETSON_TORCH if platform.machine() == "aarch64" else "pip install torch"
         return [Finding("torch", Level.FAIL, f"cannot be imported: {error}", remedy)]
@@ -137,8 +137,8 @@ def check_model(model: str, device: str = "auto") -> list[Finding]:
         import numpy as np
 
         from clustvit_ros.classes import IGNORE_INDEX
-        from clustvit_ros.modeling.model_folder import hash_weights
-        from clustvit_ros.runtime import Settings, create_engine
+        from clustvit_ros.engine import Settings, create_engine
+        from clustvit_ros.networks.model_folder import hash_weights
     except (ImportError, OSError) as error:
         return [Finding("model", Level.FAIL, f"cannot be tried: {error}", "install what is missing, see above")]
     refetch = "fetch or train the model again, or name another one with --model"

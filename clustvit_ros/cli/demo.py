@@ -19,14 +19,14 @@ from typing import Any
 import cv2
 import numpy as np
 
-from clustvit_ros.cli.pictures import write_image
-from clustvit_ros.cli.processes import NodeProcess
-from clustvit_ros.cli.sim_demo import DEFAULT_SEED, SIM_RATE_HZ, run_sim, window_problem
 from clustvit_ros.dds import node_environment
+from clustvit_ros.demo.processes import NodeProcess
+from clustvit_ros.demo.sim_demo import DEFAULT_SEED, SIM_RATE_HZ, run_sim, window_problem
 from clustvit_ros.errors import ClustvitError, ConfigError, DataError
-from clustvit_ros.modeling.model_folder import load_config
+from clustvit_ros.measure.metrics import ConfusionMatrix
+from clustvit_ros.measure.pictures import write_image
+from clustvit_ros.networks.model_folder import load_config
 from clustvit_ros.training.dataset import find_images, read_image, read_labels
-from clustvit_ros.training.metrics import ConfusionMatrix
 
 _MODEL, _SIM_MODEL = "camvid_tiny", "sim_tiny"
 _MIN_FRAMES, _MAX_FRAMES = 60, 300
@@ -187,10 +187,14 @@ def _record(args: argparse.Namespace, source: DemoSource, environ: dict[str, str
         flush=True,
     )
     with (
-        NodeProcess("recorder", recorder, environ, output / "logs" / "recorder.log") as recorder_process,
-        NodeProcess("node", node, environ, output / "logs" / "node.log") as node_process,
-        NodeProcess("camera", camera, environ, output / "logs" / "camera.log") as camera_process,
-        NodeProcess("viewer", {}, environ, output / "logs" / "viewer.log") if args.view else contextlib.nullcontext(),
+        NodeProcess("demo.recorder", recorder, environ, output / "logs" / "recorder.log") as recorder_process,
+        NodeProcess("node.node", node, environ, output / "logs" / "node.log") as node_process,
+        NodeProcess("demo.camera", camera, environ, output / "logs" / "camera.log") as camera_process,
+        (
+            NodeProcess("demo.viewer", {}, environ, output / "logs" / "viewer.log")
+            if args.view
+            else contextlib.nullcontext()
+        ),
     ):
         processes = (recorder_process, node_process, camera_process)
         while recorder_process.exit_code is None:

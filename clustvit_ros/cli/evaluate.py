@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from clustvit_ros.cli.arguments import add_variants, find_variants
-from clustvit_ros.cli.evaluation import evaluate, gflops_counter
-from clustvit_ros.cli.pictures import comparison, write_image
-from clustvit_ros.cli.report import compare_twins, write_report
-from clustvit_ros.cli.sweep import sweep
 from clustvit_ros.cli.training_options import usable
 from clustvit_ros.cli.tune import ladder_settings
+from clustvit_ros.engine import PRECISIONS, Engine, Prediction, Settings, create_engine
 from clustvit_ros.errors import ConfigError, DataError
-from clustvit_ros.modeling.model_folder import ModelConfig, load_config
-from clustvit_ros.runtime import PRECISIONS, Engine, Prediction, Settings, create_engine
+from clustvit_ros.measure.evaluation import evaluate, gflops_counter
+from clustvit_ros.measure.pictures import comparison, write_image
+from clustvit_ros.measure.report import compare_twins, write_report
+from clustvit_ros.measure.sweep import sweep
+from clustvit_ros.networks.model_folder import ModelConfig, load_config
 from clustvit_ros.training.dataset import LabelledImages, Sample
 from clustvit_ros.training.layouts import open_data_set
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 from clustvit_ros.cli.arguments import parse_batch, parse_size
+from clustvit_ros.engine.onnx_engine import ONNX_FILE
+from clustvit_ros.engine.onnx_export import INPUT_NAMES, OUTPUT_NAMES, export_onnx
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.modeling.model_folder import load_segmenter
-from clustvit_ros.modeling.official import to_official
+from clustvit_ros.networks.model_folder import load_segmenter
+from clustvit_ros.networks.official import to_official
 from clustvit_ros.paths import find_model
-from clustvit_ros.runtime.onnx_engine import ONNX_FILE
-from clustvit_ros.runtime.onnx_export import INPUT_NAMES, OUTPUT_NAMES, export_onnx
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:

@@ -13,16 +13,16 @@ import torch
 from clustvit_ros.classes import ClassSet, class_set_names, load_class_set
 from clustvit_ros.config import to_mapping
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.modeling.architectures import ARCHITECTURES, build_network, network_config
-from clustvit_ros.modeling.clustr_config import ClusTRConfig
-from clustvit_ros.modeling.model_folder import InputConfig, ModelConfig, check_weights, save_model
-from clustvit_ros.modeling.network_config import NetworkConfig
-from clustvit_ros.modeling.official import Checkpoint, count_classes, from_official, network_of, read_checkpoint
-from clustvit_ros.modeling.official_clustr import clustr_shape, is_clustr
-from clustvit_ros.modeling.segmenter import Segmenter
-from clustvit_ros.modeling.timm_weights import is_encoder, read_encoder, resize_positions
-from clustvit_ros.modeling.vit import grid_size_of
-from clustvit_ros.modeling.vit_config import ViTConfig
+from clustvit_ros.networks.architectures import ARCHITECTURES, build_network, network_config
+from clustvit_ros.networks.clustr_config import ClusTRConfig
+from clustvit_ros.networks.model_folder import InputConfig, ModelConfig, check_weights, save_model
+from clustvit_ros.networks.network_config import NetworkConfig
+from clustvit_ros.networks.official import Checkpoint, count_classes, from_official, network_of, read_checkpoint
+from clustvit_ros.networks.official_clustr import clustr_shape, is_clustr
+from clustvit_ros.networks.segmenter import Segmenter
+from clustvit_ros.networks.timm_weights import is_encoder, read_encoder, resize_positions
+from clustvit_ros.networks.vit import grid_size_of
+from clustvit_ros.networks.vit_config import ViTConfig
 
 # Keys of a configuration file, as the reference cases name them, and ours.
 _CONFIG_KEYS = {

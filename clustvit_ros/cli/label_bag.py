@@ -10,8 +10,8 @@ from typing import Any
 from clustvit_ros.bags import LabelOptions, LabelReport, label_bag
 from clustvit_ros.bags.labelling import COMPRESSIONS, FORMATS, OUTPUT_STORAGES
 from clustvit_ros.cli.arguments import parse_size
+from clustvit_ros.engine import ENGINES, create_engine
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.runtime import ENGINES, create_engine
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:

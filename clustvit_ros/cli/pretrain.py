@@ -11,8 +11,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from clustvit_ros.cli.training_options import EXIT_TIME_UP, add_training_options, prepare, run_options
+from clustvit_ros.engine.device import select_device
 from clustvit_ros.errors import DataError
-from clustvit_ros.runtime.device import select_device
 from clustvit_ros.training.dataset import Finding, find_images, list_findings, read_image
 from clustvit_ros.training.distributed import processes
 from clustvit_ros.training.loop import TimeUp

@@ -14,21 +14,21 @@ from typing import Any, NamedTuple
 
 import torch
 
-from clustvit_ros.cli.evaluation import evaluate
 from clustvit_ros.cli.training_options import EXIT_TIME_UP, add_training_options, prepare, run_options, usable
 from clustvit_ros.config import to_mapping
+from clustvit_ros.engine import Settings
+from clustvit_ros.engine.device import select_device
+from clustvit_ros.engine.torch_engine import TorchEngine
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.modeling.model_folder import (
+from clustvit_ros.measure.evaluation import evaluate
+from clustvit_ros.networks.model_folder import (
     WEIGHTS_FILE,
     ModelConfig,
     load_config,
     load_segmenter,
     save_model,
 )
-from clustvit_ros.modeling.segmenter import Segmenter
-from clustvit_ros.runtime import Settings
-from clustvit_ros.runtime.device import select_device
-from clustvit_ros.runtime.torch_engine import TorchEngine
+from clustvit_ros.networks.segmenter import Segmenter
 from clustvit_ros.training.checkpoint import write_text, writing
 from clustvit_ros.training.dataset import Finding, LabelledImages
 from clustvit_ros.training.distributed import Processes, processes

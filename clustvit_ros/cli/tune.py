@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from clustvit_ros.cli.sweep import SweepRow, suggest, sweep
+from clustvit_ros.engine import Engine, Settings, create_engine
+from clustvit_ros.engine.capacity import default_ladder
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.runtime import Engine, Settings, create_engine
-from clustvit_ros.runtime.capacity import default_ladder
+from clustvit_ros.measure.sweep import SweepRow, suggest, sweep
 from clustvit_ros.training.dataset import LabelledImages, find_images, read_image
 
 _THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)

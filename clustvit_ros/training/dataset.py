@@ -12,7 +12,7 @@ import numpy as np
 
 from clustvit_ros.classes import IGNORE_INDEX
 from clustvit_ros.errors import DataError
-from clustvit_ros.image_files import IMAGE_SUFFIXES, list_images
+from clustvit_ros.images import IMAGE_SUFFIXES, list_images
 
 _READERS = 8
 

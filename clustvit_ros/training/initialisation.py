@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clustvit_ros.errors import ModelError
-from clustvit_ros.modeling.model_folder import WEIGHTS_FILE, load_config
-from clustvit_ros.modeling.official import from_official
-from clustvit_ros.modeling.segmenter import Segmenter
-from clustvit_ros.modeling.vit import VisionTransformer, grid_size_of
+from clustvit_ros.networks.model_folder import WEIGHTS_FILE, load_config
+from clustvit_ros.networks.official import from_official
+from clustvit_ros.networks.segmenter import Segmenter
+from clustvit_ros.networks.vit import VisionTransformer, grid_size_of
 from clustvit_ros.paths import MODEL_FILE, share_dir
 from clustvit_ros.training.widening import widen
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from clustvit_ros.classes import IGNORE_INDEX, ClassSet, load_class_set
 from clustvit_ros.config import from_mapping, read_yaml
 from clustvit_ros.errors import ConfigError, DataError
-from clustvit_ros.image_files import list_images
+from clustvit_ros.images import list_images
 from clustvit_ros.training.dataset import LabelledImages, LabelReader, Pair, find_images
 from clustvit_ros.training.label_files import ColourLabels, IdLabels, PolygonLabels
 

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from clustvit_ros.classes import IGNORE_INDEX
 from clustvit_ros.config import to_mapping
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.modeling.architectures import build_network
-from clustvit_ros.modeling.vit import BACKBONE_NORM_EPS, Block, VisionTransformer, grid_size_of
+from clustvit_ros.networks.architectures import build_network
+from clustvit_ros.networks.vit import BACKBONE_NORM_EPS, Block, VisionTransformer, grid_size_of
 from clustvit_ros.training.checkpoint import writing
 from clustvit_ros.training.crops import DEFAULT_CACHE_BYTES, Batch, Crops, Place
 from clustvit_ros.training.dataset import Sample, read_image

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from clustvit_ros.classes import ClassSet, load_class_set
 from clustvit_ros.config import from_mapping, read_yaml
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.modeling.architectures import network_config, plain_twin
-from clustvit_ros.modeling.model_folder import InputConfig, ModelConfig
+from clustvit_ros.networks.architectures import network_config, plain_twin
+from clustvit_ros.networks.model_folder import InputConfig, ModelConfig
 from clustvit_ros.training.augmentation import Augmentation
 
 

@@ -12,11 +12,11 @@ from tqdm import tqdm
 
 from clustvit_ros.config import to_mapping
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.modeling.architectures import build_network
-from clustvit_ros.modeling.backbone import Backbone
-from clustvit_ros.modeling.clustering import Clusterer, Regenerator
-from clustvit_ros.modeling.segmenter import Segmenter
-from clustvit_ros.modeling.vit import grid_size_of
+from clustvit_ros.networks.architectures import build_network
+from clustvit_ros.networks.backbone import Backbone
+from clustvit_ros.networks.clustering import Clusterer, Regenerator
+from clustvit_ros.networks.segmenter import Segmenter
+from clustvit_ros.networks.vit import grid_size_of
 from clustvit_ros.training.checkpoint import CHECKPOINT
 from clustvit_ros.training.crops import DEFAULT_CACHE_BYTES, Batch, Crops, Place
 from clustvit_ros.training.dataset import LabelledImages

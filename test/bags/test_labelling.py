@@ -21,8 +21,8 @@ from recordings import camera_bag, image, picture, record, replay, storage_file,
 
 from clustvit_ros.bags import BagReader, LabelOptions, find_bags, label_bag
 from clustvit_ros.cli.main import main
+from clustvit_ros.engine import ScriptedEngine
 from clustvit_ros.errors import BagError, ConfigError
-from clustvit_ros.runtime import ScriptedEngine
 
 STORAGES = ["mcap", "sqlite3"]
 SUFFIXES = {"mcap": ".mcap", "sqlite3": ".db3"}
@@ -211,7 +211,7 @@ def start_slow(source: Path, target: Path, frame_ms: float = 40.0) -> subprocess
     """label-bag in another process, with an engine that takes its time."""
     code = (
         "import sys; from pathlib import Path; from clustvit_ros.bags import label_bag;"
-        f"from clustvit_ros.runtime import ScriptedEngine;"
+        f"from clustvit_ros.engine import ScriptedEngine;"
         f"label_bag(Path(sys.argv[1]), Path(sys.argv[2]), ScriptedEngine({frame_ms}))"
     )
     return subprocess.Popen([sys.executable, "-c", code, str(source), str(target)], text=True)
@@ -335,7 +335,7 @@ def test_bags_are_found_once_and_output_is_not_taken_for_input(tmp_path):
 
 def test_the_real_model_labels_a_bag(tmp_path, make_toy_model):
     from clustvit_ros.classes import ClassSet
-    from clustvit_ros.runtime import create_engine
+    from clustvit_ros.engine import create_engine
 
     folder = make_toy_model(ClassSet(("sky", "road"), ((0, 0, 255), (90, 90, 90))))
     source = camera_bag(tmp_path / "in", 2, size=(96, 128))

@@ -7,9 +7,9 @@ import re
 
 import pytest
 
-from clustvit_ros.cli import bench_report
 from clustvit_ros.cli.main import main
-from clustvit_ros.runtime.benchmark import ROW_KEYS
+from clustvit_ros.measure import bench_report
+from clustvit_ros.measure.bench import ROW_KEYS
 
 
 def bench(*arguments):
@@ -18,7 +18,7 @@ def bench(*arguments):
 
 def test_architectures_are_measured_side_by_side_and_reported(tmp_path, capsys, monkeypatch):
     # A process of its own per row takes seconds; test_benchmark.py has one.
-    monkeypatch.setattr("clustvit_ros.runtime.benchmark._peak_memory_mb", lambda case: 1.0)
+    monkeypatch.setattr("clustvit_ros.measure.bench._peak_memory_mb", lambda case: 1.0)
     options = ["--arch", "vit_t,clustvit_t", "--size", "64x96", "--classes", 4, "--kept-fraction", "0.25,0.5"]
     files = ["--json", tmp_path / "deep" / "rows.json", "--plot", tmp_path / "plot.png", "--save-dir", tmp_path / "all"]
     assert bench(*options, *files, "--roofline") == 0
@@ -39,7 +39,7 @@ def test_architectures_are_measured_side_by_side_and_reported(tmp_path, capsys, 
 
 
 def test_a_model_is_measured_with_its_own_size_and_classes(model_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr("clustvit_ros.runtime.benchmark._peak_memory_mb", lambda case: 1.0)
+    monkeypatch.setattr("clustvit_ros.measure.bench._peak_memory_mb", lambda case: 1.0)
     assert bench("--model", model_dir, "--capacity", "7,48", "--json", tmp_path / "rows.json") == 0
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [(row["arch"], row["size"], row["classes"], row["tokens_kept"]) for row in rows] == [
@@ -49,7 +49,7 @@ def test_a_model_is_measured_with_its_own_size_and_classes(model_dir, tmp_path, 
 
 
 def test_ways_to_merge_and_decode_are_measured_side_by_side(model_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr("clustvit_ros.runtime.benchmark._peak_memory_mb", lambda case: 1.0)
+    monkeypatch.setattr("clustvit_ros.measure.bench._peak_memory_mb", lambda case: 1.0)
     options = ("--merge", "none,clusters,tome,kmeans", "--decode", "full,compact", "--capacity", "12")
     assert bench("--model", model_dir, *options, "--json", tmp_path / "rows.json") == 0
     rows = json.loads((tmp_path / "rows.json").read_text())

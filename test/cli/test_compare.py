@@ -97,7 +97,7 @@ def test_the_page_states_exponents_and_ceilings():
 
 
 def test_every_contender_can_be_built():
-    from clustvit_ros.modeling import network_config
+    from clustvit_ros.networks import network_config
 
     for contender in CONTENDERS.values():
         for overrides in (contender.network, {**contender.network, **contender.training}):

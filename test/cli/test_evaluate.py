@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from clustvit_ros.cli.main import main
-from clustvit_ros.modeling import build_network, load_config, load_segmenter, save_model
-from clustvit_ros.modeling.architectures import network_config, plain_twin
+from clustvit_ros.networks import build_network, load_config, load_segmenter, save_model
+from clustvit_ros.networks.architectures import network_config, plain_twin
 
 
 def evaluate(model, data, *arguments):
@@ -166,7 +166,7 @@ def test_bad_files_are_skipped_on_request(model_dir, labelled_dir, tmp_path, cap
 
 def test_shipped_models_keep_their_scores(camvid_dir, tmp_path):
     """The figures in every model card of CamVid come out of this command."""
-    from clustvit_ros.modeling import load_config
+    from clustvit_ros.networks import load_config
     from clustvit_ros.paths import share_dir
 
     models = [path.parent for path in (share_dir() / "models").glob("camvid_*/model.yaml")]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from clustvit_ros.cli.main import main
-from clustvit_ros.runtime import onnx_check
+from clustvit_ros.engine import onnx_check
 
 for package in ("onnx", "onnxruntime"):
     pytest.importorskip(package, reason=f"needs {package}, of the extra 'onnx'")

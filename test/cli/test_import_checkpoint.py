@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from clustvit_ros.classes import ClassSet, class_set_names, load_class_set
 from clustvit_ros.cli.main import main
 from clustvit_ros.errors import ModelError
-from clustvit_ros.modeling import ViTConfig, build_network, load_config, load_segmenter, network_config
-from clustvit_ros.modeling.official import from_official, to_official
-from clustvit_ros.modeling.sliding_window import whole_logits
+from clustvit_ros.networks import ViTConfig, build_network, load_config, load_segmenter, network_config
+from clustvit_ros.networks.official import from_official, to_official
+from clustvit_ros.networks.sliding_window import whole_logits
 
 IMAGE_CASES = ("a_basic", "b_batch2", "c_nonsquare_k4_ip1", "e_empty_id2", "f_vit_baseline", "l_k1_last_layer", "m_ip0")
 

@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 
 from clustvit_ros.cli.main import main
-from clustvit_ros.cli.sweep import SweepRow, suggest, sweep
-from clustvit_ros.runtime import ScriptedEngine, Settings
+from clustvit_ros.engine import ScriptedEngine, Settings
+from clustvit_ros.measure.sweep import SweepRow, suggest, sweep
 
 
 class ScriptedClock:

@@ -7,11 +7,11 @@ import pytest
 
 pytest.importorskip("panda3d", reason="needs panda3d (the 'sim' extra)")
 
-from clustvit_ros.modeling import load_config
-from clustvit_ros.runtime import Settings, create_engine
+from clustvit_ros.engine import Settings, create_engine
+from clustvit_ros.measure.metrics import ConfusionMatrix
+from clustvit_ros.networks import load_config
 from clustvit_ros.sim import SIM_CLASSES
 from clustvit_ros.sim.dataset import sample_frames
-from clustvit_ros.training.metrics import ConfusionMatrix
 
 FLOOR_MIOU = 86.5
 FRAMES = 30

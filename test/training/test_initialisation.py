@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from clustvit_ros.errors import ModelError
-from clustvit_ros.modeling import build_network, load_segmenter, network_config, save_model
-from clustvit_ros.modeling.official import to_official
+from clustvit_ros.networks import build_network, load_segmenter, network_config, save_model
+from clustvit_ros.networks.official import to_official
 from clustvit_ros.training.initialisation import initialise, save_encoder
 from clustvit_ros.training.recipe import read_recipe
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from clustvit_ros.cli.main import main
-from clustvit_ros.modeling import build_network, network_config
+from clustvit_ros.networks import build_network, network_config
 from clustvit_ros.training.masked_autoencoder import MaskedAutoencoder
 
 

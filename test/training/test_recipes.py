@@ -10,8 +10,8 @@ import pytest
 
 from clustvit_ros.classes import load_class_set
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.modeling.architectures import without_merging
-from clustvit_ros.modeling.model_folder import load_config
+from clustvit_ros.networks.architectures import without_merging
+from clustvit_ros.networks.model_folder import load_config
 from clustvit_ros.training.augmentation import Augmentation
 from clustvit_ros.training.recipe import Pretraining, Schedule, read_recipe
 

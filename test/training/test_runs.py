@@ -15,7 +15,7 @@ import torch
 import yaml
 from conftest import CLASSES, RECIPE, write_split
 
-from clustvit_ros.modeling import load_config, load_segmenter
+from clustvit_ros.networks import load_config, load_segmenter
 from clustvit_ros.training import trainer
 
 

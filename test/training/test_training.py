@@ -12,11 +12,11 @@ import yaml
 
 from clustvit_ros.cli.main import main
 from clustvit_ros.errors import DataError
-from clustvit_ros.modeling import load_segmenter
+from clustvit_ros.measure.metrics import BoundaryIoU, ConfusionMatrix
+from clustvit_ros.networks import load_segmenter
 from clustvit_ros.training.augmentation import Augmentation
 from clustvit_ros.training.dataset import LabelledImages, Sample
 from clustvit_ros.training.losses import cluster_loss, frequency_weights, segmentation_loss
-from clustvit_ros.training.metrics import BoundaryIoU, ConfusionMatrix
 from clustvit_ros.training.pseudo_clusters import pseudo_clusters
 
 

@@ -1,0 +1,316 @@
+"""A camera for demonstrations and tests: publishes pictures, a video, a device or a simulated world as a driver would.
+
+Pictures are decoded ahead in a thread of their own, so that the rate holds. A manifest says which picture became the
+message of which stamp, so that masks can be compared with labels afterwards. The simulated camera also knows its
+intrinsics, the true class of every pixel and its place; they are published with the stamp of their image.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import queue
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import cv2
+from rclpy.clock import Clock, ClockType
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.node import Node
+from rclpy.qos import QoSProfile, ReliabilityPolicy
+from rclpy.qos_overriding_options import QoSOverridingOptions
+from rclpy.task import Future
+from sensor_msgs.msg import CameraInfo, Image, PointCloud2
+from std_msgs.msg import Header
+
+from clustvit_ros.demo.camera_messages import camera_info_message, cloud_message
+from clustvit_ros.demo.frame_source import FrameSource, SourceFrame, open_source
+from clustvit_ros.errors import ConfigError
+from clustvit_ros.node.conversions import image_message
+from clustvit_ros.node.parameter_server import ParameterServer
+from clustvit_ros.node.parameter_spec import parameter
+from clustvit_ros.node.process import run_node
+
+CAMERA_QOS = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
+"""Sensor data, as camera drivers offer it."""
+
+TRUTH_QOS = QoSProfile(depth=5, reliability=ReliabilityPolicy.RELIABLE)
+"""As the masks that the truth is compared with."""
+
+_DECODE_AHEAD = 4
+_START_POLL_S = 0.05
+# Best-effort messages still in flight are lost when their writer goes; so it stays a little.
+_LINGER_S = 1.0
+
+
+@dataclass(frozen=True)
+class CameraParameters:
+    """What to publish, and how."""
+
+    source: str = parameter(
+        "", "Folder of pictures, video file, /dev/videoN or N, sim or sim:SEED.", accepts_integer=True
+    )
+    rate_hz: float = parameter(
+        30.0, "Frames per second; a device gives fewer if it must.", minimum=0.01, maximum=1000.0, unit="Hz"
+    )
+    loop: bool = parameter(True, "Start over at the end of a folder or video.")
+    count: int = parameter(0, "End after so many frames; 0 never ends by itself.", minimum=0, maximum=2_147_483_647)
+    frame_id: str = parameter("camera", "Frame of the images' headers.")
+    width: int = parameter(0, "Scale to this width; 0 keeps the source's.", minimum=0, maximum=65_535, unit="px")
+    height: int = parameter(0, "Scale to this height; 0 keeps the source's.", minimum=0, maximum=65_535, unit="px")
+    wait_for_subscribers: int = parameter(
+        0, "Publish nothing before so many subscribers are there.", minimum=0, maximum=1000
+    )
+    wait_timeout_s: float = parameter(
+        60.0, "Give up when they have not come by then.", minimum=0.0, maximum=86_400.0, unit="s"
+    )
+    start_delay_s: float = parameter(
+        0.0, "Wait before the first frame, once the subscribers are there.", minimum=0.0, maximum=3600.0, unit="s"
+    )
+    loop_frames: int = parameter(
+        0, "The simulated drive starts over after so many frames; 0 drives on.", minimum=0, maximum=2_147_483_647
+    )
+    time_lapse: float = parameter(
+        1.0, "Simulated seconds per second, for the simulated camera.", minimum=0.01, maximum=100.0
+    )
+    publish_points: bool = parameter(False, "Publish the simulated camera's points as an organised cloud.")
+    manifest: str = parameter("", "File that gets one JSON line per frame: stamp_ns, index, name.")
+
+
+class FrameReader:
+    """Decodes frames ahead of their time, in a thread of its own.
+
+    Args:
+        source: where they come from; a live one is read at its own pace, and only its newest frame is kept.
+        loop: start over at the end.
+        size: (height, width) to scale to; None keeps the source's.
+    """
+
+    def __init__(self, source: FrameSource, loop: bool, size: tuple[int, int] | None) -> None:
+        self._source = source
+        self._loop = loop
+        self._size = size
+        self._frames: queue.Queue[SourceFrame | Exception | None] = queue.Queue(1 if source.live else _DECODE_AHEAD)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="camera-reader", daemon=True)
+        self._thread.start()
+
+    def next(self) -> SourceFrame | None:
+        """The next frame, or None when none is ready yet.
+
+        Raises:
+            StopIteration: there are no more.
+            DataError: the source failed.
+        """
+        try:
+            item = self._frames.get_nowait()
+        except queue.Empty:
+            return None
+        if item is None:
+            raise StopIteration
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def close(self) -> None:
+        """End the thread."""
+        self._stop.set()
+        self._thread.join(2.0)
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.is_set():
+                for frame in self._source:
+                    self._put(self._scaled(frame))
+                    if self._stop.is_set():
+                        return
+                if not self._loop:
+                    break
+            self._put(None)
+        except Exception as error:  # whatever the source raises is reported by the node's thread
+            self._put(error)
+
+    def _scaled(self, frame: SourceFrame) -> SourceFrame:
+        if self._size is None or frame.pixels.shape[:2] == self._size:
+            return frame
+        pixels = cv2.resize(frame.pixels, self._size[::-1], interpolation=cv2.INTER_AREA)
+        return dataclasses.replace(frame, pixels=pixels)
+
+    def _put(self, item: SourceFrame | Exception | None) -> None:
+        if self._source.live:
+            with contextlib.suppress(queue.Empty):
+                self._frames.get_nowait()
+        while not self._stop.is_set():
+            with contextlib.suppress(queue.Full):
+                self._frames.put(item, timeout=0.1)
+                return
+
+
+class TruthPublishers:
+    """What only the simulated camera knows: `camera_info`, `ground_truth` (mono8 class ids) and `points`.
+
+    Args:
+        node: the publishers' owner.
+        focal_px: of the pinhole camera.
+    """
+
+    def __init__(self, node: Node, focal_px: float) -> None:
+        self._focal_px = focal_px
+        self._info = node.create_publisher(CameraInfo, "camera_info", CAMERA_QOS)
+        self._labels = node.create_publisher(Image, "ground_truth", TRUTH_QOS)
+        self._points = node.create_publisher(PointCloud2, "points", TRUTH_QOS)
+
+    def publish(self, frame: SourceFrame, header: Header) -> None:
+        """Publish what came with an image, under its header."""
+        self._info.publish(camera_info_message(frame.pixels.shape[:2], self._focal_px, header))
+        if frame.labels is not None and self._labels.get_subscription_count():
+            self._labels.publish(image_message(frame.labels, "mono8", header))
+        if frame.points is not None and self._points.get_subscription_count():
+            self._points.publish(cloud_message(frame.points, header))
+
+
+class CameraNode(Node):
+    """Publishes the frames of a source on `image`.
+
+    Raises:
+        ConfigError: a parameter that cannot be used.
+        DataError: a source that cannot be used.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__("camera", **arguments)
+        parameters = ParameterServer(self, CameraParameters, lambda: "cannot change while the camera runs").current
+        if not parameters.source:
+            raise ConfigError(
+                "source: got nothing, expected a folder of pictures, a video file, /dev/videoN, N or sim:SEED"
+            )
+        if bool(parameters.width) != bool(parameters.height):
+            raise ConfigError(f"width, height: got {parameters.width} and {parameters.height}, expected both or none")
+        self._parameters_ = parameters
+        self._source = open_source(
+            parameters.source,
+            parameters.width,
+            parameters.height,
+            parameters.rate_hz / parameters.time_lapse,
+            parameters.publish_points,
+            parameters.loop_frames,
+        )
+        size = (parameters.height, parameters.width) if parameters.width else None
+        self._reader = FrameReader(self._source, parameters.loop, size)
+        self._manifest: TextIO | None = None
+        if parameters.manifest:
+            # Kept open for the node's life; line by line, so that readers see whole entries at once.
+            self._manifest = Path(parameters.manifest).open("w", buffering=1, encoding="utf-8")  # noqa: SIM115
+        self._publisher = self.create_publisher(
+            Image, "image", CAMERA_QOS, qos_overriding_options=QoSOverridingOptions.with_default_policies()
+        )
+        self._truths = TruthPublishers(self, self._source.focal_px) if self._source.focal_px else None
+        self._steady = Clock(clock_type=ClockType.STEADY_TIME)
+        self._created_s = time.monotonic()
+        self._ready_s: float | None = None
+        self._first_s = self._last_s = 0.0
+        self._last_stamp_ns = 0
+        self._sent = 0
+        self._late = 0
+        self.done: Future = Future()
+        """Gets the process's exit code."""
+        self._timer = self.create_timer(_START_POLL_S, self._start, clock=self._steady)
+        awaited = parameters.wait_for_subscribers
+        self.get_logger().info(
+            f"{self._source.description} at {parameters.rate_hz:g} Hz -> {self._publisher.topic_name}"
+            + (f", once it has {awaited} subscribers" if awaited else "")
+        )
+
+    def close(self) -> int:
+        """Stop reading, write out the manifest, and say what was sent.
+
+        Returns:
+            0: what went wrong is told by `done`.
+        """
+        self._reader.close()
+        if self._manifest is not None:
+            self._manifest.close()
+        self.get_logger().info(self._summary())
+        return 0
+
+    def _summary(self) -> str:
+        elapsed_s = self._last_s - self._first_s
+        rate = f" in {elapsed_s:.1f} s ({(self._sent - 1) / elapsed_s:.1f} Hz)" if self._sent > 1 and elapsed_s else ""
+        late = f", {self._late} times no frame was ready in time" if self._late and not self._source.live else ""
+        return f"sent {self._sent} frames{rate}{late}"
+
+    def _start(self) -> None:
+        parameters = self._parameters_
+        if self._publisher.get_subscription_count() < parameters.wait_for_subscribers:
+            if time.monotonic() - self._created_s > parameters.wait_timeout_s:
+                self._finish(
+                    f"{self._publisher.topic_name}: got {self._publisher.get_subscription_count()} subscribers within "
+                    f"{parameters.wait_timeout_s:g} s, expected {parameters.wait_for_subscribers}; "
+                    "do they run in the same ROS domain?"
+                )
+            return
+        self._ready_s = self._ready_s or time.monotonic()
+        if time.monotonic() - self._ready_s >= parameters.start_delay_s:
+            self.destroy_timer(self._timer)
+            self._timer = self.create_timer(1.0 / parameters.rate_hz, self._publish_next, clock=self._steady)
+            self._publish_next()
+
+    def _publish_next(self) -> None:
+        try:
+            frame = self._reader.next()
+        except StopIteration:
+            self._finish()
+            return
+        except Exception as error:  # whatever the reader met, in its own words
+            self._finish(str(error))
+            return
+        if frame is None:
+            self._late += self._sent > 0
+            return
+        stamp_ns = max(self.get_clock().now().nanoseconds, self._last_stamp_ns + 1)
+        self._last_stamp_ns = stamp_ns
+        header = Header(frame_id=self._parameters_.frame_id)
+        header.stamp.sec, header.stamp.nanosec = divmod(stamp_ns, 1_000_000_000)
+        if self._manifest is not None:
+            # Before the message, so that whoever gets the mask finds the line.
+            entry = {"stamp_ns": stamp_ns, "index": self._sent, "name": frame.name}
+            self._manifest.write(json.dumps(entry) + "\n")
+        self._publisher.publish(image_message(frame.pixels, "bgr8", header))
+        if self._truths is not None:
+            self._truths.publish(frame, header)
+        self._last_s = time.monotonic()
+        self._first_s = self._first_s or self._last_s
+        self._sent += 1
+        if self._sent == self._parameters_.count:
+            self._finish()
+
+    def _finish(self, error: str = "") -> None:
+        self.destroy_timer(self._timer)
+        if error:
+            self.get_logger().fatal(error)
+            self.done.set_result(1)
+            return
+        self._timer = self.create_timer(_LINGER_S, lambda: self.done.set_result(0), clock=self._steady)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Publish until the source, the count or the user ends it.
+
+    Returns:
+        0, or 1 when the source or a parameter cannot be used or nobody subscribes in time.
+    """
+    return run_node("camera", CameraNode, _spin, arguments)
+
+
+def _spin(node: CameraNode, executor: SingleThreadedExecutor) -> int:
+    executor.spin_until_future_complete(node.done)
+    return node.done.result() or 0 if node.done.done() else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""Turns the segmentation node's knobs while it runs, as a user would with `ros2 param set`, and notes what it did when.
+
+The first phase runs with the merge threshold asked for, the second merges nothing; its median is the full latency. Then
+come budgets, as shares of it. They decide alone: the threshold stays at 1. A budget that the node refuses is replaced
+by the smallest that it names.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from diagnostic_msgs.msg import DiagnosticArray
+from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue
+from rcl_interfaces.srv import SetParameters
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.node import Node
+
+from clustvit_ros.errors import ClustvitError, ConfigError
+from clustvit_ros.node.parameter_server import ParameterServer
+from clustvit_ros.node.parameter_spec import parameter
+from clustvit_ros.node.process import run_node
+
+_MAX_TRIES = 4
+
+
+@dataclass(frozen=True)
+class ConductorParameters:
+    """What to try, and for how long."""
+
+    output: str = parameter("phases.json", "File that gets the phases.")
+    merge_threshold: float = parameter(0.5, "Of the first phase.", minimum=0.0, maximum=1.0)
+    budget_shares: str = parameter("1.0,0.6,0.4", "Budgets to try, as shares of the full latency.")
+    phase_s: float = parameter(8.0, "Length of a phase.", minimum=0.1, maximum=3600.0, unit="s")
+    settle_frames: int = parameter(8, "Frames after a change that belong to no phase.", minimum=0, maximum=1000)
+    start_timeout_s: float = parameter(
+        180.0, "Give up when the node is not calibrated by then.", minimum=1.0, maximum=3600.0, unit="s"
+    )
+    silence_timeout_s: float = parameter(
+        20.0, "Give up when no frame comes for so long.", minimum=0.1, maximum=3600.0, unit="s"
+    )
+
+
+class ConductorNode(Node):
+    """Goes through the phases.
+
+    Raises:
+        ConfigError: a parameter that cannot be used.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__("conductor", **arguments)
+        self._options = ParameterServer(self, ConductorParameters, lambda: "cannot change while it runs").current
+        try:
+            self._shares = [float(part) for part in self._options.budget_shares.split(",") if part.strip()]
+        except ValueError:
+            raise ConfigError(
+                f"budget_shares: got {self._options.budget_shares!r}, expected numbers separated by commas"
+            ) from None
+        self._executor: SingleThreadedExecutor | None = None
+        self._frames = 0
+        self._engine_ms: list[float] = []
+        self._newest: dict[str, str] = {}
+        self._stamp_ns = 0
+        self.create_subscription(DiagnosticArray, "segmentation/stats", self._on_stats, 50)
+        self._client = self.create_client(SetParameters, "segmentation/set_parameters")
+
+    def close(self) -> int:
+        """Nothing to stop; 0."""
+        return 0
+
+    def conduct(self, executor: SingleThreadedExecutor) -> int:
+        """Go through all phases and write them.
+
+        Returns:
+            0.
+
+        Raises:
+            ClustvitError: the node fell silent or refused what it offered.
+        """
+        self._executor = executor
+        options = self._options
+        self._wait(lambda: "slowdown" in self._newest, "the node's calibration", options.start_timeout_s)
+        self._set(merge_threshold=options.merge_threshold, latency_budget_ms=0.0)
+        phases = [self._run_phase("default", merge_threshold=options.merge_threshold)]
+        self._set(merge_threshold=1.0)
+        phases.append(self._run_phase("full", merge_threshold=1.0))
+        full_ms = phases[-1]["engine_p50_ms"]
+        for share in self._shares:
+            asked_ms = round(share * full_ms, 1)
+            budget_ms, reason = self._set_budget(asked_ms)
+            phase = self._run_phase(
+                f"budget_{round(100 * share)}", share=share, asked_ms=asked_ms, budget_ms=budget_ms, refused=reason
+            )
+            phases.append(phase)
+        self._set(merge_threshold=options.merge_threshold, latency_budget_ms=0.0)
+        result = {"full_ms": full_ms, "phases": phases}
+        Path(options.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        return 0
+
+    def _run_phase(self, name: str, **facts: Any) -> dict[str, Any]:
+        target = self._frames + self._options.settle_frames
+        self._wait(lambda: self._frames >= target, f"phase {name}", self._options.silence_timeout_s)
+        first_ns, heard = self._stamp_ns, len(self._engine_ms)
+        end_s = time.monotonic() + self._options.phase_s
+        self._wait(
+            lambda: time.monotonic() >= end_s and len(self._engine_ms) > heard,
+            f"phase {name}", self._options.phase_s + self._options.silence_timeout_s,
+        )  # fmt: skip
+        median_ms = float(np.median(self._engine_ms[heard:]))
+        self.get_logger().info(f"{name}: engine {median_ms:.1f} ms")
+        return {"name": name, "after_ns": first_ns, "until_ns": self._stamp_ns, "engine_p50_ms": median_ms, **facts}
+
+    def _set_budget(self, budget_ms: float) -> tuple[float, str]:
+        """Set a budget, or the smallest that the node offers instead; and the reason of the refusal, if any."""
+        refused = ""
+        for _ in range(_MAX_TRIES):
+            try:
+                self._set(latency_budget_ms=budget_ms)
+                return budget_ms, refused
+            except ConfigError as error:
+                refused = refused or str(error)
+                offer = re.search(r"at least ([\d.]+)", str(error))
+                if offer is None:
+                    raise
+                budget_ms = float(offer[1])
+        raise ClustvitError(f"the node refuses even the budget that it offered, {budget_ms:g} ms")
+
+    def _set(self, **values: float) -> None:
+        """Set parameters together, as `ros2 param set` does.
+
+        Raises:
+            ConfigError: the node refuses them, for the reason it gives.
+        """
+        parameters = [
+            Parameter(name=name, value=ParameterValue(type=ParameterType.PARAMETER_DOUBLE, double_value=value))
+            for name, value in values.items()
+        ]
+        timeout_s = self._options.silence_timeout_s
+        self._wait(self._client.service_is_ready, "the node's parameter service", timeout_s)
+        future = self._client.call_async(SetParameters.Request(parameters=parameters))
+        self._wait(future.done, "the answer of the node's parameter service", timeout_s)
+        refusals = [result.reason for result in future.result().results if not result.successful]
+        if refusals:
+            raise ConfigError(refusals[0])
+
+    def _wait(self, condition: Callable[[], bool], what: str, timeout_s: float) -> None:
+        assert self._executor is not None
+        deadline_s = time.monotonic() + timeout_s
+        while not condition():
+            if time.monotonic() > deadline_s:
+                raise ClustvitError(f"waited {timeout_s:g} s for {what}; the node's own output says more")
+            self._executor.spin_once(timeout_sec=0.1)
+
+    def _on_stats(self, message: DiagnosticArray) -> None:
+        self._newest = {pair.key: pair.value for pair in message.status[0].values}
+        self._stamp_ns = message.header.stamp.sec * 1_000_000_000 + message.header.stamp.nanosec
+        self._frames += 1
+        self._engine_ms.append(float(self._newest["engine_ms"]))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Go through the phases.
+
+    Returns:
+        0, or 1 when the node fell silent or a parameter cannot be used.
+    """
+    return run_node("conductor", ConductorNode, ConductorNode.conduct, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

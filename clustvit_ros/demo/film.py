@@ -1,0 +1,166 @@
+"""The simulated demo as a film and as one picture: camera, mask, clusters, and latency against the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+
+from clustvit_ros.classes import ClassSet
+from clustvit_ros.errors import DataError
+from clustvit_ros.measure.pictures import cluster_overlay, titled, write_image
+from clustvit_ros.training.dataset import read_image
+
+if TYPE_CHECKING:
+    from clustvit_ros.demo.sim_demo import Phase
+
+_PANEL = (480, 360)  # width, height
+
+
+def write_film(
+    path: Path,
+    phases: Sequence[Phase],
+    frames: Sequence[dict[str, Any]],
+    folder: Path,
+    classes: ClassSet,
+    rate_hz: float,
+) -> Path:
+    """Write an MP4 of every frame from the first phase on: camera, mask, clusters, and the latency so far.
+
+    Args:
+        phases: what was set when.
+        frames: of the recording; those without a picture, mask or clusters are left out.
+        folder: what their file names are relative to.
+        classes: of the masks.
+        rate_hz: frames per second.
+
+    Returns:
+        The file's path: an AVI where this OpenCV cannot write MP4.
+
+    Raises:
+        DataError: no film can be written there.
+    """
+    begin_ns = phases[0].facts["after_ns"]  # before, the node was warming up and calibrating
+    complete = [frame for frame in frames if all(frame[key] for key in ("image", "mask", "clusters", "stats"))]
+    shown = [frame for frame in complete if frame["stamp_ns"] > begin_ns]
+    times_s = _times(shown, shown)
+    chart, left_px, right_px = _chart(phases, shown, (_PANEL[0], _PANEL[1]), 96)
+    writer, path = _open_writer(path, (2 * _PANEL[0], 2 * _PANEL[1]), rate_hz)
+    try:
+        for frame, time_s in zip(shown, times_s, strict=True):
+            phase = next((p for p in phases if frame["stamp_ns"] <= p.facts["until_ns"]), phases[-1])
+            image, mask, clusters = panels(frame, phase.title, folder, classes)
+            progress = chart.copy()
+            x = round(left_px + (right_px - left_px) * time_s / max(times_s[-1], 1e-9))
+            cv2.line(progress, (x, 24), (x, _PANEL[1] - 40), (220, 30, 30), 2)
+            whole = np.vstack([np.hstack([image, mask]), np.hstack([clusters, progress])])
+            writer.write(cv2.cvtColor(whole, cv2.COLOR_RGB2BGR))
+    finally:
+        writer.release()
+    return path
+
+
+def write_summary(path: Path, phases: Sequence[Phase], folder: Path, classes: ClassSet) -> None:
+    """Write one moment of the drive under every setting, and the latencies below: a PNG.
+
+    Args:
+        phases: with their frames.
+        folder: what file names are relative to.
+        classes: of the masks.
+    """
+    # The drive starts over for every phase: the same moment has the same name.
+    common = set.intersection(*({frame["name"] for frame in phase.frames} for phase in phases))
+    names = sorted(common) or [frame["name"] for frame in phases[0].frames]
+    moment = int(names[len(names) // 2][-6:])
+    rows = []
+    for phase in phases:
+        frame = min(phase.frames, key=lambda frame: abs(int(frame["name"][-6:]) - moment))
+        score = "" if phase.miou is None else f", mIoU {phase.miou:.1f}"
+        rows.append(np.hstack(panels(frame, phase.title + score, folder, classes)))
+    frames = [frame for phase in phases for frame in phase.frames]
+    chart, _, _ = _chart(phases, frames, (rows[0].shape[1], 420), 120)
+    write_image(path, np.vstack([*rows, chart]))
+
+
+def panels(
+    frame: dict[str, Any], title: str, folder: Path, classes: ClassSet
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Camera, mask over it, and clusters over it, each with a title: (360, 480, 3) uint8 RGB."""
+    stats = frame["stats"]
+    image = cv2.resize(read_image(folder / frame["image"]), _PANEL, interpolation=cv2.INTER_AREA)
+    mask, clusters = (
+        cv2.resize(_read_map(folder / frame[key]), _PANEL, interpolation=cv2.INTER_NEAREST)
+        for key in ("mask", "clusters")
+    )
+    tinted = cv2.addWeighted(image, 0.4, classes.palette()[mask], 0.6, 0)
+    cost = (
+        f"{float(stats['tokens_kept']):.0f} of {stats['tokens_total']} tokens kept, {float(stats['engine_ms']):.0f} ms"
+    )
+    return (
+        titled(image, "camera"),
+        titled(tinted, title),
+        titled(cluster_overlay(image, clusters), cost),
+    )
+
+
+def _chart(
+    phases: Sequence[Phase], frames: Sequence[dict[str, Any]], size: tuple[int, int], dpi: int
+) -> tuple[np.ndarray, int, int]:
+    """Latency over time: (H, W, 3) uint8 RGB, and the columns of its first and last moment."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(size[0] / dpi, size[1] / dpi), dpi=dpi, layout="constrained")
+    times_s = _times(frames, frames)
+    engine_ms = np.array([float(frame["stats"]["engine_ms"]) for frame in frames])
+    axes.plot(times_s, engine_ms, ".", color="tab:blue", markersize=3, label="engine")
+    label = "budget"
+    top = 1.35 * float(np.percentile(engine_ms, 98))
+    for phase in phases:
+        if not phase.frames:
+            continue
+        start_s, end_s = _times([phase.frames[0], phase.frames[-1]], frames)
+        axes.axvspan(start_s, end_s, color="0.93", zorder=0)
+        if "budget_ms" in phase.facts:
+            axes.plot([start_s, end_s], [phase.facts["budget_ms"]] * 2, color="tab:red", label=label)
+            label = ""
+        name = f"{100 * phase.facts['share']:.0f} %" if "share" in phase.facts else phase.name
+        score = "" if phase.miou is None else f"\n{phase.miou:.1f}"
+        axes.text((start_s + end_s) / 2, top * 0.98, name + score, ha="center", va="top", fontsize=7)
+    axes.set_ylim(0, top)
+    axes.set_xlim(times_s[0], times_s[-1])
+    axes.set_xlabel("seconds; below each setting its mIoU", fontsize=7)
+    axes.set_ylabel("milliseconds", fontsize=7)
+    axes.tick_params(labelsize=7)
+    axes.legend(loc="lower left", fontsize=7)
+    figure.canvas.draw()
+    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()  # type: ignore[attr-defined]
+    left, right = (round(axes.transData.transform((moment, 0))[0]) for moment in (times_s[0], times_s[-1]))
+    plt.close(figure)
+    return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), left, right
+
+
+def _times(frames: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Seconds of frames since the first of `reference`."""
+    return np.array([frame["stamp_ns"] - reference[0]["stamp_ns"] for frame in frames]) / 1e9
+
+
+def _open_writer(path: Path, size: tuple[int, int], rate_hz: float) -> tuple[cv2.VideoWriter, Path]:
+    for suffix, code in ((".mp4", "mp4v"), (".avi", "MJPG")):
+        candidate = path.with_suffix(suffix)
+        writer = cv2.VideoWriter(str(candidate), cv2.VideoWriter.fourcc(*code), rate_hz, size)
+        if writer.isOpened():
+            return writer, candidate
+    raise DataError(f"{path}: this OpenCV can write neither MP4 nor AVI there; check the folder's permissions")
+
+
+def _read_map(path: Path) -> np.ndarray:
+    pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    if pixels is None:
+        raise DataError(f"{path}: cannot be read back; is the disk full?")
+    return pixels

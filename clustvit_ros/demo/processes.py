@@ -1,0 +1,83 @@
+"""ROS nodes as child processes: started in groups of their own, ended as a terminal would end them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+
+class NodeProcess:
+    """A node of this package in a process of its own; leaving the `with` block ends it.
+
+    Args:
+        module: the node's module below `clustvit_ros`, e.g. "node.node".
+        parameters: ROS parameters.
+        environ: whole environment of the process.
+        log: file for its output.
+    """
+
+    def __init__(self, module: str, parameters: Mapping[str, Any], environ: Mapping[str, str], log: Path) -> None:
+        self.name = module.rpartition(".")[2]
+        self._log = log
+        arguments = [text for name, value in parameters.items() for text in ("-p", f"{name}:={_yaml(value)}")]
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", f"clustvit_ros.{module}", "--ros-args", *arguments],
+                env=dict(environ),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return self._process.poll()
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def kill(self) -> None:
+        """End it as the kernel does when memory runs out: at once, and nothing is cleaned up."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def last_lines(self, count: int = 8) -> str:
+        """The end of its output."""
+        return "\n".join(self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-count:])
+
+    def stop(self, patience_s: float = 10.0) -> None:
+        """Interrupt it as Ctrl-C does; kill it when that does not end it in time."""
+        for signal_number in (signal.SIGINT, signal.SIGKILL):
+            if self._process.poll() is not None:
+                return
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal_number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(patience_s)
+
+    def __enter__(self) -> NodeProcess:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    # Quoted, so that a folder called 2024 stays a text.
+    return f"'{value}'" if isinstance(value, str | Path) else str(value)

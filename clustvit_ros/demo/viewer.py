@@ -1,0 +1,68 @@
+"""Shows the overlay in a window; the node computes it only because somebody looks."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import cv2
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.node import Node
+from rclpy.qos import QoSProfile
+from rclpy.task import Future
+from sensor_msgs.msg import Image
+
+from clustvit_ros.errors import ConfigError
+from clustvit_ros.node.conversions import decode_image
+from clustvit_ros.node.process import run_node
+
+_TITLE = "clustvit_ros: segmentation/overlay (q closes)"
+_MAX_PIXELS = 1 << 28
+
+
+class ViewerNode(Node):
+    """Subscribes to `segmentation/overlay` and draws it.
+
+    Raises:
+        ConfigError: this OpenCV cannot open windows.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__("viewer", **arguments)
+        try:
+            cv2.namedWindow(_TITLE, cv2.WINDOW_NORMAL)
+        except cv2.error as error:
+            raise ConfigError(
+                "this OpenCV has no windows; install opencv-python in place of opencv-python-headless"
+            ) from error
+        self.done: Future = Future()
+        """Set when the user closes the window."""
+        self.create_subscription(Image, "segmentation/overlay", self._on_overlay, QoSProfile(depth=1))
+
+    def close(self) -> int:
+        """Close the window; 0."""
+        cv2.destroyAllWindows()
+        return 0
+
+    def _on_overlay(self, message: Image) -> None:
+        cv2.imshow(_TITLE, cv2.cvtColor(decode_image(message, _MAX_PIXELS), cv2.COLOR_RGB2BGR))
+        if cv2.waitKey(1) & 0xFF == ord("q") and not self.done.done():
+            self.done.set_result(None)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Show overlays until the window is closed.
+
+    Returns:
+        0, or 1 when there can be no window.
+    """
+    return run_node("viewer", ViewerNode, _spin, arguments)
+
+
+def _spin(node: ViewerNode, executor: SingleThreadedExecutor) -> int:
+    executor.spin_until_future_complete(node.done)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

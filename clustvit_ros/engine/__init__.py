@@ -1,0 +1,65 @@
+"""Engines: a network that runs somewhere, behind one interface."""
+
+from __future__ import annotations
+
+from clustvit_ros.engine.engine import PRECISIONS, Engine, EngineInfo, Prediction, Settings, Stats
+from clustvit_ros.engine.scripted_engine import ScriptedEngine
+from clustvit_ros.errors import ConfigError
+
+ENGINES = ("auto", "torch", "cuda_graph", "onnxruntime", "scripted")
+
+__all__ = [
+    "ENGINES", "PRECISIONS", "Engine", "EngineInfo", "Prediction", "ScriptedEngine", "Settings", "Stats",
+    "create_engine",
+]  # fmt: skip
+
+
+def create_engine(
+    model: str,
+    engine: str = "torch",
+    device: str = "auto",
+    threads: int = 0,
+    precision: str = "float32",
+    compiled: bool = False,
+    share_cores: bool = False,
+) -> Engine:
+    """Make an engine by name.
+
+    Args:
+        model: a shipped model's name or a model folder's path; "scripted" needs none.
+        engine: one of `ENGINES`; "auto" is "cuda_graph" on a GPU and "torch" on a CPU.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        threads: CPU threads; 0 is automatic.
+        precision: one of `PRECISIONS`; `onnxruntime` has float16 with TensorRT alone, and int8 is for a CPU.
+        compiled: `torch.compile` the blocks of "torch" and "cuda_graph".
+        share_cores: let "torch" on a CPU, with `threads` 0, compute with fewer threads while others use cores.
+
+    Raises:
+        ConfigError: unknown engine, device or precision, one that the engine lacks, or an unusable model configuration.
+        ModelError: the model cannot be loaded.
+        EngineError: the device does not work, or the engine's packages are not installed.
+    """
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision: got {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    if engine == "scripted":
+        return ScriptedEngine()
+    # Imported here and not above: the scripted engine serves machines and tests without PyTorch.
+    if engine == "auto":
+        from clustvit_ros.engine.device import select_device
+
+        engine = "torch" if select_device(device)[0].type == "cpu" else "cuda_graph"
+    if engine == "torch":
+        from clustvit_ros.engine.torch_engine import TorchEngine
+
+        return TorchEngine.from_model(model, device, threads, precision, compiled, share_cores=share_cores)
+    if engine == "cuda_graph":
+        from clustvit_ros.engine.graph_engine import GraphEngine
+
+        return GraphEngine.from_model(model, device, threads, precision, compiled)
+    if engine == "onnxruntime":
+        from clustvit_ros.engine.onnx_engine import OnnxEngine
+
+        if compiled:
+            raise ConfigError("compiled: the engine onnxruntime compiles in its own way; leave compilation off")
+        return OnnxEngine(model, device, threads, precision=precision)
+    raise ConfigError(f"engine: got {engine!r}, expected one of {', '.join(ENGINES)}")

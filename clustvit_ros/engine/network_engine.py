@@ -1,0 +1,242 @@
+"""What all engines that run a network share: image in, normalised input, class logits, label maps out."""
+
+from __future__ import annotations
+
+import abc
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clustvit_ros.engine.capacity import default_ladder
+from clustvit_ros.engine.engine import Engine, EngineInfo, Prediction, Settings, Stats, as_batch
+from clustvit_ros.engine.exemption import exempt_tokens
+from clustvit_ros.engine.memory import keep_freed_memory
+from clustvit_ros.engine.postprocess import cluster_map, label_maps
+from clustvit_ros.engine.preprocess import network_size, to_input
+from clustvit_ros.errors import EngineError
+from clustvit_ros.networks.model_folder import ModelConfig
+from clustvit_ros.networks.vit import grid_size_of
+
+Lap = Callable[[str], None]
+"""Called at the end of each stage with its name."""
+
+# Names that not every PyTorch since 2.1 has.
+_DEVICE_ERRORS = (
+    torch.cuda.OutOfMemoryError,
+    *(getattr(torch, name) for name in ("OutOfMemoryError", "AcceleratorError") if hasattr(torch, name)),
+)
+
+
+class NetworkOutput(NamedTuple):
+    """What a network made of a batch, on the engine's device.
+
+    Attributes:
+        logits: (B, Q, h, w) float, class logits per patch.
+        cluster_ids: (B, N) int64, 0 = kept; None for a network that does not cluster.
+        grid_size: (h, w) patches.
+        token_capacity: slots that were available to kept tokens.
+    """
+
+    logits: Tensor
+    cluster_ids: Tensor | None
+    grid_size: tuple[int, int]
+    token_capacity: int
+
+
+class Maps(NamedTuple):
+    """Label maps of a batch, on the engine's device.
+
+    Attributes:
+        mask: (B, H, W) uint8 (int32 above 255 classes).
+        confidence: (B, H, W) uint8; None when not asked for.
+        clusters: (B, H, W) uint8; None when not asked for or without clusters.
+        tokens_kept: () float, mean over the batch.
+    """
+
+    mask: Tensor
+    confidence: Tensor | None
+    clusters: Tensor | None
+    tokens_kept: Tensor
+
+
+class NetworkEngine(Engine):
+    """An engine around a network; what runs the network is the subclass's.
+
+    Args:
+        engine: the implementation's name.
+        config: the model's classes and input.
+        device: where input and output of the network lie, and where pre- and post-processing run.
+        device_name: the same for people.
+        device_reason: why this device, when it was chosen automatically; else empty.
+        weights_sha256: of the model's weights file; empty for a network that comes from none.
+        precision: one of `PRECISIONS`, what the network computes in.
+    """
+
+    def __init__(
+        self,
+        engine: str,
+        config: ModelConfig,
+        device: torch.device,
+        device_name: str,
+        device_reason: str,
+        weights_sha256: str = "",
+        precision: str = "float32",
+    ) -> None:
+        keep_freed_memory()
+        self._config = config
+        self._device = device
+        self._warm_sizes: set[tuple[int, int]] = set()
+        grid_size = grid_size_of(config.input.size, config.network.patch_size)
+        self._info = EngineInfo(
+            model=config.name,
+            engine=engine,
+            device=device_name,
+            device_reason=device_reason,
+            precision=precision,
+            classes=config.classes,
+            input_size=config.input.size,
+            tokens_total=grid_size[0] * grid_size[1],
+            weights_sha256=weights_sha256,
+        )
+
+    @abc.abstractmethod
+    def infer(
+        self, x: Tensor, settings: Settings, lap: Lap = lambda stage: None, exempt: Tensor | None = None
+    ) -> NetworkOutput:
+        """Run the network alone.
+
+        Args:
+            x: (B, 3, H, W) float32, normalised, on the engine's device.
+            settings: threshold and capacity are used.
+            lap: called after each of the stages that this engine can tell apart.
+            exempt: (N,) or (B, N) bool in host memory, true where a token must not be merged; None exempts none. They
+                come before the token capacity.
+
+        Raises:
+            EngineError: the device failed.
+        """
+
+    def preprocess(self, batch: np.ndarray, size: tuple[int, int]) -> Tensor:
+        """Resize and normalise: (B, H, W, 3) uint8 -> (B, 3, *size) float32 on the engine's device."""
+        return to_input(batch, size, self._config.input, self._device)
+
+    def postprocess(self, output: NetworkOutput, size: tuple[int, int], settings: Settings) -> Maps:
+        """Label maps of (height, width) `size`; maps that the settings do not ask for are left out."""
+        mask, confidence = label_maps(output.logits, size, settings.confidence_threshold, settings.confidence)
+        ids = output.cluster_ids
+        if ids is None:
+            tokens_total = output.grid_size[0] * output.grid_size[1]
+            return Maps(mask, confidence, None, torch.tensor(float(tokens_total)))
+        clusters = cluster_map(ids, output.grid_size, size) if settings.clusters else None
+        return Maps(mask, confidence, clusters, (ids == 0).sum(dim=1).float().mean())
+
+    def download(self, maps: Tensor) -> np.ndarray:
+        """Maps in host memory, in an array that is the caller's own."""
+        array = maps.cpu().numpy()
+        return array if array.dtype == np.uint8 else array.astype(np.uint16)
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    @property
+    def device(self) -> torch.device:
+        """Where `infer` takes its input and leaves its output."""
+        return self._device
+
+    def warmup(self, image_size: tuple[int, int] | None = None) -> None:
+        """Run every capacity once, for images of (height, width) `image_size`."""
+        size = image_size or self._config.input.size
+        image = np.zeros((*size, 3), np.uint8)
+        self.segment(image)
+        # Cameras of one aspect end in one network size: once is enough, and a node waits for this.
+        warm = network_size(size, self._config.input.size, self._config.network.patch_size)
+        if warm in self._warm_sizes:
+            return
+        self._warm_sizes.add(warm)
+        for capacity in self.capacities(size):
+            self.segment(image, Settings(merge_threshold=1.0, token_capacity=capacity))
+
+    def capacities(self, image_size: tuple[int, int]) -> tuple[int, ...]:
+        """The ladder for images of (height, width) `image_size`; a network that does not merge keeps all tokens."""
+        patch_size = self._config.network.patch_size
+        size = network_size(image_size, self._config.input.size, patch_size)
+        grid_size = grid_size_of(size, patch_size)
+        tokens_total = grid_size[0] * grid_size[1]
+        return default_ladder(tokens_total) if self._config.network.merges else (tokens_total,)
+
+    def segment(self, images: np.ndarray | Sequence[np.ndarray], settings: Settings = Settings()) -> Prediction:
+        batch = as_batch(images)
+        timer = StageTimer(self._device)
+        try:
+            with torch.inference_mode():
+                return self._segment(batch, settings, timer)
+        except _DEVICE_ERRORS as error:
+            raise EngineError(f"{self._info.device} failed on an image of {batch.shape[1:3]}: {error}") from error
+
+    def _segment(self, batch: np.ndarray, settings: Settings, timer: StageTimer) -> Prediction:
+        size = network_size(batch.shape[1:3], self._config.input.size, self._config.network.patch_size)
+        x = self.preprocess(batch, size)
+        timer.lap("preprocess")
+        exempt = self._exempt(x, settings, timer.lap)
+        output = self.infer(x, settings, timer.lap, exempt)
+        maps = self.postprocess(output, settings.output_size or batch.shape[1:3], settings)
+        mask = self.download(maps.mask)
+        confidence = None if maps.confidence is None else self.download(maps.confidence)
+        clusters = None if maps.clusters is None else self.download(maps.clusters)
+        tokens_kept = float(maps.tokens_kept)
+        timer.lap("postprocess")
+        stats = Stats(
+            tokens_total=output.grid_size[0] * output.grid_size[1],
+            tokens_kept=tokens_kept,
+            token_capacity=output.token_capacity,
+            merge_threshold=settings.merge_threshold,
+            total_ms=timer.total_ms,
+            stages_ms=timer.stages_ms,
+            tokens_exempt=most_exempt(exempt),
+            threads=torch.get_num_threads() if self._device.type == "cpu" else 0,
+        )
+        return Prediction(mask, confidence, clusters, stats)
+
+    def _exempt(self, x: Tensor, settings: Settings, lap: Lap) -> Tensor | None:
+        """Tokens that must not be merged, as `infer` takes them."""
+        classes = settings.merge_exempt_classes
+        if not self._config.network.merges or not (settings.merge_exempt_region or classes):
+            return None
+        grid_size = grid_size_of((x.shape[2], x.shape[3]), self._config.network.patch_size)
+        masks = settings.previous_mask
+        if classes and settings.merge_exempt_source == "two_pass":
+            masks = self.infer(x, settings).logits.argmax(dim=1).cpu().numpy()
+            lap("first_pass")
+        tokens = exempt_tokens(grid_size, settings.merge_exempt_region, masks, classes)
+        return None if tokens is None else torch.from_numpy(tokens)
+
+
+def most_exempt(exempt: Tensor | None) -> int:
+    """Exempt tokens of the image that has the most: (N,) or (B, N) bool in host memory."""
+    return 0 if exempt is None else int(exempt.sum(dim=-1).max())
+
+
+class StageTimer:
+    """Milliseconds by stage; on a GPU each lap waits for the device, so that a stage's time is its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._start = self._last = time.perf_counter()
+        self.stages_ms: dict[str, float] = {}
+
+    def lap(self, stage: str) -> None:
+        """End a stage; the next one begins."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        self.stages_ms[stage] = (now - self._last) * 1000.0
+        self._last = now
+
+    @property
+    def total_ms(self) -> float:
+        return (self._last - self._start) * 1000.0

@@ -1,0 +1,227 @@
+"""From class logits on the patch grid to uint8 label maps at image resolution.
+
+Logits are upsampled bilinearly (`align_corners=False`) in bands of rows, so that a full-resolution float tensor of all
+classes never exists: 150 classes at 512x512 would be 157 MB. A CPU takes narrow bands that stay in its cache, and where
+only the mask is wanted just the classes that can win (`cell_labels`); a GPU takes wide bands and few kernels, all of
+them of shapes that depend on sizes alone, so that they can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clustvit_ros.classes import IGNORE_INDEX
+from clustvit_ros.engine.cell_labels import cell_labels
+
+# Rows of one band: all classes of it then stay in a CPU's cache.
+_BAND_ROWS = 16
+# Up to so many values in a row of all classes, wider bands still do; there, few large operations pay more (measured on
+# two cores: 22 ms instead of 55 for 10 classes from 96x128 to 480x640, 13 instead of 17 for 11 from 22x30 to 360x480).
+_FEW_VALUES = 16_000
+_WIDE_BAND_ROWS = 32
+# Interpolating and subtracting logits below this makes no infinity and no NaN, so that none has to be looked for.
+_SOUND = 1e30
+# On a GPU: 39 MB at 150 classes and 512 columns, while each kernel still has work for the whole device.
+_DEVICE_BAND_ROWS = 128
+
+
+class Upsampling(NamedTuple):
+    """Bilinear interpolation from a grid to a size, as tensors on a device.
+
+    Attributes:
+        columns: (w, W), two weights in each column.
+        upper, lower: (H,) int64, the two source rows of each row.
+        down: (H, 1), weight of the lower one.
+    """
+
+    columns: Tensor
+    upper: Tensor
+    lower: Tensor
+    down: Tensor
+
+
+@lru_cache(maxsize=16)
+def upsampling(
+    grid_size: tuple[int, int], size: tuple[int, int], device: torch.device, dtype: torch.dtype = torch.float32
+) -> Upsampling:
+    """How to get from a grid (h, w) to (H, W).
+
+    A recorded graph must hold on to what it was recorded with: the cache here forgets.
+    """
+    upper, lower, weights = zip(*_interpolation(grid_size[0], size[0]), strict=True)
+    return Upsampling(
+        _interpolation_matrix(grid_size[1], size[1], dtype, device),
+        torch.tensor(upper, device=device),
+        torch.tensor(lower, device=device),
+        torch.tensor(weights, dtype=dtype, device=device)[:, None],
+    )
+
+
+def label_maps(
+    logits: Tensor,
+    size: tuple[int, int],
+    confidence_threshold: float | Tensor = 0.0,
+    with_confidence: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Upsample logits, take the best class and its softmax probability.
+
+    Args:
+        logits: (B, Q, h, w) float.
+        size: (H, W) of the result.
+        confidence_threshold: pixels below this probability (0..1) get the ignore index.
+        with_confidence: compute the confidence map.
+
+    Returns:
+        mask: (B, H, W) uint8 (int32 above 255 classes): the first class in case of a tie, the ignore index where logits
+            are not numbers.
+        confidence: (B, H, W) uint8, probability scaled to 0..255 and 0 where the mask is 255; None if not asked for.
+    """
+    needs_confidence = with_confidence or confidence_threshold > 0.0
+    if logits.device.type != "cpu":
+        how = upsampling((logits.shape[2], logits.shape[3]), size, logits.device, logits.dtype)
+        mask, confidence = static_label_maps(logits, how, confidence_threshold if needs_confidence else None)
+        return mask, confidence if with_confidence else None
+    if needs_confidence:
+        mask, confidence = _banded_label_maps(logits, size, float(confidence_threshold), True)
+        return mask, confidence if with_confidence else None
+    masks = [cell_labels(image.float(), size) for image in logits]
+    return torch.stack(
+        [
+            _banded_label_maps(image[None], size, 0.0, False)[0][0] if mask is None else mask
+            for image, mask in zip(logits, masks, strict=True)
+        ]
+    ), None
+
+
+def static_label_maps(
+    logits: Tensor, how: Upsampling, confidence_threshold: float | Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """`label_maps` as few operations whose shapes depend on sizes alone.
+
+    Args:
+        logits: (B, Q, h, w) float.
+        how: to the result's size, on the logits' device.
+        confidence_threshold: a number or a () tensor; None computes no confidence.
+    """
+    B, Q, _, _ = logits.shape
+    height, width = len(how.upper), how.columns.shape[1]
+    columns = logits @ how.columns  # B Q h W
+    mask = torch.empty(B, height, width, dtype=_mask_type(Q), device=logits.device)
+    confidence = None if confidence_threshold is None else torch.empty_like(mask, dtype=torch.uint8)
+    for start in range(0, height, _DEVICE_BAND_ROWS):
+        rows = slice(start, start + _DEVICE_BAND_ROWS)
+        band = torch.lerp(columns[:, :, how.upper[rows]], columns[:, :, how.lower[rows]], how.down[rows])
+        best, labels = band.max(dim=1)
+        unsure = best.isnan()
+        if confidence is not None and confidence_threshold is not None:
+            probability = band.sub_(best[:, None]).exp_().sum(dim=1).reciprocal_().nan_to_num_(0.0)
+            unsure = unsure | (probability < confidence_threshold)
+            confidence[:, rows] = probability.mul_(255.0).round_().masked_fill_(unsure, 0.0)
+        mask[:, rows] = labels.masked_fill_(unsure, IGNORE_INDEX)
+    return mask, confidence
+
+
+def _banded_label_maps(
+    logits: Tensor, size: tuple[int, int], confidence_threshold: float, needs_confidence: bool
+) -> tuple[Tensor, Tensor | None]:
+    B, Q, h, w = logits.shape
+    height, width = size
+    device, dtype = logits.device, logits.dtype
+    how = upsampling((h, w), size, device, dtype)
+    columns = (logits @ how.columns).transpose(1, 2).contiguous()  # B h Q W
+    mask = torch.empty(B, height, width, dtype=_mask_type(Q), device=device)
+    confidence = torch.empty(B, height, width, dtype=torch.uint8, device=device) if needs_confidence else None
+    # Falling codes make the maximum the first class of a tie; code 0 is left to pixels that equal no maximum (NaN).
+    codes = torch.arange(Q, 0, -1, dtype=dtype, device=device)[:, None]
+    for image in range(B):
+        sound = bool(logits[image].abs().amax() < _SOUND)  # nor is a comparison with NaN true
+        for rows, band in _bands(columns[image], how):  # rows Q W
+            best: Tensor | float = band.amax(dim=1, keepdim=True)
+            if confidence is not None:
+                # Logits of the best class are 0 then, and the maximum below finds them as well.
+                probability = band.sub_(best).exp().sum(dim=1).reciprocal_()
+                best = 0.0
+            # Equality in place and a second maximum: several times faster on a CPU than max() or argmax(), which find
+            # indices one by one, and than a comparison that makes booleans.
+            code = band.eq_(best).mul_(codes).amax(dim=1)
+            labels = Q - code
+            unsure = None if sound else code == 0
+            if confidence is not None:
+                if confidence_threshold > 0.0:
+                    below = probability < confidence_threshold
+                    unsure = below if unsure is None else unsure | below
+                probability.mul_(255.0).round_()
+                confidence[image, rows] = probability if unsure is None else probability.masked_fill_(unsure, 0.0)
+            mask[image, rows] = labels if unsure is None else labels.masked_fill_(unsure, IGNORE_INDEX)
+    return mask, confidence
+
+
+def _bands(columns: Tensor, how: Upsampling) -> Iterator[tuple[slice, Tensor]]:
+    """Bands of the result before its arg-max: (h, Q, W) -> rows, (rows, Q, W)."""
+    h, Q, width = columns.shape
+    height = len(how.upper)
+    if Q * width <= _FEW_VALUES:
+        for start in range(0, height, _WIDE_BAND_ROWS):
+            rows = slice(start, start + _WIDE_BAND_ROWS)
+            upper, lower = columns.index_select(0, how.upper[rows]), columns.index_select(0, how.lower[rows])
+            yield rows, upper.lerp_(lower, how.down[rows, :, None])
+        return
+    # All rows between the same two source rows, which need not be gathered then.
+    for above, below, start, stop in _row_spans(h, height):
+        rows = slice(start, stop)
+        yield rows, torch.lerp(columns[above], columns[below], how.down[rows, :, None])
+
+
+def cluster_map(cluster_ids: Tensor, grid_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Cluster id per pixel, nearest: (B, N) int64 -> (B, H, W) uint8, 0 = kept."""
+    grid = cluster_ids.to(torch.uint8).unflatten(1, grid_size)
+    rows = torch.arange(size[0], device=grid.device) * grid_size[0] // size[0]
+    columns = torch.arange(size[1], device=grid.device) * grid_size[1] // size[1]
+    return grid[:, rows][:, :, columns]
+
+
+@lru_cache(maxsize=16)
+def _row_spans(length: int, target: int) -> tuple[tuple[int, int, int, int], ...]:
+    """Result rows, at most a band, between the same two source rows: (upper row, lower row, first result row, end)."""
+    samples = _interpolation(length, target)
+    spans = []
+    start = 0
+    while start < target:
+        upper, lower, _ = samples[start]
+        stop = start
+        while stop < min(start + _BAND_ROWS, target) and samples[stop][:2] == (upper, lower):
+            stop += 1
+        spans.append((upper, lower, start, stop))
+        start = stop
+    return tuple(spans)
+
+
+@lru_cache(maxsize=16)
+def _interpolation(length: int, target: int) -> tuple[tuple[int, int, float], ...]:
+    """For each of `target` samples the two source positions and the weight of the second (`align_corners=False`)."""
+    samples = []
+    for index in range(target):
+        position = max((index + 0.5) * length / target - 0.5, 0.0)
+        lower = min(int(position), length - 1)
+        samples.append((lower, min(lower + 1, length - 1), position - lower))
+    return tuple(samples)
+
+
+@lru_cache(maxsize=16)
+def _interpolation_matrix(length: int, target: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Interpolation as a matrix: (length, target), two weights in each column."""
+    matrix = np.zeros((length, target), np.float32)
+    for column, (lower, upper, weight) in enumerate(_interpolation(length, target)):
+        matrix[lower, column] += 1.0 - weight
+        matrix[upper, column] += weight
+    return torch.from_numpy(matrix).to(device, dtype)
+
+
+def _mask_type(num_classes: int) -> torch.dtype:
+    return torch.uint8 if num_classes <= IGNORE_INDEX else torch.int32

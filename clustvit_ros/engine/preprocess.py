@@ -1,0 +1,75 @@
+"""From uint8 camera images to the network's normalised input."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clustvit_ros.networks.model_folder import InputConfig
+
+
+def network_size(image_size: tuple[int, int], input_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """The size at which the network sees an image: about as many pixels as it was trained for, the image's aspect kept.
+
+    Args:
+        image_size: (height, width) of the camera image.
+        input_size: (height, width) the model was trained for.
+        patch_size: in pixels; both sides of the result are whole patches, unless it is `input_size` itself.
+
+    Returns:
+        (height, width). It depends on the camera's image size alone, so shapes stay static while a camera runs.
+    """
+    aspect = image_size[0] / image_size[1]
+    trained_aspect = input_size[0] / input_size[1]
+    # Within one patch of the trained shape: use that, and its position embedding, as it is.
+    if abs(aspect - trained_aspect) * input_size[1] <= patch_size:
+        return input_size
+    area = input_size[0] * input_size[1]
+    height = max(round(math.sqrt(area * aspect) / patch_size), 1) * patch_size
+    width = max(round(area / height / patch_size), 1) * patch_size
+    return height, width
+
+
+def to_input(images: np.ndarray, size: tuple[int, int], config: InputConfig, device: torch.device) -> Tensor:
+    """Resize and normalise: (B, H, W, 3) uint8 RGB -> (B, 3, *size) float32 on `device`.
+
+    Only uint8 crosses the bus; shrinking averages, so that thin structures do not alias away.
+    """
+    shrinks = images.shape[1] > size[0] or images.shape[2] > size[1]
+    if device.type == "cpu":
+        if images.shape[1:3] != size:
+            interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+            images = np.stack([cv2.resize(image, size[::-1], interpolation=interpolation) for image in images])
+        x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float()
+        return x.sub_(_per_channel(config.mean, device)).div_(_per_channel(config.std, device))
+    pixels = torch.from_numpy(np.ascontiguousarray(images)).to(device, non_blocking=True)
+    return device_input(pixels, size, _per_channel(config.mean, device), _per_channel(config.std, device))
+
+
+def device_input(images: Tensor, size: tuple[int, int], mean: Tensor, std: Tensor) -> Tensor:
+    """Resize and normalise on the images' own device, in operations that a CUDA graph can record.
+
+    Args:
+        images: (B, H, W, 3) uint8 RGB.
+        size: (height, width) of the result.
+        mean, std: (1, 3, 1, 1) on the device.
+
+    Returns:
+        (B, 3, *size) float32.
+    """
+    shrinks = images.shape[1] > size[0] or images.shape[2] > size[1]
+    x = images.permute(0, 3, 1, 2).float()
+    if tuple(x.shape[2:]) != size:
+        x = F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=shrinks)
+    return (x - mean) / std
+
+
+@lru_cache(maxsize=16)
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device).view(1, 3, 1, 1)

@@ -1,0 +1,174 @@
+"""The engine that runs a network with PyTorch, eagerly, on a CPU or a CUDA GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clustvit_ros.engine.capacity import choose_capacity, default_ladder
+from clustvit_ros.engine.core_share import CoreShare
+from clustvit_ros.engine.device import describe_device, select_device
+from clustvit_ros.engine.engine import PRECISIONS, Prediction, Settings
+from clustvit_ros.engine.memory import return_freed_memory
+from clustvit_ros.engine.network_engine import Lap, NetworkEngine, NetworkOutput, most_exempt
+from clustvit_ros.errors import ConfigError, EngineError
+from clustvit_ros.networks.backbone import Features
+from clustvit_ros.networks.cpu_layers import int8_problem, pack_layers, to_int8
+from clustvit_ros.networks.inference import for_inference
+from clustvit_ros.networks.model_folder import ModelConfig, hash_weights, load_config, load_segmenter
+from clustvit_ros.networks.segmenter import Segmenter
+from clustvit_ros.networks.vit import Block, grid_size_of
+
+_ALL_THREADS = torch.get_num_threads()  # before anybody changed it
+
+
+class TorchEngine(NetworkEngine):
+    """Runs a network on one device.
+
+    Args:
+        network: copied, and the copy made ready to be run only.
+        config: its classes and input.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        threads: CPU threads; 0 leaves PyTorch's choice. Process-wide, as PyTorch has it.
+        weights_sha256: of the weights file, where the network comes from one.
+        precision: one of `PRECISIONS`. Half precisions are for a GPU; a CPU without instructions for them is slower.
+            int8 is for a CPU: linear and large convolutional layers in 8-bit integers, all else in float32.
+        compiled: run the transformer blocks through `torch.compile`, which needs a C++ compiler on a CPU and Triton on
+            a GPU, and minutes at the first start.
+        share_cores: compute with fewer threads while other processes use cores; has an effect on a CPU, with `threads`
+            0. Results may then differ in the last bit from frame to frame.
+
+    Raises:
+        ConfigError: unknown precision, or one that the device lacks.
+        EngineError: the device was named and does not work, or the blocks cannot be compiled.
+    """
+
+    engine_name = "torch"
+
+    def __init__(
+        self,
+        network: Segmenter,
+        config: ModelConfig,
+        device: str = "auto",
+        threads: int = 0,
+        weights_sha256: str = "",
+        precision: str = "float32",
+        compiled: bool = False,
+        share_cores: bool = False,
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise ConfigError(f"precision: got {precision!r}, expected one of {', '.join(PRECISIONS)}")
+        selected, reason = select_device(device)
+        if precision == "int8":
+            _check_int8(selected, compiled)
+        self._core_share: CoreShare | None = None
+        if threads > 0:
+            torch.set_num_threads(threads)
+        elif share_cores and selected.type == "cpu":
+            torch.set_num_threads(_ALL_THREADS)  # an engine before this one may have left fewer
+            self._core_share = CoreShare(_ALL_THREADS)
+        super().__init__(
+            self.engine_name, config, selected, describe_device(selected), reason, weights_sha256, precision
+        )
+        self._dtype: torch.dtype = torch.float32 if precision == "int8" else getattr(torch, precision)
+        self._network = for_inference(network.to(selected), self._dtype)
+        if precision == "int8":
+            to_int8(self._network)
+        elif precision == "float32" and selected.type == "cpu" and not compiled:
+            pack_layers(self._network)
+        self._compiled = compiled
+        if compiled:
+            for module in self._network.modules():
+                if isinstance(module, Block):
+                    # One length of sequence for each capacity: compiled once, for all of them.
+                    module.compile(dynamic=True)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: str | Path,
+        device: str = "auto",
+        threads: int = 0,
+        precision: str = "float32",
+        compiled: bool = False,
+        **arguments: Any,
+    ) -> TorchEngine:
+        """An engine for a model folder or shipped model.
+
+        Raises:
+            ModelError, ConfigError: the model cannot be loaded, or the precision is unknown or not to be had.
+            EngineError: the device was named and does not work.
+        """
+        config, weights_sha256 = load_config(model), hash_weights(model)
+        # The network as it was loaded is not kept: the engine has its own copy.
+        engine = cls(load_segmenter(model), config, device, threads, weights_sha256, precision, compiled, **arguments)
+        return_freed_memory()
+        return engine
+
+    def warmup(self, image_size: tuple[int, int] | None = None) -> None:
+        """Run every capacity once, for images of (height, width) `image_size`.
+
+        Raises:
+            EngineError: the blocks cannot be compiled.
+        """
+        try:
+            super().warmup(image_size)
+        except Exception as error:
+            if not self._compiled or isinstance(error, EngineError):
+                raise
+            problem = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise EngineError(f"torch.compile failed ({problem}); leave compilation off") from error
+
+    def segment(self, images: np.ndarray | Sequence[np.ndarray], settings: Settings = Settings()) -> Prediction:
+        if self._core_share is not None:
+            threads = self._core_share.threads()
+            if threads != torch.get_num_threads():
+                torch.set_num_threads(threads)
+        return super().segment(images, settings)
+
+    def infer(
+        self, x: Tensor, settings: Settings, lap: Lap = lambda stage: None, exempt: Tensor | None = None
+    ) -> NetworkOutput:
+        """Run the network alone; stages are `encode`, `finish` (only where the network merges) and `decode`."""
+        backbone = self._network.backbone
+        state = self.encode(x)
+        grid_size = grid_size_of((x.shape[2], x.shape[3]), backbone.patch_size)
+        capacity = tokens_total = grid_size[0] * grid_size[1]
+        if backbone.merges:
+            if exempt is not None:
+                state = backbone.exempt(state, exempt.to(x.device))
+            # The count is one number read back from the device; nothing needs counting when nothing may be merged.
+            count = settings.merge_threshold < 1.0
+            kept = int(backbone.count_kept(state, settings.merge_threshold).max()) if count else tokens_total
+            kept = max(kept, min(settings.min_tokens, tokens_total))
+            capacity = choose_capacity(default_ladder(tokens_total), kept, settings.token_capacity, most_exempt(exempt))
+        lap("encode")
+        features = backbone.finish(state, token_capacity=capacity)
+        if backbone.merges:
+            lap("finish")
+        logits = self.decode(features)
+        lap("decode")
+        return NetworkOutput(logits, features.cluster_ids, grid_size, capacity)
+
+    def encode(self, x: Tensor) -> Any:
+        """Normalised images (B, 3, H, W) float32 to the backbone's state."""
+        return self._network.backbone.encode(x.to(self._dtype))
+
+    def decode(self, features: Features) -> Tensor:
+        """Features to class logits (B, Q, h, w) float32."""
+        return self._network.decode(features).logits.float()
+
+
+def _check_int8(device: torch.device, compiled: bool) -> None:
+    if compiled:
+        raise ConfigError("compiled: torch.compile cannot take int8's layers; leave compilation off, or use float32")
+    if device.type != "cpu":
+        raise ConfigError(f"precision: got int8 on {describe_device(device)}, it is for a CPU; use float16 on a GPU")
+    problem = int8_problem()
+    if problem:
+        raise ConfigError(f"precision: got int8, but {problem}; use float32")

@@ -1,0 +1,207 @@
+"""Pixels in messages and in folders: Image fields to arrays and back, for nodes, bags and data sets alike; no ROS here.
+
+Without cv_bridge too, whose compiled part breaks under NumPy 2.
+Every field of an incoming message is untrusted. What can be decoded gives the pixels that cv_bridge gives; what cannot
+is an ImageError that says what was got and what to do.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from clustvit_ros.errors import ImageError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+"""Files of a folder that are taken for images, whatever the case."""
+
+
+def list_images(folder: Path) -> list[Path]:
+    """The image files of an existing folder, sorted by name."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """How pixels of one encoding lie in memory, and how they become RGB.
+
+    Args:
+        channels: values per pixel in memory.
+        to_rgb: (H, W) or (H, W, channels) uint8 or uint16 -> (H, W, 3) uint8.
+        value_bytes: bytes per value.
+        width_multiple: the width must be a multiple of this.
+        smallest_side_px: width and height must be at least this.
+    """
+
+    channels: int
+    to_rgb: Callable[[np.ndarray], np.ndarray]
+    value_bytes: int = 1
+    width_multiple: int = 1
+    smallest_side_px: int = 1
+
+
+def _converted(code: int) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda pixels: cv2.cvtColor(pixels, code)
+
+
+def _from_mono16(pixels: np.ndarray) -> np.ndarray:
+    # The full 16-bit range onto 8 bits, as cv_bridge scales it.
+    return cv2.cvtColor(cv2.convertScaleAbs(pixels, alpha=255.0 / 65535.0), cv2.COLOR_GRAY2RGB)
+
+
+_MONO = _Encoding(1, _converted(cv2.COLOR_GRAY2RGB))
+_BGR = _Encoding(3, _converted(cv2.COLOR_BGR2RGB))
+_BGRA = _Encoding(4, _converted(cv2.COLOR_BGRA2RGB))
+_UYVY = _Encoding(2, _converted(cv2.COLOR_YUV2RGB_UYVY), width_multiple=2)
+_YUYV = _Encoding(2, _converted(cv2.COLOR_YUV2RGB_YUYV), width_multiple=2)
+
+
+def _bayer(code: int) -> _Encoding:
+    # Interpolation needs a neighbour of every colour; OpenCV leaves smaller pictures black.
+    return _Encoding(1, _converted(code), smallest_side_px=4)
+
+
+# ROS names a mosaic by its first two rows from the corner; OpenCV's older constants by the square one pixel further in.
+_ENCODINGS = {
+    "rgb8": _Encoding(3, np.ascontiguousarray),
+    "bgr8": _BGR,
+    "rgba8": _Encoding(4, _converted(cv2.COLOR_RGBA2RGB)),
+    "bgra8": _BGRA,
+    "mono8": _MONO,
+    "mono16": _Encoding(1, _from_mono16, value_bytes=2),
+    "yuv422": _UYVY,
+    "yuv422_yuy2": _YUYV,
+    "uyvy": _UYVY,
+    "yuyv": _YUYV,
+    "bayer_rggb8": _bayer(cv2.COLOR_BayerBG2RGB),
+    "bayer_bggr8": _bayer(cv2.COLOR_BayerRG2RGB),
+    "bayer_gbrg8": _bayer(cv2.COLOR_BayerGR2RGB),
+    "bayer_grbg8": _bayer(cv2.COLOR_BayerGB2RGB),
+    # Drivers that publish OpenCV matrices under their type's name mean OpenCV's channel order.
+    "8UC1": _MONO,
+    "8UC3": _BGR,
+    "8UC4": _BGRA,
+}
+
+SUPPORTED_ENCODINGS = tuple(_ENCODINGS)
+"""Values of `Image.encoding` that can be segmented."""
+
+
+# A line of pixels costs a network far more than a picture with as many: every column is upsampled from all tokens.
+_LONGEST_SIDE_PX, _LONGEST_LINE_PX, _MOST_ELONGATED = 32_767, 4096, 64
+
+
+def check_pixels(height: int, width: int, max_pixels: int) -> None:
+    """Refuse empty and oversized images, and lines of pixels.
+
+    Raises:
+        ImageError: a side is zero or too long, or there are more than `max_pixels` pixels.
+    """
+    if height < 1 or width < 1:
+        raise ImageError(f"image size: got {width}x{height}, expected at least 1x1; check the camera driver")
+    if height * width > max_pixels:
+        raise ImageError(
+            f"image size: got {width}x{height} = {height * width} pixels, expected at most {max_pixels}; "
+            "reduce the camera's resolution or raise max_image_pixels"
+        )
+    longest, shortest = max(height, width), min(height, width)
+    if longest > _LONGEST_SIDE_PX or longest > max(_LONGEST_LINE_PX, _MOST_ELONGATED * shortest):
+        raise ImageError(
+            f"image size: got {width}x{height}, expected sides of at most {_LONGEST_SIDE_PX} px and not more than "
+            f"{_MOST_ELONGATED} to 1; check the camera driver"
+        )
+
+
+def message_bytes(data: Any) -> np.ndarray:
+    """A message's `data` as (N,) uint8 that shares its memory.
+
+    Raises:
+        ImageError: no buffer of bytes.
+    """
+    try:
+        return np.frombuffer(data, np.uint8)
+    except (TypeError, ValueError, BufferError) as error:
+        raise ImageError(f"data: got {type(data).__name__}, expected bytes ({error})") from error
+
+
+def decode_image(message: Any, max_pixels: int) -> np.ndarray:
+    """Decode a sensor_msgs/Image.
+
+    Args:
+        message: anything with the fields of sensor_msgs/Image.
+        max_pixels: larger images are refused before memory is allocated for them.
+
+    Returns:
+        (H, W, 3) uint8 RGB. It shares the message's memory where no conversion is needed.
+
+    Raises:
+        ImageError: unsupported encoding, impossible size, or data that does not fit the size.
+    """
+    encoding = _ENCODINGS.get(message.encoding)
+    if encoding is None:
+        raise ImageError(
+            f"encoding: got {str(message.encoding)[:40]!r}, expected one of {', '.join(SUPPORTED_ENCODINGS)}; "
+            "set the camera driver's encoding or convert with image_proc"
+        )
+    height, width, step = int(message.height), int(message.width), int(message.step)
+    check_pixels(height, width, max_pixels)
+    size = f"{width}x{height} {message.encoding}"
+    if width % encoding.width_multiple:
+        raise ImageError(f"width: got {width} of {size}, expected an even number; crop the image in the camera driver")
+    if min(height, width) < encoding.smallest_side_px:
+        raise ImageError(
+            f"image size: got {size}, expected at least {encoding.smallest_side_px}x{encoding.smallest_side_px} "
+            "to interpolate colours"
+        )
+    row_bytes = width * encoding.channels * encoding.value_bytes
+    if step < row_bytes:
+        raise ImageError(f"step: got {step} bytes for {size}, expected at least {row_bytes}; fix the camera driver")
+    data = message_bytes(message.data)
+    if len(data) != step * height:
+        raise ImageError(
+            f"data: got {len(data)} bytes for {size} with step {step}, expected {step * height}; fix the camera driver"
+        )
+    rows = data.reshape(height, step)[:, :row_bytes]
+    if encoding.value_bytes == 2:
+        # Padding can leave rows at odd addresses; the copy also swaps bytes where needed.
+        stored = np.ascontiguousarray(rows).view(">u2" if message.is_bigendian else "<u2")
+        return encoding.to_rgb(stored.astype(np.uint16, copy=False))
+    shape = (height, width, encoding.channels) if encoding.channels > 1 else (height, width)
+    return encoding.to_rgb(rows.reshape(shape))
+
+
+def image_fields(pixels: np.ndarray, encoding: str) -> dict[str, Any]:
+    """The fields of an image message whose rows are packed: `step` is the width times the bytes of a pixel.
+
+    Args:
+        pixels: (H, W) uint8 for mono8, (H, W) uint16 for mono16, (H, W, 3) uint8 for rgb8 and bgr8.
+        encoding: mono8, mono16, rgb8 or bgr8.
+
+    Returns:
+        height, width, encoding, is_bigendian, step, and data as (bytes,) uint8.
+
+    Raises:
+        ImageError: pixels that do not fit the encoding.
+    """
+    dtype, shape = {
+        "mono8": (np.uint8, pixels.shape[:2]),
+        "mono16": (np.uint16, pixels.shape[:2]),
+        "rgb8": (np.uint8, (*pixels.shape[:2], 3)),
+        "bgr8": (np.uint8, (*pixels.shape[:2], 3)),
+    }[encoding]
+    if pixels.dtype != dtype or pixels.shape != shape:
+        raise ImageError(f"{encoding} message: got {pixels.shape} {pixels.dtype}, expected {shape} {np.dtype(dtype)}")
+    return {
+        "height": pixels.shape[0],
+        "width": pixels.shape[1],
+        "encoding": encoding,
+        "is_bigendian": int(sys.byteorder == "big" and pixels.dtype.itemsize > 1),
+        "step": pixels[0].nbytes,
+        "data": np.ascontiguousarray(pixels).view(np.uint8).reshape(-1),
+    }

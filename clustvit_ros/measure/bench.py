@@ -1,0 +1,219 @@
+"""Timing networks fairly: one pipeline for all, interleaved, so that whatever drifts on the machine hits all alike.
+
+What is timed is normalised image in (in host memory), uint8 mask out (in host memory): the network and its label map
+without confidence.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from clustvit_ros.engine import create_engine
+from clustvit_ros.engine.engine import Settings
+from clustvit_ros.engine.network_engine import Lap, NetworkEngine, NetworkOutput, StageTimer
+from clustvit_ros.engine.onnx_engine import OnnxEngine
+from clustvit_ros.engine.preprocess import to_input
+from clustvit_ros.errors import ConfigError
+from clustvit_ros.measure.flops import count_cost
+from clustvit_ros.networks.model_folder import load_config
+from clustvit_ros.networks.vit import grid_size_of
+
+ROW_KEYS = (
+    "arch", "engine", "device", "precision", "threads", "size", "batch", "classes", "tokens_total", "tokens_kept",
+    "p50_ms", "p95_ms", "p99_ms", "gflops", "parameters", "peak_memory_mb", "stages_ms",
+)  # fmt: skip
+"""The keys of a result, in order."""
+
+
+@dataclass(frozen=True)
+class BenchCase:
+    """One network in one configuration.
+
+    Args:
+        arch: what results call it.
+        model: its model folder.
+        engine, device, threads, precision, compiled: as `create_engine` takes them.
+        size: (height, width) of the input.
+        batch: images per call.
+        token_capacity: tokens kept; 0 is all.
+        execution_provider: of ONNX Runtime; empty is the device's own.
+        cache_dir: of exported files; None is the user's cache.
+    """
+
+    arch: str
+    model: Path
+    engine: str
+    device: str
+    threads: int
+    size: tuple[int, int]
+    batch: int = 1
+    token_capacity: int = 0
+    execution_provider: str = ""
+    cache_dir: Path | None = None
+    precision: str = "float32"
+    compiled: bool = False
+
+    def open(self) -> NetworkEngine:
+        """The engine, ready to run.
+
+        Raises:
+            ModelError, ConfigError, EngineError: as `create_engine`, or an engine that runs no network.
+        """
+        if self.engine == "onnxruntime":
+            return OnnxEngine(
+                self.model, self.device, self.threads, self.execution_provider, self.cache_dir, self.precision
+            )
+        engine = create_engine(str(self.model), self.engine, self.device, self.threads, self.precision, self.compiled)
+        if not isinstance(engine, NetworkEngine):
+            raise ConfigError(f"bench: engine {self.engine!r} runs no network, so there is nothing to measure")
+        return engine
+
+
+class Pipeline:
+    """A case with its engine and an input, ready to be called again and again."""
+
+    def __init__(self, case: BenchCase, engine: NetworkEngine) -> None:
+        self.case, self.engine = case, engine
+        self._settings = Settings(merge_threshold=1.0, token_capacity=case.token_capacity, confidence=False)
+        generator = torch.Generator().manual_seed(0)
+        self._images = torch.randn(case.batch, 3, *case.size, generator=generator)
+        if engine.device.type == "cuda":
+            self._images = self._images.pin_memory()
+
+    def __call__(self, lap: Lap = lambda stage: None) -> NetworkOutput:
+        """Segment the input once; the mask has arrived in host memory on return."""
+        with torch.inference_mode():
+            x = self._images.to(self.engine.device, non_blocking=True)
+            lap("copy_in")
+            output = self.engine.infer(x, self._settings, lap)
+            maps = self.engine.postprocess(output, self.case.size, self._settings)
+            lap("postprocess")
+            self.engine.download(maps.mask)
+            lap("copy_out")
+        return output
+
+    def stages_ms(self, runs: int) -> dict[str, float]:
+        """Median milliseconds by stage, and of `preprocess`, which the timed pipeline does not include."""
+        laps: dict[str, list[float]] = {}
+        images = np.random.default_rng(0).integers(0, 256, (self.case.batch, *self.case.size, 3), np.uint8)
+        config = load_config(self.case.model).input
+        for _ in range(runs):
+            timer = StageTimer(self.engine.device)
+            to_input(images, self.case.size, config, self.engine.device)
+            timer.lap("preprocess")
+            self(timer.lap)
+            for stage, elapsed_ms in timer.stages_ms.items():
+                laps.setdefault(stage, []).append(elapsed_ms)
+        return {stage: round(statistics.median(values), 4) for stage, values in laps.items()}
+
+
+def run_cases(cases: list[BenchCase], runs: int, warmup: int) -> list[dict[str, Any]]:
+    """Measure cases side by side.
+
+    Args:
+        cases: measured in turns, one call each: A B A B.
+        runs: timed calls of each case.
+        warmup: calls of each case before them.
+
+    Returns:
+        A row per case, in their order, with `ROW_KEYS`: milliseconds; `gflops` (1e9 operations, two per multiply-add)
+        of one call; `peak_memory_mb` (1e6 bytes) that a fresh process takes for the model and its calls.
+
+    Raises:
+        ModelError, ConfigError, EngineError: a case cannot be run.
+    """
+    engines: dict[tuple, NetworkEngine] = {}
+    pipelines = []
+    for case in cases:
+        # Cases that differ in their capacity alone share an engine.
+        key = (case.model, case.engine, case.execution_provider, case.precision, case.compiled)
+        if key not in engines:
+            engines[key] = case.open()
+        pipelines.append(Pipeline(case, engines[key]))
+    outputs = [[pipeline() for _ in range(max(warmup, 1))][-1] for pipeline in pipelines]
+    times_ms: list[list[float]] = [[] for _ in pipelines]
+    for _ in range(runs):
+        for pipeline, samples in zip(pipelines, times_ms, strict=True):
+            start = time.perf_counter()
+            pipeline()
+            samples.append((time.perf_counter() - start) * 1000.0)
+    return [
+        _row(pipeline, output, samples, pipeline.stages_ms(max(runs // 4, 3)))
+        for pipeline, output, samples in zip(pipelines, outputs, times_ms, strict=True)
+    ]
+
+
+def _row(pipeline: Pipeline, output: NetworkOutput, times_ms: list[float], stages_ms: dict) -> dict[str, Any]:
+    case, info = pipeline.case, pipeline.engine.info
+    config = load_config(case.model)
+    grid_size = grid_size_of(case.size, config.network.patch_size)
+    tokens_total = grid_size[0] * grid_size[1]
+    # A plain ViT has no clusters and keeps all tokens, whatever capacity it is offered.
+    kept = output.token_capacity if output.cluster_ids is not None else tokens_total
+    cost = count_cost(config.network, len(config.classes), case.size, case.batch, kept)
+    p50_ms, p95_ms, p99_ms = (round(float(np.percentile(times_ms, share)), 3) for share in (50, 95, 99))
+    # What ran, not what was asked for: graphs fall back to eager frames where they cannot be captured.
+    engine = f"{info.engine}:{case.execution_provider}" if case.execution_provider else info.engine
+    values = (
+        case.arch,
+        f"{engine}:compiled" if case.compiled else engine,
+        info.device,
+        info.precision,
+        torch.get_num_threads(),
+        f"{case.size[0]}x{case.size[1]}",
+        case.batch,
+        len(config.classes),
+        tokens_total,
+        kept,
+        p50_ms,
+        p95_ms,
+        p99_ms,
+        round(cost.flops / 1e9, 3),
+        cost.parameters,
+        round(_peak_memory_mb(case), 1),
+        stages_ms,
+    )
+    return dict(zip(ROW_KEYS, values, strict=True))
+
+
+def _peak_memory_mb(case: BenchCase) -> float:
+    """Peak memory of a case in 1e6 bytes, measured in a process of its own.
+
+    In this one, memory that another network has freed would be taken again unseen.
+    """
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(max_workers=1, mp_context=context) as executor:
+        return executor.submit(_measure_peak_memory_mb, case).result()
+
+
+def _measure_peak_memory_mb(case: BenchCase) -> float:
+    resident_before = _status_bytes("VmRSS")
+    engine = case.open()
+    pipeline = Pipeline(case, engine)
+    device = engine.device
+    free_before = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    for _ in range(2):
+        pipeline()
+    if device.type == "cpu":
+        return (_status_bytes("VmHWM") - resident_before) / 1e6
+    if case.engine == "onnxruntime":
+        # Its allocator is not PyTorch's: what the device has less than before it ran.
+        return (free_before - torch.cuda.mem_get_info(device)[0]) / 1e6
+    return torch.cuda.max_memory_allocated(device) / 1e6
+
+
+def _status_bytes(name: str) -> int:
+    """A memory figure of this process; unlike getrusage's, its peak starts with the process and not its parent."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise ConfigError(f"bench: /proc/self/status has no {name}; memory can be measured on Linux only")

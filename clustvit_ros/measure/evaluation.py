@@ -1,0 +1,114 @@
+"""Scoring an engine on labelled images: the one way in which all models of this package are judged."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from clustvit_ros.engine.engine import Engine, Prediction, Settings
+from clustvit_ros.engine.preprocess import network_size
+from clustvit_ros.measure.flops import count_cost
+from clustvit_ros.measure.metrics import BoundaryIoU, ConfusionMatrix
+from clustvit_ros.networks.model_folder import ModelConfig
+from clustvit_ros.training.dataset import LabelledImages, Sample
+
+
+def evaluate(
+    engine: Engine,
+    data: LabelledImages,
+    settings: Settings = Settings(),
+    on_image: Callable[[Sample, Prediction], None] | None = None,
+    count_gflops: Callable[[tuple[int, int], int], float] | None = None,
+    details: bool = False,
+) -> dict[str, Any]:
+    """Segment every image and compare with its labels at the image's own size.
+
+    Args:
+        engine: warmed up inside.
+        data: images with labels of the engine's classes.
+        settings: of every call; the confidence map is computed as asked for there.
+        on_image: called with each sample and its prediction.
+        count_gflops: (image size, token capacity) to 1e9 operations of a call; None leaves them out.
+        details: boundary IoU, confusion matrix and a record for each image as well.
+
+    Returns:
+        `miou`, `per_class_iou` (None for a class that occurs nowhere) and `pixel_accuracy` in percent; `images`;
+        `tokens_total` and `tokens_kept_mean` per image, `tokens_merged_mean` as a share 0..1; `latency_ms_p50` and
+        `latency_ms_p95`, from image in to mask out; `gflops_mean` per image when counted. With `details`,
+        `boundary_iou` and `per_class_boundary_iou` in percent, `confusion` (rows: truth, columns: prediction, the last
+        one unlabelled; pixels), and `per_image` records.
+    """
+    names = engine.info.classes.names
+    matrix = ConfusionMatrix(len(names))
+    boundaries = BoundaryIoU(len(names)) if details else None
+    latencies_ms, kept, total = [], [], 0
+    gflops: list[float] = []
+    records: list[dict[str, Any]] = []
+    engine.warmup(data[0].image.shape[:2])
+    for index in tqdm(range(len(data)), desc="evaluate", leave=False, mininterval=1.0):
+        sample = data[index]
+        prediction = engine.segment(sample.image, settings)
+        matrix.add(sample.labels, prediction.mask[0])
+        latencies_ms.append(prediction.stats.total_ms)
+        kept.append(prediction.stats.tokens_kept / prediction.stats.tokens_total)
+        total = prediction.stats.tokens_total
+        if count_gflops:
+            gflops.append(count_gflops(sample.labels.shape, prediction.stats.token_capacity))
+        if boundaries:
+            boundaries.add(sample.labels, prediction.mask[0])
+            records.append(_record(sample, prediction, len(names), gflops[-1] if gflops else None))
+        if on_image:
+            on_image(sample, prediction)
+    scores: dict[str, Any] = {
+        "miou": round(100 * matrix.miou(), 3),
+        "per_class_iou": _by_name(names, matrix.iou()),
+        "pixel_accuracy": round(100 * matrix.pixel_accuracy(), 3),
+        "images": len(data),
+        "tokens_total": total,
+        "tokens_kept_mean": round(statistics.fmean(kept) * total, 2),
+        "tokens_merged_mean": round(1 - statistics.fmean(kept), 4),
+        "latency_ms_p50": round(statistics.median(latencies_ms), 3),
+        "latency_ms_p95": round(float(np.percentile(latencies_ms, 95)), 3),
+    }
+    if gflops:
+        scores["gflops_mean"] = round(statistics.fmean(gflops), 3)
+    if boundaries:
+        scores["boundary_iou"] = round(100 * float(np.nanmean(boundaries.iou())), 3)
+        scores["per_class_boundary_iou"] = _by_name(names, boundaries.iou())
+        scores["confusion"] = matrix.counts.tolist()
+        scores["per_image"] = records
+    return scores
+
+
+def gflops_counter(config: ModelConfig) -> Callable[[tuple[int, int], int], float]:
+    """Counts 1e9 operations of a call with an image of (height, width) and a token capacity; each is counted once."""
+
+    @functools.cache
+    def count(image_size: tuple[int, int], token_capacity: int) -> float:
+        size = network_size(image_size, config.input.size, config.network.patch_size)
+        return count_cost(config.network, len(config.classes), size, 1, token_capacity).flops / 1e9
+
+    return count
+
+
+def _record(sample: Sample, prediction: Prediction, num_classes: int, gflops: float | None) -> dict[str, Any]:
+    single = ConfusionMatrix(num_classes)
+    single.add(sample.labels, prediction.mask[0])
+    return {
+        "image": sample.stem,
+        "miou": round(100 * single.miou(), 3) if single.counts.any() else None,
+        "tokens_kept": prediction.stats.tokens_kept,
+        "gflops": None if gflops is None else round(gflops, 3),
+        "latency_ms": round(prediction.stats.total_ms, 3),
+    }
+
+
+def _by_name(names: Sequence[str], values: np.ndarray) -> dict[str, float | None]:
+    """Percentages by class name, None for NaN."""
+    pairs = zip(names, values, strict=True)
+    return {name: None if np.isnan(value) else round(100 * float(value), 3) for name, value in pairs}

@@ -1,0 +1,76 @@
+"""Named architectures and the networks they stand for."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from clustvit_ros.config import from_mapping, to_mapping
+from clustvit_ros.errors import ConfigError
+from clustvit_ros.networks.cast_config import CASTConfig
+from clustvit_ros.networks.clustr_config import ClusTRConfig
+from clustvit_ros.networks.network_config import NetworkConfig, initialise
+from clustvit_ros.networks.segmenter import Segmenter
+from clustvit_ros.networks.vit_config import ViTConfig
+
+_VIT_SIZES = {
+    "t": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "s": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "b": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "l": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+}
+ARCHITECTURES: dict[str, NetworkConfig] = {
+    f"{backbone}_{size}": from_mapping(ViTConfig, {"backbone": backbone, **shape}, f"{backbone}_{size}")
+    for backbone in ("vit", "clustvit")
+    for size, shape in _VIT_SIZES.items()
+}
+ARCHITECTURES |= {
+    f"cast_{size}": from_mapping(CASTConfig, _VIT_SIZES[size], f"cast_{size}") for size in ("t", "s", "b")
+}
+ARCHITECTURES |= {
+    "clustr_b1": ClusTRConfig(),
+    "clustr_b2": ClusTRConfig(depths=(3, 5, 13, 2)),
+    "clustr_b3": ClusTRConfig(depths=(3, 5, 18, 3), embed_dims=(64, 128, 320, 512), num_heads=(1, 2, 5, 8)),
+}
+"""Published sizes by name; a model's `network` section states what differs."""
+
+# Hyper-parameters that mean nothing to a plain ViT.
+_OF_MERGING = {"merge", "num_clusters", "injection_point", "injection_points", "cluster_mlp_dim", "decode"}
+
+
+def network_config(architecture: str, overrides: dict[str, Any], where: str = "network") -> NetworkConfig:
+    """Hyper-parameters of a named architecture with some replaced.
+
+    Raises:
+        ConfigError: unknown architecture, unknown key, or a value of the wrong type or range.
+    """
+    if architecture not in ARCHITECTURES:
+        raise ConfigError(f"{where}: unknown architecture {architecture!r}; known: {', '.join(ARCHITECTURES)}")
+    published = ARCHITECTURES[architecture]
+    return from_mapping(type(published), {**to_mapping(published), **overrides}, where)
+
+
+def build_network(config: NetworkConfig, num_classes: int) -> Segmenter:
+    """A freshly initialised network."""
+    network = config.build(num_classes)
+    initialise(network)
+    return network
+
+
+def without_merging(config: ViTConfig) -> ViTConfig:
+    """The plain ViT twin of a ClustViT: same network, no clusterer, no regenerator."""
+    default = ViTConfig()
+    return dataclasses.replace(config, backbone="vit", **{name: getattr(default, name) for name in _OF_MERGING})
+
+
+def plain_twin(architecture: str, overrides: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Architecture and `network` section of a ClustViT's plain ViT twin, as a `model.yaml` states them.
+
+    Raises:
+        ConfigError: the architecture is no ClustViT.
+    """
+    if not architecture.startswith("clustvit_"):
+        known = ", ".join(name for name in ARCHITECTURES if name.startswith("clustvit_"))
+        raise ConfigError(f"{architecture} has no plain ViT twin, expected one of {known}")
+    kept = {key: value for key, value in overrides.items() if key not in _OF_MERGING}
+    return architecture.removeprefix("clust"), kept

@@ -1,0 +1,311 @@
+"""Model folders: `model.yaml` and `model.safetensors` together are a model; nothing in them is ever unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from clustvit_ros.classes import ClassSet
+from clustvit_ros.config import from_mapping, read_yaml
+from clustvit_ros.errors import ConfigError, ModelError
+from clustvit_ros.networks.architectures import build_network, network_config
+from clustvit_ros.networks.network_config import NetworkConfig
+from clustvit_ros.networks.segmenter import Segmenter
+from clustvit_ros.paths import MODEL_FILE, find_model
+
+WEIGHTS_FILE = "model.safetensors"
+# Far above any vision transformer; what is within is held against the weights before memory is spent on it.
+_LARGEST_INPUT_PX = 8192
+_LARGEST_SIZE, _DEEPEST = 65_536, 512
+_MOST_CLASSES = 65_535  # of a mono16 mask
+
+
+@dataclass(frozen=True)
+class InputConfig:
+    """How a camera image becomes the network's input.
+
+    Args:
+        size: (height, width) in pixels the model was trained for.
+        mean, std: per channel (RGB), on the 0..255 scale: normalised = (value - mean) / std.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, float, float] = (127.5, 127.5, 127.5)
+    std: tuple[float, float, float] = (127.5, 127.5, 127.5)
+
+    def __post_init__(self) -> None:
+        if min(self.size) < 1:
+            raise ConfigError(f"input: size is {list(self.size)}, expected positive (height, width)")
+        if max(self.size) > _LARGEST_INPUT_PX:
+            raise ConfigError(f"input: size is {list(self.size)}, expected at most {_LARGEST_INPUT_PX} px each")
+        if min(self.std) <= 0:
+            raise ConfigError(f"input: std is {list(self.std)}, expected positive numbers")
+
+
+@dataclass(frozen=True)
+class _ClassEntry:
+    name: str
+    colour: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class _ModelFile:
+    """What `model.yaml` may hold; `training`, `scores` and `licence` are for people and are passed through."""
+
+    architecture: str
+    classes: tuple[_ClassEntry, ...]
+    input: InputConfig
+    format: Literal[1] = 1
+    network: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    scores: dict[str, Any] = field(default_factory=dict)
+    licence: str = ""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model without its weights.
+
+    Args:
+        name: the folder's name.
+        architecture: a name in `ARCHITECTURES`.
+        network: its hyper-parameters, overrides applied.
+        classes: names and colours.
+        input: size and normalisation.
+        overrides: what `network` states beyond the architecture, as written.
+        training, scores, licence: provenance, free form.
+    """
+
+    name: str
+    architecture: str
+    network: NetworkConfig
+    classes: ClassSet
+    input: InputConfig
+    overrides: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    scores: dict[str, Any] = field(default_factory=dict)
+    licence: str = ""
+
+
+def load_config(model: str | Path) -> ModelConfig:
+    """Read and check `model.yaml` of a model folder or shipped model.
+
+    Raises:
+        ModelError: no such model.
+        ConfigError: the file holds something unknown, mis-typed or out of range.
+    """
+    folder = find_model(model)
+    where = str(folder / MODEL_FILE)
+    content = from_mapping(_ModelFile, read_yaml(folder / MODEL_FILE), where)
+    if len(content.classes) > _MOST_CLASSES:
+        raise ConfigError(f"{where}: got {len(content.classes)} classes, expected at most {_MOST_CLASSES}")
+    _check_sizes(content.network, f"{where}: network")
+    return ModelConfig(
+        name=folder.resolve().name,
+        architecture=content.architecture,
+        network=network_config(content.architecture, content.network, f"{where}: network"),
+        classes=ClassSet(tuple(c.name for c in content.classes), tuple(c.colour for c in content.classes)),
+        input=content.input,
+        overrides=content.network,
+        training=content.training,
+        scores=content.scores,
+        licence=content.licence,
+    )
+
+
+def load_segmenter(model: str | Path) -> Segmenter:
+    """Load a model folder, or a shipped model by name, as a network in evaluation mode on the CPU, float32.
+
+    Raises:
+        ModelError: no such model, or weights that do not fit its configuration.
+        ConfigError: `model.yaml` cannot be used.
+    """
+    config = load_config(model)
+    path, unused = weights_path(model), config.network.unused_weights
+    with torch.device("meta"):  # shapes without memory: model.yaml may lie about them
+        _check_file(build_network(config.network, len(config.classes)), path, unused)
+    network = build_network(config.network, len(config.classes))
+    load_weights(network, path, unused)
+    return network.eval()
+
+
+def weights_path(model: str | Path) -> Path:
+    """The weights file of a model folder or shipped model.
+
+    Raises:
+        ModelError: no such model, or weights that are no file inside the model's folder.
+    """
+    return inside(find_model(model), WEIGHTS_FILE)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a model's file, which must not lead out of the model's folder.
+
+    A folder of links (`colcon build --symlink-install` makes one) counts as the folder that its `model.yaml` is in.
+
+    Raises:
+        ModelError: missing, no regular file, or a link to somewhere else.
+    """
+    path = folder / name
+    real = path.resolve()
+    if (folder / MODEL_FILE).resolve().parent not in real.parents:
+        raise ModelError(f"{path}: leads to {real}, outside of the model's folder; put the file itself there")
+    if not real.is_file():
+        raise ModelError(f"{path}: cannot be read (no such file); fetch the model again")
+    return path
+
+
+def load_weights(network: Segmenter, path: Path, unused: tuple[str, ...] = ()) -> None:
+    """Fill a network from a safetensors file; half-precision weights become the network's own precision.
+
+    Args:
+        network: changed in place.
+        path: of the file.
+        unused: beginnings of names that may be in the file though the network has no use for them.
+
+    Raises:
+        ModelError: unreadable file, names or shapes that differ, each listed, or values that are no numbers.
+    """
+    _check_file(network, path, unused)
+    try:
+        with safe_open(path, "pt") as file:
+            names = [name for name in file.keys() if not name.startswith(unused)]  # noqa: SIM118 (not a mapping)
+            weights = {name: file.get_tensor(name) for name in names}
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path}: cannot be read ({error}); fetch the model again") from error
+    broken = [name for name, tensor in weights.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if broken:
+        raise ModelError(f"{path}: infinite or no numbers in {', '.join(broken[:10])}; train or fetch the model again")
+    network.load_state_dict(weights)
+
+
+def _check_file(network: Segmenter, path: Path, unused: tuple[str, ...] = ()) -> None:
+    """Hold a safetensors file's header against a network, before any tensor is read."""
+    try:
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            shapes = {name: tuple(part.get_shape()) for name, part in slices.items() if not name.startswith(unused)}
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path}: cannot be read ({error}); fetch the model again") from error
+    _check_shapes(network, shapes, str(path))
+
+
+def _check_sizes(network: dict[str, Any], where: str) -> None:
+    """Refuse hyper-parameters that would build for ever."""
+    for name, value in network.items():
+        largest = _DEEPEST if "depth" in name or "point" in name else _LARGEST_SIZE
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not abs(number) <= largest:
+                raise ConfigError(f"{where}: {name} is {value}, expected at most {largest}")
+
+
+def write_variant(model: str | Path, folder: Path, network: dict[str, Any]) -> Path:
+    """A model folder with a model's weights and some of its `network` section replaced, e.g. another way to merge.
+
+    Args:
+        model: a model folder, or a shipped model's name.
+        folder: to make; its name becomes the variant's.
+        network: hyper-parameters to replace, as in `model.yaml`.
+
+    Returns:
+        `folder`, with a copy of the weights.
+
+    Raises:
+        ModelError: no such model.
+        ConfigError: `model.yaml` cannot be used, or not with these values.
+    """
+    source = find_model(model).resolve()
+    content = read_yaml(source / MODEL_FILE)
+    content["network"] = {**(content.get("network") or {}), **network}
+    folder.mkdir(parents=True)
+    (folder / MODEL_FILE).write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    shutil.copyfile(weights_path(source), folder / WEIGHTS_FILE)
+    load_config(folder)
+    return folder
+
+
+def hash_weights(model: str | Path) -> str:
+    """SHA-256 of a model's weights file, as `sha256sum` prints it.
+
+    Raises:
+        ModelError: no such model, or no weights in it.
+    """
+    path = weights_path(model)
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror}); fetch the model again") from error
+    return digest.hexdigest()
+
+
+def check_weights(network: Segmenter, weights: dict[str, torch.Tensor], where: str) -> None:
+    """Compare names and shapes with a network's, before any is loaded.
+
+    Raises:
+        ModelError: with every missing, unknown and mis-shaped name (the first ten of each).
+    """
+    _check_shapes(network, {name: tuple(tensor.shape) for name, tensor in weights.items()}, where)
+
+
+def _check_shapes(network: Segmenter, shapes: dict[str, tuple[int, ...]], where: str) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    findings = {
+        "missing": [name for name in expected if name not in shapes],
+        "unknown": [name for name in shapes if name not in expected],
+        "mis-shaped": [
+            f"{name} {shapes[name]} instead of {shape}"
+            for name, shape in expected.items()
+            if name in shapes and shapes[name] != shape
+        ],
+    }
+    if any(findings.values()):
+        texts = [
+            f"{kind}: {', '.join(names[:10])}{f' and {len(names) - 10} more' if len(names) > 10 else ''}"
+            for kind, names in findings.items()
+            if names
+        ]
+        raise ModelError(f"{where}: the weights do not fit the network: {'; '.join(texts)}; check model.yaml's network")
+
+
+def save_model(folder: Path, config: ModelConfig, network: Segmenter, dtype: torch.dtype = torch.float32) -> None:
+    """Write `model.yaml` and `model.safetensors`.
+
+    Args:
+        folder: made if it does not exist; files in it are replaced.
+        dtype: of floating-point weights on disk.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {
+        name: tensor.detach().cpu().to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+        for name, tensor in network.state_dict().items()
+    }
+    partial = folder / (WEIGHTS_FILE + ".partial")
+    save_file(weights, partial)
+    partial.chmod(0o644)  # safetensors writes for the owner alone, and an installed model is read by others
+    partial.replace(folder / WEIGHTS_FILE)
+    content = {
+        "format": 1,
+        "architecture": config.architecture,
+        "network": config.overrides,
+        "classes": [
+            {"name": name, "colour": list(colour)}
+            for name, colour in zip(config.classes.names, config.classes.colours, strict=True)
+        ],
+        "input": {"size": list(config.input.size), "mean": list(config.input.mean), "std": list(config.input.std)},
+        "training": config.training,
+        "scores": config.scores,
+        "licence": config.licence,
+    }
+    text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
+    (folder / MODEL_FILE).write_text(text, encoding="utf-8")

@@ -1,0 +1,364 @@
+"""The official ClustViT checkpoints (OpenMMLab layout): key names to and from ours, and what their shapes tell.
+
+Heads: Segmenter's mask transformer, UPerNet with or without mmsegmentation's neck, and a single 1x1 convolution, which
+is our linear head. Auxiliary heads serve training only and are left out.
+
+Files are read with `weights_only=True`; nothing in them is ever executed. A checkpoint's own configuration, Python text
+in the file, is read as literals only.
+"""
+
+from __future__ import annotations
+
+import ast
+import pickle
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from clustvit_ros.errors import ConfigError, ModelError
+from clustvit_ros.networks.architectures import ARCHITECTURES
+from clustvit_ros.networks.official_clustr import from_official_clustr, is_clustr
+from clustvit_ros.networks.timm_weights import fold_patch_bias
+from clustvit_ros.networks.uper_head import NUM_LEVELS
+from clustvit_ros.networks.vit_config import ViTConfig
+
+_BLOCK = {
+    "ln1": "norm1",
+    "ln2": "norm2",
+    "attn.attn.in_proj_": "attn.qkv.",
+    "attn.attn.out_proj": "attn.proj",
+    "ffn.layers.0.0": "mlp.fc1",
+    "ffn.layers.1": "mlp.fc2",
+}
+_BACKBONE = {
+    "backbone.ln1.": "backbone.norm.",
+    "backbone.clusterer.net.0.": "backbone.clusterer.fc1.",
+    "backbone.clusterer.net.2.": "backbone.clusterer.fc2.",
+    "backbone.expand_mlp.0.": "backbone.regenerator.fc1.",
+    "backbone.expand_mlp.2.": "backbone.regenerator.fc2.",
+}
+_HEAD = {
+    "cls_emb": "class_embed",
+    "decoder_norm": "norm",
+    "classes_proj": "class_proj",
+    "conv_seg.": "classify.",
+}
+# UPerNet's convolutions: theirs, ours; each is followed by `conv.` or `bn.`, ours by `conv.` or `norm.`.
+_UPERNET = (
+    (r"psp_modules\.(\d)\.1\.", r"pyramid.{}."),
+    (r"lateral_convs\.(\d)\.", r"lateral.{}."),
+    (r"fpn_convs\.(\d)\.", r"smooth.{}."),
+    (r"bottleneck\.", r"bottleneck."),
+    (r"fpn_bottleneck\.", r"fuse."),
+)
+_NECK = {"lateral_convs": "lateral", "convs": "smooth"}
+_TRAINING_ONLY = ("auxiliary_head.",)
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint file.
+
+    Attributes:
+        weights: parameter names, as they are in the file, to tensors.
+        model: the `model` section of the configuration that the file carries; empty when it carries none.
+    """
+
+    weights: dict[str, Tensor]
+    model: dict[str, Any]
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint without executing anything in it.
+
+    Raises:
+        ModelError: unreadable, or no checkpoint of this kind.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            content: Any = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, SafetensorError) as error:
+        raise ModelError(
+            f"{path}: cannot be read as a checkpoint of plain tensors ({str(error).splitlines()[0]}); if it is a "
+            "training checkpoint with other objects in it, save its state_dict alone"
+        ) from error
+    # OpenMMLab's wrapper, DeiT's, none.
+    weights = content.get("state_dict", content.get("model", content)) if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
+        raise ModelError(f"{path}: holds no state_dict of tensors; expected an OpenMMLab checkpoint or timm weights")
+    meta = content.get("meta", {})
+    text = meta.get("cfg", "") if isinstance(meta, dict) else ""
+    return Checkpoint(weights, _model_section(text) if isinstance(text, str) else {})
+
+
+def network_of(checkpoint: Checkpoint, known: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The architecture of a checkpoint.
+
+    Shapes tell most of it; the rest comes from `known`, then from the checkpoint's own configuration, then from the
+    official defaults (injection point 3, 64 channels per head, a square trained size).
+
+    Args:
+        checkpoint: as read.
+        known: hyper-parameters by the names of `ViTConfig`; they are checked against the shapes.
+
+    Returns:
+        Name in `ARCHITECTURES`, and the overrides for `network_config`.
+
+    Raises:
+        ModelError: parameters that every ViT or Segmenter has are missing.
+        ConfigError: `known` contradicts the shapes, or a trained size that is not square was not given.
+    """
+    weights = checkpoint.weights
+    try:
+        embed_dim = weights["backbone.cls_token"].shape[2]
+        shapes: dict[str, Any] = {
+            "backbone": "clustvit" if "backbone.clusterer.net.0.weight" in weights else "vit",
+            "embed_dim": embed_dim,
+            "depth": _count_layers(weights, "backbone"),
+            "patch_size": weights["backbone.patch_embed.projection.weight"].shape[2],
+            "mlp_ratio": weights["backbone.layers.0.ffn.layers.0.0.weight"].shape[0] / embed_dim,
+            **_head_shapes(weights),
+        }
+        num_tokens = weights["backbone.pos_embed"].shape[1] - 1
+        if shapes["backbone"] == "clustvit":
+            shapes["cluster_mlp_dim"] = weights["backbone.clusterer.net.0.weight"].shape[0]
+            shapes["num_clusters"] = weights["backbone.clusterer.net.2.weight"].shape[0] - 1
+    except KeyError as error:
+        raise ModelError(
+            f"checkpoint has no {error.args[0]}; expected a ViT or ClustViT with a Segmenter, UPerNet or linear head"
+        ) from error
+    for name, value in known.items():
+        if name == "head_depth" and shapes["head"] != "segmenter":
+            continue
+        if name in shapes and shapes[name] != value:
+            raise ConfigError(f"{name}: got {value!r}, but the checkpoint's shapes say {shapes[name]!r}")
+    backbone = {"num_heads": max(embed_dim // 64, 1), **_hints(checkpoint.model)}
+    network = {**backbone, **shapes, **known, "head": shapes["head"]}
+    for name in ("injection_points", "head_blocks"):
+        if name in network:
+            network[name] = list(network[name])
+    if "image_size" not in network:
+        side = round(num_tokens**0.5) * shapes["patch_size"]
+        network["image_size"] = [side, side]
+    height, width = (length // shapes["patch_size"] for length in network["image_size"])
+    if height * width != num_tokens:
+        raise ConfigError(
+            f"image_size: {list(network['image_size'])} makes {height * width} patches, the checkpoint's position "
+            f"embedding has {num_tokens}; pass the size it was trained with"
+        )
+    size = ("backbone", "embed_dim", "depth", "num_heads")
+    architecture = next(
+        (
+            name
+            for name, published in ARCHITECTURES.items()
+            if isinstance(published, ViTConfig) and all(getattr(published, key) == network.get(key) for key in size)
+        ),
+        f"{network['backbone']}_t",
+    )
+    published = ARCHITECTURES[architecture]
+    return architecture, {name: value for name, value in network.items() if getattr(published, name) != value}
+
+
+def from_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the parameters of an official checkpoint; names that are not recognised stay as they are.
+
+    What serves training only (auxiliary heads) is left out, and a bias of the patch projection, which older versions of
+    mmsegmentation had, is added to the position embedding, where it does the same. ClusTR's layout is recognised
+    as well.
+    """
+    if is_clustr(state_dict):
+        return from_official_clustr(state_dict)
+    linear = head_of(state_dict) == "linear"
+    weights = {}
+    for name, tensor in fold_patch_bias(state_dict).items():
+        if name.startswith(_TRAINING_ONLY):
+            continue
+        if linear and name == "decode_head.conv_seg.weight":
+            tensor = tensor.flatten(1)  # a 1x1 convolution is a linear layer
+        weights[_rename(name)] = tensor
+    return weights
+
+
+def to_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The way back.
+
+    Raises:
+        ModelError: parameters that the official layout has no name for (a convolutional stem, another family).
+    """
+    foreign = [name for name in state_dict if name.startswith("backbone.stages.") or name.endswith("surrogate_tokens")]
+    if foreign:
+        raise ModelError(f"the official layout has no name for {foreign[0]}; only ViT and ClustViT have one")
+    stem = [name for name in state_dict if name.startswith("backbone.patch_embed.layers.")]
+    if stem:
+        raise ModelError(f"the official layout has no name for a convolutional stem ({stem[0]}, ...)")
+    later = [name for name in state_dict if name.startswith("backbone.later_")]
+    if later:
+        raise ModelError(f"the official layout has no name for a second injection point ({later[0]}, ...)")
+    weights = {}
+    for name, tensor in state_dict.items():
+        if name == "head.classify.weight" and tensor.ndim == 2:
+            tensor = tensor[:, :, None, None]
+        weights[_rename_back(name)] = tensor
+    return weights
+
+
+def head_of(weights: dict[str, Tensor]) -> str:
+    """Which of our heads an official checkpoint has: "segmenter", "upernet" or "linear"; empty for none of them."""
+    if "decode_head.cls_emb" in weights:
+        return "segmenter"
+    if "decode_head.psp_modules.0.1.conv.weight" in weights:
+        return "upernet"
+    names = {name for name in weights if name.startswith("decode_head.")}
+    return "linear" if names == {"decode_head.conv_seg.weight", "decode_head.conv_seg.bias"} else ""
+
+
+def count_classes(weights: dict[str, Tensor]) -> int:
+    """Classes of an official checkpoint's head.
+
+    Raises:
+        ModelError: it has none of our heads.
+    """
+    head = head_of(weights)
+    if not head:
+        found = sorted({name.split(".")[1] for name in weights if name.startswith("decode_head.")})
+        raise ModelError(
+            "checkpoint has no Segmenter, UPerNet or linear head; its decode_head holds "
+            f"{', '.join(found) or 'nothing'}"
+        )
+    return (
+        weights["decode_head.cls_emb"].shape[1] if head == "segmenter" else len(weights["decode_head.conv_seg.weight"])
+    )
+
+
+def _head_shapes(weights: dict[str, Tensor]) -> dict[str, Any]:
+    head = head_of(weights)
+    if head == "upernet":
+        return {
+            "head": head,
+            "head_channels": weights["decode_head.conv_seg.weight"].shape[1],
+            "neck": any(name.startswith("neck.") for name in weights),
+        }
+    return (
+        {"head": head}
+        if head == "linear"
+        else {"head": "segmenter", "head_depth": _count_layers(weights, "decode_head")}
+    )
+
+
+def _rename(name: str) -> str:
+    block = re.fullmatch(r"(backbone|decode_head)\.layers\.(\d+)\.(.+)", name)
+    if block:
+        room, index, rest = block.groups()
+        for theirs, ours in _BLOCK.items():
+            if rest.startswith(theirs):
+                rest = ours + rest[len(theirs) :]
+                break
+        return f"{'head' if room == 'decode_head' else room}.blocks.{index}.{rest}"
+    if name.startswith("neck."):
+        kind, index, _, last = [*name.split("."), "", "", ""][1:5]
+        return f"head.neck.{_NECK.get(kind, kind)}.{index}.{last}"
+    if name.startswith("decode_head."):
+        rest = name.removeprefix("decode_head.")
+        for pattern, ours in _UPERNET:
+            found = re.fullmatch(pattern + r"(conv|bn)\.(.+)", rest)
+            if found:
+                *index, layer, parameter = found.groups()
+                return f"head.{ours.format(*index)}{'norm' if layer == 'bn' else layer}.{parameter}"
+        for theirs, ours in _HEAD.items():
+            if rest.startswith(theirs):
+                return "head." + ours + rest[len(theirs) :]
+        return "head." + rest
+    for theirs, ours in _BACKBONE.items():
+        if name.startswith(theirs):
+            return ours + name[len(theirs) :]
+    return name
+
+
+def _rename_back(name: str) -> str:
+    block = re.fullmatch(r"(backbone|head)\.blocks\.(\d+)\.(.+)", name)
+    if block:
+        room, index, rest = block.groups()
+        room = "decode_head" if room == "head" else room
+        return f"{room}.layers.{index}.{_swap_prefix(rest, _BLOCK)}"
+    neck = re.fullmatch(r"head\.neck\.(lateral|smooth)\.(\d+)\.(.+)", name)
+    if neck:
+        kind = {ours: theirs for theirs, ours in _NECK.items()}[neck.group(1)]
+        return f"neck.{kind}.{neck.group(2)}.conv.{neck.group(3)}"
+    convolution = re.fullmatch(r"head\.(pyramid|lateral|smooth|bottleneck|fuse)\.(?:(\d)\.)?(conv|norm)\.(.+)", name)
+    if convolution:
+        module, index, layer, parameter = convolution.groups()
+        theirs = {
+            "pyramid": f"psp_modules.{index}.1",
+            "lateral": f"lateral_convs.{index}",
+            "smooth": f"fpn_convs.{index}",
+            "bottleneck": "bottleneck",
+            "fuse": "fpn_bottleneck",
+        }[module]
+        return f"decode_head.{theirs}.{'bn' if layer == 'norm' else layer}.{parameter}"
+    if name.startswith("head."):
+        return "decode_head." + _swap_prefix(name.removeprefix("head."), _HEAD)
+    return _swap_prefix(name, _BACKBONE)
+
+
+def _swap_prefix(name: str, table: dict[str, str]) -> str:
+    for theirs, ours in table.items():
+        if name.startswith(ours):
+            return theirs + name[len(ours) :]
+    return name
+
+
+def _count_layers(weights: dict[str, Tensor], room: str) -> int:
+    matches = (re.match(rf"{room}\.layers\.(\d+)\.", name) for name in weights)
+    return 1 + max((int(match.group(1)) for match in matches if match), default=-1)
+
+
+def _hints(model: dict[str, Any]) -> dict[str, Any]:
+    """What a configuration's `model` section says that shapes cannot."""
+    backbone, head = model.get("backbone", {}), model.get("decode_head", {})
+    hints: dict[str, Any] = {}
+    if isinstance(backbone.get("num_heads"), int):
+        hints["num_heads"] = backbone["num_heads"]
+    points = backbone.get("injection_points")
+    if points:
+        hints["injection_point"] = points[0]
+        if len(points) > 1:
+            raise ConfigError(f"injection_points: got {points}, official checkpoints have exactly one")
+    blocks = backbone.get("out_indices")
+    if isinstance(blocks, list) and len(blocks) == NUM_LEVELS and head.get("type") == "UPerHead":
+        hints["head_blocks"] = list(blocks)
+    size = backbone.get("img_size")
+    if size:
+        hints["image_size"] = [size, size] if isinstance(size, int) else list(size)
+    if isinstance(head.get("num_heads"), int):
+        hints["head_heads"] = head["num_heads"]
+    return hints
+
+
+def _model_section(text: str) -> dict[str, Any]:
+    """The `model = dict(...)` of a configuration text, literals and dict() calls only; empty when there is none."""
+    try:
+        tree = ast.parse(text)
+    except SyntaxError:
+        return {}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "model":
+            value = _literal(node.value)
+            return value if isinstance(value, dict) else {}
+    return {}
+
+
+def _literal(node: ast.expr) -> Any:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
+        return {keyword.arg: _literal(keyword.value) for keyword in node.keywords}
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return [_literal(item) for item in node.elts]
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return None

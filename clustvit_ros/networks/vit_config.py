@@ -1,0 +1,201 @@
+"""Hyper-parameters of the ViT family."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from clustvit_ros.errors import ConfigError
+from clustvit_ros.networks.bipartite_merging import BipartiteMergingViT
+from clustvit_ros.networks.clustvit import ClustViT
+from clustvit_ros.networks.detail_head import DetailHead
+from clustvit_ros.networks.linear_head import LinearHead
+from clustvit_ros.networks.local_kmeans import LocalKMeansViT
+from clustvit_ros.networks.mask_transformer import MaskTransformer
+from clustvit_ros.networks.network_config import NetworkConfig
+from clustvit_ros.networks.segmenter import Segmenter
+from clustvit_ros.networks.uper_head import NUM_LEVELS, UPerHead
+from clustvit_ros.networks.vit import VisionTransformer, detail_dims
+
+MERGES = ("none", "clusters", "tome", "kmeans")
+"""Ways to merge tokens: not at all, ClustViT's clusters, ToMe's bipartite matching, local k-means."""
+
+
+@dataclass(frozen=True)
+class ViTConfig(NetworkConfig):
+    """Everything that fixes the shape of a ViT or ClustViT with its decode head.
+
+    Args:
+        backbone: "clustvit" merges tokens, "vit" is the plain baseline.
+        stem: "patch" (one linear projection, as published) or "conv" (strided convolutions).
+        stem_blocks: residual blocks at each of a convolutional stem's strides from 4 to half a patch, for finer
+            structures than tokens can hold.
+        embed_dim, depth, num_heads, mlp_ratio: of the encoder.
+        merge: "tome" and "kmeans" merge without any trained part, from `injection_point` on, whichever the backbone;
+            empty is the backbone's own way.
+        num_clusters: k, clusters besides "keep".
+        injection_point: number of blocks before merging.
+        injection_points: for several merges, blocks before each; empty is `injection_point` alone.
+        cluster_mlp_dim: hidden width of the Clusterer; 0 takes the published ratio, 4 1/32 times embed_dim.
+        head: "segmenter" (mask transformer), "upernet", "linear", or "detail", which joins the tokens with the finer
+            maps of a convolutional stem.
+        head_depth, head_heads: blocks of Segmenter's head and their heads; 0 heads means as the encoder.
+        head_channels: width of UPerNet's head, 0 means as the encoder; of the detail head's finest level, 0 means 64.
+        head_blocks: the four blocks (from 0) whose outputs UPerNet's head takes; empty means after a third, half, two
+            thirds and all of them: 3, 5, 7, 11 of 12.
+        neck: UPerNet only: scale its levels to a pyramid first, as mmsegmentation's ViT models do.
+        decode: "full" regenerates tokens for the head; "compact" runs the head on kept tokens and representatives and
+            gives their class scores to the merged ones; "grouped" regenerates tokens and lets small groups of them go
+            through Segmenter's head as one, in capacity mode.
+        drop_path: stochastic depth, in training only.
+    """
+
+    backbone: Literal["vit", "clustvit"] = "clustvit"
+    stem: Literal["patch", "conv"] = "patch"
+    stem_blocks: int = 0
+    embed_dim: int = 192
+    depth: int = 12
+    num_heads: int = 3
+    mlp_ratio: float = 4.0
+    merge: Literal["", "none", "clusters", "tome", "kmeans"] = ""
+    num_clusters: int = 3
+    injection_point: int = 3
+    injection_points: tuple[int, ...] = ()
+    cluster_mlp_dim: int = 0
+    head: Literal["segmenter", "upernet", "linear", "detail"] = "segmenter"
+    head_depth: int = 2
+    head_heads: int = 0
+    head_channels: int = 0
+    head_blocks: tuple[int, ...] = ()
+    neck: bool = False
+    decode: Literal["full", "compact", "grouped"] = "full"
+    drop_path: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("patch_size", "embed_dim", "depth", "num_heads", "num_clusters"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"network: {name} is {getattr(self, name)}, expected at least 1")
+        if min(self.image_size) < self.patch_size:
+            raise ConfigError(f"network: image_size {self.image_size} is below one patch of {self.patch_size} px")
+        for name in ("num_heads", "head_heads"):
+            heads = getattr(self, name) or self.num_heads
+            if self.embed_dim % heads:
+                raise ConfigError(f"network: embed_dim {self.embed_dim} is not a multiple of {name} {heads}")
+        if self.stem == "conv" and self.patch_size & (self.patch_size - 1):
+            raise ConfigError(f"network: patch_size is {self.patch_size}, a conv stem needs a power of two")
+        if self.stem_blocks < 0 or (self.stem_blocks and (self.stem != "conv" or self.patch_size < 8)):
+            raise ConfigError(
+                f"network: stem_blocks is {self.stem_blocks} with stem {self.stem!r} and patch_size {self.patch_size}; "
+                "it needs stem conv and patches of at least 8 px"
+            )
+        self._check_merge()
+        self._check_head()
+
+    def _check_merge(self) -> None:
+        if self.backbone == "vit" and self.merge == "clusters":
+            raise ConfigError("network: merge is 'clusters', which a plain vit has no weights for; use tome or kmeans")
+        points = self.injection_points
+        if points and (list(points) != sorted(set(points)) or points[0] < 0):
+            raise ConfigError(f"network: injection_points is {list(points)}, expected ascending block counts")
+
+    def _check_head(self) -> None:
+        if self.decode == "compact" and self.head == "upernet":
+            raise ConfigError("network: decode is 'compact', which UPerNet's convolutions cannot do; use full")
+        if self.decode == "grouped" and self.head != "segmenter":
+            raise ConfigError(
+                "network: decode is 'grouped', which is for head 'segmenter', whose attention it saves, got head "
+                f"{self.head!r}; use full"
+            )
+        if self.decode == "grouped" and self.merge_method not in ("clusters", "none"):
+            raise ConfigError(
+                f"network: decode is 'grouped', which groups a cluster's tokens, with merge {self.merge!r}; use compact"
+            )
+        if self.neck and self.head != "upernet":
+            raise ConfigError(f"network: neck is for head 'upernet', got head {self.head!r}")
+        if self.head == "detail" and (self.stem != "conv" or self.patch_size < 8):
+            raise ConfigError(
+                f"network: head is 'detail' with stem {self.stem!r} and patch_size {self.patch_size}; it needs "
+                "stem conv and patches of at least 8 px"
+            )
+        if self.head != "upernet":
+            return
+        blocks = self.level_blocks
+        if (
+            len(set(blocks)) != NUM_LEVELS
+            or list(blocks) != sorted(blocks)
+            or blocks[0] < 0
+            or blocks[-1] >= self.depth
+        ):
+            raise ConfigError(
+                f"network: head_blocks is {list(blocks)}, expected {NUM_LEVELS} ascending block indices below "
+                f"{self.depth}"
+            )
+
+    @property
+    def merge_method(self) -> str:
+        """How tokens are merged, one of `MERGES`."""
+        return self.merge or ("clusters" if self.backbone == "clustvit" else "none")
+
+    @property
+    def merges(self) -> bool:
+        return self.merge_method != "none"
+
+    @property
+    def unused_weights(self) -> tuple[str, ...]:
+        """Those of ClustViT's own merging, where another way replaces it."""
+        replaced = self.backbone == "clustvit" and self.merge_method != "clusters"
+        return ("backbone.clusterer.", "backbone.regenerator.", "backbone.later_") if replaced else ()
+
+    @property
+    def points(self) -> tuple[int, ...]:
+        """Blocks before each merge."""
+        return self.injection_points or (self.injection_point,)
+
+    @property
+    def level_blocks(self) -> tuple[int, ...]:
+        """Blocks whose outputs the head takes besides the last one's; none for a head of one level."""
+        if self.head != "upernet":
+            return ()
+        thirds = (self.depth // 3, self.depth // 2, 2 * self.depth // 3, self.depth)
+        return self.head_blocks or tuple(end - 1 for end in thirds)
+
+    def build(self, num_classes: int) -> Segmenter:
+        return Segmenter(self._build_backbone(), self._build_head(num_classes))
+
+    def _build_backbone(self) -> VisionTransformer:
+        vit: dict[str, Any] = {
+            "image_size": self.image_size,
+            "patch_size": self.patch_size,
+            "stem": self.stem,
+            "stem_blocks": self.stem_blocks,
+            "embed_dim": self.embed_dim,
+            "depth": self.depth,
+            "num_heads": self.num_heads,
+            "mlp_ratio": self.mlp_ratio,
+            "drop_path": self.drop_path,
+            "level_blocks": self.level_blocks,
+            "details": self.head == "detail",
+        }
+        if self.merge_method == "clusters":
+            cluster_mlp_dim = self.cluster_mlp_dim or self.embed_dim * 129 // 32
+            return ClustViT(self.num_clusters, self.points, cluster_mlp_dim, self.decode, **vit)
+        compact = self.decode == "compact"
+        if self.merge_method == "tome":
+            return BipartiteMergingViT(self.points[0], compact, **vit)
+        if self.merge_method == "kmeans":
+            return LocalKMeansViT(self.points[0], compact, **vit)
+        return VisionTransformer(**vit)
+
+    def _build_head(self, num_classes: int) -> nn.Module:
+        if self.head == "linear":
+            return LinearHead(self.embed_dim, num_classes)
+        if self.head == "detail":
+            details = detail_dims(self.embed_dim, self.patch_size)
+            return DetailHead(self.embed_dim, details, num_classes, self.head_channels or 64)
+        if self.head == "upernet":
+            return UPerHead(self.embed_dim, num_classes, self.head_channels or self.embed_dim, self.neck)
+        return MaskTransformer(
+            self.embed_dim, num_classes, self.head_depth, self.head_heads or self.num_heads, self.mlp_ratio
+        )

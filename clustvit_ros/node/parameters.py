@@ -1,0 +1,198 @@
+"""The parameters of the segmentation node: the one table that node, descriptors, tests and README share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from clustvit_ros.engine import ENGINES, PRECISIONS, Settings
+from clustvit_ros.engine.engine import EXEMPT_SOURCES
+from clustvit_ros.errors import ConfigError
+from clustvit_ros.node.parameter_spec import ParameterSpec, markdown_table, parameter, specs_of
+from clustvit_ros.policy import POLICIES, REFERENCES
+
+
+@dataclass(frozen=True)
+class SegmentationParameters:
+    """One consistent set of values; a frame is processed under exactly one of these."""
+
+    model: str = parameter(
+        "camvid_tiny", "Name of a shipped model, or path of a model folder; loaded beside the old one, then swapped.",
+        live=True,
+    )  # fmt: skip
+    engine: str = parameter(
+        "auto", "What runs the network; `auto` is `cuda_graph` on a GPU and `torch` (eager) on a CPU.",
+        choices=ENGINES,
+    )  # fmt: skip
+    device: str = parameter(
+        "auto", "Where it runs; `auto` takes the GPU when a real kernel runs on it.",
+        pattern=r"auto|cpu|cuda(:\d{1,3})?", form="auto, cpu, cuda or cuda:N",
+    )  # fmt: skip
+    precision: str = parameter(
+        "float32", "What the network computes in; half precisions are for a GPU, int8 is for a CPU with VNNI.",
+        choices=PRECISIONS,
+    )  # fmt: skip
+    threads: int = parameter(
+        0, "CPU threads of the engine; 0: as many as other processes leave cores.", minimum=0, maximum=1024
+    )
+    merge_threshold: float = parameter(
+        0.5, "Tokens whose merge score is above this are merged; 1 merges nothing, 0 everything.",
+        minimum=0.0, maximum=1.0, live=True,
+    )  # fmt: skip
+    token_capacity: int = parameter(
+        0, "Upper bound on the tokens kept after merging; 0 lets the threshold alone decide.",
+        minimum=0, maximum=1_048_576, unit="tokens", live=True,
+    )  # fmt: skip
+    latency_budget_ms: float = parameter(
+        0.0, "What a frame may take; as many tokens are merged as it needs. 0 is no budget.",
+        minimum=0.0, maximum=60_000.0, unit="ms", live=True,
+    )  # fmt: skip
+    budget_reference: str = parameter(
+        "inference", "What the budget covers: the engine alone, or from the image's stamp to the mask's publication.",
+        choices=REFERENCES, live=True,
+    )  # fmt: skip
+    deadline_policy: str = parameter(
+        "publish_late", "What becomes of a mask that missed the budget; it is counted in any case.",
+        choices=POLICIES, live=True,
+    )  # fmt: skip
+    min_tokens: int = parameter(
+        0, "The budget keeps at least so many tokens, even if it is missed; `token_capacity` comes first.",
+        minimum=0, maximum=1_048_576, unit="tokens", live=True,
+    )  # fmt: skip
+    merge_exempt_classes: str = parameter(
+        "", "Classes whose tokens, as the camera's previous mask shows them, are never merged, nor those beside them.",
+        pattern=r"[^;:]*", form="CLASS, CLASS", separator=",", live=True,
+    )  # fmt: skip
+    merge_exempt_region: str = parameter(
+        "", "Rectangles whose tokens are never merged, e.g. the lower third: `0.67 0 1 1`.",
+        pattern=r"\s*|[-+.\deE,\s]+(;[-+.\deE,\s]+)*;?\s*", form="TOP LEFT BOTTOM RIGHT; ... as fractions of the image",
+        separator=";", live=True,
+    )  # fmt: skip
+    merge_exempt_source: str = parameter(
+        "previous_mask", "Where exempt classes are looked for; `two_pass` segments every frame twice instead.",
+        choices=EXEMPT_SOURCES, live=True,
+    )  # fmt: skip
+    min_agreement: float = parameter(
+        0.0, "Merging backs off while fewer pixels than this share equal the unmerged mask's; 0 asks for nothing.",
+        minimum=0.0, maximum=1.0, live=True,
+    )  # fmt: skip
+    accuracy_check_period_s: float = parameter(
+        0.0, "How often a frame is segmented unmerged as well and compared, between frames; 0 is never.",
+        minimum=0.0, maximum=3600.0, unit="s", live=True,
+    )  # fmt: skip
+    recalibrate: bool = parameter(
+        False, "Times the engine again instead of using the kept calibration; becomes false when done.", live=True
+    )
+    class_groups: str = parameter(
+        "", "Replaces the model's classes by fewer; ids follow the order, what no group names becomes 255.",
+        pattern=r"\s*|[^;:]+:[^;:]+(;[^;:]+:[^;:]+)*;?\s*", form="GROUP: CLASS, CLASS; GROUP: CLASS", separator=";",
+        live=True,
+    )  # fmt: skip
+    cameras: str = parameter(
+        "", "Several cameras share the engine; the topics of each are below its name (`front/image`).",
+        pattern=r"|[A-Za-z]\w*(\s*,\s*[A-Za-z]\w*)*", form="names of letters, digits and _", separator=",", fixed=True,
+    )  # fmt: skip
+    confidence_threshold: float = parameter(
+        0.0, "Pixels less confident than this become 255 (unlabelled) in the mask.",
+        minimum=0.0, maximum=1.0, live=True,
+    )  # fmt: skip
+    output_size: str = parameter(
+        "input", "Size of mask, confidence and clusters: the image's, the network's, or fixed.",
+        pattern=r"input|model|[1-9]\d{0,3}x[1-9]\d{0,3}", form="input, model or HEIGHTxWIDTH", live=True,
+    )  # fmt: skip
+    overlay_alpha: float = parameter(
+        0.5, "Weight of the class colours in the overlay; 0 shows the image alone.",
+        minimum=0.0, maximum=1.0, live=True,
+    )  # fmt: skip
+    image_transport: str = parameter(
+        "raw", "`compressed` subscribes to JPEG or PNG on `<image>/compressed`.", choices=("raw", "compressed")
+    )
+    processing: str = parameter(
+        "live", "`every_frame` queues all frames and adapts nothing, so that masks of a replay repeat bit for bit.",
+        choices=("live", "every_frame"),
+    )  # fmt: skip
+    queue_limit_mb: int = parameter(
+        1024, "With `every_frame`, frames that wait may take so much memory; what comes then is dropped, and told.",
+        minimum=1, maximum=1_048_576, unit="MB",
+    )  # fmt: skip
+    max_image_pixels: int = parameter(
+        16_777_216, "Larger images are rejected before any memory is spent on them.",
+        minimum=1, maximum=1_073_741_824, unit="pixels", live=True,
+    )  # fmt: skip
+    input_timeout_s: float = parameter(
+        3.0, "After so long without an image, log and diagnostics say so.",
+        minimum=0.1, maximum=3600.0, unit="s", live=True,
+    )  # fmt: skip
+    autostart: bool = parameter(True, "Configure and activate at start; false waits for a lifecycle manager.")
+    scripted_latency_ms: float = parameter(
+        0.0, "How long the scripted engine takes with every token kept; merging saves up to three quarters.",
+        minimum=0.0, maximum=60_000.0, unit="ms",
+    )  # fmt: skip
+
+    @property
+    def camera_names(self) -> tuple[str, ...]:
+        """The cameras of `cameras`; one without a name where there are none.
+
+        Raises:
+            ConfigError: a name repeats.
+        """
+        names = tuple(name.strip() for name in self.cameras.split(","))
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ConfigError(f"cameras: got {', '.join(repeated)} more than once, expected each name once")
+        return names
+
+    def settings(self, model_size: tuple[int, int], confidence: bool, clusters: bool) -> Settings:
+        """What one engine call gets.
+
+        Args:
+            model_size: (height, width) that the network works at, for `output_size: model`.
+            confidence: somebody wants the confidence map.
+            clusters: somebody wants the cluster map.
+        """
+        size: tuple[int, int] | None = None
+        if self.output_size == "model":
+            size = model_size
+        elif self.output_size != "input":
+            height, width = self.output_size.split("x")
+            size = (int(height), int(width))
+        return Settings(
+            merge_threshold=self.merge_threshold,
+            token_capacity=self.token_capacity,
+            confidence_threshold=self.confidence_threshold,
+            output_size=size,
+            confidence=confidence,
+            clusters=clusters,
+        )
+
+
+@dataclass(frozen=True)
+class CameraParameters:
+    """What a camera of `cameras` has for itself; declared as `<camera>.<name>`."""
+
+    merge_threshold: float = parameter(
+        -1.0, "As `merge_threshold`, for this camera; -1 takes the node's.", minimum=-1.0, maximum=1.0, live=True
+    )
+    weight: float = parameter(
+        1.0, "Share of the engine's turns relative to the other cameras', where they compete.",
+        minimum=0.01, maximum=100.0, live=True,
+    )  # fmt: skip
+
+    def over(self, parameters: SegmentationParameters) -> SegmentationParameters:
+        """The node's parameters as they hold for this camera."""
+        if self.merge_threshold < 0.0:
+            return parameters
+        return replace(parameters, merge_threshold=self.merge_threshold)
+
+
+PARAMETERS: tuple[ParameterSpec, ...] = specs_of(SegmentationParameters)
+"""Every parameter of the segmentation node, in the order of the README's table."""
+
+
+def as_markdown_table() -> str:
+    """The table for the README; a test compares the two."""
+    return markdown_table(SegmentationParameters)
+
+
+def camera_markdown_table() -> str:
+    """The table of a camera's own parameters for the README."""
+    return markdown_table(CameraParameters, "<camera>.")

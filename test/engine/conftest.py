@@ -1,0 +1,43 @@
+"""What engines under test run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from clustvit_ros.classes import ClassSet
+
+
+@pytest.fixture(scope="session")
+def toy_model(make_toy_model):
+    """Folder of a small untrained model with seven classes."""
+    return make_toy_model(ClassSet.numbered(7))
+
+
+@pytest.fixture(scope="session")
+def onnx_cache(tmp_path_factory):
+    """The user's cache for exported files, empty at first and shared by the tests."""
+    cache = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        yield cache / "clustvit_ros" / "onnx"
+
+
+@pytest.fixture
+def make_toy_variant(toy_model, tmp_path):
+    """Makes a model folder with other hyper-parameters than the toy's, and random weights."""
+    import torch
+
+    from clustvit_ros.networks import build_network, load_config, save_model
+
+    def make(name="variant", **network):
+        config = load_config(toy_model)
+        config = dataclasses.replace(
+            config, network=dataclasses.replace(config.network, **network), overrides={**config.overrides, **network}
+        )
+        torch.manual_seed(3)
+        save_model(tmp_path / name, config, build_network(config.network, len(config.classes)).eval())
+        return tmp_path / name
+
+    return make

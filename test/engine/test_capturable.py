@@ -1,0 +1,125 @@
+"""What a GPU records as CUDA graphs keeps to what can be recorded, as far as that shows without a GPU.
+
+While a graph is recorded, the device cannot be waited for (no value can be read back, no shape can follow from values)
+and nothing can be brought to it from pageable memory. On the meta device, which has shapes and no values, the same
+functions run, and an operation that would do either is caught.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from clustvit_ros.engine.postprocess import cluster_map, static_label_maps, upsampling
+from clustvit_ros.engine.preprocess import device_input
+from clustvit_ros.networks import build_network, load_config, network_config
+from clustvit_ros.networks.inference import for_inference
+from clustvit_ros.networks.vit import grid_size_of
+
+MODELS = sorted(path.parent.name for path in (Path(__file__).resolve().parents[2] / "models").glob("*/model.yaml"))
+META = torch.device("meta")
+CAMERA = (360, 480)
+
+
+class NothingFromTheHost(TorchFunctionMode):
+    """Refuses tensors that are made of the host's values on the device."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.tensor, torch.as_tensor, torch.from_numpy) and result.is_meta:
+            raise AssertionError(f"{func.__name__} brings values to the device")
+        return result
+
+
+class NothingBetweenDevices(TorchDispatchMode):
+    """Refuses operations that read tensors of both devices; numbers in tensors are parameters of a kernel."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        read, made = ([t for t in tree_leaves(tree) if isinstance(t, Tensor)] for tree in ((args, kwargs), result))
+        kinds = {tensor.device.type for tensor in [*read, *made] if tensor.ndim > 0 or "copy" in str(func)}
+        if len(kinds) > 1:
+            raise AssertionError(f"{func} goes from one device to the other")
+        return result
+
+
+def record(config, num_classes, size, dtype=torch.float16):
+    """Everything that `GraphEngine` records for a camera, on the meta device and watched."""
+    with torch.no_grad():
+        network = for_inference(build_network(config, num_classes).eval(), dtype).to(META)
+        backbone = network.backbone
+        grid_size = grid_size_of(size, backbone.patch_size)
+        N = grid_size[0] * grid_size[1]
+        with META:
+            images = torch.empty(1, *CAMERA, 3, dtype=torch.uint8)
+            mean, std, number = torch.empty(1, 3, 1, 1), torch.empty(1, 3, 1, 1), torch.empty(())
+            exempt = torch.empty(1, N, dtype=torch.bool)
+
+        def run(how=None):
+            state = backbone.encode(device_input(images, size, mean, std).to(dtype))
+            capacities = [N]
+            if backbone.merges:
+                state = backbone.exempt(state, exempt) if backbone.exempts else state
+                backbone.count_kept(state, number).max()
+                capacities = [N, N // 2, N // 8]
+            for capacity in capacities:
+                features = backbone.finish(state, token_capacity=capacity)
+                logits = network.decode(features).logits.float()
+            if how is not None:
+                for threshold in (number, None):
+                    static_label_maps(logits, how, threshold)
+                if features.cluster_ids is not None:
+                    cluster_map(features.cluster_ids, grid_size, CAMERA)
+            return logits
+
+        how = upsampling(tuple(run().shape[2:]), CAMERA, META)
+        with NothingFromTheHost(), NothingBetweenDevices():
+            run(how)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_shipped_models(name):
+    config = load_config(name)
+    record(config.network, len(config.classes), config.input.size)
+
+
+@pytest.mark.parametrize(
+    ("arch", "overrides"),
+    [
+        ("vit_t", {}),
+        ("clustvit_t", {}),
+        ("clustvit_t", {"decode": "grouped"}),
+        ("clustvit_t", {"decode": "compact"}),
+        ("clustvit_t", {"merge": "tome"}),
+        ("clustvit_t", {"merge": "kmeans"}),
+        ("clustvit_t", {"injection_points": [2, 5]}),
+        ("clustvit_t", {"head": "upernet"}),
+        ("clustr_b1", {}),
+        ("cast_t", {}),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_architectures(arch, overrides, dtype):
+    record(network_config(arch, {"image_size": [512, 512], **overrides}), 20, (512, 512), dtype)
+
+
+def test_the_watch_notices():
+    x, index = torch.empty(4, 5, device=META), torch.tensor([0, 1])
+    offences = [
+        lambda: torch.tensor([1.0, 2.0], device=META),
+        lambda: x[index],
+        lambda: index.to(META),
+        lambda: x.sum().item(),
+        lambda: x[x > 0],
+    ]
+    for offence in offences:
+        with pytest.raises((AssertionError, RuntimeError)), NothingFromTheHost(), NothingBetweenDevices():
+            offence()
+    with NothingFromTheHost(), NothingBetweenDevices():
+        torch.where(x > 0, x + torch.tensor(2.0), 0.0)

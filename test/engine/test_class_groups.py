@@ -1,0 +1,83 @@
+"""Classes in groups: ids, names and colours of mask and labels agree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from clustvit_ros.classes import ClassSet, load_class_set
+from clustvit_ros.engine import Prediction, Stats
+from clustvit_ros.engine.class_groups import group_classes
+from clustvit_ros.errors import ConfigError
+
+CAMVID = load_class_set("camvid")
+NAV2 = "traversable: road, sidewalk; obstacle: building, pole, tree, sign, fence, car, pedestrian, bicyclist; sky: sky"
+
+
+def prediction(mask: np.ndarray, confidence: np.ndarray | None) -> Prediction:
+    return Prediction(mask, confidence, None, Stats(1, 1.0, 1, 0.5, 1.0))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_every_pixel_gets_the_id_of_its_classes_group(dtype: Any) -> None:
+    rng = np.random.default_rng(7)
+    grouping = group_classes(CAMVID, NAV2)
+    assert grouping.classes.names == ("traversable", "obstacle", "sky")
+    assert grouping.classes.colours[0] == CAMVID.colours[CAMVID.names.index("road")]
+    mask = rng.integers(0, 11, (2, 40, 60)).astype(dtype)
+    mask[0, 0] = 255
+    confidence = rng.integers(1, 256, mask.shape).astype(np.uint8)
+    confidence[mask == 255] = 0
+    grouped = grouping.apply(prediction(mask, confidence))
+    assert grouped.mask.dtype == np.uint8
+    members = {"traversable": ("road", "sidewalk"), "sky": ("sky",)}
+    for value, name in enumerate(CAMVID.names):
+        group = next((group for group, names in members.items() if name in names), "obstacle")
+        assert set(np.unique(grouped.mask[mask == value])) == {grouping.classes.names.index(group)}
+    assert set(np.unique(grouped.mask[mask == 255])) == {255}
+    np.testing.assert_array_equal(grouped.confidence, confidence)
+
+
+def test_what_no_group_names_is_unlabelled() -> None:
+    grouping = group_classes(CAMVID, "ground: road")
+    assert "sky" in grouping.ungrouped and len(grouping.ungrouped) == 10
+    mask = np.arange(11, dtype=np.uint8)[None, None]
+    grouped = grouping.apply(prediction(mask, np.full_like(mask, 200)))
+    road = CAMVID.names.index("road")
+    assert [index for index, value in enumerate(grouped.mask[0, 0]) if value == 0] == [road]
+    assert set(grouped.mask[0, 0]) == {0, 255}
+    assert [int(value) for value in grouped.confidence[0, 0]] == [200 if index == road else 0 for index in range(11)]
+
+
+def test_many_classes_become_few() -> None:
+    grouping = group_classes(ClassSet.numbered(300), "a: class_299, class_0; b: class_256")
+    mask = np.array([[[0, 299, 256, 1]]], np.uint16)
+    assert grouping.apply(prediction(mask, None)).mask.tolist() == [[[0, 0, 1, 255]]]
+    assert grouping.apply(prediction(mask, None)).mask.dtype == np.uint8
+
+
+def test_without_groups_nothing_changes() -> None:
+    grouping = group_classes(CAMVID, " ")
+    assert grouping.classes is CAMVID
+    before = prediction(np.zeros((1, 2, 2), np.uint8), None)
+    assert grouping.apply(before) is before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ground: road, mud", "the model has no class 'mud', expected sky, building, pole, road"),
+        ("a: road; b: sky, road", "class 'road' is in 'a' and in 'b', expected it in one group"),
+        ("a: road, road", "class 'road' is in 'a' and in 'a'"),
+        ("a: road; a: sky", "group 'a' is given twice"),
+        ("road, sky", "got 'road, sky', expected GROUP: CLASS"),
+        ("a: road,", "got 'a: road,', expected GROUP: CLASS"),
+        (": road", "expected GROUP: CLASS"),
+    ],
+)
+def test_refusals_name_what_is_wrong(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match="class_groups: ") as error:
+        group_classes(CAMVID, text)
+    assert message in str(error.value)

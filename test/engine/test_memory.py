@@ -1,0 +1,61 @@
+"""Frame after frame, no memory is added."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clustvit_ros.engine import Settings, create_engine
+from clustvit_ros.engine.graph_engine import GraphEngine
+from clustvit_ros.engine.recorded_graph import EagerRecorder
+
+
+def resident_mb():
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) / 1024
+    pytest.skip("needs /proc/self/status")
+
+
+def make_engine(name, model, request):
+    if name == "onnxruntime":
+        for package in ("onnx", "onnxruntime"):
+            pytest.importorskip(package, reason=f"needs {package}, of the extra 'onnx'")
+    if name == "cuda_graph":
+        return GraphEngine.from_model(model, "cpu", recorder=EagerRecorder())
+    if name == "torch int8":
+        request.getfixturevalue("vnni")
+        return create_engine(str(model), "torch", "cpu", precision="int8")
+    return create_engine(str(model), name, "cpu")
+
+
+@pytest.mark.parametrize("name", ["torch", "torch int8", "cuda_graph", "onnxruntime"])
+@pytest.mark.parametrize(
+    ("calls", "allowed_mb"), [(300, 8), pytest.param(10_000, 8, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])]
+)
+def test_memory_is_constant_in_steady_state(toy_model, onnx_cache, request, name, calls, allowed_mb):
+    engine = make_engine(name, toy_model, request)
+    engine.warmup((64, 64))
+    images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8)
+    ladder = engine.capacities((64, 64))
+    mask = None
+
+    def run(count):
+        nonlocal mask
+        for call in range(count):
+            settings = Settings(
+                merge_threshold=(0.2, 0.5, 1.0)[call % 3], token_capacity=(0, *ladder)[call % (1 + len(ladder))],
+                confidence=call % 2 == 0, clusters=call % 5 == 0, previous_mask=mask,
+                merge_exempt_classes=(call % 7,), merge_exempt_region=((0.9, 0.0, 1.0, 1.0),) if call % 4 == 0 else (),
+            )  # fmt: skip
+            mask = engine.segment(images[call % 4], settings).mask[0]
+
+    run(150)  # every combination of settings has been seen, and caches are full
+    gc.collect()
+    before_mb = resident_mb()
+    run(calls)
+    gc.collect()
+    assert resident_mb() - before_mb < allowed_mb

@@ -1,0 +1,153 @@
+"""Pre- and post-processing, the capacity ladder."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clustvit_ros.engine.capacity import choose_capacity, default_ladder
+from clustvit_ros.engine.cell_labels import cell_labels
+from clustvit_ros.engine.postprocess import cluster_map, label_maps, static_label_maps, upsampling
+from clustvit_ros.engine.preprocess import device_input, network_size, to_input
+from clustvit_ros.networks.model_folder import InputConfig
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    classes=st.integers(1, 12),
+    grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    size=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    threshold=st.sampled_from([0.0, 0.3, 0.7]),
+)
+def test_label_maps_equal_the_naive_ones(seed, classes, grid, size, threshold):
+    logits = 3 * torch.randn(2, classes, *grid, generator=torch.Generator().manual_seed(seed))
+    mask, confidence = label_maps(logits, size, threshold)
+    upsampled = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+    top = upsampled.topk(min(2, classes), dim=1).values
+    tie = top[:, 0] - top[:, -1] < 1e-4 if classes > 1 else torch.zeros(2, *size, dtype=torch.bool)
+    probability, naive = upsampled.softmax(dim=1).max(dim=1)
+    borderline = (probability - threshold).abs() < 1e-5
+    naive = torch.where(probability < threshold, 255, naive)
+    assert ((mask == naive) | tie | borderline).all()
+    expected = torch.where(naive == 255, 0.0, probability * 255)
+    assert (((confidence.float() - expected).abs() <= 0.51) | borderline).all()
+
+
+def test_many_classes_get_a_wider_mask():
+    logits = torch.zeros(1, 300, 2, 2)
+    logits[:, 299] = 5
+    mask, _ = label_maps(logits, (8, 8))
+    assert mask.dtype == torch.int32 and (mask == 299).all()
+
+
+def test_cluster_map_is_nearest():
+    ids = torch.tensor([[0, 1, 2, 3, 0, 1]])
+    assert cluster_map(ids, (2, 3), (4, 6))[0].tolist() == [[0, 0, 1, 1, 2, 2]] * 2 + [[3, 3, 0, 0, 1, 1]] * 2
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        ((360, 480), (352, 480)),  # the trained shape within a patch: as it is
+        ((480, 640), (352, 480)),
+        ((720, 1280), (304, 560)),
+        ((640, 480), (480, 352)),
+        ((10, 4000), (16, 10560)),
+    ],
+)
+def test_network_size_keeps_aspect_and_area(image, expected):
+    assert network_size(image, (352, 480), 16) == expected
+
+
+def test_input_is_resized_and_normalised():
+    image = np.zeros((1, 40, 60, 3), np.uint8)
+    image[..., 0] = 255
+    x = to_input(
+        image, (20, 30), InputConfig(size=(20, 30), mean=(127.5, 0, 10), std=(127.5, 1, 5)), torch.device("cpu")
+    )
+    assert x.shape == (1, 3, 20, 30) and x.dtype == torch.float32
+    assert x[0, :, 5, 5].tolist() == pytest.approx([1.0, 0.0, -2.0])
+
+
+def test_shrinking_averages():
+    image = np.zeros((1, 64, 64, 3), np.uint8)
+    image[:, :, ::4] = 255  # a quarter of the columns; sampling every fourth would give 0 or 255
+    x = to_input(image, (16, 16), InputConfig(size=(16, 16), mean=(0, 0, 0), std=(1, 1, 1)), torch.device("cpu"))
+    assert (x - 63.75).abs().max() < 2
+
+
+def test_ladder_is_ascending_and_ends_with_all_tokens():
+    assert default_ladder(660) == (82, 165, 247, 330, 412, 495, 577, 660)
+    assert default_ladder(1) == (1,)
+
+
+@given(st.integers(1, 5000), st.integers(0, 5000), st.integers(0, 5000))
+def test_chosen_capacity_covers_the_threshold_below_the_ceiling(total, wanted, ceiling):
+    wanted = min(wanted, total)
+    capacity = choose_capacity(default_ladder(total), wanted, ceiling)
+    assert capacity >= (min(wanted, ceiling) if ceiling else wanted)
+    assert not ceiling or capacity <= ceiling
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    classes=st.integers(90, 160),
+    grid=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    factor=st.tuples(st.floats(4, 20), st.floats(4, 20)),
+    # Without peaks most classes can win somewhere in a cell, and cells are halved.
+    peak=st.sampled_from([0.0, 3.0, 30.0]),
+)
+def test_classes_that_cannot_win_change_nothing(seed, classes, grid, factor, peak):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(classes, *grid, generator=generator)
+    logits[:5] += peak * torch.randn(5, *grid, generator=generator)
+    size = (int(grid[0] * factor[0]), int(grid[1] * factor[1]))
+    labels = cell_labels(logits, size)
+    assert labels is not None
+    upsampled = F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0]
+    top = upsampled.topk(2, dim=0).values
+    assert ((labels == upsampled.argmax(dim=0)) | (top[0] - top[1] < 1e-4)).all()
+    assert torch.equal(label_maps(logits[None], size, with_confidence=False)[0][0], labels)
+
+
+def test_equal_logits_give_the_first_class_and_numbers_that_are_none_the_plain_way():
+    logits = torch.full((60, 4, 4), -5.0)
+    logits[[7, 20]] = 1.0
+    assert (cell_labels(logits, (64, 64)) == 7).all()
+    logits[3, 2, 2] = float("nan")
+    assert cell_labels(logits, (64, 64)) is None
+    mask, _ = label_maps(logits[None], (64, 64), with_confidence=False)
+    assert mask[0, 0, 0] == 7 and (mask == 255).any()
+
+
+@pytest.mark.parametrize("size", [(33, 50), (130, 20), (5, 4)])
+@pytest.mark.parametrize("threshold", [None, 0.0, 0.4])
+def test_label_maps_of_static_shapes_equal_the_banded_ones(size, threshold):
+    logits = 3 * torch.randn(2, 9, 4, 5, generator=torch.Generator().manual_seed(1))
+    logits[0, :, 1, 1] = float("nan")
+    how = upsampling((4, 5), size, logits.device)
+    mask, confidence = static_label_maps(logits, how, None if threshold is None else torch.tensor(threshold))
+    expected, expected_confidence = label_maps(logits, size, threshold or 0.0, threshold is not None)
+    assert torch.equal(mask, expected) and mask.dtype == torch.uint8
+    if threshold is None:
+        assert confidence is None
+    else:
+        assert (confidence.int() - expected_confidence.int()).abs().max() <= 1
+
+
+def test_the_devices_input_equals_the_hosts():
+    images = np.random.default_rng(0).integers(0, 256, (2, 40, 60, 3), np.uint8)
+    config = InputConfig(size=(40, 60), mean=(120, 110, 100), std=(50, 60, 70))
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (config.mean, config.std))
+    same = device_input(torch.from_numpy(images), (40, 60), mean, std)
+    torch.testing.assert_close(same, to_input(images, (40, 60), config, torch.device("cpu")))
+    smaller = device_input(torch.from_numpy(images), (20, 30), mean, std)
+    host = to_input(images, (20, 30), config, torch.device("cpu"))
+    # Two ways to average, a triangle and a box; on noise they differ by more than on any camera image.
+    assert smaller.shape == host.shape and (smaller - host).abs().mean() < 0.3

@@ -1,0 +1,117 @@
+"""Parity with the official implementation on its stored inputs, weights and outputs."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from clustvit_ros.networks import ViTConfig, build_network
+from clustvit_ros.networks.clustvit import ClustViT
+from clustvit_ros.networks.model_folder import check_weights
+from clustvit_ros.networks.official import from_official
+from clustvit_ros.networks.sliding_window import sliding_window_logits, whole_logits, window_boxes
+
+CASES = "abcdefghijklmno"
+
+
+@pytest.fixture(params=CASES)
+def case(request, golden_dir):
+    cases = json.loads((golden_dir / "cases.json").read_text())
+    name = next(name for name in cases if name.startswith(request.param + "_") and "p_pseudo" not in name)
+    if request.param == "d":
+        name = "d_all_id0"
+    return load_case(golden_dir, cases, name)
+
+
+def load_case(golden_dir, cases, name):
+    config = cases[name]["config"]
+    network = build_network(
+        ViTConfig(
+            backbone=config["arch"],
+            image_size=tuple(config["img_size"]),
+            embed_dim=config["embed_dims"],
+            depth=config["num_layers"],
+            num_heads=config["num_heads"],
+            num_clusters=config["num_clusters"],
+            injection_point=config["injection_point"],
+            cluster_mlp_dim=config["cluster_mlp_size"],
+            head_depth=config["head_layers"],
+            head_heads=config["head_heads"] or 0,
+        ),
+        config["num_classes"],
+    )
+    checkpoint = torch.load(golden_dir / config["weights"], weights_only=True)
+    weights = from_official(checkpoint["state_dict"])
+    check_weights(network, weights, name)
+    network.load_state_dict(weights)
+    arrays = {key: torch.from_numpy(value) for key, value in np.load(golden_dir / f"{name}.npz").items()}
+    return config, network.eval().requires_grad_(False), arrays
+
+
+def close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_image_case(case):
+    config, network, expected = case
+    images = expected["input"]
+    if config["test_cfg"]["mode"] == "slide":
+        logits = sliding_window_logits(network, images, config["test_cfg"]["crop_size"], config["test_cfg"]["stride"])
+    else:
+        output = network(images)
+        close(output.logits, expected["seg_logits"])
+        if config["arch"] == "clustvit":
+            close(output.cluster_logits, expected["cluster_logits"])
+            assert torch.equal(output.cluster_ids, expected["cluster_ids"])
+        logits = whole_logits(network, images)
+    close(logits, expected["seg_logits_resized"])
+    top2 = expected["seg_logits_resized"].topk(2, dim=1).values
+    clear = top2[:, 0] - top2[:, 1] > 2e-4
+    assert torch.equal(logits.argmax(1)[clear], expected["pred"].long()[clear])
+
+
+def test_all_tokens_in_one_cluster_do_not_merge(golden_dir):
+    cases = json.loads((golden_dir / "cases.json").read_text())
+    _, network, expected = load_case(golden_dir, cases, "d_all_id2")
+    output = network(expected["input"])
+    assert torch.equal(output.cluster_ids, expected["cluster_ids"])
+    close(output.logits, expected["seg_logits"])
+
+
+def test_backbone_stages(case):
+    config, network, expected = case
+    if config["test_cfg"]["mode"] == "slide":
+        pytest.skip("the sliding-window case stores no intermediate results")
+    x, grid_size = network.backbone.embed(expected["input"])
+    close(x, expected["x_embed"])
+    features = network.backbone(expected["input"])
+    assert features.grid_size == grid_size == tuple(expected["feat"].shape[2:])
+    close(features.tokens, expected["tokens_final"][:, 1:])
+    if isinstance(network.backbone, ClustViT):
+        close(network.backbone.encode(expected["input"]).x, expected["x_inject"])
+
+
+def test_sliding_windows_visit_the_official_boxes(golden_dir):
+    cases = json.loads((golden_dir / "cases.json").read_text())
+    config, network, expected = load_case(golden_dir, cases, "n_slide")
+    boxes = window_boxes(config["input_size"], config["test_cfg"]["crop_size"], config["test_cfg"]["stride"])
+    assert boxes == [tuple(box) for box in expected["crop_boxes"].tolist()]
+    for index, (top, left, bottom, right) in enumerate(boxes):
+        output = network(expected["input"][:, :, top:bottom, left:right])
+        assert torch.equal(output.cluster_ids, expected["crop_cluster_ids"][index])
+        close(output.cluster_logits, expected["crop_cluster_logits"][index])
+
+
+def test_capacity_of_the_kept_count_equals_exact_mode(case):
+    config, network, expected = case
+    if config["arch"] != "clustvit" or config["test_cfg"]["mode"] == "slide":
+        pytest.skip("nothing is merged here")
+    counts = expected["kept_counts"]
+    if counts.unique().numel() != 1 or not expected["merged"]:
+        pytest.skip("images keep different numbers of tokens, or the batch-wide rule forbids merging")
+    output = network(expected["input"], token_capacity=int(counts[0]))
+    assert torch.equal(output.cluster_ids, expected["cluster_ids"])
+    close(output.logits, expected["seg_logits"])

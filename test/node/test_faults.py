@@ -1,0 +1,203 @@
+"""What happens to cameras, clocks, consumers and devices in the field, to a node in its own process over DDS."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+pytest.importorskip("rclpy", reason="needs ROS 2 (rclpy)")
+
+from diagnostic_msgs.msg import DiagnosticArray
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.parameter import Parameter
+from robot import Robot, header, mask_of
+from rosgraph_msgs.msg import Clock
+from sensor_msgs.msg import Image
+from std_msgs.msg import Header
+
+from clustvit_ros.engine import ScriptedEngine
+from clustvit_ros.engine.resilient_engine import ResilientEngine
+from clustvit_ros.errors import EngineError
+from clustvit_ros.node.conversions import image_message
+
+pytestmark = pytest.mark.ros
+
+
+@pytest.fixture(scope="module")
+def robot(ros_client: Any, start_node: Callable[..., Any]) -> Robot:
+    return Robot(ros_client, start_node, "/faults", "-p", "input_timeout_s:=0.5")
+
+
+def pixels_of(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def check(robot: Robot, pixels: np.ndarray, message: Image) -> None:
+    mask = robot.segment(message)
+    assert mask.header == message.header
+    np.testing.assert_array_equal(mask_of(mask), pixels[..., 1] >> 6)
+
+
+def test_a_camera_that_changes_its_size_and_encoding(robot: Robot, rng: np.random.Generator) -> None:
+    stamp_s = 100
+    for size in ((48, 64), (480, 640), (1, 1), (37, 61), (720, 1280), (48, 64)):
+        for encoding in ("rgb8", "bgr8"):
+            stamp_s += 1
+            pixels = pixels_of(rng, *size)
+            stored = pixels if encoding == "rgb8" else cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
+            check(robot, pixels, image_message(stored, encoding, header(stamp_s)))
+    grey = pixels_of(rng, 48, 64)[..., 0]
+    mask = robot.segment(image_message(grey, "mono8", header(150)))
+    np.testing.assert_array_equal(mask_of(mask), grey >> 6)
+
+
+def test_a_camera_that_stops_and_starts_again(robot: Robot, rng: np.random.Generator) -> None:
+    reports: list[DiagnosticArray] = robot.client.collect(DiagnosticArray, "/diagnostics")
+
+    def said(level: bytes, text: str) -> bool:
+        return any(
+            status.level == level and text in status.message
+            for report in reports for status in report.status if status.name.startswith("faults")
+        )  # fmt: skip
+
+    pixels = pixels_of(rng, 48, 64)
+    check(robot, pixels, image_message(pixels, "rgb8", header(200)))
+    robot.client.spin_until(lambda: said(b"\2", "no image on /faults/image for"), "the report of silence")
+    robot.client.node.destroy_publisher(robot.camera)
+    robot.camera = robot.client.image_publisher("/faults/image")
+    check(robot, pixels, image_message(pixels, "rgb8", header(201)))
+    robot.process.wait_for_output("images arrive again on /faults/image")
+
+
+def test_stamps_may_jump_as_they_like(robot: Robot, rng: np.random.Generator) -> None:
+    pixels = pixels_of(rng, 48, 64)
+    for stamp_s in (2**31 - 1, 300, -(2**31), -1, 1, 299):
+        check(robot, pixels, image_message(pixels, "rgb8", header(stamp_s)))
+
+
+def test_consumers_come_and_go(robot: Robot, rng: np.random.Generator) -> None:
+    client, pixels = robot.client, pixels_of(rng, 48, 64)
+    for turn in range(5):
+        overlays: list[Image] = []
+        subscription = client.node.create_subscription(Image, "/faults/segmentation/overlay", overlays.append, 5)
+        frame = image_message(pixels, "rgb8", header(400 + turn))
+        client.send_until(robot.camera, frame, lambda overlays=overlays: bool(overlays), "overlay")
+        client.node.destroy_subscription(subscription)
+        check(robot, pixels, image_message(pixels, "rgb8", header(450 + turn)))
+
+
+def test_simulated_time_that_jumps(ros_client: Any, start_node: Callable[..., Any], rng: np.random.Generator) -> None:
+    robot = Robot(ros_client, start_node, "/simulated", "-p", "use_sim_time:=true")
+    clock = ros_client.node.create_publisher(Clock, "/clock", 10)
+    ros_client.spin_until(lambda: clock.get_subscription_count() > 0, "subscriber of /clock")
+    pixels = pixels_of(rng, 48, 64)
+    for index, now_s in enumerate((0, 1000, 1001, 5, 2**31 - 2, 6)):  # a bag that starts over, and a broken clock
+        time_message = Clock()
+        time_message.clock.sec = now_s
+        for _ in range(3):
+            clock.publish(time_message)
+            ros_client.spin_for(0.02)
+        frame = image_message(pixels, "rgb8", header(10_000 + index))
+        mask = robot.segment(frame)
+        assert mask.header == frame.header
+    ros_client.node.destroy_publisher(clock)
+    assert "Traceback" not in robot.process.output
+    assert robot.process.stop() == 0
+
+
+class FailingNode:
+    """A node in this process whose engine fails while `failure` is set."""
+
+    def __init__(self, namespace: str) -> None:
+        from clustvit_ros.node.node import SegmentationNode
+
+        self.failure: Exception | None = None
+        self.engines = 0
+        self.node = SegmentationNode(
+            self.load, namespace=namespace, parameter_overrides=[Parameter("input_timeout_s", value=60.0)]
+        )
+        assert self.node.autostart()
+        self.executor = SingleThreadedExecutor()
+        self.executor.add_node(self.node)
+        self.thread = threading.Thread(target=self.executor.spin, daemon=True)
+        self.thread.start()
+
+    def load(self, _parameters: Any) -> ResilientEngine:
+        return ResilientEngine(self.make, "auto", first_pause_s=0.2)
+
+    def make(self, device: str) -> ScriptedEngine:
+        self.engines += 1
+        if device == "cpu":
+            return ScriptedEngine(device="cpu (fallback)")
+        if self.failure is not None:
+            raise self.failure
+        return ScriptedEngine(device="cuda:0 (scripted)", failure=lambda _call: self.failure)
+
+    def close(self) -> None:
+        self.executor.shutdown()
+        self.thread.join(10.0)
+        self.node.close()
+        self.node.destroy_node()
+
+
+@pytest.fixture
+def failing(ros_client: Any) -> Iterator[FailingNode]:
+    node = FailingNode("/failing")
+    yield node
+    node.close()
+
+
+def test_a_gpu_that_fails_and_comes_back(ros_client: Any, failing: FailingNode, rng: np.random.Generator) -> None:
+    masks: list[Image] = ros_client.collect(Image, "/failing/segmentation/mask")
+    reports: list[DiagnosticArray] = ros_client.collect(DiagnosticArray, "/diagnostics")
+    camera = ros_client.image_publisher("/failing/image")
+    pixels = pixels_of(rng, 48, 64)
+
+    def segment() -> None:
+        before = len(masks)
+        stamp = ros_client.node.get_clock().now().to_msg()
+        frame = image_message(pixels, "rgb8", Header(stamp=stamp, frame_id="camera"))
+        ros_client.send_until(camera, frame, lambda: len(masks) > before, "mask")
+        np.testing.assert_array_equal(mask_of(masks[-1]), pixels[..., 1] >> 6)
+
+    def status() -> Any:
+        own = [s for report in reports for s in report.status if s.name.startswith("failing")]
+        return own[-1] if own else None
+
+    def reported(level: bytes, *texts: str) -> bool:
+        now = status()
+        return now is not None and now.level == level and all(text in now.message for text in texts)
+
+    segment()
+    ros_client.spin_until(lambda: reported(b"\0", "segmenting"), "a good report")
+    failing.failure = EngineError("cuda:0 failed on an image: CUDA error: unspecified launch failure")
+    segment()  # the frame that meets the fault gets its mask as well
+    ros_client.spin_until(
+        lambda: reported(b"\2", "engine runs on the CPU", "CUDA error: unspecified launch failure", "coming back"),
+        "the fault in diagnostics",
+    )
+    assert {pair.key: pair.value for pair in status().values}["device"] == "cpu (fallback)"
+    failing.failure = None
+
+    def healthy() -> bool:
+        segment()
+        return reported(b"\0", "segmenting")
+
+    ros_client.spin_until(healthy, "the way back")
+    assert {pair.key: pair.value for pair in status().values}["device"] == "cuda:0 (scripted)"
+    assert {pair.key: pair.value for pair in status().values}["frames_failed"] == "0"
+
+
+def test_a_killed_node_leaves_nothing_that_hinders_the_next(
+    ros_client: Any, start_node: Callable[..., Any], rng: np.random.Generator
+) -> None:
+    pixels = pixels_of(rng, 48, 64)
+    for turn in range(3):
+        robot = Robot(ros_client, start_node, "/killed")
+        check(robot, pixels, image_message(pixels, "rgb8", header(600 + turn)))
+        robot.process.kill()

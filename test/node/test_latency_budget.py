@@ -1,0 +1,199 @@
+"""The latency budget as a robot meets it: set and refused through the parameter service, seen in the statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("rclpy", reason="needs ROS 2 (rclpy)")
+
+from diagnostic_msgs.msg import DiagnosticArray
+from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue
+from rcl_interfaces.srv import SetParametersAtomically
+from robot import Robot, double, integer, string
+
+from clustvit_ros.node.conversions import image_message
+
+pytestmark = pytest.mark.ros
+
+FULL_MS = 40.0
+PIXELS = np.full((48, 64, 3), 200, np.uint8)  # 12 tokens; keeping one takes 12.5 ms, all of them 40
+
+
+def boolean(name: str, value: bool) -> Parameter:
+    return Parameter(name=name, value=ParameterValue(type=ParameterType.PARAMETER_BOOL, bool_value=value))
+
+
+def p95(stats: list[dict[str, str]], name: str = "engine_ms") -> float:
+    return float(np.percentile([float(pairs[name]) for pairs in stats], 95))
+
+
+def wait_for_calibration(robot: Robot) -> None:
+    while "slowdown" not in robot.stream(PIXELS, 1)[0]:
+        pass
+
+
+@pytest.fixture(scope="module")
+def robot(ros_client: Any, start_node: Callable[..., Any]) -> Robot:
+    """A calibrated node that would keep every token."""
+    arguments = ("-p", f"scripted_latency_ms:={FULL_MS}", "-p", "merge_threshold:=1.0")
+    robot = Robot(ros_client, start_node, "/budget", *arguments)
+    wait_for_calibration(robot)
+    return robot
+
+
+@pytest.fixture(autouse=True)
+def without_budget(robot: Robot) -> None:
+    """Every test starts from the defaults."""
+    result = robot.set_atomically(
+        double("latency_budget_ms", 0.0), string("budget_reference", "inference"), double("merge_threshold", 1.0),
+        string("deadline_policy", "publish_late"), integer("token_capacity", 0), integer("min_tokens", 0),
+    )  # fmt: skip
+    assert result.successful
+
+
+def test_budget_is_held_within_thirty_frames(robot: Robot) -> None:
+    free = robot.stream(PIXELS, 10, latency_budget_ms="0")
+    assert {pairs["token_capacity"] for pairs in free} == {"12"}
+    assert robot.set(integer("latency_budget_ms", 26))[0].successful  # below two thirds of what a frame takes
+    stats = robot.stream(PIXELS, 60, latency_budget_ms="26")[30:]
+    assert p95(stats) <= 26.0 < p95(free)
+    assert all(int(pairs["token_capacity"]) <= int(pairs["token_ceiling"]) < 12 for pairs in stats)
+    assert max(int(pairs["token_capacity"]) for pairs in stats) >= 3  # and does not hide at the bottom
+    for pairs in stats:
+        assert (pairs["budget_reference"], pairs["deadline_policy"]) == ("inference", "publish_late")
+        assert float(pairs["predicted_ms"]) > 0 and float(pairs["slowdown"]) > 0
+        assert pairs["budget_feasible"] == "true"
+        assert (pairs["deadline_missed"] == "true") == (float(pairs["engine_ms"]) > 26.0)
+
+
+def test_threshold_and_capacity_still_apply_under_the_ceiling(robot: Robot) -> None:
+    assert robot.set_atomically(double("latency_budget_ms", 30.0), double("merge_threshold", 0.1)).successful
+    assert {pairs["token_capacity"] for pairs in robot.stream(PIXELS, 5, merge_threshold="0.1")} == {"1"}
+    assert robot.set_atomically(double("merge_threshold", 1.0), integer("token_capacity", 2)).successful
+    assert {pairs["token_ceiling"] for pairs in robot.stream(PIXELS, 5, merge_threshold="1")} == {"2"}
+
+
+def test_budget_from_stamp_counts_what_passes_outside_the_engine(robot: Robot) -> None:
+    assert robot.set_atomically(double("latency_budget_ms", 38.0), string("budget_reference", "stamp")).successful
+    # What passes outside the engine is the test machine's, and jumps with it: some stretch must be calm.
+    for _ in range(4):
+        stats = robot.stream(PIXELS, 60, budget_reference="stamp")[30:]
+        if p95(stats, "age_ms") <= 38.0:
+            break
+    assert p95(stats, "age_ms") <= 38.0
+    assert all(float(pairs["overhead_ms"]) > 0 for pairs in stats)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ([double("latency_budget_ms", 5.0)], ["latency_budget_ms: got 5, but 1 tokens already take 1", "at least 1"]),
+        (
+            [integer("min_tokens", 9), double("latency_budget_ms", 20.0)],
+            ["latency_budget_ms: got 20, but 9 tokens already take 3", "expected 0 (off) or at least 3"],
+        ),
+        ([double("latency_budget_ms", float("nan"))], ["latency_budget_ms", "0.0", "60000.0", "nan"]),
+        ([integer("latency_budget_ms", -1)], ["latency_budget_ms: got -1", "0.0 to 60000.0 ms"]),
+        ([string("latency_budget_ms", "fast")], ["'fast' (string)", "0.0 to 60000.0 ms"]),
+        ([string("budget_reference", "arrival")], ["'arrival'", "one of inference, stamp"]),
+        ([string("deadline_policy", "skip")], ["'skip'", "one of publish_late, drop"]),
+        ([integer("deadline_policy", 1)], ["1 (integer)", "one of publish_late, drop"]),
+        ([double("min_tokens", 4.0)], ["4.0 (double)", "0 to 1048576 tokens"]),
+        ([integer("recalibrate", 1)], ["1 (integer)", "expected a bool"]),
+    ],
+)
+def test_refusals_name_what_is_possible_and_change_nothing(
+    robot: Robot, parameters: list[Parameter], words: list[str]
+) -> None:
+    before = [robot.get(parameter.name) for parameter in parameters]
+    result = robot.set_atomically(*parameters)
+    assert not result.successful
+    for word in words:
+        assert word in result.reason
+    assert [robot.get(parameter.name) for parameter in parameters] == before
+
+
+def test_late_masks_are_dropped_and_counted(robot: Robot) -> None:
+    assert robot.set_atomically(
+        double("latency_budget_ms", 5000.0), string("budget_reference", "stamp"), string("deadline_policy", "drop")
+    ).successful
+    punctual = robot.stream(PIXELS, 1, deadline_policy="drop")[0]
+    assert (punctual["published"], punctual["deadline_missed"]) == ("true", "false")
+    late = image_message(PIXELS, "rgb8", robot.now())
+    late.header.stamp.sec -= 10
+    pairs = robot.observe(late)
+    assert (pairs["published"], pairs["deadline_missed"]) == ("false", "true")
+    assert int(pairs["frames_late"]) == int(punctual["frames_late"]) + 1
+    assert int(pairs["deadline_misses"]) == int(punctual["deadline_misses"]) + 1
+    assert robot.stream(PIXELS, 1, deadline_policy="drop")[0]["published"] == "true"
+    assert not [mask for mask in robot.masks if mask.header.stamp == late.header.stamp]
+
+
+def test_a_storm_of_changes_loses_no_frame_and_mixes_no_settings(robot: Robot) -> None:
+    client = robot.client.node.create_client(SetParametersAtomically, "/budget/segmentation/set_parameters_atomically")
+    robot.client.spin_until(client.service_is_ready, "parameter service")
+    frames, futures = [], []
+    for number in range(1, 1001):
+        request = SetParametersAtomically.Request(
+            parameters=[
+                double("merge_threshold", number / 1000), double("confidence_threshold", number / 1000),
+                integer("min_tokens", number), double("latency_budget_ms", 1000.0 + number),
+                string("deadline_policy", ("publish_late", "drop")[number % 2]),
+            ]
+        )  # fmt: skip
+        futures.append(client.call_async(request))
+        if number % 40 == 0:
+            frames.append(image_message(PIXELS, "rgb8", robot.now()))
+            robot.camera.publish(frames[-1])
+        if number % 8 == 0:  # a service keeps the newest ten requests
+            robot.client.spin_until(lambda: all(future.done() for future in futures), "answers")
+    assert all(future.result().result.successful for future in futures)
+    robot.client.node.destroy_client(client)
+    robot.stream(PIXELS, 1, min_tokens="1000")
+    assert robot.set(double("confidence_threshold", 0.0))[0].successful
+
+    storm = [robot.stats_of(frame) for frame in frames if robot.has_stats(frame)]
+    assert len({pairs["min_tokens"] for pairs in storm}) > 3  # frames were made in the midst of it
+    for pairs in storm:
+        number = int(pairs["min_tokens"])
+        assert float(pairs["merge_threshold"]) == float(pairs["confidence_threshold"]) == number / 1000
+        assert float(pairs["latency_budget_ms"]) == 1000.0 + number
+        assert pairs["deadline_policy"] == ("publish_late", "drop")[number % 2]
+    counts = {name: int(storm[-1][f"frames_{name}"]) for name in ("received", "segmented", "dropped", "late")}
+    assert counts["received"] - counts["segmented"] - counts["dropped"] - counts["late"] in (0, 1)  # one may wait
+    assert (storm[-1]["frames_failed"], storm[-1]["frames_rejected"]) == ("0", "0")
+
+
+def test_recalibration_on_demand_ends_by_itself(robot: Robot) -> None:
+    assert robot.process.output.count("calibrating 8 token capacities for 64x48 images") == 1
+    assert robot.set(boolean("recalibrate", True))[0].successful
+    while robot.get("recalibrate").bool_value:
+        robot.stream(PIXELS, 5)
+    assert robot.process.output.count("calibrating 8 token capacities for 64x48 images") == 2
+    assert robot.process.output.count("latency of 64x48 images: 1 tokens 1") == 2
+
+
+def test_an_infeasible_start_value_is_reported_with_the_minimum(
+    ros_client: Any, start_node: Callable[..., Any]
+) -> None:
+    arguments = ("-p", f"scripted_latency_ms:={FULL_MS}", "-p", "merge_threshold:=1.0", "-p", "latency_budget_ms:=2")
+    robot = Robot(ros_client, start_node, "/tight", *arguments)
+    diagnostics = ros_client.collect(DiagnosticArray, "/diagnostics")
+    first = robot.stream(PIXELS, 1)[0]
+    assert (first["budget_state"], first["token_ceiling"]) == ("calibrating", "1")
+    wait_for_calibration(robot)
+    last = robot.stream(PIXELS, 1)[0]
+    assert (last["budget_state"], last["budget_feasible"], last["token_ceiling"]) == ("infeasible", "false", "1")
+    robot.process.wait_for_output("latency_budget_ms: got 2, but 1 tokens already take 1")
+
+    def told() -> bool:
+        statuses = [status for array in diagnostics for status in array.status if status.name.startswith("tight")]
+        return any("latency_budget_ms 2 cannot be held now" in status.message for status in statuses)
+
+    ros_client.spin_until(told, "diagnostics of an infeasible budget")
+    pairs = {pair.key: pair.value for status in diagnostics[-1].status for pair in status.values}
+    assert int(pairs["deadline_misses"]) > 0 or int(last["deadline_misses"]) > 0

@@ -1,0 +1,230 @@
+"""Calibration between frames, and what a budget allows, with scripted time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clustvit_ros.engine import ScriptedEngine, Settings, Stats
+from clustvit_ros.errors import ConfigError, EngineError
+from clustvit_ros.node.latency_control import LatencyControl
+from clustvit_ros.node.parameter_spec import build
+from clustvit_ros.node.parameters import SegmentationParameters
+from clustvit_ros.policy.calibration import CalibrationCache
+
+SIZE = (128, 128)  # 64 tokens, a rung every 8
+STEPS = 40
+
+
+class Engine(ScriptedEngine):
+    """Takes half a millisecond for each token, in scripted time; fails on request."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.failure: Exception | None = None
+        self.calls = 0
+        self.warmed: list[tuple[int, int] | None] = []
+        super().__init__(lambda _call, kept, _total: kept / 2, self._sleep_scripted, lambda: self.now_s)
+
+    def _sleep_scripted(self, seconds: float) -> None:
+        self.now_s += seconds
+
+    def warmup(self, image_size: tuple[int, int] | None = None) -> None:
+        self.warmed.append(image_size)
+
+    def segment(self, images: Any, settings: Settings = Settings()) -> Any:
+        self.calls += 1
+        if self.failure is not None:
+            raise self.failure
+        return super().segment(images, settings)
+
+
+class Logger:
+    """Keeps what is logged, by level."""
+
+    def __init__(self) -> None:
+        self.lines: dict[str, list[str]] = {"info": [], "warning": [], "error": []}
+
+    def info(self, text: str, **_throttle: Any) -> None:
+        self.lines["info"].append(text)
+
+    def warning(self, text: str) -> None:
+        self.lines["warning"].append(text)
+
+    def error(self, text: str) -> None:
+        self.lines["error"].append(text)
+
+
+class Bench:
+    """A control, and frames to put through it."""
+
+    def __init__(self, tmp_path: Path, **values: Any) -> None:
+        self.engine, self.logger = Engine(), Logger()
+        self.control = LatencyControl(self.engine, self.logger, CalibrationCache(tmp_path))
+        self.parameters = build(SegmentationParameters, {"merge_threshold": 1.0, **values})
+
+    def set(self, **values: Any) -> None:
+        """Change parameters as the parameter server does: checked first."""
+        changed = build(SegmentationParameters, {**vars(self.parameters), **values})
+        self.control.check(self.parameters, changed)
+        self.parameters = changed
+
+    def frame(self, overhead_ms: float = 0.0, idle: int = 0, size: tuple[int, int] = SIZE, load: float = 1.0) -> Any:
+        """Segment one frame; then `idle` times nothing waits. Returns its allowance."""
+        allowance = self.control.allow(size, self.parameters)
+        capacity = min(allowance.token_ceiling or 64, 64)
+        engine_ms = capacity / 2 * load
+        stats = Stats(64, capacity, capacity, self.parameters.merge_threshold, engine_ms)
+        missed = allowance.is_missed(engine_ms, engine_ms + overhead_ms)
+        self.control.observe(allowance, stats, engine_ms + overhead_ms, missed)
+        answers = iter([True] * idle + [False])
+        self.control.use_idle_time(lambda: next(answers))
+        return allowance
+
+    def calibrated(self) -> Bench:
+        """Let the first calibration finish."""
+        self.frame(idle=STEPS)
+        assert self.control.status.table is not None
+        self.frame()
+        return self
+
+
+def test_calibration_takes_one_measurement_per_frame_and_all_idle_time(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, latency_budget_ms=21)
+    for frame in range(1, 4):
+        assert bench.frame().state == "calibrating"
+        assert bench.engine.calls == frame
+    bench.frame(idle=STEPS)
+    assert bench.engine.calls == STEPS
+    allowance = bench.frame()
+    assert (allowance.state, allowance.token_ceiling) == ("held", 40)
+    assert bench.engine.calls == STEPS
+    assert bench.engine.warmed == [SIZE]
+    assert bench.logger.lines["info"][0].startswith("calibrating 8 token capacities for 128x128 images")
+    assert bench.logger.lines["info"][-1] == (
+        "latency of 128x128 images: 8 tokens 4.0 ms, 16 tokens 8.0 ms, 24 tokens 12.0 ms, 32 tokens 16.0 ms, "
+        "40 tokens 20.0 ms, 48 tokens 24.0 ms, 56 tokens 28.0 ms, 64 tokens 32.0 ms"
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "ceiling"),
+    [
+        ({}, 0),
+        ({"token_capacity": 30}, 30),
+        ({"latency_budget_ms": 21}, 8),
+        ({"latency_budget_ms": 21, "min_tokens": 20}, 24),
+        ({"latency_budget_ms": 21, "min_tokens": 999}, 64),
+        ({"latency_budget_ms": 21, "min_tokens": 20, "token_capacity": 10}, 10),
+    ],
+)
+def test_until_calibrated_a_budget_gets_the_fewest_tokens_allowed(
+    values: dict[str, Any], ceiling: int, tmp_path: Path
+) -> None:
+    assert Bench(tmp_path, **values).frame().token_ceiling == ceiling
+
+
+def test_without_a_budget_nothing_is_bounded_but_load_is_learnt(tmp_path: Path) -> None:
+    bench = Bench(tmp_path).calibrated()
+    for _ in range(30):
+        allowance = bench.frame(load=2.0)
+        assert (allowance.state, allowance.token_ceiling) == ("off", 0)
+    bench.set(latency_budget_ms=21)
+    assert bench.frame(load=2.0).token_ceiling == 16  # 8 ms, twice
+
+
+def test_refusals_name_the_minimum_and_leave_the_settings(tmp_path: Path) -> None:
+    bench = Bench(tmp_path).calibrated()
+    with pytest.raises(ConfigError, match=r"got 3, but 8 tokens already take 4\.0 ms here; .* at least 4\.1"):
+        bench.set(latency_budget_ms=3)
+    with pytest.raises(ConfigError, match="but 48 tokens already take 24"):
+        bench.set(latency_budget_ms=10, min_tokens=41)
+    for _ in range(30):
+        bench.frame(overhead_ms=50.0)
+    bench.set(latency_budget_ms=30)
+    with pytest.raises(ConfigError, match=r"50\.0 ms pass outside the engine"):
+        bench.set(budget_reference="stamp")
+    bench.set(merge_threshold=0.5)  # what does not concern the budget is none of its business
+    assert bench.frame().reference == "inference"
+
+
+def test_before_calibration_a_budget_is_accepted_and_checked_later(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.set(latency_budget_ms=1)
+    assert "accepted unchecked" in bench.logger.lines["info"][-1]
+    bench.calibrated()
+    assert "got 1, but 8 tokens already take 4.0 ms" in bench.logger.lines["error"][0]
+    assert bench.frame().state == "infeasible"
+    assert bench.control.status.problem().startswith("latency_budget_ms 1 cannot be held now: 8 tokens")
+
+
+def test_stamp_reference_leaves_the_engine_what_remains(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, latency_budget_ms=31, budget_reference="stamp").calibrated()
+    for _ in range(30):
+        allowance = bench.frame(overhead_ms=9.0)
+    assert allowance.token_ceiling == 40  # 20 ms and 9 outside
+    assert allowance.decision.overhead_ms == pytest.approx(9.0, abs=0.3)
+
+
+def test_misses_are_counted_and_forgotten_with_the_budget(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, latency_budget_ms=21).calibrated()
+    for _ in range(10):
+        bench.frame(load=100.0)
+    assert bench.control.status.misses.total >= 10
+    bench.set(latency_budget_ms=10_000)
+    for _ in range(30):
+        bench.frame()
+    status = bench.control.status
+    assert (status.misses.recent, status.problem()) == (0, "")
+    assert status.misses.total >= 10
+
+
+def test_another_image_size_has_another_table_and_both_are_remembered(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, latency_budget_ms=21).calibrated()
+    other = (64, 64)
+    assert bench.frame(size=other).state == "calibrating"
+    bench.frame(size=other, idle=STEPS)
+    calls = bench.engine.calls
+    for size in (SIZE, other, SIZE):
+        assert bench.frame(size=size).state == "held"
+    assert bench.engine.calls == calls
+    assert bench.engine.warmed == [SIZE, other]
+
+
+def test_a_stream_that_changes_its_size_does_not_add_up(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    for height in range(1, 100):
+        bench.frame(size=(height, 16))
+    assert len(bench.control._sizes) <= 16
+
+
+def test_recalibration_measures_again_once_while_the_budget_is_held(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, latency_budget_ms=21).calibrated()
+    bench.set(recalibrate=True)
+    assert bench.frame().state == "held"
+    bench.frame(idle=STEPS)
+    assert bench.engine.calls == 2 * STEPS
+    assert bench.control.status.recalibrated
+    bench.frame(idle=STEPS)
+    assert bench.engine.calls == 2 * STEPS
+    bench.set(recalibrate=False)
+    bench.frame()
+    bench.set(recalibrate=True)
+    bench.frame(idle=STEPS)
+    assert bench.engine.calls == 3 * STEPS
+
+
+def test_a_failing_calibration_does_not_stop_the_frames(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, latency_budget_ms=21)
+    bench.engine.failure = EngineError("out of memory")
+    bench.frame()
+    assert bench.logger.lines["error"] == ["calibration failed: out of memory"]
+    allowance = bench.frame()
+    assert (allowance.state, allowance.token_ceiling) == ("uncalibrated", 8)
+    assert "calibration failed (out of memory)" in bench.control.status.problem()
+    bench.engine.failure = None
+    bench.set(recalibrate=True)
+    bench.frame(idle=STEPS)
+    assert bench.frame().state == "held"

@@ -1,0 +1,173 @@
+"""Life cycle through the real services, and clean ends by signal in every state."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("rclpy", reason="needs ROS 2 (rclpy)")
+
+from lifecycle_msgs.msg import Transition
+from lifecycle_msgs.srv import ChangeState, GetAvailableTransitions, GetState
+from rcl_interfaces.srv import SetParameters
+from robot import string
+from sensor_msgs.msg import Image
+from std_msgs.msg import Header
+
+from clustvit_ros.node.conversions import image_message
+
+pytestmark = pytest.mark.ros
+
+NODE = "/managed/segmentation"
+
+
+def change(client: Any, transition: int, node: str = NODE) -> bool:
+    request = ChangeState.Request(transition=Transition(id=transition))
+    return client.call(ChangeState, f"{node}/change_state", request).success
+
+
+def state(client: Any, node: str = NODE) -> str:
+    return client.call(GetState, f"{node}/get_state", GetState.Request()).current_state.label
+
+
+def test_masks_flow_only_while_active(ros_client: Any, start_node: Callable[..., Any]) -> None:
+    process = start_node("node.node", "-r", "__ns:=/managed", "-p", "engine:=scripted", "-p", "autostart:=false")
+    assert state(ros_client) == "unconfigured"
+    frame = image_message(np.zeros((8, 8, 3), np.uint8), "rgb8", Header())
+    for _ in range(2):  # everything can be repeated
+        assert change(ros_client, Transition.TRANSITION_CONFIGURE)
+        assert state(ros_client) == "inactive"
+        assert ros_client.node.count_subscribers("/managed/image") == 0
+        assert change(ros_client, Transition.TRANSITION_ACTIVATE)
+        camera = ros_client.image_publisher("/managed/image")
+        masks: list[Image] = ros_client.collect(Image, "/managed/segmentation/mask")
+        ros_client.send_until(camera, frame, lambda masks=masks: bool(masks), "mask")
+        assert change(ros_client, Transition.TRANSITION_DEACTIVATE)
+        ros_client.spin_until(lambda camera=camera: camera.get_subscription_count() == 0, "end of the subscription")
+        assert change(ros_client, Transition.TRANSITION_CLEANUP)
+        assert state(ros_client) == "unconfigured"
+        ros_client.spin_until(
+            lambda: ros_client.node.count_publishers("/managed/segmentation/mask") == 0, "end of the publisher"
+        )
+    assert change(ros_client, Transition.TRANSITION_UNCONFIGURED_SHUTDOWN)
+    assert state(ros_client) == "finalized"
+    assert process.stop() == 0
+
+
+def test_shutdown_from_active_stops_the_work(ros_client: Any, start_node: Callable[..., Any]) -> None:
+    process = start_node("node.node", "-r", "__ns:=/ended", "-p", "engine:=scripted")
+    process.wait_for_output("active:")
+    assert state(ros_client, "/ended/segmentation") == "active"
+    assert change(ros_client, Transition.TRANSITION_ACTIVE_SHUTDOWN, "/ended/segmentation")
+    assert state(ros_client, "/ended/segmentation") == "finalized"
+    assert process.stop(signal.SIGTERM) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_an_active_node_cleanly(start_node: Callable[..., Any], number: signal.Signals) -> None:
+    process = start_node("node.node", "-p", "engine:=scripted", "-p", "input_timeout_s:=0.1")
+    # The hint proves that it spins, and is what a user sees without a camera.
+    process.wait_for_output("no image on /image for")
+    assert "nobody publishes there; start the camera or remap" in process.output
+    assert process.stop(number) == 0
+    assert "Traceback" not in process.output
+
+
+def test_a_lifecycle_manager_brings_it_up_and_down(ros_client: Any, start_node: Callable[..., Any]) -> None:
+    """What Nav2's manager does without a bond: ask for the state, change it, ask again; twice, as after a reset."""
+    node = "/with_manager/segmentation"
+    process = start_node("node.node", "-r", "__ns:=/with_manager", "-p", "engine:=scripted", "-p", "autostart:=false")
+
+    def available() -> set[str]:
+        request = GetAvailableTransitions.Request()
+        answer = ros_client.call(GetAvailableTransitions, f"{node}/get_available_transitions", request)
+        return {entry.transition.label for entry in answer.available_transitions}
+
+    for _ in range(2):
+        assert (state(ros_client, node), available()) == ("unconfigured", {"configure", "shutdown"})
+        assert not change(ros_client, Transition.TRANSITION_ACTIVATE, node)
+        for transition, reached, offered in (
+            (Transition.TRANSITION_CONFIGURE, "inactive", {"activate", "cleanup", "shutdown"}),
+            (Transition.TRANSITION_ACTIVATE, "active", {"deactivate", "shutdown"}),
+            (Transition.TRANSITION_DEACTIVATE, "inactive", {"activate", "cleanup", "shutdown"}),
+            (Transition.TRANSITION_CLEANUP, "unconfigured", {"configure", "shutdown"}),
+        ):
+            assert change(ros_client, transition, node)
+            assert (state(ros_client, node), available()) == (reached, offered)
+    assert "warming scripted up" in process.output
+    assert process.stop(signal.SIGTERM) == 0
+
+
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [
+        pytest.param(moment, number, marks=[] if number == quick else [pytest.mark.slow])
+        for moment, quick in (
+            ("unconfigured", signal.SIGTERM), ("loading", signal.SIGINT), ("inactive", signal.SIGTERM),
+            ("segmenting", signal.SIGINT), ("changing the model", signal.SIGTERM),
+        )
+        for number in (signal.SIGINT, signal.SIGTERM)
+    ],
+)  # fmt: skip
+def test_signals_end_it_cleanly_in_every_state(
+    ros_client: Any, start_node: Callable[..., Any], moment: str, number: signal.Signals
+) -> None:
+    # A name of its own: the graph still knows the services of the node before.
+    namespace = f"/{moment.replace(' ', '_')}_{number.name.lower()}"
+    node = f"{namespace}/segmentation"
+    autostart = moment not in ("unconfigured", "inactive")
+    process = start_node(
+        Path(__file__).parent / "slow_node.py", "-r", f"__ns:={namespace}", "-p", "scripted_latency_ms:=1500.0",
+        "-p", f"autostart:={str(autostart).lower()}", "-p", "input_timeout_s:=0.5",
+    )  # fmt: skip
+    if moment == "loading":
+        process.wait_for_output("loading engine")
+        time.sleep(0.2)
+    elif moment == "unconfigured":
+        assert state(ros_client, node) == "unconfigured"
+    elif moment == "inactive":
+        assert change(ros_client, Transition.TRANSITION_CONFIGURE, node)
+    else:
+        process.wait_for_output("no image on")
+    if moment == "segmenting":
+        camera = ros_client.image_publisher(f"{namespace}/image")
+        frame = image_message(np.zeros((8, 8, 3), np.uint8), "rgb8", Header())
+        ros_client.send_until(camera, frame, lambda: "images arrive again" in process.output, "an image's arrival")
+        ros_client.node.destroy_publisher(camera)
+    elif moment == "changing the model":
+        client = ros_client.node.create_client(SetParameters, f"{node}/set_parameters")
+        ros_client.spin_until(client.service_is_ready, "the service")
+        client.call_async(SetParameters.Request(parameters=[string("model", "another")]))
+        ros_client.spin_until(lambda: "with model another" in process.output, "the load")
+    assert process.stop(number) == 0
+    assert "Traceback" not in process.output
+    assert "Error" not in process.output
+
+
+def test_autostart_without_a_model_ends_with_an_error(start_node: Callable[..., Any]) -> None:
+    pytest.importorskip("torch", reason="needs PyTorch")
+    process = start_node("node.node", "-p", "model:=/nowhere/model")
+    assert process.wait() == 1
+    assert "configuring failed: " in process.output
+    assert "/nowhere/model" in process.output
+    assert "Traceback" not in process.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["-p", "merge_threshold:=1.5"], "merge_threshold: got 1.5, expected a double from 0.0 to 1.0"),
+        (["--params-file", "/nowhere.yaml"], "/nowhere.yaml"),
+    ],
+)
+def test_bad_start_values_end_with_one_line(start_node: Callable[..., Any], arguments: list[str], text: str) -> None:
+    process = start_node("node.node", "-p", "engine:=scripted", *arguments)
+    assert process.wait() == 1
+    assert text in process.output
+    assert "Traceback" not in process.output

@@ -1,0 +1,185 @@
+"""Exemptions from camera to engine, and accuracy checks between frames, with an engine that is told what to see."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from clustvit_ros.engine import Engine, EngineInfo, Prediction, ScriptedEngine, Settings
+from clustvit_ros.errors import ConfigError
+from clustvit_ros.node.merge_guard import MergeGuard, check_exemptions, compare
+from clustvit_ros.node.parameter_spec import build
+from clustvit_ros.node.parameters import SegmentationParameters
+
+SIZE = (64, 96)
+LADDER = ScriptedEngine().capacities(SIZE)  # 24 tokens: every third
+
+
+class LossyEngine(Engine):
+    """Masks lose pixels with every token that is merged; remembers what it was asked."""
+
+    def __init__(self, lost_per_token: float) -> None:
+        self.lost_per_token = lost_per_token
+        self.calls: list[Settings] = []
+        self.failure: Exception | None = None
+
+    @property
+    def info(self) -> EngineInfo:
+        return ScriptedEngine().info
+
+    def warmup(self, image_size: tuple[int, int] | None = None) -> None:
+        pass
+
+    def capacities(self, image_size: tuple[int, int]) -> tuple[int, ...]:
+        return LADDER
+
+    def segment(self, images: Any, settings: Settings = Settings()) -> Prediction:
+        self.calls.append(settings)
+        if self.failure is not None:
+            raise self.failure
+        prediction = ScriptedEngine().segment(images, settings)
+        merged = LADDER[-1] - prediction.stats.token_capacity
+        lost = int(self.lost_per_token * merged * prediction.mask[0].size)
+        mask = prediction.mask.copy()
+        mask.reshape(len(mask), -1)[:, :lost] ^= 1
+        return replace(prediction, mask=mask)
+
+
+class Drive:
+    """Frames at 10 Hz of scripted time through a guard."""
+
+    def __init__(self, lost_per_token: float = 0.0, **values: Any) -> None:
+        self.now_s = 1000.0
+        self.engine = LossyEngine(lost_per_token)
+        self.guard = MergeGuard(self.engine, lambda: self.now_s)
+        self.parameters = build(SegmentationParameters, {"merge_threshold": 0.0, **values})
+        self.image = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), np.uint8)
+        self.idle = True
+
+    def frame(self, camera: str = "") -> Prediction:
+        self.now_s += 0.1
+        parameters = self.guard.parameters_for(SIZE, self.parameters)
+        settings = parameters.settings(SIZE, confidence=False, clusters=False)
+        settings = self.guard.settings_for(settings, [camera], SIZE)
+        result = self.engine.segment(self.image, settings)
+        self.guard.saw([camera], [self.image], settings, result)
+        self.guard.use_idle_time(lambda: self.idle)
+        return result
+
+    def frames(self, count: int) -> list[int]:
+        return [self.frame().stats.token_capacity for _ in range(count)]
+
+    def checks(self) -> int:
+        return sum(call.merge_threshold == 1.0 for call in self.engine.calls)
+
+
+def test_without_guards_the_engine_is_called_as_ever() -> None:
+    drive = Drive()
+    drive.frames(100)
+    assert all(call == Settings(merge_threshold=0.0, confidence=False) for call in drive.engine.calls)
+    assert drive.guard.pairs == {}
+
+
+def test_the_previous_mask_of_the_same_camera_exempts_its_classes() -> None:
+    drive = Drive(merge_exempt_classes="bright, glare", merge_exempt_region="0.67 0 1 1")
+    first = drive.frame("left")
+    assert drive.engine.calls[-1].previous_mask is None
+    drive.frame("right")
+    assert drive.engine.calls[-1].previous_mask is None
+    drive.frame("left")
+    settings = drive.engine.calls[-1]
+    assert settings.merge_exempt_classes == (2, 3) and settings.merge_exempt_region == ((0.67, 0.0, 1.0, 1.0),)
+    np.testing.assert_array_equal(settings.previous_mask, first.mask)
+
+
+def test_masks_are_forgotten_when_no_class_is_exempt() -> None:
+    drive = Drive(merge_exempt_classes="glare")
+    drive.frame()
+    drive.parameters = replace(drive.parameters, merge_exempt_classes="")
+    drive.frame()
+    drive.parameters = replace(drive.parameters, merge_exempt_classes="glare")
+    drive.frame()
+    assert drive.engine.calls[-1].previous_mask is None
+
+
+def test_checks_come_every_period_and_are_told() -> None:
+    drive = Drive(0.01, accuracy_check_period_s=2.0, merge_exempt_classes="glare")
+    drive.frames(105)
+    assert 4 <= drive.checks() <= 5
+    pairs = drive.guard.pairs
+    assert float(pairs["agreement"]) == pytest.approx(1.0 - 0.01 * (LADDER[-1] - LADDER[0]), abs=0.01)
+    assert "agreement.glare" in pairs and pairs["accuracy_min_tokens"] == "0"  # nothing is asked for
+
+
+def test_a_check_waits_for_an_idle_moment_but_not_for_ever() -> None:
+    drive = Drive(accuracy_check_period_s=2.0)
+    drive.idle = False
+    drive.frames(35)
+    assert drive.checks() == 0
+    drive.frames(10)
+    assert drive.checks() == 1
+
+
+def test_merging_backs_off_below_min_agreement_and_comes_back() -> None:
+    drive = Drive(0.01, accuracy_check_period_s=1.0, min_agreement=0.9)
+    used = drive.frames(200)
+    assert used[0] == LADDER[0] and used == sorted(used)
+    assert 1.0 - 0.01 * (LADDER[-1] - used[-1]) >= 0.9
+    assert drive.guard.pairs["accuracy_min_tokens"] == str(used[-1])
+    drive.engine.lost_per_token = 0.0
+    assert drive.frames(600)[-1] == LADDER[0]
+
+
+def test_a_budget_keeps_the_tokens_that_accuracy_needs() -> None:
+    drive = Drive(0.01, accuracy_check_period_s=1.0, min_agreement=0.9, latency_budget_ms=5.0)
+    drive.frames(200)
+    assert drive.guard.parameters_for(SIZE, drive.parameters).min_tokens >= LADDER[3]
+
+
+def test_a_replay_does_not_depend_on_the_clock() -> None:
+    drive = Drive(0.01, accuracy_check_period_s=1.0, min_agreement=0.9, processing="every_frame")
+    assert set(drive.frames(100)) == {LADDER[0]} and drive.checks() == 0
+
+
+def test_a_check_that_fails_is_no_frame_that_fails() -> None:
+    drive = Drive(accuracy_check_period_s=1.0)
+    drive.frames(8)
+    parameters = drive.guard.parameters_for(SIZE, drive.parameters)
+    drive.now_s += 5.0
+    settings = drive.guard.settings_for(parameters.settings(SIZE, False, False), [""], SIZE)
+    drive.guard.saw([""], [drive.image], settings, drive.engine.segment(drive.image, settings))
+    drive.engine.failure = RuntimeError("device lost")
+    assert drive.guard.use_idle_time(lambda: True)
+    assert not drive.guard.use_idle_time(lambda: True)  # not again before the next period
+
+
+def test_agreement_leaves_unlabelled_pixels_out() -> None:
+    mask, reference = np.array([[0, 1, 255, 2]]), np.array([[0, 2, 1, 2]])
+    agreement = compare(mask, reference, ("a", "b", "c"), (0, 1, 2))
+    assert agreement.overall == pytest.approx(2 / 3)
+    assert agreement.per_class == {"a": 1.0, "b": 0.0, "c": 0.5}
+    assert compare(np.full((1, 2), 255), reference[:, :2], ("a",), ()).overall == 1.0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"merge_exempt_classes": "glare, dog"}, "merge_exempt_classes: got dog, expected classes of the model: dark"),
+        ({"merge_exempt_region": "0.9 0 0.1 1"}, "merge_exempt_region: got 0.9, 0, 0.1, 1, expected fractions"),
+        ({"merge_exempt_region": "1 2 3"}, "merge_exempt_region: got '1 2 3', expected four numbers"),
+    ],
+)
+def test_exemptions_that_cannot_be_are_refused(values: dict, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        check_exemptions(build(SegmentationParameters, values), ("dark", "dim", "bright", "glare"))
+    assert message in str(error.value)
+
+
+def test_a_list_of_classes_is_accepted() -> None:
+    parameters = build(SegmentationParameters, {"merge_exempt_classes": ["glare", "dim"]})
+    check_exemptions(parameters, ("dim", "glare"))
+    with pytest.raises(ConfigError, match="merge_exempt_source"):
+        build(SegmentationParameters, {"merge_exempt_source": "guess"})

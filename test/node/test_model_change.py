@@ -1,0 +1,157 @@
+"""`model` set while masks flow: the new one is loaded beside the old one; a broken one changes nothing."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("rclpy", reason="needs ROS 2 (rclpy)")
+pytest.importorskip("torch", reason="needs PyTorch")
+
+from diagnostic_msgs.msg import DiagnosticArray
+from rcl_interfaces.srv import SetParameters
+from robot import Robot, string
+from std_msgs.msg import String
+from test_interface import LATCHED
+
+from clustvit_ros.classes import ClassSet
+from clustvit_ros.node.conversions import image_message
+
+pytestmark = pytest.mark.ros
+
+NAMESPACE = "/changing"
+
+
+@pytest.fixture(scope="module")
+def models(make_toy_model: Callable[[ClassSet], Path]) -> dict[str, Path]:
+    """Three classes, five classes, and one whose weights are damaged."""
+    three, five = make_toy_model(ClassSet.numbered(3)), make_toy_model(ClassSet.numbered(5))
+    broken = five.parent / "broken"
+    shutil.copytree(five, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    return {"three": three, "five": five, "broken": broken}
+
+
+@pytest.fixture(scope="module")
+def robot(ros_client: Any, start_node: Callable[..., Any], models: dict[str, Path]) -> Robot:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PYTHONPATH", str(Path(__file__).parent / "fake_messages"))
+        return Robot(
+            ros_client, start_node, NAMESPACE, "-p", "engine:=torch", "-p", f"model:={models['three']}",
+            "-p", "device:=cpu", "-p", "threads:=1",
+        )  # fmt: skip
+
+
+def change_model(robot: Robot, model: Path) -> Any:
+    """Set `model` while the camera goes on; the result."""
+    client = robot.client.node.create_client(SetParameters, f"{NAMESPACE}/segmentation/set_parameters")
+    robot.client.spin_until(client.service_is_ready, "the service")
+    future = client.call_async(SetParameters.Request(parameters=[string("model", str(model))]))
+    pixels = np.zeros((96, 128, 3), np.uint8)
+    frame = image_message(pixels, "rgb8", robot.now())
+
+    def done() -> bool:
+        frame.header = robot.now()
+        return future.done()
+
+    robot.client.send_until(robot.camera, frame, done, "the answer")
+    return future.result().results[0]
+
+
+def classes_in(robot: Robot) -> int:
+    arrays: list[DiagnosticArray] = robot.client.collect(DiagnosticArray, "/diagnostics")
+
+    def found() -> list[str]:
+        mine = [s for a in arrays for s in a.status if s.name.startswith(f"{NAMESPACE[1:]}/")]
+        return [pair.value for status in mine for pair in status.values if pair.key == "classes"]
+
+    robot.client.spin_until(lambda: bool(found()), "diagnostics")
+    return int(found()[-1])
+
+
+def test_masks_flow_while_another_model_is_loaded_and_labels_follow(robot: Robot, models: dict[str, Path]) -> None:
+    labels: list[dict[str, Any]] = []
+    topic = f"{NAMESPACE}/segmentation/label_info"
+    robot.client.node.create_subscription(String, topic, lambda m: labels.append(json.loads(m.data)), LATCHED)
+    robot.client.spin_until(lambda: bool(labels), "labels")
+    assert len(labels[-1]["class_map"]) == 3
+    robot.segment(image_message(np.zeros((96, 128, 3), np.uint8), "rgb8", robot.now()))
+    before = len(robot.masks)
+    assert change_model(robot, models["five"]).successful
+    assert len(robot.masks) > before, "the old model went on"
+    frame = image_message(np.zeros((96, 128, 3), np.uint8), "rgb8", robot.now())
+    robot.segment(frame)
+    robot.client.spin_until(lambda: len(labels[-1]["class_map"]) == 5, "labels of the new model")
+    assert classes_in(robot) == 5
+    assert "takes over" in robot.process.output
+
+
+def test_a_model_that_cannot_be_used_is_refused_and_the_old_one_goes_on(robot: Robot, models: dict[str, Path]) -> None:
+    in_use = classes_in(robot)
+    for model, words in ((models["broken"], "safetensors"), (Path("/nowhere/model"), "/nowhere/model")):
+        result = change_model(robot, model)
+        assert not result.successful
+        assert str(model) in result.reason and words in result.reason
+        assert "stays in use" in result.reason
+    robot.segment(image_message(np.zeros((96, 128, 3), np.uint8), "rgb8", robot.now()))
+    assert classes_in(robot) == in_use
+    assert robot.get("model").string_value not in (str(models["broken"]), "/nowhere/model")
+
+
+def test_groups_must_fit_the_new_model(robot: Robot, models: dict[str, Path]) -> None:
+    assert change_model(robot, models["five"]).successful
+    assert robot.set(string("class_groups", "last: class_4"))[0].successful
+    result = change_model(robot, models["three"])
+    assert "the model has no class 'class_4'" in result.reason
+    both = robot.set_atomically(string("class_groups", "last: class_2"), string("model", str(models["three"])))
+    assert both.successful
+    assert robot.set(string("class_groups", ""))[0].successful
+
+
+def test_engines_are_freed_when_replaced_and_when_cleaned_up(models: dict[str, Path]) -> None:
+    """In this process, where references can be counted."""
+    import rclpy
+    from rclpy.parameter import Parameter
+
+    from clustvit_ros.node.node import SegmentationNode, load_engine
+
+    made: list[weakref.ref] = []
+
+    def factory(parameters: Any) -> Any:
+        engine = load_engine(parameters)
+        made.append(weakref.ref(engine))
+        return engine
+
+    context = rclpy.Context()
+    rclpy.init(context=context)
+    overrides = {"model": str(models["three"]), "device": "cpu", "threads": 1}
+    node = SegmentationNode(
+        factory, context=context, parameter_overrides=[Parameter(name, value=v) for name, v in overrides.items()]
+    )
+    try:
+        for _ in range(2):
+            node.trigger_configure()
+            result = node.set_parameters([Parameter("model", value=str(models["five"]))])[0]
+            assert result.successful, result.reason
+            node.set_parameters([Parameter("model", value=str(models["three"]))])
+            gc.collect()
+            assert [engine() is not None for engine in made] == [False, False, True]
+            node.trigger_cleanup()
+            gc.collect()
+            assert not any(engine() for engine in made)
+            assert not [thread for thread in threading.enumerate() if thread.name == "engine"]
+            made.clear()
+    finally:
+        node.close()
+        node.destroy_node()
+        rclpy.shutdown(context=context)

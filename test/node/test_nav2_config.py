@@ -1,0 +1,55 @@
+"""The example for Nav2: its two sides name the same classes, and the node takes its parameters as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import yaml
+
+from clustvit_ros.classes import load_class_set
+from clustvit_ros.engine.class_groups import group_classes
+from clustvit_ros.node.parameter_spec import build
+from clustvit_ros.node.parameters import SegmentationParameters
+from clustvit_ros.paths import share_dir
+
+FILE = share_dir() / "config" / "nav2_semantic_layer.yaml"
+
+
+@pytest.fixture
+def content() -> dict[str, Any]:
+    return {name: node["ros__parameters"] for name, node in yaml.safe_load(FILE.read_text()).items()}
+
+
+def test_the_layer_knows_every_class_that_the_node_publishes(content: dict[str, Any]) -> None:
+    parameters = build(SegmentationParameters, content["/**/segmentation"])
+    grouping = group_classes(load_class_set("camvid"), parameters.class_groups)
+    assert grouping.ungrouped == ()
+    camera = content["/**/costmap"]["semantic_layer"]["camera"]
+    known = [name for kind in camera["class_types"] for name in camera[kind]["classes"]]
+    assert sorted(known) == sorted(grouping.classes.names)
+    for kind in camera["class_types"]:
+        assert 0 <= camera[kind]["base_cost"] <= camera[kind]["max_cost"] <= 254
+
+
+def test_the_layer_subscribes_to_what_the_node_publishes(content: dict[str, Any]) -> None:
+    camera = content["/**/costmap"]["semantic_layer"]["camera"]
+    topics = [camera[f"{name}_topic"] for name in ("segmentation", "confidence", "labels")]
+    assert topics == ["/segmentation/mask", "/segmentation/confidence", "/segmentation/label_info"]
+
+
+def test_the_launch_file_compiles() -> None:
+    file = share_dir() / "launch" / "nav2_semantic.launch.py"
+    compile(file.read_text(), str(file), "exec")
+
+
+@pytest.mark.ros
+def test_the_node_starts_with_it(start_node: Callable[..., Any]) -> None:
+    pytest.importorskip("rclpy", reason="needs ROS 2 (rclpy)")
+    pytest.importorskip("torch", reason="needs PyTorch")
+    process = start_node("node.node", "--params-file", str(FILE), "-p", "device:=cpu", "-p", "input_timeout_s:=0.1")
+    process.wait_for_output("active: /image -> /segmentation/mask")
+    assert "11 classes become traversable, obstacle, sky" in process.output
+    assert "are in no group" not in process.output
+    assert process.stop() == 0
