@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -71,44 +72,45 @@ def soak_in_process(frames: int, size: tuple[int, int], encoding: str) -> dict[s
     from std_msgs.msg import Header
 
     from clustvit_ros.engine import ScriptedEngine
-    from clustvit_ros.node.camera_outputs import CameraOutputs
-    from clustvit_ros.node.conversions import image_message
-    from clustvit_ros.node.frame_pipeline import Frame, FramePipeline
-    from clustvit_ros.node.frame_runner import FrameRunner
-    from clustvit_ros.node.latency_control import LatencyControl
-    from clustvit_ros.node.parameters import SegmentationParameters
+    from clustvit_ros.engine.worker import EngineWorker, FrameSlot
+    from clustvit_ros.node.camera import Frame, Outputs
+    from clustvit_ros.node.frame import FrameSession
+    from clustvit_ros.node.messages import image_message
+    from clustvit_ros.policy import Policy
+    from clustvit_ros.policy.ledger import Ledger
+    from clustvit_ros.policy.parameters import SegmentationParameters
 
     keep_freed_memory()
     publishers: dict[str, DiscardingPublisher] = {}
-    outputs = CameraOutputs(lambda _k, topic, *_q, **_o: publishers.setdefault(topic, DiscardingPublisher()))
-    engine = ScriptedEngine()
-    pipeline = FramePipeline(engine, {"": outputs}, time.time_ns, LatencyControl(engine, QuietLogger()))
-    done = threading.Semaphore(0)
-    parameters = SegmentationParameters()
-    runner = FrameRunner(
-        lambda: pipeline, lambda _camera: parameters, lambda *_report: done.release(), QuietLogger(), lambda: True
-    )
+    outputs = Outputs(lambda _k, topic, *_q, **_o: publishers.setdefault(topic, DiscardingPublisher()))
+    camera: Any = SimpleNamespace(name="", outputs=outputs, parameters=SegmentationParameters(), ledger=Ledger())
+    engine, logger, done = ScriptedEngine(), QuietLogger(), threading.Semaphore(0)
+    slot: FrameSlot[Frame] = FrameSlot()
+    policy = Policy(engine, logger)
+    session = FrameSession(engine, policy, {"": camera}, slot, "soak", logger, time.time_ns, lambda: True)
+    EngineWorker(lambda: session, slot, slot.hand_over, lambda _worker: done.release(), lambda _worker, _error: None)
+    slot.open()
     shape = size if encoding in ("mono8", "mono16") else (*size, 3)
     pictures = np.random.default_rng(0).integers(0, 256, (8, *shape), dtype=np.uint8)
-    runner.start()
     start_s = time.monotonic()
     settled = highest = 0
     for index in range(frames):
         now_ns = time.time_ns()
         header = Header(frame_id="camera")
         header.stamp.sec, header.stamp.nanosec = divmod(now_ns, 1_000_000_000)
-        runner.put(Frame(image_message(pictures[index % len(pictures)], encoding, header), now_ns))
+        slot.put(Frame(image_message(pictures[index % len(pictures)], encoding, header), now_ns))
         if not done.acquire(timeout=60.0):
-            raise RuntimeError(f"frame {index} was not segmented: {runner.account()}")
+            raise RuntimeError(f"frame {index} was not segmented: {camera.ledger.counts()}")
         if index == int(frames * _WARM_UP_SHARE):
             settled = highest = resident_bytes()
         elif settled and index % max(frames // _SAMPLES, 1) == 0:
             highest = max(highest, resident_bytes())
     elapsed_s = time.monotonic() - start_s
-    runner.stop()
-    counts = runner.account().counts
+    slot.close(1.0)
+    slot.hand_over(None)
+    counts = camera.ledger.counts()
     return {
-        "frames": counts.segmented, "frames_failed": counts.failed + counts.rejected + counts.dropped,
+        "frames": counts["segmented"], "frames_failed": counts["failed"] + counts["rejected"] + counts["dropped"],
         "masks_built": publishers["segmentation/mask"].published, "frames_per_s": round(frames / elapsed_s, 1),
         "settled_bytes": settled, "highest_bytes": highest, "growth_bytes": highest - settled,
     }  # fmt: skip

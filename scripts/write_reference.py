@@ -40,8 +40,8 @@ def reference() -> str:
     """The whole document."""
     from clustvit_ros.demo.camera import CameraParameters
     from clustvit_ros.demo.recorder import RecorderParameters
-    from clustvit_ros.node.parameter_spec import markdown_table
-    from clustvit_ros.node.parameters import SegmentationParameters
+    from clustvit_ros.policy.parameter_spec import markdown_table
+    from clustvit_ros.policy.parameters import SegmentationParameters
 
     return f"""# Reference
 

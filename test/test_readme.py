@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from clustvit_ros.networks import load_config
-from clustvit_ros.node.parameters import PARAMETERS, as_markdown_table, camera_markdown_table
+from clustvit_ros.policy.parameters import PARAMETERS, as_markdown_table, camera_markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -20,6 +20,7 @@ from clustvit_ros.bags.reading import PARTIAL_SUFFIX, BagReader
 from clustvit_ros.bags.salvage import Salvaged
 from clustvit_ros.bags.writing import read_about, to_png, write_bag, write_pngs
 from clustvit_ros.engine import Engine, Settings
+from clustvit_ros.engine.record import FrameRecord
 from clustvit_ros.errors import BagError, ConfigError, ImageError
 
 FORMATS = ("bag", "png")
@@ -248,17 +249,13 @@ def _labelled(number: int, message: Salvaged, engine: Engine, settings: Settings
     except ImageError as error:
         return LabelledFrame(*place, problem=str(error))
     assert prediction.confidence is not None  # `settings` asks for it
-    mask, stats = prediction.mask[0], prediction.stats
+    mask = prediction.mask[0]
+    record = FrameRecord(
+        mask_size=(mask.shape[0], mask.shape[1]), stats=prediction.stats,
+        confidence_threshold=settings.confidence_threshold,
+    )  # fmt: skip
     # No times: those of this machine say nothing about the robot, and two runs give the same bag without them.
-    pairs = {
-        "merge_threshold": f"{stats.merge_threshold:g}",
-        "confidence_threshold": f"{settings.confidence_threshold:g}",
-        "token_capacity": str(stats.token_capacity),
-        "tokens_total": str(stats.tokens_total),
-        "tokens_kept": f"{stats.tokens_kept:g}",
-        "mask_size": f"{mask.shape[0]}x{mask.shape[1]}",
-        "model": engine.info.model,
-    }
+    pairs = {**record.label_pairs(), "model": engine.info.model}
     return LabelledFrame(*stamped, to_png(mask), to_png(prediction.confidence[0]), pairs, engine.info.device)
 
 

@@ -31,10 +31,10 @@ from std_msgs.msg import Header
 from clustvit_ros.demo.camera_messages import camera_info_message, cloud_message
 from clustvit_ros.demo.frame_source import FrameSource, SourceFrame, open_source
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.node.conversions import image_message
+from clustvit_ros.node.messages import image_message
 from clustvit_ros.node.parameter_server import ParameterServer
-from clustvit_ros.node.parameter_spec import parameter
 from clustvit_ros.node.process import run_node
+from clustvit_ros.policy.parameter_spec import parameter
 
 CAMERA_QOS = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
 """Sensor data, as camera drivers offer it."""

@@ -25,8 +25,8 @@ from rclpy.node import Node
 
 from clustvit_ros.errors import ClustvitError, ConfigError
 from clustvit_ros.node.parameter_server import ParameterServer
-from clustvit_ros.node.parameter_spec import parameter
 from clustvit_ros.node.process import run_node
+from clustvit_ros.policy.parameter_spec import parameter
 
 _MAX_TRIES = 4
 

@@ -27,10 +27,10 @@ from rclpy.task import Future
 from sensor_msgs.msg import Image
 
 from clustvit_ros.demo.recording import Manifest, Recording
-from clustvit_ros.node.conversions import decode_image
+from clustvit_ros.images import decode_image
 from clustvit_ros.node.parameter_server import ParameterServer
-from clustvit_ros.node.parameter_spec import parameter
 from clustvit_ros.node.process import run_node
+from clustvit_ros.policy.parameter_spec import parameter
 
 SUMMARY_NAME = "recording.json"
 

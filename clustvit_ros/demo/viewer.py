@@ -13,7 +13,7 @@ from rclpy.task import Future
 from sensor_msgs.msg import Image
 
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.node.conversions import decode_image
+from clustvit_ros.images import decode_image
 from clustvit_ros.node.process import run_node
 
 _TITLE = "clustvit_ros: segmentation/overlay (q closes)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from clustvit_ros.classes import ClassSet
 from clustvit_ros.engine.engine import PRECISIONS, Engine, EngineInfo, Prediction, Settings, Stats
 from clustvit_ros.engine.scripted_engine import ScriptedEngine
 from clustvit_ros.errors import ConfigError
@@ -10,7 +11,7 @@ ENGINES = ("auto", "torch", "cuda_graph", "onnxruntime", "scripted")
 
 __all__ = [
     "ENGINES", "PRECISIONS", "Engine", "EngineInfo", "Prediction", "ScriptedEngine", "Settings", "Stats",
-    "create_engine",
+    "check_model", "create_engine",
 ]  # fmt: skip
 
 
@@ -63,3 +64,20 @@ def create_engine(
             raise ConfigError("compiled: the engine onnxruntime compiles in its own way; leave compilation off")
         return OnnxEngine(model, device, threads, precision=precision)
     raise ConfigError(f"engine: got {engine!r}, expected one of {', '.join(ENGINES)}")
+
+
+def check_model(model: str) -> tuple[ClassSet, int]:
+    """Refuse a model that cannot be loaded, by its configuration and the header of its weights: a matter of moments.
+
+    Args:
+        model: a shipped model's name or a model folder's path.
+
+    Returns:
+        Its classes, and the bytes of its weights file.
+
+    Raises:
+        ConfigError, ModelError: it cannot be loaded, and why.
+    """
+    from clustvit_ros.networks.model_folder import check_folder  # needs PyTorch
+
+    return check_folder(model)

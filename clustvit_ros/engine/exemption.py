@@ -107,17 +107,16 @@ def check_region(region: Region) -> None:
         )
 
 
-def exempt_class_ids(names: Sequence[str], text: str) -> tuple[int, ...]:
-    """Ids of the classes that a text names, separated by commas.
+def exempt_class_ids(names: Sequence[str], wanted: Sequence[str]) -> tuple[int, ...]:
+    """Ids of classes by name.
 
     Args:
         names: the model's classes.
-        text: e.g. "pedestrian, bicyclist"; empty names none.
+        wanted: names of the exempt ones.
 
     Raises:
         ConfigError: a class that the model does not have.
     """
-    wanted = [name.strip() for name in text.split(",") if name.strip()]
     unknown = [name for name in wanted if name not in names]
     if unknown:
         raise ConfigError(

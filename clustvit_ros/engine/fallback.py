@@ -1,14 +1,28 @@
 """What to do when an engine fails: try again, then do with less, then with the CPU, and come back when that works.
 
-Pure decisions, the clock injected; `ResilientEngine` carries them out.
+`FallbackPolicy` decides, its clock injected; `ResilientEngine` carries out what one engine can do about it; moving to
+another device and back is the business of `EngineHost`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+
+from clustvit_ros.engine.engine import Engine, EngineInfo, Prediction, Settings
+from clustvit_ros.engine.worker import DeviceLost
+from clustvit_ros.errors import ConfigError, EngineError, ImageError, ModelError
+
+T = TypeVar("T")
+
+_LONGEST_CAUSE = 300
 
 
 class FaultKind(enum.Enum):
@@ -86,10 +100,10 @@ class FallbackPolicy:
     after a pause, which doubles with every attempt that fails.
 
     Args:
-        steps: from what was asked for to the last resort.
-        clock: monotonic seconds.
-        first_pause_s: before the first attempt to come back.
-        longest_pause_s: between attempts, at most.
+        steps: ways to run, from what was asked for to the last resort.
+        clock: gives monotonic seconds.
+        first_pause_s: seconds before the first attempt to come back.
+        longest_pause_s: most seconds between two attempts.
     """
 
     def __init__(
@@ -109,6 +123,8 @@ class FallbackPolicy:
         self._back_s: float | None = None
         self.failures = 0
         """Failed calls so far."""
+        self.cause = ""
+        """What the device said last, in one line."""
 
     @property
     def step(self) -> Step:
@@ -117,8 +133,20 @@ class FallbackPolicy:
 
     @property
     def degraded(self) -> bool:
-        """Not on the first step."""
+        """Whether the engine runs otherwise than asked for."""
         return self._index > 0
+
+    @property
+    def fault(self) -> str:
+        """Why the engine does not run as it was asked to, in a sentence; empty while it does."""
+        if not self.degraded:
+            return ""
+        pause_s = self.pause_left_s
+        when = f"in {pause_s:.0f} s" if pause_s else "now"
+        return (
+            f"engine runs {self.step.name} after {self.failures} failed calls: {self.cause}; "
+            f"coming back is tried {when}"
+        )
 
     @property
     def pause_left_s(self) -> float:
@@ -130,9 +158,16 @@ class FallbackPolicy:
         """It is time to try the first step again."""
         return self.degraded and self._clock() >= self._due_s
 
-    def failed(self, kind: FaultKind) -> Action:
-        """Decide about a call that failed on the step in force."""
+    def failed(self, error: Exception, kind: FaultKind | None = None) -> Action:
+        """Decide about a call that failed on the step in force.
+
+        Args:
+            error: what the engine raised.
+            kind: what that says about the device; None finds out from the error's text.
+        """
         self.failures += 1
+        self.cause = first_line(error)
+        kind = kind or classify(error)
         if not self._retried:
             self._retried = True
             return Action.RETRY
@@ -159,8 +194,20 @@ class FallbackPolicy:
         self._index, self._retried = 0, False
         self._back_s = self._clock()
 
-    def cannot_come_back(self) -> None:
+    def fall_to_cpu(self, error: Exception) -> None:
+        """The device could not even be started: take the step that does without it.
+
+        Raises:
+            Exception: `error`, where there is no such step.
+        """
+        while self.failed(error, FaultKind.DEVICE_LOST) is not Action.GIVE_UP:
+            if self.step.on_cpu:
+                return
+        raise error
+
+    def cannot_come_back(self, error: BaseException) -> None:
         """The first step could not even be prepared; wait for longer."""
+        self.cause = first_line(error)
         self._back_s = self._clock()
         self._schedule()
 
@@ -168,3 +215,103 @@ class FallbackPolicy:
         if self._back_s is not None:
             self._pause_s = min(self._pause_s * 2.0, self._longest_pause_s)
         self._due_s = self._clock() + self._pause_s
+
+
+class ResilientEngine(Engine):
+    """Forwards calls to an engine, repeats one that fails, and does with fewer tokens where that helps.
+
+    Args:
+        engine: what runs.
+        policy: decides; shared by the engines that follow each other for one model.
+        device_reason: why the engine runs on this device, where that is not the engine's own choice.
+    """
+
+    def __init__(self, engine: Engine, policy: FallbackPolicy, device_reason: str = "") -> None:
+        self._engine, self._policy = engine, policy
+        self.image_size: tuple[int, int] | None = None
+        """(height, width) of the images that it was last warmed for."""
+        self._on_cpu = engine.info.device.startswith("cpu")
+        self._info = replace(engine.info, device_reason=device_reason or engine.info.device_reason)
+        self._closed = False
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    @property
+    def fault(self) -> str:
+        return self._policy.fault
+
+    def capacities(self, image_size: tuple[int, int]) -> tuple[int, ...]:
+        """The engine's ladder for images of (height, width) `image_size`."""
+        return self._engine.capacities(image_size)
+
+    def warmup(self, image_size: tuple[int, int] | None = None) -> None:
+        """Warm the engine; a device that fails here is treated as in `segment`."""
+        self._attempt(lambda: self._engine.warmup(image_size))
+        self.image_size = image_size or self.image_size
+
+    def segment(self, images: np.ndarray | Sequence[np.ndarray], settings: Settings = Settings()) -> Prediction:
+        """Segment, by whatever step this device allows.
+
+        Raises:
+            ImageError, ConfigError: the caller's mistake.
+            DeviceLost: only another device can go on.
+            Exception: the engine's own, when nothing helps.
+        """
+        return self._attempt(lambda: self._engine.segment(images, self._limited(images, settings)))
+
+    def close(self) -> None:
+        """Free the engine; what a lost device still holds cannot be freed."""
+        if not self._closed:
+            self._closed = True
+            with contextlib.suppress(Exception):
+                self._engine.close()
+            _free_device_memory()
+
+    def _attempt(self, call: Callable[[], T]) -> T:
+        if self._closed:
+            raise EngineError("the engine is closed; make a new one")
+        while True:
+            failure: Exception | None = None
+            try:
+                result = call()
+            except (ImageError, ConfigError, ModelError):
+                raise
+            except Exception as error:  # whatever a device raises
+                action = self._policy.failed(error)
+                if action is Action.GIVE_UP:
+                    raise
+                if self._policy.step.on_cpu and not self._on_cpu:
+                    raise DeviceLost(self._policy.cause) from error
+                failure = error
+            else:
+                self._policy.succeeded()
+                return result
+            # Outside of the handler: the exception holds the frames, and they the memory of the call that failed.
+            out_of_memory, failure = classify(failure) is FaultKind.OUT_OF_MEMORY, None
+            if out_of_memory:
+                _free_device_memory()
+
+    def _limited(self, images: np.ndarray | Sequence[np.ndarray], settings: Settings) -> Settings:
+        share = self._policy.step.capacity_share
+        if share >= 1.0:
+            return settings
+        height, width = images.shape[-3:-1] if isinstance(images, np.ndarray) else images[0].shape[:2]
+        ladder = self._engine.capacities((height, width))
+        rung = ladder[max(round(len(ladder) * share) - 1, 0)]
+        return replace(settings, token_capacity=min(rung, settings.token_capacity or rung))
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line of bounded length."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:_LONGEST_CAUSE]
+
+
+def _free_device_memory() -> None:
+    """Give PyTorch's cached blocks back to the device, where PyTorch runs on one."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()

@@ -36,6 +36,16 @@ def throttling(root: Path = _ROOT) -> str:
     return "; ".join(filter(None, (_hot_zones(root), _limited_clock(root))))
 
 
+def available_bytes(root: Path = _ROOT) -> int | None:
+    """Memory that can be had without swapping; None where the system does not tell."""
+    for line in _read(root / "proc/meminfo").splitlines():
+        name, _, value = line.partition(":")
+        number = value.split()[:1]
+        if name == "MemAvailable" and number and number[0].isdigit():
+            return int(number[0]) * 1024
+    return None
+
+
 def usable_cores() -> int:
     """Processors that this process may run on."""
     return len(_affinity()) or os.cpu_count() or 1

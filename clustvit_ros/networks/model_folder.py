@@ -121,6 +121,22 @@ def load_config(model: str | Path) -> ModelConfig:
     )
 
 
+def check_folder(model: str | Path) -> tuple[ClassSet, int]:
+    """Hold a model's weights file against its configuration, by the file's header.
+
+    Returns:
+        The model's classes, and the bytes of its weights file.
+
+    Raises:
+        ModelError: no such model, or weights that do not fit its configuration.
+        ConfigError: `model.yaml` cannot be used.
+    """
+    config, path = load_config(model), weights_path(model)
+    with torch.device("meta"):  # shapes without memory: model.yaml may lie about them
+        _check_file(build_network(config.network, len(config.classes)), path, config.network.unused_weights)
+    return config.classes, path.stat().st_size
+
+
 def load_segmenter(model: str | Path) -> Segmenter:
     """Load a model folder, or a shipped model by name, as a network in evaluation mode on the CPU, float32.
 
@@ -128,12 +144,10 @@ def load_segmenter(model: str | Path) -> Segmenter:
         ModelError: no such model, or weights that do not fit its configuration.
         ConfigError: `model.yaml` cannot be used.
     """
+    check_folder(model)
     config = load_config(model)
-    path, unused = weights_path(model), config.network.unused_weights
-    with torch.device("meta"):  # shapes without memory: model.yaml may lie about them
-        _check_file(build_network(config.network, len(config.classes)), path, unused)
     network = build_network(config.network, len(config.classes))
-    load_weights(network, path, unused)
+    load_weights(network, weights_path(model), config.network.unused_weights)
     return network.eval()
 
 

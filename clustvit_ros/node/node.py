@@ -1,117 +1,87 @@
 """The segmentation node: a thin, managed shell that feeds the newest camera images to an engine and publishes masks.
 
-One executor thread serves parameters, lifecycle and diagnostics and only stores the newest images; one worker thread
-decodes, segments and publishes. Neither waits for the other.
+One executor thread serves parameters, lifecycle and diagnostics and only stores the newest images; one engine thread
+decodes, segments and publishes. Neither waits for the other, and engines are loaded in threads of their own.
 """
 
 from __future__ import annotations
 
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from diagnostic_msgs.msg import DiagnosticArray
+from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState
+from rclpy.callback_groups import CallbackGroup, ReentrantCallbackGroup
 from rclpy.clock import Clock, ClockType
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
+from rclpy.task import Future
 from std_msgs.msg import Header
 
-from clustvit_ros.engine import Engine, ScriptedEngine, create_engine
-from clustvit_ros.engine.bound_engine import BoundEngine
-from clustvit_ros.engine.class_groups import group_classes, parse_groups
-from clustvit_ros.engine.resilient_engine import ResilientEngine
-from clustvit_ros.engine.scripted_engine import proportional
-from clustvit_ros.errors import ClustvitError, ConfigError
-from clustvit_ros.node import label_info
-from clustvit_ros.node.camera_stream import CameraStream
-from clustvit_ros.node.diagnostics import OK, FrameCounts, diagnostic_array, frame_pairs
-from clustvit_ros.node.engine_host import EngineHost, LoadedEngine
-from clustvit_ros.node.frame_pipeline import Frame, FrameReport
-from clustvit_ros.node.frame_runner import FrameRunner
-from clustvit_ros.node.frame_worker import LatestSlot
-from clustvit_ros.node.merge_guard import check_exemptions
-from clustvit_ros.node.node_report import camera_status
+from clustvit_ros.engine.masks import group_classes
+from clustvit_ros.errors import ClustvitError
+from clustvit_ros.node.camera import Camera
+from clustvit_ros.node.engine_control import EngineControl, EngineFactory, make_engine
+from clustvit_ros.node.messages import NO_LABEL_INFO, LabelInfo
 from clustvit_ros.node.parameter_server import ParameterServer
-from clustvit_ros.node.parameters import CameraParameters, SegmentationParameters
 from clustvit_ros.node.process import run_node
 from clustvit_ros.node.qos import QosWatch
-from clustvit_ros.node.replay import FrameQueue
-from clustvit_ros.policy import BudgetStatus, FairScheduler
+from clustvit_ros.node.status import camera_status
+from clustvit_ros.policy import BudgetStatus
+from clustvit_ros.policy.parameters import CameraParameters, SegmentationParameters
 
 _REPORT_PERIOD_S = 1.0
-
-
-def load_engine(parameters: SegmentationParameters) -> Engine:
-    """Make the engine that the parameters name.
-
-    Raises:
-        ClustvitError: the model cannot be loaded, or the device does not work.
-    """
-    if parameters.engine == "scripted":
-        return ScriptedEngine(latency_ms=proportional(parameters.scripted_latency_ms))
-
-    def precision_on(device: str) -> str:
-        # A CPU that takes over from a GPU is slow enough without emulating half precision.
-        return "float32" if device == "cpu" != parameters.device else parameters.precision
-
-    live = parameters.processing == "live"
-    return ResilientEngine(
-        lambda device: BoundEngine(
-            lambda: create_engine(
-                parameters.model, parameters.engine, device, parameters.threads, precision_on(device), share_cores=live
-            )
-        ),
-        parameters.device,
-        adapt=live,
-    )
-
+# A frame at hand may be finished when the node is deactivated; nobody who asks for that waits longer.
+_FINISH_S = 0.8
 
 class SegmentationNode(LifecycleNode):
     """Segments the newest image of each camera, again and again.
 
     Args:
-        engine_factory: makes the engine when the node is configured, and when `model` changes.
-        arguments: of rclpy's Node.
+        engine_factory: makes the engine that parameters name on a device; runs in the engine's thread.
+        recovery_pause_s: seconds after a fallback before the device that was asked for is tried again.
+        arguments: further arguments of rclpy's Node.
 
     Raises:
         ConfigError: a start value that its parameter does not accept.
     """
 
     def __init__(
-        self, engine_factory: Callable[[SegmentationParameters], Engine] = load_engine, **arguments: Any
+        self, engine_factory: EngineFactory = make_engine, recovery_pause_s: float = 10.0, **arguments: Any
     ) -> None:
+        # Services answer while a transition waits for an engine; one executor thread runs them all.
+        self._group = ReentrantCallbackGroup()
         super().__init__("segmentation", **arguments)
-        # rclpy raises on a transition that the state does not have, which would end the process.
         self._answer_change_state = self._service_change_state.callback
-        self._service_change_state.callback = self._on_change_state
+        self._service_change_state.callback = self._on_change_state  # type: ignore[assignment]
         self._state = "unconfigured"
-        self._fault = ""
-        self._engine_fault = ""
-        self._reported_s = 0.0
-        self._successor: LoadedEngine | None = None
-        self._runner: FrameRunner | None = None
-        self._streams: dict[str, CameraStream] = {}
+        self._fault = self._engine_fault = ""
+        self._cameras: dict[str, Camera] = {}
+        self._engines = EngineControl(
+            self, lambda: self.parameters, self._cameras, engine_factory, recovery_pause_s, self._publish_labels
+        )
         self._qos = QosWatch(self)
-        self._host = EngineHost(engine_factory, self.get_logger(), lambda: self.get_clock().now().nanoseconds)
         self._server = ParameterServer(
             self, SegmentationParameters, self._why_locked, self._check_change, self._adopt_change
         )
-        parse_groups(self.parameters.class_groups)
-        check_exemptions(self.parameters, None)
-        self.cameras = self.parameters.camera_names
-        """The cameras' names; the only camera has none."""
-        for camera in filter(None, self.cameras):
+        for camera in filter(None, self.parameters.cameras):
             self._server.add(f"{camera}.", CameraParameters)
+        self._server.warn_of_unknown({".weight": "of several cameras, the one that has waited longest is next"})
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         # Steady, so that diagnostics keep their pace while simulated time stands still.
         self._timer = self.create_timer(_REPORT_PERIOD_S, self._report, clock=Clock(clock_type=ClockType.STEADY_TIME))
-        if not label_info.AVAILABLE:
-            self.get_logger().warning(label_info.UNAVAILABLE)
+        if LabelInfo is None:
+            self.get_logger().warning(NO_LABEL_INFO)
+
+    @property
+    def default_callback_group(self) -> CallbackGroup:
+        """Reentrant: see `__init__`."""
+        return self._group
 
     @property
     def parameters(self) -> SegmentationParameters:
@@ -122,6 +92,10 @@ class SegmentationNode(LifecycleNode):
         """The parameters in force for one camera."""
         tables = self._server.tables
         return tables[f"{camera}."].over(tables[""]) if camera else tables[""]
+
+    def load(self) -> Future:
+        """Begin to load the engine; done when that has ended, well or not, which configuring tells."""
+        return self._engines.load()
 
     def autostart(self) -> bool:
         """Configure and activate.
@@ -138,24 +112,32 @@ class SegmentationNode(LifecycleNode):
         Returns:
             0: every way to end is a good one.
         """
-        if self._runner is None or self._runner.stop():
-            self._host.free()
+        self._engines.slot.close(_FINISH_S)
+        self._engines.free(_FINISH_S)
         return 0
 
-    def _on_change_state(self, request: ChangeState.Request, response: ChangeState.Response) -> ChangeState.Response:
+    async def _on_change_state(
+        self, request: ChangeState.Request, response: ChangeState.Response
+    ) -> ChangeState.Response:
+        transition = request.transition
+        configure = transition.label == "configure" or (
+            not transition.label and transition.id == Transition.TRANSITION_CONFIGURE
+        )
+        if configure and self._state == "unconfigured":
+            await self.load()
         try:
             return self._answer_change_state(request, response)
-        except Exception as error:  # rcl's own type is private to rclpy
+        except Exception as error:  # rcl's own type is private to rclpy, and would end the process
             if not self.context.ok():
                 raise
-            self.get_logger().error(f"transition {request.transition.id} refused while {self._state}: {error}")
+            self.get_logger().error(f"transition {transition.id} refused while {self._state}: {error}")
             response.success = False
             return response
 
     # Lifecycle transitions. rclpy swallows what they raise, so each one reports its own failure.
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Create the publishers, load and warm the engine."""
+        """Create the publishers; the engine is loaded before, or now where nobody waited for it."""
         return self._transition("configuring", "inactive", self._configure, partial(super().on_configure, state))
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -178,182 +160,117 @@ class SegmentationNode(LifecycleNode):
         try:
             for step in steps:
                 step()
-        except ClustvitError as error:
-            self._fault = f"{what} failed: {error}"
-            self.get_logger().error(self._fault)
-            return TransitionCallbackReturn.FAILURE
         except Exception as error:  # a managed node must answer its manager, whatever happened
             self._fault = f"{what} failed: {error}"
             if self.context.ok():  # else a signal came in the middle, and every call to ROS fails
-                self.get_logger().error(f"{what} failed: {traceback.format_exc().rstrip()}")
+                unknown = "" if isinstance(error, ClustvitError) else f"\n{traceback.format_exc().rstrip()}"
+                self.get_logger().error(f"{self._fault}{unknown}")
             return TransitionCallbackReturn.FAILURE
         self._state, self._fault = reached, ""
         return TransitionCallbackReturn.SUCCESS
 
     def _configure(self) -> None:
-        parameters = self.parameters
         try:
-            for camera in self.cameras:
-                self._streams[camera] = CameraStream(self, camera, self._qos, parameters.processing == "every_frame")
-            self._host.use(self._host.load(parameters, {name: s.outputs for name, s in self._streams.items()}))
+            self._engines.wait()
+            for name in self.parameters.cameras:
+                self._cameras[name] = Camera(self, name, self._qos, self.parameters_of(name))
         except BaseException:
-            self._destroy_streams()
+            self._free()
             raise
 
     def _activate(self, state: LifecycleState) -> None:
-        if self._runner is not None and self._runner.busy:
-            raise ClustvitError("the engine is still busy with the last frame; try again in a moment")
-        self._runner = FrameRunner(
-            self._host.pipeline, self.parameters_of, self._on_frame_report, self.get_logger(), self.context.ok,
-            self._make_slot(), self.cameras,
-        )  # fmt: skip
+        self._refuse_while_busy()
         # Before the first frame: publishers drop what comes while they are inactive.
         super().on_activate(state)
         self._publish_labels()
-        self._runner.start()
-        for stream in self._streams.values():
-            topic = stream.subscribe(self.parameters, self._runner.put)
-            self.get_logger().info(f"active: {topic} -> {stream.mask_topic}")
+        self._engines.slot.open()
+        for camera in self._cameras.values():
+            topic = camera.subscribe(self._engines.slot.put)
+            self.get_logger().info(f"active: {topic} -> {camera.mask_topic}")
 
     def _deactivate(self) -> None:
-        for stream in self._streams.values():
-            stream.unsubscribe()
-        if self._runner is not None and not self._runner.stop():
+        for camera in self._cameras.values():
+            camera.unsubscribe()
+        if not self._engines.slot.close(_FINISH_S):
             self.get_logger().warning("the engine is still busy with the last frame; its mask will not be published")
 
     def _clean_up(self) -> None:
-        if self._runner is not None and self._runner.busy:
-            raise ClustvitError("the engine is still busy with the last frame; try again in a moment")
-        self._runner = None
-        self._destroy_streams()
-        self._host.free()
+        self._refuse_while_busy()
+        self._free()
 
     def _shut_down(self) -> None:
         self._deactivate()
-        if self._runner is None or not self._runner.busy:
-            self._clean_up()  # else a hanging engine keeps its memory until the process ends
+        if not self._engines.slot.busy:
+            self._free()  # else a hanging engine keeps its memory until the process ends
 
-    def _destroy_streams(self) -> None:
-        for stream in self._streams.values():
-            stream.destroy()
-        self._streams.clear()
+    def _refuse_while_busy(self) -> None:
+        if self._engines.slot.busy:
+            raise ClustvitError("the engine is still busy with the last frame; try again in a moment")
 
-    def _make_slot(self) -> LatestSlot[Frame]:
-        parameters, tables = self.parameters, self._server.tables
-        if parameters.processing == "every_frame":
-            return FrameQueue(parameters.queue_limit_mb * 1_000_000, lambda frame: len(frame.message.data))
-        return LatestSlot(FairScheduler({c: tables[f"{c}."].weight if c else 1.0 for c in self.cameras}))
+    def _free(self) -> None:
+        for camera in self._cameras.values():
+            camera.destroy()
+        self._cameras.clear()
+        self._engines.free()
 
     # Parameters.
 
     def _why_locked(self) -> str | None:
-        if self._state in ("unconfigured", "finalized"):
+        if self._state in ("unconfigured", "finalized") and not self._engines.started:
             return None
+        state = "loading its model" if self._state == "unconfigured" else self._state
         return (
-            f"cannot change while the node is {self._state}; deactivate and clean up first "
+            f"cannot change while the node is {state}; deactivate and clean up first "
             f"(`ros2 lifecycle set {self.get_fully_qualified_name()} ...`), or restart with the new value"
         )
 
     def _check_change(self, old: SegmentationParameters, new: SegmentationParameters) -> None:
-        parse_groups(new.class_groups)
-        check_exemptions(new, None)
-        loaded = self._host.current
-        if loaded is None:
-            return
-        loaded.latency.check(old, new)
-        if new.model != old.model:
-            if new.engine == "scripted":
-                raise ConfigError(
-                    f"model: {new.model!r} cannot be used, engine scripted runs no model; restart with engine torch"
-                )
-            self._successor = self._host.load_beside(
-                new, {name: stream.outputs for name, stream in self._streams.items()}, self._while_loading
-            )
-        else:
-            group_classes(loaded.engine.info.classes, new.class_groups)
-            check_exemptions(new, loaded.engine.info.classes.names)
+        self._engines.check_change(old, new)
 
     def _adopt_change(self, old: SegmentationParameters, new: SegmentationParameters) -> None:
-        if self._successor is not None:
-            self._host.use(self._successor)
-            self._successor = None
-            self.get_logger().info(f"model {new.model} takes over from {old.model}")
-        idle = self._runner is None or not self._runner.busy
-        if idle:
-            self._host.free_retired()
-        elif self._runner is not None:
-            for camera in filter(None, self.cameras):
-                self._runner.slot.set_weight(camera, self._server.tables[f"{camera}."].weight)
-            # Else the worker tells, before its next mask.
-            if self._runner.slot.idle:
-                self._publish_labels()
-
-    def _while_loading(self) -> bool:
-        for stream in self._streams.values():
-            stream.take_messages()
-        if time.monotonic() - self._reported_s > _REPORT_PERIOD_S:
-            self._report()
-        return self.context.ok()
-
-    # Frames.
-
-    def _on_frame_report(self, frame: Frame, report: FrameReport, counts: FrameCounts) -> None:
-        stream = self._streams[frame.camera]
-        if not stream.first_mask_told:
-            stream.first_mask_told = True
-            engine = report.engine
-            self.get_logger().info(
-                f"{frame.camera + ': ' if frame.camera else ''}first mask: "
-                f"{report.mask_size[1]}x{report.mask_size[0]}, "
-                f"{report.age_ms:.1f} ms after the image's stamp; engine {engine.total_ms:.1f} ms, "
-                f"{engine.tokens_kept:g} of {engine.tokens_total} tokens"
-            )
-        loaded = self._host.current
-        if loaded is not None and stream.outputs.wanted("stats"):
-            device, name = loaded.engine.info.device, f"{self.get_name()}: frame"
-            pairs = {"camera": frame.camera} if frame.camera else {}
-            pairs.update(frame_pairs(report, counts))
-            pairs.update(loaded.pipeline.guard.pairs)
-            header = frame.message.header
-            stream.outputs.publish_stats(diagnostic_array(header, name, device, OK, "segmented", pairs))
+        self._engines.adopt_change(old, new)
+        for name, camera in self._cameras.items():
+            camera.parameters = self.parameters_of(name)
+        if self._state == "active" and self._engines.slot.empty and not self._engines.loading:
+            self._publish_labels()  # else the engine's thread does, before its next mask
 
     def _publish_labels(self) -> None:
-        loaded = self._host.current
-        if loaded is not None:
-            classes = group_classes(loaded.engine.info.classes, self.parameters.class_groups).classes
+        session = self._engines.session
+        if session is not None:
+            parameters = self.parameters
+            classes = group_classes(session.engine.info.classes, parameters.class_groups).classes
             header = Header(stamp=self.get_clock().now().to_msg())
-            for stream in self._streams.values():
-                stream.outputs.publish_labels(classes, self.parameters.confidence_threshold, header)
+            for camera in self._cameras.values():
+                camera.outputs.publish_labels(classes, parameters.confidence_threshold, header)
 
     # Diagnostics, once a second.
 
     def _report(self) -> None:
-        self._reported_s = time.monotonic()
+        self._engines.check()
         self._qos.check()
-        loaded = self._host.current
-        budget = loaded.latency.status if loaded is not None else BudgetStatus()
-        accuracy = loaded.pipeline.guard.pairs if loaded is not None else {}
-        if budget.recalibrated and self.parameters.recalibrate:
+        session, parameters = self._engines.session, self.parameters
+        budget = session.policy.status if session is not None else BudgetStatus()
+        if budget.recalibrated and parameters.recalibrate:
             self.set_parameters([Parameter("recalibrate", value=False)])
-        self._tell_engine_fault(loaded)
+        self._tell_engine_fault()
         array = DiagnosticArray(header=Header(stamp=self.get_clock().now().to_msg()))
-        for camera in self.cameras:
-            stream = self._streams.get(camera)
-            if stream is not None and stream.watch is not None:
-                stream.watch.check(self.parameters.input_timeout_s)
-            account = self._runner.account(camera) if self._runner is not None else None
+        for name in parameters.cameras:
+            camera = self._cameras.get(name)
+            if camera is not None and camera.watch is not None:
+                camera.watch.check(parameters.input_timeout_s)
             array.status.append(
                 camera_status(
-                    name=f"{self.get_fully_qualified_name().lstrip('/')}: segmentation{' ' + camera if camera else ''}",
-                    state=self._state, fault=self._fault, engine=loaded.engine if loaded is not None else None,
-                    engine_fault=self._engine_fault, budget=budget, accuracy=accuracy, parameters=self.parameters,
-                    stream=stream, account=account,
+                    name=f"{self.get_fully_qualified_name().lstrip('/')}: segmentation{' ' + name if name else ''}",
+                    state=self._state, fault=self._fault,
+                    loading=self._engines.loading,
+                    info=session.engine.info if session is not None else None, engine_fault=self._engine_fault,
+                    budget=budget, parameters=parameters, camera=camera,
                 )
             )  # fmt: skip
         self._diagnostics.publish(array)
 
-    def _tell_engine_fault(self, loaded: LoadedEngine | None) -> None:
-        fault = loaded.engine.fault if loaded is not None else ""
+    def _tell_engine_fault(self) -> None:
+        fault = self._engines.fault
         if bool(fault) != bool(self._engine_fault):
             if fault:
                 self.get_logger().error(fault)
@@ -377,8 +294,10 @@ def spin(node: SegmentationNode, executor: SingleThreadedExecutor) -> int:
     Returns:
         1 when it could not start.
     """
-    if node.parameters.autostart and not node.autostart():
-        return 1
+    if node.parameters.autostart:
+        executor.spin_until_future_complete(node.load())
+        if node.context.ok() and not node.autostart():
+            return 1
     executor.spin()
     return 0
 

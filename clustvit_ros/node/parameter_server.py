@@ -16,7 +16,7 @@ from rclpy.node import Node
 from rclpy.parameter import Parameter
 
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.node.parameter_spec import ParameterSpec, specs_of
+from clustvit_ros.policy.parameter_spec import ParameterSpec, specs_of
 
 T = TypeVar("T")
 
@@ -40,8 +40,8 @@ class ParameterServer(Generic[T]):
     """The parameters of one node: one table, and further ones whose parameters have a prefix.
 
     Args:
-        node: where to declare them.
-        table: a dataclass of `parameter_spec.parameter` fields.
+        node: node to declare them on.
+        table: dataclass of `parameter_spec.parameter` fields.
         locked: says why parameters that are not live cannot change now, or None when they can.
         check: gets the values in force and those that are to replace them; raises ConfigError to refuse the change.
         changed: called once the new values are in force, with those that were and those that are.
@@ -88,13 +88,27 @@ class ParameterServer(Generic[T]):
         for spec in specs:
             # Declared without its range, so that a bad start value is refused in this table's words.
             untyped = ParameterDescriptor(dynamic_typing=True)
-            values[spec.name] = spec.coerce(self._node.declare_parameter(spec.name, spec.default, untyped).value)
+            values[spec.name] = spec.parsed(self._node.declare_parameter(spec.name, spec.default, untyped).value)
         self._values = {
             **self._values, prefix: table(**{name.removeprefix(prefix): value for name, value in values.items()})
         }  # fmt: skip
         for spec in specs:
             self._node.set_descriptor(spec.name, descriptor_of(spec))
             self._specs[spec.name] = (prefix, spec)
+
+    def warn_of_unknown(self, gone: Mapping[str, str]) -> None:
+        """Log a warning for every value from file or command line that no parameter takes.
+
+        Args:
+            gone: ending of a name that used to be one -> what holds now.
+        """
+        known = {name.removeprefix(".") for name in self._node._parameters}
+        for name in sorted(set(self._node._parameter_overrides) - known):
+            if name.startswith("qos_overrides."):
+                continue  # taken when its topic is made
+            reason = next((text for ending, text in gone.items() if name.endswith(ending)), "")
+            hint = reason or "is its name spelt right? `ros2 param list` shows all"
+            self._node.get_logger().warning(f"parameter {name}: has no effect, there is none of that name; {hint}")
 
     def _on_set(self, parameters: list[Parameter]) -> SetParametersResult:
         changes: dict[str, dict[str, Any]] = {}
@@ -107,7 +121,7 @@ class ParameterServer(Generic[T]):
             prefix, spec = self._specs[item.name]
             field = item.name.removeprefix(prefix)
             try:
-                value = spec.coerce(item.value)
+                value = spec.parsed(item.value)
             except ConfigError as error:
                 return _refused(str(error))
             if value != getattr(self._values[prefix], field):

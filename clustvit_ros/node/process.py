@@ -22,7 +22,7 @@ from clustvit_ros.shared_memory import remove_leftovers
 
 N = TypeVar("N", bound=Node)
 
-_NATIVE_THREADS = ("engine", "engine-loader", "engine-recovery", "segmentation-worker")
+_NATIVE_THREADS = ("engine",)
 
 
 def run_node(

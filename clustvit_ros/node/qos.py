@@ -7,6 +7,7 @@ from typing import Any
 from rclpy.node import Node
 from rclpy.qos import (
     DurabilityPolicy,
+    HistoryPolicy,
     QoSCompatibility,
     QoSPolicyKind,
     QoSProfile,
@@ -38,6 +39,15 @@ def output_qos(depth: int = 5) -> QoSProfile:
 def latched_qos() -> QoSProfile:
     """Reliable and transient local: whoever comes late gets the newest message."""
     return QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+
+
+REPLAY_OUTPUT_DEPTH = 200
+"""A consumer of a replay (`processing: every_frame`) may fall behind by so many masks."""
+
+
+def replay_qos() -> QoSProfile:
+    """Input of a replay, which loses nothing: the publisher must be reliable as well."""
+    return QoSProfile(history=HistoryPolicy.KEEP_ALL, reliability=ReliabilityPolicy.RELIABLE)
 
 
 def overridable() -> QoSOverridingOptions:

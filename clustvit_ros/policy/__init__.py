@@ -1,15 +1,10 @@
-"""Latency statistics, the controller that holds a budget, turns among cameras. Pure: no clock, no sleep, no device."""
+"""What to do with a frame: budget, calibration, guards. No ROS, no torch, every clock injected."""
 
-from clustvit_ros.policy.accuracy import AccuracyGuard, Agreement
-from clustvit_ros.policy.allowance import POLICIES, REFERENCES, Allowance, BudgetStatus
-from clustvit_ros.policy.budget import BudgetController, Decision, check_budget
-from clustvit_ros.policy.deadlines import MissCounter, Misses
-from clustvit_ros.policy.latency import Distribution, LatencyTable, LatencyWindow
-from clustvit_ros.policy.scheduling import FairScheduler
-from clustvit_ros.policy.topic_statistics import TopicStatistics
+from clustvit_ros.policy.budget import BudgetController, check_budget
+from clustvit_ros.policy.latency import LatencyTable, LatencyWindow, percentile
+from clustvit_ros.policy.plan import BudgetStatus, Plan
+from clustvit_ros.policy.policy import Policy
 
 __all__ = [
-    "POLICIES", "REFERENCES", "AccuracyGuard", "Agreement",
-    "Allowance", "BudgetController", "BudgetStatus", "Decision", "Distribution",
-    "FairScheduler", "LatencyTable", "LatencyWindow", "MissCounter", "Misses", "TopicStatistics", "check_budget",
+    "BudgetController", "BudgetStatus", "LatencyTable", "LatencyWindow", "Plan", "Policy", "check_budget", "percentile",
 ]  # fmt: skip

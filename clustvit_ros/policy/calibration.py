@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -92,30 +91,6 @@ class Calibration:
         timed = sorted(self._samples)
         quartiles = [np.percentile(self._samples[capacity], 25) for capacity in timed]
         return {capacity: float(np.interp(capacity, timed, quartiles)) for capacity in self.capacities}
-
-
-def calibrate(
-    engine: Engine, image_size: tuple[int, int], on_progress: Callable[[float], None] = lambda share: None
-) -> dict[int, float]:
-    """Warm the engine and time every capacity at once.
-
-    Args:
-        engine: to be timed.
-        image_size: (height, width) of the camera images.
-        on_progress: called after each step with 0 to 1.
-
-    Returns:
-        Capacity (tokens) -> milliseconds of one call.
-
-    Raises:
-        EngineError: the device failed.
-    """
-    engine.warmup(image_size)
-    calibration = Calibration(engine, image_size)
-    while not calibration.done:
-        calibration.step()
-        on_progress(calibration.progress)
-    return calibration.latency_ms()
 
 
 @dataclass(frozen=True)

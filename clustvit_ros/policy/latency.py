@@ -6,25 +6,27 @@ import bisect
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from clustvit_ros.errors import ConfigError
 
+PERCENTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+"""Label -> share, as statistics and diagnostics name them."""
 
-@dataclass(frozen=True)
-class Distribution:
-    """Percentiles of a set of latencies, in milliseconds.
+
+def percentile(values: Iterable[float], share: float) -> float:
+    """The nearest-rank percentile: always one of the values, never a latency that did not occur.
 
     Args:
-        count: how many there are; all other fields are 0 when there is none.
-        p50_ms, p95_ms, p99_ms, max_ms: nearest-rank percentiles, so that each is a latency that occurred.
-    """
+        values: at least one number.
+        share: 0.95 for the 95th percentile; above 0, at most 1.
 
-    count: int = 0
-    p50_ms: float = 0.0
-    p95_ms: float = 0.0
-    p99_ms: float = 0.0
-    max_ms: float = 0.0
+    Raises:
+        ConfigError: there is no value.
+    """
+    ordered = sorted(values)
+    if not ordered:
+        raise ConfigError("percentile: got no value, expected at least one")
+    return ordered[max(math.ceil(round(share * len(ordered), 9)), 1) - 1]
 
 
 class LatencyWindow:
@@ -42,19 +44,15 @@ class LatencyWindow:
         if math.isfinite(latency_ms):
             self._samples.append(latency_ms)
 
-    def clear(self) -> None:
-        """Forget all."""
-        self._samples.clear()
+    def as_pairs(self, name: str, shares: Mapping[str, float] = PERCENTILES) -> dict[str, str]:
+        """Percentiles as keys and values, e.g. `age_p95_ms`; nothing without samples.
 
-    def distribution(self) -> Distribution:
-        """Percentiles over what is remembered."""
-        ordered = sorted(self._samples)
-        if not ordered:
-            return Distribution()
-        return Distribution(
-            len(ordered),
-            *(ordered[min(math.ceil(share * len(ordered)), len(ordered)) - 1] for share in (0.5, 0.95, 0.99, 1.0)),
-        )
+        Args:
+            name: what the keys begin with.
+            shares: label -> share of the samples.
+        """
+        samples = list(self._samples)  # another thread may add one
+        return {f"{name}_{label}_ms": f"{percentile(samples, share):.2f}" for label, share in shares.items() if samples}
 
 
 class LatencyTable:
@@ -88,16 +86,6 @@ class LatencyTable:
         low, high = self.capacities[index - 1 : index + 1]
         share = (capacity - low) / (high - low)
         return self._latency_ms[index - 1] * (1.0 - share) + self._latency_ms[index] * share
-
-    @property
-    def fastest_ms(self) -> float:
-        """Latency of the smallest capacity: no budget below it can be held."""
-        return self._latency_ms[0]
-
-    @property
-    def slowest_ms(self) -> float:
-        """Latency of the largest capacity."""
-        return self._latency_ms[-1]
 
     def items(self) -> Iterable[tuple[int, float]]:
         """(capacity, milliseconds), ascending."""

@@ -147,9 +147,9 @@ def test_regions_that_are_none_are_refused(text, message):
 def test_regions_and_classes_are_read_from_text():
     assert parse_regions("0.67 0 1 1; 0,0,0.1,0.5;") == ((0.67, 0.0, 1.0, 1.0), (0.0, 0.0, 0.1, 0.5))
     assert parse_regions("") == ()
-    assert exempt_class_ids(("sky", "car", "pedestrian"), "pedestrian, sky") == (2, 0)
+    assert exempt_class_ids(("sky", "car", "pedestrian"), ("pedestrian", "sky")) == (2, 0)
     with pytest.raises(ConfigError, match="merge_exempt_classes: got dog, expected classes of the model: sky, car"):
-        exempt_class_ids(("sky", "car"), "car, dog")
+        exempt_class_ids(("sky", "car"), ("car", "dog"))
 
 
 @pytest.mark.parametrize("backbone", ["vit"])

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from sensor_msgs.msg import CompressedImage, Image
 
-from clustvit_ros.node.conversions import SUPPORTED_ENCODINGS
+from clustvit_ros.images import SUPPORTED_ENCODINGS
 
 MAX_PIXELS = 1 << 20
 """What the messages are to be tested with: many of them claim more."""

@@ -12,7 +12,7 @@ from rcl_interfaces.srv import GetParameters, SetParameters, SetParametersAtomic
 from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import Header
 
-from clustvit_ros.node.conversions import image_message
+from clustvit_ros.node.messages import image_message
 
 
 def double(name: str, value: float) -> Parameter:

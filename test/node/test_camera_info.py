@@ -9,7 +9,7 @@ pytest.importorskip("sensor_msgs", reason="needs ROS 2 (sensor_msgs)")
 from sensor_msgs.msg import CameraInfo, RegionOfInterest
 from std_msgs.msg import Header
 
-from clustvit_ros.node.camera_info import scaled_camera_info
+from clustvit_ros.node.messages import scaled_camera_info
 
 HEADER = Header(frame_id="frame")
 

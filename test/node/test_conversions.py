@@ -18,7 +18,8 @@ pytest.importorskip("sensor_msgs", reason="needs ROS 2 (sensor_msgs)")
 from std_msgs.msg import Header
 
 from clustvit_ros.errors import ImageError
-from clustvit_ros.node.conversions import SUPPORTED_ENCODINGS, decode_image, image_message
+from clustvit_ros.images import SUPPORTED_ENCODINGS, decode_image
+from clustvit_ros.node.messages import image_message
 
 MAX_PIXELS = 1 << 20
 HEIGHT, WIDTH = 48, 64

@@ -21,9 +21,8 @@ from sensor_msgs.msg import Image
 from std_msgs.msg import Header
 
 from clustvit_ros.engine import ScriptedEngine
-from clustvit_ros.engine.resilient_engine import ResilientEngine
 from clustvit_ros.errors import EngineError
-from clustvit_ros.node.conversions import image_message
+from clustvit_ros.node.messages import image_message
 
 pytestmark = pytest.mark.ros
 
@@ -119,7 +118,7 @@ class FailingNode:
         self.failure: Exception | None = None
         self.engines = 0
         self.node = SegmentationNode(
-            self.load, namespace=namespace, parameter_overrides=[Parameter("input_timeout_s", value=60.0)]
+            self.make, 0.2, namespace=namespace, parameter_overrides=[Parameter("input_timeout_s", value=60.0)]
         )
         assert self.node.autostart()
         self.executor = SingleThreadedExecutor()
@@ -127,10 +126,7 @@ class FailingNode:
         self.thread = threading.Thread(target=self.executor.spin, daemon=True)
         self.thread.start()
 
-    def load(self, _parameters: Any) -> ResilientEngine:
-        return ResilientEngine(self.make, "auto", first_pause_s=0.2)
-
-    def make(self, device: str) -> ScriptedEngine:
+    def make(self, _parameters: Any, device: str) -> ScriptedEngine:
         self.engines += 1
         if device == "cpu":
             return ScriptedEngine(device="cpu (fallback)")

@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -20,13 +21,15 @@ from sensor_msgs.msg import Image
 
 from clustvit_ros.compressed_images import compressed_size, decode_compressed
 from clustvit_ros.engine import ScriptedEngine
+from clustvit_ros.engine.worker import FrameSlot
 from clustvit_ros.errors import ImageError
-from clustvit_ros.node.camera_outputs import CameraOutputs
-from clustvit_ros.node.conversions import image_message
-from clustvit_ros.node.frame_pipeline import Frame, FramePipeline
-from clustvit_ros.node.latency_control import LatencyControl
-from clustvit_ros.node.parameter_spec import build
-from clustvit_ros.node.parameters import SegmentationParameters
+from clustvit_ros.node.camera import Frame, Outputs
+from clustvit_ros.node.frame import FrameSession
+from clustvit_ros.node.messages import image_message
+from clustvit_ros.policy import Policy
+from clustvit_ros.policy.ledger import Ledger
+from clustvit_ros.policy.parameter_spec import build
+from clustvit_ros.policy.parameters import SegmentationParameters
 
 LONGEST_REJECTION_MS = 10.0
 GROWTH_BYTES = 8 << 20
@@ -66,27 +69,31 @@ def expected_size(message: Any) -> tuple[int, int]:
 def feed(messages: Iterator[Any], count: int, seed: int) -> None:
     """Push messages through the pipeline; fails on a crash, a wrong mask, a slow rejection or growing memory."""
     sinks: dict[str, Sink] = {}
-    outputs = CameraOutputs(
-        lambda _kind, topic, *_qos, **_options: sinks.setdefault(topic.removeprefix("segmentation/"), Sink())
-    )
-    engine = ScriptedEngine()
-    pipeline = FramePipeline(engine, {"": outputs}, lambda: 0, LatencyControl(engine, QuietLogger()))
-    parameters = build(SegmentationParameters, {"max_image_pixels": hostile.MAX_PIXELS})
+    camera = SimpleNamespace(
+        name="", ledger=Ledger(), parameters=build(SegmentationParameters, {"max_image_pixels": hostile.MAX_PIXELS}),
+        outputs=Outputs(
+            lambda _kind, topic, *_qos, **_options: sinks.setdefault(topic.removeprefix("segmentation/"), Sink())
+        ),
+    )  # fmt: skip
+    engine, logger = ScriptedEngine(), QuietLogger()
+    session = FrameSession(
+        engine, Policy(engine, logger), {"": camera}, FrameSlot(), "node", logger, lambda: 0, lambda: True,
+    )  # fmt: skip
     accepted, slow = 0, []
     settled_bytes = 0
     for index, message in enumerate(itertools.islice(messages, count)):
         if index == count // 2:
             settled_bytes = resident_bytes()
         start_s = time.thread_time()  # this thread's alone: other processes are no fault of the message
-        try:
-            report = pipeline.process(Frame(message, 0), parameters)
-        except ImageError as error:
+        session.handle(Frame(message, 0))
+        assert not camera.ledger.count("failed"), camera.ledger.last_failure
+        if camera.ledger.segmented == accepted:
             took_ms = (time.thread_time() - start_s) * 1000.0
             if took_ms > LONGEST_REJECTION_MS:
-                slow.append((took_ms, str(error)))
+                slow.append((took_ms, camera.ledger.last_rejection))
             continue
         accepted += 1
-        assert report.mask_size == expected_size(message)
+        assert camera.ledger.newest.mask_size == expected_size(message)
         for name, sink in sinks.items():
             output = sink.newest
             if not isinstance(output, Image | hostile.CompressedImage):

@@ -22,7 +22,7 @@ from std_msgs.msg import String
 
 from clustvit_ros.classes import ClassSet
 from clustvit_ros.engine import ScriptedEngine
-from clustvit_ros.node.conversions import image_message
+from clustvit_ros.node.messages import image_message
 
 pytestmark = pytest.mark.ros
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from clustvit_ros.node.parameters import PARAMETERS
 from clustvit_ros.paths import share_dir
+from clustvit_ros.policy.parameters import PARAMETERS
 
 FILE = share_dir() / "launch" / "segment.launch.py"
 DEMO = share_dir() / "launch" / "demo.launch.py"

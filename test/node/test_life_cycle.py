@@ -20,7 +20,7 @@ from robot import string
 from sensor_msgs.msg import Image
 from std_msgs.msg import Header
 
-from clustvit_ros.node.conversions import image_message
+from clustvit_ros.node.messages import image_message
 
 pytestmark = pytest.mark.ros
 

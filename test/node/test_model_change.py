@@ -6,6 +6,7 @@ import gc
 import json
 import shutil
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ from std_msgs.msg import String
 from test_interface import LATCHED
 
 from clustvit_ros.classes import ClassSet
-from clustvit_ros.node.conversions import image_message
+from clustvit_ros.node.messages import image_message
 
 pytestmark = pytest.mark.ros
 
@@ -53,7 +54,8 @@ def robot(ros_client: Any, start_node: Callable[..., Any], models: dict[str, Pat
 
 
 def change_model(robot: Robot, model: Path) -> Any:
-    """Set `model` while the camera goes on; the result."""
+    """Set `model` while the camera goes on, and wait for it to take over; the result of the request."""
+    in_use = robot.get("model").string_value == str(model)
     client = robot.client.node.create_client(SetParameters, f"{NAMESPACE}/segmentation/set_parameters")
     robot.client.spin_until(client.service_is_ready, "the service")
     future = client.call_async(SetParameters.Request(parameters=[string("model", str(model))]))
@@ -65,7 +67,17 @@ def change_model(robot: Robot, model: Path) -> Any:
         return future.done()
 
     robot.client.send_until(robot.camera, frame, done, "the answer")
-    return future.result().results[0]
+    result = future.result().results[0]
+    if result.successful and not in_use:
+        taken_over = f"model {model} takes over"
+        times = robot.process.output.count(taken_over)
+
+        def took_over() -> bool:
+            frame.header = robot.now()
+            return robot.process.output.count(taken_over) > times
+
+        robot.client.send_until(robot.camera, frame, took_over, "the new model")
+    return result
 
 
 def classes_in(robot: Robot) -> int:
@@ -118,19 +130,97 @@ def test_groups_must_fit_the_new_model(robot: Robot, models: dict[str, Path]) ->
     assert robot.set(string("class_groups", ""))[0].successful
 
 
+def test_services_answer_while_a_model_loads_and_what_fails_then_leaves_the_old_one(ros_client: Any) -> None:
+    """In this process, where an engine can be made to load for as long as it takes to ask everything."""
+    from lifecycle_msgs.msg import Transition
+    from lifecycle_msgs.srv import ChangeState, GetState
+    from rclpy.executors import SingleThreadedExecutor
+
+    from clustvit_ros.engine import ScriptedEngine
+    from clustvit_ros.errors import EngineError
+    from clustvit_ros.node.node import SegmentationNode
+
+    go_on, cause = threading.Event(), []
+
+    def factory(parameters: Any, _device: str) -> Any:
+        go_on.wait(30.0)
+        if cause:
+            raise cause[0]
+        return ScriptedEngine()
+
+    node = SegmentationNode(factory, namespace="/loading")
+    executor = SingleThreadedExecutor()
+    executor.add_node(node)
+    thread = threading.Thread(target=executor.spin, daemon=True)
+    thread.start()
+
+    def call(kind: type, name: str, request: Any) -> Any:
+        start_s = time.monotonic()
+        answer = ros_client.call(kind, f"/loading/segmentation/{name}", request)
+        assert time.monotonic() - start_s < 1.0
+        return answer
+
+    def state() -> str:
+        return call(GetState, "get_state", GetState.Request()).current_state.label
+
+    def change_state(transition: int) -> Any:
+        client = ros_client.node.create_client(ChangeState, "/loading/segmentation/change_state")
+        ros_client.spin_until(client.service_is_ready, "the service")
+        return client.call_async(ChangeState.Request(transition=Transition(id=transition)))
+
+    def set_model(name: str) -> Any:
+        return call(SetParameters, "set_parameters", SetParameters.Request(parameters=[string("model", name)]))
+
+    try:
+        state()  # the services are discovered
+        configured = change_state(Transition.TRANSITION_CONFIGURE)
+        ros_client.spin_until(lambda: node._engines.started, "the load")
+        assert state() == "unconfigured" and set_model("first").results[0].successful
+        assert not configured.done()
+        go_on.set()
+        ros_client.spin_until(configured.done, "the configured node")
+        assert configured.result().success and state() == "inactive"
+        activated = change_state(Transition.TRANSITION_ACTIVATE)
+        ros_client.spin_until(activated.done, "the active node")
+
+        go_on.clear()
+        cause.append(EngineError("no memory for it"))
+        assert set_model("second").results[0].successful
+        assert state() == "active" and node._engines.loading == "loading model second"
+        deactivated = change_state(Transition.TRANSITION_DEACTIVATE)
+        ros_client.spin_until(deactivated.done, "the end")
+        assert state() == "inactive"
+        go_on.set()
+        ros_client.spin_until(lambda: node.parameters.model == "first", "the model before")
+        assert node.get_parameter("model").value == "first"
+    finally:
+        executor.shutdown()
+        thread.join(10.0)
+        node.close()
+        node.destroy_node()
+
+
 def test_engines_are_freed_when_replaced_and_when_cleaned_up(models: dict[str, Path]) -> None:
     """In this process, where references can be counted."""
     import rclpy
     from rclpy.parameter import Parameter
 
-    from clustvit_ros.node.node import SegmentationNode, load_engine
+    from clustvit_ros.node.engine_control import make_engine
+    from clustvit_ros.node.node import SegmentationNode
 
     made: list[weakref.ref] = []
 
-    def factory(parameters: Any) -> Any:
-        engine = load_engine(parameters)
+    def factory(parameters: Any, device: str) -> Any:
+        engine = make_engine(parameters, device)
         made.append(weakref.ref(engine))
         return engine
+
+    def wait_for(condition: Callable[[], bool]) -> None:
+        deadline_s = time.monotonic() + 30.0
+        while not condition():
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+            gc.collect()
 
     context = rclpy.Context()
     rclpy.init(context=context)
@@ -141,14 +231,13 @@ def test_engines_are_freed_when_replaced_and_when_cleaned_up(models: dict[str, P
     try:
         for _ in range(2):
             node.trigger_configure()
-            result = node.set_parameters([Parameter("model", value=str(models["five"]))])[0]
-            assert result.successful, result.reason
-            node.set_parameters([Parameter("model", value=str(models["three"]))])
-            gc.collect()
-            assert [engine() is not None for engine in made] == [False, False, True]
+            for name in ("five", "three"):
+                result = node.set_parameters([Parameter("model", value=str(models[name]))])[0]
+                assert result.successful, result.reason
+                wait_for(lambda name=name: node._engines._host.model == str(models[name]))
+            wait_for(lambda: [engine() is not None for engine in made] == [False, False, True])
             node.trigger_cleanup()
-            gc.collect()
-            assert not any(engine() for engine in made)
+            wait_for(lambda: not any(engine() for engine in made))
             assert not [thread for thread in threading.enumerate() if thread.name == "engine"]
             made.clear()
     finally:

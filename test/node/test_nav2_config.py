@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from clustvit_ros.classes import load_class_set
-from clustvit_ros.engine.class_groups import group_classes
-from clustvit_ros.node.parameter_spec import build
-from clustvit_ros.node.parameters import SegmentationParameters
+from clustvit_ros.engine.masks import group_classes
 from clustvit_ros.paths import share_dir
+from clustvit_ros.policy.parameter_spec import build
+from clustvit_ros.policy.parameters import SegmentationParameters
 
 FILE = share_dir() / "config" / "nav2_semantic_layer.yaml"
 

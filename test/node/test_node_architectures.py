@@ -18,7 +18,7 @@ from clustvit_ros.classes import ClassSet
 from clustvit_ros.engine import create_engine
 from clustvit_ros.networks import ModelConfig, build_network, network_config, save_model
 from clustvit_ros.networks.model_folder import InputConfig
-from clustvit_ros.node.conversions import image_message
+from clustvit_ros.node.messages import image_message
 
 pytestmark = pytest.mark.ros
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from clustvit_ros.classes import IGNORE_INDEX, ClassSet
-from clustvit_ros.node.overlay import draw_overlay
+from clustvit_ros.engine.masks import draw_overlay
 
 CLASSES = ClassSet(("road", "sky"), ((200, 100, 0), (0, 100, 200)))
 

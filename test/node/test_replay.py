@@ -9,49 +9,13 @@ import pytest
 
 pytest.importorskip("rclpy", reason="needs ROS 2 (rclpy)")
 
+from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image
 from std_msgs.msg import Header
 
 from clustvit_ros.classes import ClassSet
-from clustvit_ros.engine import ScriptedEngine
-from clustvit_ros.errors import ConfigError
-from clustvit_ros.node.conversions import image_message
-from clustvit_ros.node.parameter_spec import build
-from clustvit_ros.node.parameters import SegmentationParameters
-from clustvit_ros.node.replay import FixedLatency, FrameQueue
-
-
-def test_queue_keeps_order_and_counts_what_it_cannot_hold() -> None:
-    queue: FrameQueue[bytes] = FrameQueue(10, len)
-    for item in (b"aaaa", b"bbbb", b"cccc", b"dd"):
-        queue.put(item)
-    assert (queue.received, queue.dropped, queue.idle) == (4, 1, False)
-    assert [queue.take(0.0) for _ in range(4)] == [b"aaaa", b"bbbb", b"dd", None]
-    queue.put(b"larger than the limit")
-    assert queue.take(0.0) == b"larger than the limit"
-    assert queue.idle
-    queue.put(b"left")
-    queue.close()
-    queue.put(b"late")
-    assert queue.take() is None
-    assert (queue.received, queue.dropped) == (7, 3)
-    queue.reopen()
-    queue.put(b"again")
-    assert queue.take(0.0) == b"again"
-
-
-def test_latency_settings_are_those_of_the_user() -> None:
-    latency = FixedLatency(ScriptedEngine())
-    parameters = build(
-        SegmentationParameters,
-        {"latency_budget_ms": 1, "deadline_policy": "drop", "token_capacity": 7, "processing": "every_frame"},
-    )
-    allowance = latency.allow((48, 64), parameters)
-    assert (allowance.token_ceiling, allowance.budget_ms, allowance.policy) == (7, 0.0, "publish_late")
-    with pytest.raises(ConfigError, match="expected 0 while processing is every_frame"):
-        latency.check(SegmentationParameters(), parameters)
-    latency.check(parameters, parameters)
+from clustvit_ros.node.messages import image_message
 
 
 def replay(client: Any, process: Any, namespace: str, pictures: list[np.ndarray]) -> list[tuple[int, bytes]]:
@@ -70,6 +34,39 @@ def replay(client: Any, process: Any, namespace: str, pictures: list[np.ndarray]
     client.node.destroy_publisher(publisher)
     client.node.destroy_subscription(subscription)
     return [(mask.header.stamp.sec, bytes(mask.data)) for mask in masks]
+
+
+@pytest.mark.ros
+def test_a_replay_of_several_cameras_keeps_them_apart(ros_client: Any, start_node: Any) -> None:
+    start_node(
+        "node.node", "-r", "__ns:=/rig", "-p", "engine:=scripted", "-p", "processing:=every_frame",
+        "-p", "cameras:=[front, rear]",
+    )  # fmt: skip
+    stats = {name: ros_client.collect(DiagnosticArray, f"/rig/{name}/segmentation/stats") for name in ("front", "rear")}
+    reliable = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
+    cameras = {name: ros_client.node.create_publisher(Image, f"/rig/{name}/image", reliable) for name in stats}
+    for camera in cameras.values():
+        ros_client.spin_until(lambda camera=camera: camera.get_subscription_count() > 0, "the node's subscription")
+    broken = image_message(np.zeros((8, 8, 3), np.uint8), "rgb8", Header(frame_id="rear"))
+    broken.encoding = "32FC1"
+    for index in range(5):
+        header = Header(frame_id="front")
+        header.stamp.sec = 1 + index
+        cameras["front"].publish(image_message(np.zeros((8, 8, 3), np.uint8), "rgb8", header))
+        cameras["rear"].publish(broken)
+    diagnostics = ros_client.collect(DiagnosticArray, "/diagnostics")
+
+    def counts(name: str) -> dict[str, str]:
+        mine = [s for a in diagnostics for s in a.status if s.name == f"rig/segmentation: segmentation {name}"]
+        return {pair.key: pair.value for pair in mine[-1].values} if mine else {}
+
+    ros_client.spin_until(
+        lambda: len(stats["front"]) == 5 and counts("rear").get("frames_rejected") == "5", "all ten frames"
+    )
+    assert not stats["rear"]
+    assert [entry.header.stamp.sec for entry in stats["front"]] == [1, 2, 3, 4, 5]
+    front = counts("front")
+    assert (front["frames_segmented"], front["frames_rejected"], front["frames_failed"]) == ("5", "0", "0")
 
 
 @pytest.mark.ros

@@ -21,7 +21,7 @@ from sensor_msgs.msg import Image
 
 from clustvit_ros.classes import ClassSet
 from clustvit_ros.dds import node_environment
-from clustvit_ros.node.conversions import image_message
+from clustvit_ros.node.messages import image_message
 from clustvit_ros.paths import share_dir
 
 POLICY = share_dir() / "config" / "security" / "segmentation.policy.xml"

@@ -17,7 +17,7 @@ from rcl_interfaces.srv import DescribeParameters
 from robot import Robot, double, header, integer, mask_of, string
 from sensor_msgs.msg import CompressedImage, Image
 
-from clustvit_ros.node.conversions import image_message
+from clustvit_ros.node.messages import image_message
 
 pytestmark = pytest.mark.ros
 

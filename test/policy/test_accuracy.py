@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from clustvit_ros.policy.accuracy import AccuracyGuard, Agreement
+from clustvit_ros.policy.merge_guard import AccuracyGuard, Agreement
 
 LADDER = (10, 20, 30, 40, 50, 60, 70, 80)
 

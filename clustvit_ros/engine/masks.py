@@ -1,8 +1,9 @@
-"""Many classes to few names: what a costmap needs of eleven street classes is `traversable`, `obstacle` and `sky`.
+"""What is done with finished masks: many classes become few names, and classes become colours.
 
-Grouping is one table look-up on the finished mask, after the arg-max over the model's own classes. So every engine can
-do it, it costs a tenth of a millisecond, and it changes live. The confidence stays the probability of the winning
-class: a lower bound of its group's, which is smaller where the network hesitates between classes of one group.
+What a costmap needs of eleven street classes is `traversable`, `obstacle` and `sky`. Grouping is one table look-up on
+the mask, after the arg-max over the model's own classes. So every engine can do it, it costs a tenth of a millisecond,
+and it changes live. The confidence stays the probability of the winning class: a lower bound of its group's, which is
+smaller where the network hesitates between classes of one group.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from clustvit_ros.classes import IGNORE_INDEX, ClassSet
 from clustvit_ros.engine.engine import Prediction
 from clustvit_ros.errors import ConfigError
 
+Groups = tuple[tuple[str, tuple[str, ...]], ...]
+"""Groups in order, each with its name and the names of its classes."""
 
-def parse_groups(text: str) -> dict[str, tuple[str, ...]]:
+
+def parse_groups(text: str) -> Groups:
     """Read groups from their text form.
 
     Args:
         text: `GROUP: CLASS, CLASS; GROUP: CLASS`.
-
-    Returns:
-        Group -> its classes, in order.
 
     Raises:
         ConfigError: not of that form, a group that repeats, or a class that is in two groups.
@@ -48,7 +49,7 @@ def parse_groups(text: str) -> dict[str, tuple[str, ...]]:
         groups[name] = classes
     if len(groups) > IGNORE_INDEX:
         raise ConfigError(f"class_groups: got {len(groups)} groups, expected at most {IGNORE_INDEX}")
-    return groups
+    return tuple(groups.items())
 
 
 @dataclass(frozen=True)
@@ -78,31 +79,58 @@ class ClassGrouping:
 
 
 @lru_cache(maxsize=8)
-def group_classes(classes: ClassSet, text: str) -> ClassGrouping:
+def group_classes(classes: ClassSet, groups: Groups) -> ClassGrouping:
     """Make the grouping for a model.
 
     Args:
         classes: the model's.
-        text: as `parse_groups` reads it; empty keeps every class as it is.
+        groups: what replaces its classes; none keeps every class as it is.
 
     Raises:
-        ConfigError: see `parse_groups`; or a class that the model does not have.
+        ConfigError: a class that the model does not have.
     """
-    groups = parse_groups(text)
     if not groups:
         return ClassGrouping(classes)
     ids = {name: index for index, name in enumerate(classes.names)}
-    unknown = [member for members in groups.values() for member in members if member not in ids]
+    unknown = [member for _, members in groups for member in members if member not in ids]
     if unknown:
         raise ConfigError(
             f"class_groups: the model has no class {', '.join(map(repr, unknown))}, expected {', '.join(classes.names)}"
         )
     table = np.full(max(IGNORE_INDEX + 1, len(classes)), IGNORE_INDEX, np.uint8)
-    for group, members in enumerate(groups.values()):
-        table[[ids[member] for member in members]] = group
-    grouped = {member for members in groups.values() for member in members}
+    for index, (_, members) in enumerate(groups):
+        table[[ids[member] for member in members]] = index
+    grouped = {member for _, members in groups for member in members}
     return ClassGrouping(
-        classes=ClassSet(tuple(groups), tuple(classes.colours[ids[members[0]]] for members in groups.values())),
+        classes=ClassSet(
+            tuple(name for name, _ in groups), tuple(classes.colours[ids[members[0]]] for _, members in groups)
+        ),
         ungrouped=tuple(name for name in classes.names if name not in grouped),
         table=table,
     )
+
+
+def draw_overlay(image: np.ndarray, mask: np.ndarray, palette: np.ndarray, alpha: float) -> np.ndarray:
+    """Blend the colours of a mask into an image; unlabelled pixels show the image alone.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        mask: (h, w) uint8 or uint16 class ids, scaled to the image's size if it differs.
+        palette: (classes, 3) uint8 RGB, as `ClassSet.palette` gives it.
+        alpha: weight of the colours, 0 to 1.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+    """
+    if mask.shape != image.shape[:2]:
+        mask = cv2.resize(mask, image.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+    colours = _look_up(mask, palette)
+    blended = cv2.addWeighted(image, 1.0 - alpha, colours, alpha, 0.0)
+    return cv2.copyTo(image, (mask == IGNORE_INDEX).view(np.uint8), blended)
+
+
+def _look_up(mask: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    if mask.dtype != np.uint8:
+        return palette[mask]
+    # Each channel has its own table; several times faster than indexing the palette.
+    return cv2.LUT(cv2.merge([mask, mask, mask]), palette[None, :256])

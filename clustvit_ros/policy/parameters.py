@@ -6,9 +6,40 @@ from dataclasses import dataclass, replace
 
 from clustvit_ros.engine import ENGINES, PRECISIONS, Settings
 from clustvit_ros.engine.engine import EXEMPT_SOURCES
+from clustvit_ros.engine.exemption import Region, parse_regions
+from clustvit_ros.engine.masks import parse_groups
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.node.parameter_spec import ParameterSpec, markdown_table, parameter, specs_of
-from clustvit_ros.policy import POLICIES, REFERENCES
+from clustvit_ros.policy.parameter_spec import ParameterSpec, markdown_table, parameter, specs_of
+
+REFERENCES = ("inference", "stamp")
+"""What a budget covers: the engine alone, or from the frame's stamp to the publication of its mask."""
+
+DEADLINE_POLICIES = ("publish_late", "drop")
+"""What becomes of a mask that missed its deadline."""
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """Names that commas separate."""
+    return tuple(name for name in (part.strip() for part in text.split(",")) if name)
+
+
+def parse_cameras(text: str) -> tuple[str, ...]:
+    """The cameras' names; the only camera has an empty one.
+
+    Raises:
+        ConfigError: a name repeats.
+    """
+    names = parse_names(text)
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ConfigError(f"cameras: got {', '.join(repeated)} more than once, expected each name once")
+    return names or ("",)
+
+
+def parse_output_size(text: str) -> str | tuple[int, int]:
+    """The words `input` and `model` as they are, a fixed size as (height, width)."""
+    height, by, width = text.partition("x")
+    return (int(height), int(width)) if by else text
 
 
 @dataclass(frozen=True)
@@ -52,20 +83,20 @@ class SegmentationParameters:
     )  # fmt: skip
     deadline_policy: str = parameter(
         "publish_late", "What becomes of a mask that missed the budget; it is counted in any case.",
-        choices=POLICIES, live=True,
+        choices=DEADLINE_POLICIES, live=True,
     )  # fmt: skip
     min_tokens: int = parameter(
         0, "The budget keeps at least so many tokens, even if it is missed; `token_capacity` comes first.",
         minimum=0, maximum=1_048_576, unit="tokens", live=True,
     )  # fmt: skip
-    merge_exempt_classes: str = parameter(
+    merge_exempt_classes: tuple[str, ...] = parameter(
         "", "Classes whose tokens, as the camera's previous mask shows them, are never merged, nor those beside them.",
-        pattern=r"[^;:]*", form="CLASS, CLASS", separator=",", live=True,
+        pattern=r"[^;:]*", form="CLASS, CLASS", separator=",", parse=parse_names, live=True,
     )  # fmt: skip
-    merge_exempt_region: str = parameter(
+    merge_exempt_region: tuple[Region, ...] = parameter(
         "", "Rectangles whose tokens are never merged, e.g. the lower third: `0.67 0 1 1`.",
         pattern=r"\s*|[-+.\deE,\s]+(;[-+.\deE,\s]+)*;?\s*", form="TOP LEFT BOTTOM RIGHT; ... as fractions of the image",
-        separator=";", live=True,
+        separator=";", parse=parse_regions, live=True,
     )  # fmt: skip
     merge_exempt_source: str = parameter(
         "previous_mask", "Where exempt classes are looked for; `two_pass` segments every frame twice instead.",
@@ -82,22 +113,28 @@ class SegmentationParameters:
     recalibrate: bool = parameter(
         False, "Times the engine again instead of using the kept calibration; becomes false when done.", live=True
     )
-    class_groups: str = parameter(
+    class_groups: tuple[tuple[str, tuple[str, ...]], ...] = parameter(
         "", "Replaces the model's classes by fewer; ids follow the order, what no group names becomes 255.",
         pattern=r"\s*|[^;:]+:[^;:]+(;[^;:]+:[^;:]+)*;?\s*", form="GROUP: CLASS, CLASS; GROUP: CLASS", separator=";",
-        live=True,
+        parse=parse_groups, live=True,
     )  # fmt: skip
-    cameras: str = parameter(
+    cameras: tuple[str, ...] = parameter(
         "", "Several cameras share the engine; the topics of each are below its name (`front/image`).",
-        pattern=r"|[A-Za-z]\w*(\s*,\s*[A-Za-z]\w*)*", form="names of letters, digits and _", separator=",", fixed=True,
+        pattern=r"|[A-Za-z]\w*(\s*,\s*[A-Za-z]\w*)*", form="names of letters, digits and _", separator=",",
+        parse=parse_cameras, fixed=True,
+    )  # fmt: skip
+    batching: bool = parameter(
+        False, "Whether frames of several cameras that wait may share one engine call; not with a latency budget.",
+        live=True,
     )  # fmt: skip
     confidence_threshold: float = parameter(
         0.0, "Pixels less confident than this become 255 (unlabelled) in the mask.",
         minimum=0.0, maximum=1.0, live=True,
     )  # fmt: skip
-    output_size: str = parameter(
+    output_size: str | tuple[int, int] = parameter(
         "input", "Size of mask, confidence and clusters: the image's, the network's, or fixed.",
-        pattern=r"input|model|[1-9]\d{0,3}x[1-9]\d{0,3}", form="input, model or HEIGHTxWIDTH", live=True,
+        pattern=r"input|model|[1-9]\d{0,3}x[1-9]\d{0,3}", form="input, model or HEIGHTxWIDTH",
+        parse=parse_output_size, live=True,
     )  # fmt: skip
     overlay_alpha: float = parameter(
         0.5, "Weight of the class colours in the overlay; 0 shows the image alone.",
@@ -129,37 +166,29 @@ class SegmentationParameters:
     )  # fmt: skip
 
     @property
-    def camera_names(self) -> tuple[str, ...]:
-        """The cameras of `cameras`; one without a name where there are none.
+    def adapts(self) -> bool:
+        """Whether latency, load and faults may change how a frame is segmented; never in a replay."""
+        return self.processing == "live"
 
-        Raises:
-            ConfigError: a name repeats.
-        """
-        names = tuple(name.strip() for name in self.cameras.split(","))
-        repeated = sorted({name for name in names if names.count(name) > 1})
-        if repeated:
-            raise ConfigError(f"cameras: got {', '.join(repeated)} more than once, expected each name once")
-        return names
+    @property
+    def fewest_tokens(self) -> int:
+        """The fewest tokens that a budget must leave; the user's upper bound comes first."""
+        return min(self.min_tokens, self.token_capacity or self.min_tokens)
 
     def settings(self, model_size: tuple[int, int], confidence: bool, clusters: bool) -> Settings:
         """What one engine call gets.
 
         Args:
             model_size: (height, width) that the network works at, for `output_size: model`.
-            confidence: somebody wants the confidence map.
-            clusters: somebody wants the cluster map.
+            confidence: whether somebody wants the confidence map.
+            clusters: whether somebody wants the cluster map.
         """
-        size: tuple[int, int] | None = None
-        if self.output_size == "model":
-            size = model_size
-        elif self.output_size != "input":
-            height, width = self.output_size.split("x")
-            size = (int(height), int(width))
+        size = self.output_size
         return Settings(
             merge_threshold=self.merge_threshold,
             token_capacity=self.token_capacity,
             confidence_threshold=self.confidence_threshold,
-            output_size=size,
+            output_size=size if isinstance(size, tuple) else model_size if size == "model" else None,
             confidence=confidence,
             clusters=clusters,
         )
@@ -172,10 +201,6 @@ class CameraParameters:
     merge_threshold: float = parameter(
         -1.0, "As `merge_threshold`, for this camera; -1 takes the node's.", minimum=-1.0, maximum=1.0, live=True
     )
-    weight: float = parameter(
-        1.0, "Share of the engine's turns relative to the other cameras', where they compete.",
-        minimum=0.01, maximum=100.0, live=True,
-    )  # fmt: skip
 
     def over(self, parameters: SegmentationParameters) -> SegmentationParameters:
         """The node's parameters as they hold for this camera."""

@@ -9,7 +9,7 @@ import pytest
 
 from clustvit_ros.classes import ClassSet, load_class_set
 from clustvit_ros.engine import Prediction, Stats
-from clustvit_ros.engine.class_groups import group_classes
+from clustvit_ros.engine.masks import group_classes, parse_groups
 from clustvit_ros.errors import ConfigError
 
 CAMVID = load_class_set("camvid")
@@ -23,7 +23,7 @@ def prediction(mask: np.ndarray, confidence: np.ndarray | None) -> Prediction:
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_every_pixel_gets_the_id_of_its_classes_group(dtype: Any) -> None:
     rng = np.random.default_rng(7)
-    grouping = group_classes(CAMVID, NAV2)
+    grouping = group_classes(CAMVID, parse_groups(NAV2))
     assert grouping.classes.names == ("traversable", "obstacle", "sky")
     assert grouping.classes.colours[0] == CAMVID.colours[CAMVID.names.index("road")]
     mask = rng.integers(0, 11, (2, 40, 60)).astype(dtype)
@@ -41,7 +41,7 @@ def test_every_pixel_gets_the_id_of_its_classes_group(dtype: Any) -> None:
 
 
 def test_what_no_group_names_is_unlabelled() -> None:
-    grouping = group_classes(CAMVID, "ground: road")
+    grouping = group_classes(CAMVID, parse_groups("ground: road"))
     assert "sky" in grouping.ungrouped and len(grouping.ungrouped) == 10
     mask = np.arange(11, dtype=np.uint8)[None, None]
     grouped = grouping.apply(prediction(mask, np.full_like(mask, 200)))
@@ -52,14 +52,14 @@ def test_what_no_group_names_is_unlabelled() -> None:
 
 
 def test_many_classes_become_few() -> None:
-    grouping = group_classes(ClassSet.numbered(300), "a: class_299, class_0; b: class_256")
+    grouping = group_classes(ClassSet.numbered(300), parse_groups("a: class_299, class_0; b: class_256"))
     mask = np.array([[[0, 299, 256, 1]]], np.uint16)
     assert grouping.apply(prediction(mask, None)).mask.tolist() == [[[0, 0, 1, 255]]]
     assert grouping.apply(prediction(mask, None)).mask.dtype == np.uint8
 
 
 def test_without_groups_nothing_changes() -> None:
-    grouping = group_classes(CAMVID, " ")
+    grouping = group_classes(CAMVID, parse_groups(" "))
     assert grouping.classes is CAMVID
     before = prediction(np.zeros((1, 2, 2), np.uint8), None)
     assert grouping.apply(before) is before
@@ -79,5 +79,5 @@ def test_without_groups_nothing_changes() -> None:
 )
 def test_refusals_name_what_is_wrong(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match="class_groups: ") as error:
-        group_classes(CAMVID, text)
+        group_classes(CAMVID, parse_groups(text))
     assert message in str(error.value)

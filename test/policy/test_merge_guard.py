@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from clustvit_ros.engine import Engine, EngineInfo, Prediction, ScriptedEngine, Settings
+from clustvit_ros.engine.exemption import exempt_class_ids
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.node.merge_guard import MergeGuard, check_exemptions, compare
-from clustvit_ros.node.parameter_spec import build
-from clustvit_ros.node.parameters import SegmentationParameters
+from clustvit_ros.policy.merge_guard import MergeGuard, compare
+from clustvit_ros.policy.parameter_spec import build
+from clustvit_ros.policy.parameters import SegmentationParameters
 
 SIZE = (64, 96)
 LADDER = ScriptedEngine().capacities(SIZE)  # 24 tokens: every third
@@ -61,13 +62,15 @@ class Drive:
 
     def frame(self, camera: str = "") -> Prediction:
         self.now_s += 0.1
-        parameters = self.guard.parameters_for(SIZE, self.parameters)
-        settings = parameters.settings(SIZE, confidence=False, clusters=False)
-        settings = self.guard.settings_for(settings, [camera], SIZE)
+        settings = self.settings(camera)
         result = self.engine.segment(self.image, settings)
         self.guard.saw([camera], [self.image], settings, result)
         self.guard.use_idle_time(lambda: self.idle)
         return result
+
+    def settings(self, camera: str = "") -> Settings:
+        settings = self.parameters.settings(SIZE, confidence=False, clusters=False)
+        return self.guard.protect(settings, self.parameters, [camera], self.guard.floor(SIZE))
 
     def frames(self, count: int) -> list[int]:
         return [self.frame().stats.token_capacity for _ in range(count)]
@@ -98,9 +101,9 @@ def test_the_previous_mask_of_the_same_camera_exempts_its_classes() -> None:
 def test_masks_are_forgotten_when_no_class_is_exempt() -> None:
     drive = Drive(merge_exempt_classes="glare")
     drive.frame()
-    drive.parameters = replace(drive.parameters, merge_exempt_classes="")
+    drive.parameters = replace(drive.parameters, merge_exempt_classes=())
     drive.frame()
-    drive.parameters = replace(drive.parameters, merge_exempt_classes="glare")
+    drive.parameters = replace(drive.parameters, merge_exempt_classes=("glare",))
     drive.frame()
     assert drive.engine.calls[-1].previous_mask is None
 
@@ -136,7 +139,7 @@ def test_merging_backs_off_below_min_agreement_and_comes_back() -> None:
 def test_a_budget_keeps_the_tokens_that_accuracy_needs() -> None:
     drive = Drive(0.01, accuracy_check_period_s=1.0, min_agreement=0.9, latency_budget_ms=5.0)
     drive.frames(200)
-    assert drive.guard.parameters_for(SIZE, drive.parameters).min_tokens >= LADDER[3]
+    assert drive.guard.floor(SIZE) >= LADDER[3]
 
 
 def test_a_replay_does_not_depend_on_the_clock() -> None:
@@ -147,13 +150,15 @@ def test_a_replay_does_not_depend_on_the_clock() -> None:
 def test_a_check_that_fails_is_no_frame_that_fails() -> None:
     drive = Drive(accuracy_check_period_s=1.0)
     drive.frames(8)
-    parameters = drive.guard.parameters_for(SIZE, drive.parameters)
     drive.now_s += 5.0
-    settings = drive.guard.settings_for(parameters.settings(SIZE, False, False), [""], SIZE)
+    settings = drive.settings()
     drive.guard.saw([""], [drive.image], settings, drive.engine.segment(drive.image, settings))
     drive.engine.failure = RuntimeError("device lost")
-    assert drive.guard.use_idle_time(lambda: True)
-    assert not drive.guard.use_idle_time(lambda: True)  # not again before the next period
+    calls = len(drive.engine.calls)
+    drive.guard.use_idle_time(lambda: True)
+    assert len(drive.engine.calls) == calls + 1
+    drive.guard.use_idle_time(lambda: True)
+    assert len(drive.engine.calls) == calls + 1, "not again before the next period"
 
 
 def test_agreement_leaves_unlabelled_pixels_out() -> None:
@@ -174,12 +179,14 @@ def test_agreement_leaves_unlabelled_pixels_out() -> None:
 )
 def test_exemptions_that_cannot_be_are_refused(values: dict, message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        check_exemptions(build(SegmentationParameters, values), ("dark", "dim", "bright", "glare"))
+        exempt_class_ids(
+            ("dark", "dim", "bright", "glare"), build(SegmentationParameters, values).merge_exempt_classes
+        )
     assert message in str(error.value)
 
 
 def test_a_list_of_classes_is_accepted() -> None:
     parameters = build(SegmentationParameters, {"merge_exempt_classes": ["glare", "dim"]})
-    check_exemptions(parameters, ("dim", "glare"))
+    assert exempt_class_ids(("dim", "glare"), parameters.merge_exempt_classes) == (1, 0)
     with pytest.raises(ConfigError, match="merge_exempt_source"):
         build(SegmentationParameters, {"merge_exempt_source": "guess"})

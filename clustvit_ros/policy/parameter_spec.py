@@ -1,7 +1,7 @@
 """Node parameters as frozen dataclasses: one declaration gives type, default, range, unit and sentence.
 
-Everything that needs ROS (descriptors, declaration, the set callback) is in `parameter_server`; this module only
-decides which values are acceptable, so that the README's test needs no ROS.
+A table holds each value parsed, so that nothing that reads it parses again. Everything that needs ROS (descriptors,
+declaration, the set callback) is in `node.parameter_server`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -34,8 +34,9 @@ class ParameterSpec:
         choices: accepted strings, empty for no restriction.
         pattern: regular expression that a string must match in full, empty for no restriction.
         form: what `pattern` accepts, in words.
-        separator: a string parameter takes an array of strings too, and joins it with this.
-        accepts_integer: a string parameter takes an integer for its decimal form (`source: 0`).
+        separator: what joins the strings of an array, which a string parameter with a separator takes as well.
+        parse: makes the table's value of an accepted value; raises ConfigError for one that makes no sense.
+        accepts_integer: whether a string parameter takes an integer for its decimal form (`source: 0`).
         unit: physical unit, empty for none.
         live: a change takes effect on the next frame; otherwise the node must be cleaned up first.
         fixed: cannot change while the node runs, in whatever state.
@@ -51,6 +52,7 @@ class ParameterSpec:
     pattern: str = ""
     form: str = ""
     separator: str = ""
+    parse: Callable[[Any], Any] | None = None
     accepts_integer: bool = False
     unit: str = ""
     live: bool = False
@@ -89,6 +91,15 @@ class ParameterSpec:
             raise self._refusal(repr(value))
         return coerced
 
+    def parsed(self, value: Any) -> Any:
+        """The table's value for `value`.
+
+        Raises:
+            ConfigError: as `coerce`, or from `parse`.
+        """
+        coerced = self.coerce(value)
+        return self.parse(coerced) if self.parse else coerced
+
     def _joined(self, value: Any) -> Any:
         # An empty array arrives without its type, as bytes or as nothing at all.
         if value is None or (isinstance(value, Sized) and not len(value)):
@@ -116,25 +127,27 @@ class ParameterSpec:
 
 def parameter(default: Any, description: str, **limits: Any) -> Any:
     """A dataclass field that is a node parameter; `limits` are the further arguments of `ParameterSpec`."""
-    return dataclasses.field(default=default, metadata={"description": description, **limits})
+    parse = limits.get("parse")
+    metadata = {"default": default, "description": description, **limits}
+    return dataclasses.field(default=parse(default) if parse else default, metadata=metadata)
 
 
 def specs_of(table: type, prefix: str = "") -> tuple[ParameterSpec, ...]:
     """The parameters that dataclass `table` declares, in order, `prefix` before their names."""
     return tuple(
-        ParameterSpec(name=prefix + field.name, kind=type(field.default), default=field.default, **field.metadata)
+        ParameterSpec(name=prefix + field.name, kind=type(field.metadata["default"]), **field.metadata)
         for field in dataclasses.fields(table)
     )
 
 
 def build(table: type[T], values: Mapping[str, Any]) -> T:
-    """Make an instance of `table` from checked `values`; what is missing keeps its default.
+    """Make an instance of `table`; what `values` lacks keeps its default.
 
     Raises:
         ConfigError: a value that its parameter does not accept.
     """
     specs = {spec.name: spec for spec in specs_of(table)}
-    return table(**{name: specs[name].coerce(value) for name, value in values.items()})
+    return table(**{name: specs[name].parsed(value) for name, value in values.items()})
 
 
 def markdown_table(table: type, prefix: str = "") -> str:

@@ -9,7 +9,7 @@ import os
 import pytest
 
 from clustvit_ros.engine import ScriptedEngine
-from clustvit_ros.policy.calibration import Calibration, CalibrationCache, CalibrationKey, calibrate
+from clustvit_ros.policy.calibration import Calibration, CalibrationCache, CalibrationKey
 
 SIZE = (128, 128)  # 64 tokens, a rung every 8
 LATENCY_MS = {8: 4.0, 16: 8.5, 64: 30.25}
@@ -39,16 +39,24 @@ def key():
     return CalibrationKey.of(info, 2, SIZE, tuple(LATENCY_MS))
 
 
+def measured(engine, on_progress=lambda share: None):
+    calibration = Calibration(engine, SIZE)
+    while not calibration.done:
+        calibration.step()
+        on_progress(calibration.progress)
+    return calibration.latency_ms()
+
+
 def test_every_capacity_is_timed():
     engine, _ = scripted(lambda call, kept, total: 2.0 + kept)
     shares = []
-    assert calibrate(engine, SIZE, shares.append) == pytest.approx({c: 2.0 + c for c in range(8, 65, 8)})
+    assert measured(engine, shares.append) == pytest.approx({c: 2.0 + c for c in range(8, 65, 8)})
     assert shares == sorted(shares) and shares[-1] == 1.0
 
 
 def test_other_processes_do_not_spoil_it():
     engine, _ = scripted(lambda call, kept, total: kept * (3.0 if call % 2 else 1.0))
-    assert calibrate(engine, SIZE) == pytest.approx({c: float(c) for c in range(8, 65, 8)})
+    assert measured(engine) == pytest.approx({c: float(c) for c in range(8, 65, 8)})
 
 
 def test_a_slow_engine_is_not_timed_for_minutes():

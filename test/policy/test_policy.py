@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from clustvit_ros.engine import ScriptedEngine, Settings, Stats
+from clustvit_ros.engine import Prediction, ScriptedEngine, Settings, Stats
 from clustvit_ros.errors import ConfigError, EngineError
-from clustvit_ros.node.latency_control import LatencyControl
-from clustvit_ros.node.parameter_spec import build
-from clustvit_ros.node.parameters import SegmentationParameters
+from clustvit_ros.policy import Plan, Policy
 from clustvit_ros.policy.calibration import CalibrationCache
+from clustvit_ros.policy.parameter_spec import build
+from clustvit_ros.policy.parameters import SegmentationParameters
 
 SIZE = (128, 128)  # 64 tokens, a rung every 8
 STEPS = 40
@@ -58,35 +60,35 @@ class Logger:
 
 
 class Bench:
-    """A control, and frames to put through it."""
+    """A policy, and frames to put through it."""
 
     def __init__(self, tmp_path: Path, **values: Any) -> None:
         self.engine, self.logger = Engine(), Logger()
-        self.control = LatencyControl(self.engine, self.logger, CalibrationCache(tmp_path))
+        self.policy = Policy(self.engine, self.logger, CalibrationCache(tmp_path))
         self.parameters = build(SegmentationParameters, {"merge_threshold": 1.0, **values})
 
     def set(self, **values: Any) -> None:
         """Change parameters as the parameter server does: checked first."""
-        changed = build(SegmentationParameters, {**vars(self.parameters), **values})
-        self.control.check(self.parameters, changed)
+        changed = replace(self.parameters, **values)
+        self.policy.check(self.parameters, changed)
         self.parameters = changed
 
-    def frame(self, overhead_ms: float = 0.0, idle: int = 0, size: tuple[int, int] = SIZE, load: float = 1.0) -> Any:
-        """Segment one frame; then `idle` times nothing waits. Returns its allowance."""
-        allowance = self.control.allow(size, self.parameters)
-        capacity = min(allowance.token_ceiling or 64, 64)
+    def frame(self, overhead_ms: float = 0.0, idle: int = 0, size: tuple[int, int] = SIZE, load: float = 1.0) -> Plan:
+        """Segment one frame; then `idle` times nothing waits. Returns its plan."""
+        plan = self.policy.plan([np.zeros((*size, 3), np.uint8)], self.parameters)
+        capacity = min(plan.settings.token_capacity or 64, 64)
         engine_ms = capacity / 2 * load
         stats = Stats(64, capacity, capacity, self.parameters.merge_threshold, engine_ms)
-        missed = allowance.is_missed(engine_ms, engine_ms + overhead_ms)
-        self.control.observe(allowance, stats, engine_ms + overhead_ms, missed)
+        result = Prediction(np.zeros((1, *size), np.uint8), None, None, stats)
+        self.policy.learn(plan, result, [engine_ms + overhead_ms])
         answers = iter([True] * idle + [False])
-        self.control.use_idle_time(lambda: next(answers))
-        return allowance
+        self.policy.use_idle_time(lambda: next(answers))
+        return plan
 
     def calibrated(self) -> Bench:
         """Let the first calibration finish."""
         self.frame(idle=STEPS)
-        assert self.control.status.table is not None
+        assert self.policy.status.table is not None
         self.frame()
         return self
 
@@ -94,12 +96,12 @@ class Bench:
 def test_calibration_takes_one_measurement_per_frame_and_all_idle_time(tmp_path: Path) -> None:
     bench = Bench(tmp_path, latency_budget_ms=21)
     for frame in range(1, 4):
-        assert bench.frame().state == "calibrating"
+        assert bench.frame().budget_state == "calibrating"
         assert bench.engine.calls == frame
     bench.frame(idle=STEPS)
     assert bench.engine.calls == STEPS
-    allowance = bench.frame()
-    assert (allowance.state, allowance.token_ceiling) == ("held", 40)
+    plan = bench.frame()
+    assert (plan.budget_state, plan.settings.token_capacity) == ("held", 40)
     assert bench.engine.calls == STEPS
     assert bench.engine.warmed == [SIZE]
     assert bench.logger.lines["info"][0].startswith("calibrating 8 token capacities for 128x128 images")
@@ -123,16 +125,16 @@ def test_calibration_takes_one_measurement_per_frame_and_all_idle_time(tmp_path:
 def test_until_calibrated_a_budget_gets_the_fewest_tokens_allowed(
     values: dict[str, Any], ceiling: int, tmp_path: Path
 ) -> None:
-    assert Bench(tmp_path, **values).frame().token_ceiling == ceiling
+    assert Bench(tmp_path, **values).frame().settings.token_capacity == ceiling
 
 
 def test_without_a_budget_nothing_is_bounded_but_load_is_learnt(tmp_path: Path) -> None:
     bench = Bench(tmp_path).calibrated()
     for _ in range(30):
-        allowance = bench.frame(load=2.0)
-        assert (allowance.state, allowance.token_ceiling) == ("off", 0)
+        plan = bench.frame(load=2.0)
+        assert (plan.budget_state, plan.settings.token_capacity) == ("off", 0)
     bench.set(latency_budget_ms=21)
-    assert bench.frame(load=2.0).token_ceiling == 16  # 8 ms, twice
+    assert bench.frame(load=2.0).settings.token_capacity == 16  # 8 ms, twice
 
 
 def test_refusals_name_the_minimum_and_leave_the_settings(tmp_path: Path) -> None:
@@ -147,7 +149,7 @@ def test_refusals_name_the_minimum_and_leave_the_settings(tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match=r"50\.0 ms pass outside the engine"):
         bench.set(budget_reference="stamp")
     bench.set(merge_threshold=0.5)  # what does not concern the budget is none of its business
-    assert bench.frame().reference == "inference"
+    assert bench.frame().parameters.budget_reference == "inference"
 
 
 def test_before_calibration_a_budget_is_accepted_and_checked_later(tmp_path: Path) -> None:
@@ -156,39 +158,39 @@ def test_before_calibration_a_budget_is_accepted_and_checked_later(tmp_path: Pat
     assert "accepted unchecked" in bench.logger.lines["info"][-1]
     bench.calibrated()
     assert "got 1, but 8 tokens already take 4.0 ms" in bench.logger.lines["error"][0]
-    assert bench.frame().state == "infeasible"
-    assert bench.control.status.problem().startswith("latency_budget_ms 1 cannot be held now: 8 tokens")
+    assert bench.frame().budget_state == "infeasible"
+    assert bench.policy.status.problem().startswith("latency_budget_ms 1 cannot be held now: 8 tokens")
 
 
 def test_stamp_reference_leaves_the_engine_what_remains(tmp_path: Path) -> None:
     bench = Bench(tmp_path, latency_budget_ms=31, budget_reference="stamp").calibrated()
     for _ in range(30):
-        allowance = bench.frame(overhead_ms=9.0)
-    assert allowance.token_ceiling == 40  # 20 ms and 9 outside
-    assert allowance.decision.overhead_ms == pytest.approx(9.0, abs=0.3)
+        plan = bench.frame(overhead_ms=9.0)
+    assert plan.settings.token_capacity == 40  # 20 ms and 9 outside
+    assert plan.decision.overhead_ms == pytest.approx(9.0, abs=0.3)
 
 
 def test_misses_are_counted_and_forgotten_with_the_budget(tmp_path: Path) -> None:
     bench = Bench(tmp_path, latency_budget_ms=21).calibrated()
     for _ in range(10):
         bench.frame(load=100.0)
-    assert bench.control.status.misses.total >= 10
+    assert bench.policy.status.misses >= 10
     bench.set(latency_budget_ms=10_000)
     for _ in range(30):
         bench.frame()
-    status = bench.control.status
-    assert (status.misses.recent, status.problem()) == (0, "")
-    assert status.misses.total >= 10
+    status = bench.policy.status
+    assert (status.recent[0], status.problem()) == (0, "")
+    assert status.misses >= 10
 
 
 def test_another_image_size_has_another_table_and_both_are_remembered(tmp_path: Path) -> None:
     bench = Bench(tmp_path, latency_budget_ms=21).calibrated()
     other = (64, 64)
-    assert bench.frame(size=other).state == "calibrating"
+    assert bench.frame(size=other).budget_state == "calibrating"
     bench.frame(size=other, idle=STEPS)
     calls = bench.engine.calls
     for size in (SIZE, other, SIZE):
-        assert bench.frame(size=size).state == "held"
+        assert bench.frame(size=size).budget_state == "held"
     assert bench.engine.calls == calls
     assert bench.engine.warmed == [SIZE, other]
 
@@ -197,16 +199,16 @@ def test_a_stream_that_changes_its_size_does_not_add_up(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     for height in range(1, 100):
         bench.frame(size=(height, 16))
-    assert len(bench.control._sizes) <= 16
+    assert len(bench.policy._sizes) <= 16
 
 
 def test_recalibration_measures_again_once_while_the_budget_is_held(tmp_path: Path) -> None:
     bench = Bench(tmp_path, latency_budget_ms=21).calibrated()
     bench.set(recalibrate=True)
-    assert bench.frame().state == "held"
+    assert bench.frame().budget_state == "held"
     bench.frame(idle=STEPS)
     assert bench.engine.calls == 2 * STEPS
-    assert bench.control.status.recalibrated
+    assert bench.policy.status.recalibrated
     bench.frame(idle=STEPS)
     assert bench.engine.calls == 2 * STEPS
     bench.set(recalibrate=False)
@@ -221,10 +223,33 @@ def test_a_failing_calibration_does_not_stop_the_frames(tmp_path: Path) -> None:
     bench.engine.failure = EngineError("out of memory")
     bench.frame()
     assert bench.logger.lines["error"] == ["calibration failed: out of memory"]
-    allowance = bench.frame()
-    assert (allowance.state, allowance.token_ceiling) == ("uncalibrated", 8)
-    assert "calibration failed (out of memory)" in bench.control.status.problem()
+    plan = bench.frame()
+    assert (plan.budget_state, plan.settings.token_capacity) == ("uncalibrated", 8)
+    assert "calibration failed (out of memory)" in bench.policy.status.problem()
     bench.engine.failure = None
     bench.set(recalibrate=True)
     bench.frame(idle=STEPS)
-    assert bench.frame().state == "held"
+    assert bench.frame().budget_state == "held"
+
+
+def test_a_replay_plans_what_the_user_says_and_measures_nothing(tmp_path: Path) -> None:
+    values = {"latency_budget_ms": 1, "deadline_policy": "drop", "token_capacity": 7, "processing": "every_frame"}
+    bench = Bench(tmp_path, **values)
+    plan = bench.frame(idle=STEPS, load=1e6)
+    assert (plan.settings.token_capacity, plan.budget_ms, plan.budget_state) == (7, 0.0, "off")
+    assert not plan.withholds(1e6, 1e6)
+    assert (bench.engine.calls, bench.engine.warmed) == (0, [SIZE])
+    with pytest.raises(ConfigError, match="expected 0 while processing is every_frame"):
+        bench.set(latency_budget_ms=2)
+    bench.set(merge_threshold=0.5)
+
+
+def test_a_plan_says_why_a_frame_is_made_as_it_is(tmp_path: Path) -> None:
+    plan = Bench(tmp_path, latency_budget_ms=9, deadline_policy="drop", min_tokens=2, token_capacity=5).frame()
+    expected = {
+        "latency_budget_ms": "9", "budget_reference": "inference", "deadline_policy": "drop", "min_tokens": "2",
+        "token_ceiling": "5", "budget_state": "calibrating",
+    }  # fmt: skip
+    assert expected.items() <= plan.as_pairs().items()
+    assert plan.input_size == (480, 640)
+    assert plan.withholds(9.5, 0.0) and not plan.withholds(8.5, 100.0)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from clustvit_ros.engine import ENGINES
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.node.parameter_spec import build, markdown_table, specs_of
-from clustvit_ros.node.parameters import PARAMETERS, SegmentationParameters, as_markdown_table
+from clustvit_ros.policy.parameter_spec import build, markdown_table, specs_of
+from clustvit_ros.policy.parameters import PARAMETERS, SegmentationParameters, as_markdown_table
 
 SPECS = {spec.name: spec for spec in PARAMETERS}
 
@@ -74,6 +74,9 @@ def test_settings_follow_the_parameters() -> None:
     assert settings.output_size == (200, 400)
     assert (settings.merge_threshold, settings.token_capacity) == (0.0, 9)
     assert (settings.confidence, settings.clusters) == (False, True)
+    assert parameters.cameras == ("",)
+    named = build(SegmentationParameters, {"cameras": ["front", "rear"], "class_groups": "a: x, y; b: z"})
+    assert (named.cameras, named.class_groups) == (("front", "rear"), (("a", ("x", "y")), ("b", ("z",))))
     assert SegmentationParameters().settings((64, 96), True, False).output_size is None
     model_sized = build(SegmentationParameters, {"output_size": "model"})
     assert model_sized.settings((64, 96), True, False).output_size == (64, 96)

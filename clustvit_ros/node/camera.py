@@ -1,0 +1,288 @@
+"""One camera: the topics that it publishes, and those of its masks. The engine behind it is shared."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from diagnostic_msgs.msg import DiagnosticArray
+from rclpy.lifecycle import LifecycleNode
+from rclpy.node import Node
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image
+
+from clustvit_ros.classes import ClassSet
+from clustvit_ros.node.messages import LabelInfo, image_message, label_info_message, scaled_camera_info
+from clustvit_ros.node.qos import (
+    REPLAY_OUTPUT_DEPTH,
+    QosWatch,
+    input_qos,
+    latched_qos,
+    output_qos,
+    overridable,
+    replay_qos,
+)
+from clustvit_ros.policy.ledger import Ledger
+from clustvit_ros.policy.parameters import SegmentationParameters
+
+_OUTPUTS = {
+    "mask": Image, "confidence": Image, "overlay": Image, "clusters": Image, "mask/compressed": CompressedImage,
+    "camera_info": CameraInfo, "stats": DiagnosticArray,
+}  # fmt: skip
+_MAX_SUGGESTIONS = 5
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A camera message and when it came.
+
+    Args:
+        message: sensor_msgs Image or CompressedImage.
+        arrival_ns: nanoseconds of the node's clock.
+        camera: name of the camera that it is from; empty for the only one.
+        camera_info: the newest calibration that had come from the camera by then.
+    """
+
+    message: Image | CompressedImage
+    arrival_ns: int
+    camera: str = ""
+    camera_info: CameraInfo | None = None
+
+    @property
+    def stamp_ns(self) -> int:
+        """Nanoseconds of the message's stamp; 0 when it has none."""
+        stamp = self.message.header.stamp
+        return stamp.sec * 1_000_000_000 + stamp.nanosec
+
+    @property
+    def arrival_age_ms(self) -> float | None:
+        """Milliseconds from the stamp to the arrival, negative for a stamp in the future; None without a stamp."""
+        return (self.arrival_ns - self.stamp_ns) / 1e6 if self.stamp_ns else None
+
+
+class Outputs:
+    """One camera's publishers, below `segmentation/`.
+
+    Args:
+        create: the node's `create_lifecycle_publisher` or `create_publisher`.
+        camera: name that comes before `segmentation/`; empty for the only camera.
+        events: gives event callbacks for the publisher on a topic.
+        depth: how many messages are kept for consumers that fall behind.
+    """
+
+    def __init__(
+        self,
+        create: Callable[..., Any],
+        camera: str = "",
+        events: Callable[[str], Any] = lambda topic: None,
+        depth: int = 5,
+    ) -> None:
+        base = f"{camera}/segmentation" if camera else "segmentation"
+
+        def make(name: str, kind: type, qos: Any) -> Any:
+            topic = f"{base}/{name}"
+            return create(kind, topic, qos, event_callbacks=events(topic), qos_overriding_options=overridable())
+
+        self._publishers = {name: make(name, kind, output_qos(depth)) for name, kind in _OUTPUTS.items()}
+        if LabelInfo is not None:
+            self._publishers["label_info"] = make("label_info", LabelInfo, latched_qos())
+        self._labels: tuple[ClassSet, float] | None = None
+        self._labels_lock = threading.Lock()
+
+    def all(self) -> list[Any]:
+        """The publishers, to be watched or destroyed."""
+        return list(self._publishers.values())
+
+    def wanted(self, name: str) -> bool:
+        """Whether somebody subscribes to `segmentation/<name>`."""
+        return self._publishers[name].get_subscription_count() > 0
+
+    def publish(self, name: str, message: Any) -> None:
+        """Publish a message on `segmentation/<name>`."""
+        self._publishers[name].publish(message)
+
+    def publish_pixels(self, name: str, pixels: np.ndarray, encoding: str, header: Any) -> None:
+        """Publish an array on `segmentation/<name>` with the frame's own header."""
+        self._publishers[name].publish(image_message(pixels, encoding, header))
+
+    def publish_labels(self, classes: ClassSet, confidence_threshold: float, header: Any) -> None:
+        """Publish the label info, unless it is what was published last; any thread may.
+
+        Args:
+            classes: classes of the mask.
+            confidence_threshold: confidence below which pixels are unlabelled.
+            header: header of the first frame that it holds for.
+        """
+        with self._labels_lock:
+            labels = (classes, confidence_threshold)
+            if "label_info" in self._publishers and labels != self._labels:
+                self._labels = labels
+                self._publishers["label_info"].publish(label_info_message(*labels, header))
+
+    def publish_camera_info(self, info: CameraInfo, size: tuple[int, int], header: Any) -> None:
+        """Publish the intrinsics of a mask of (height, width) `size`."""
+        self._publishers["camera_info"].publish(scaled_camera_info(info, size, header))
+
+
+class InputWatch:
+    """Notices that no images come on a topic, and finds out from the ROS graph why that may be.
+
+    Args:
+        node: whose graph and logger to use.
+        topic: resolved name of the image topic.
+        type_name: message type of the subscription, e.g. "sensor_msgs/msg/Image".
+        qos: knows about publishers that are not heard.
+        clock: gives monotonic seconds.
+    """
+
+    def __init__(
+        self, node: Node, topic: str, type_name: str, qos: QosWatch, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._node, self.topic, self._type_name = node, topic, type_name
+        self._qos, self._clock = qos, clock
+        self._last_s = clock()
+        self._told = False
+
+    @property
+    def silence_s(self) -> float:
+        """Seconds since the newest image, or since the watch began."""
+        return self._clock() - self._last_s
+
+    def saw_image(self) -> None:
+        """Call with every image that arrives."""
+        self._last_s = self._clock()
+        if self._told:
+            self._told = False
+            self._node.get_logger().info(f"images arrive again on {self.topic}")
+
+    def check(self, timeout_s: float) -> None:
+        """Log once per silence longer than `timeout_s`, with what the graph tells."""
+        if self._told or self.silence_s <= timeout_s:
+            return
+        self._told = True
+        self._node.get_logger().warning(f"no image on {self.topic} for {self.silence_s:.1f} s: {self._explain()}")
+
+    def _explain(self) -> str:
+        problem = self._qos.problem_of(self.topic)
+        if problem:
+            return problem
+        publishers = self._node.get_publishers_info_by_topic(self.topic)
+        other_types = sorted({info.topic_type for info in publishers} - {self._type_name})
+        if other_types:
+            found = ", ".join(other_types)
+            return f"it carries {found}, expected {self._type_name}; remap `image` or set image_transport"
+        if publishers:
+            return (
+                f"{len(publishers)} publisher(s) there, but nothing arrives; check that the camera runs, and both "
+                f"sides' QoS with `ros2 topic info -v {self.topic}`"
+            )
+        elsewhere = [
+            name
+            for name, types in self._node.get_topic_names_and_types()
+            if self._type_name in types and name != self.topic and self._node.count_publishers(name) > 0
+            and "/segmentation/" not in name
+        ]  # fmt: skip
+        found = f"; images are published on {', '.join(elsewhere[:_MAX_SUGGESTIONS])}" if elsewhere else ""
+        return f"nobody publishes there; start the camera or remap with `-r image:=<topic>`{found}"
+
+
+class Camera:
+    """A camera's topics and what became of its frames.
+
+    Args:
+        node: has the topics; publishers are made at once, subscriptions by `subscribe`.
+        name: comes before the topics' names; empty for the only camera.
+        qos: told about peers with incompatible QoS.
+        parameters: values in force for its frames; replaced as a whole when they change.
+    """
+
+    def __init__(self, node: LifecycleNode, name: str, qos: QosWatch, parameters: SegmentationParameters) -> None:
+        self._node, self._qos = node, qos
+        self.name = name
+        self._prefix = f"{name}/" if name else ""
+        self.parameters = parameters
+        self.outputs = Outputs(
+            node.create_lifecycle_publisher,
+            name,
+            lambda topic: qos.publisher_events(node.resolve_topic_name(topic)),
+            **({} if parameters.adapts else {"depth": REPLAY_OUTPUT_DEPTH}),
+        )
+        self._subscriptions: list[Any] = []
+        self._on_frame: Callable[[Frame, str], None] = lambda frame, camera: None
+        self._camera_info: CameraInfo | None = None
+        self.watch: InputWatch | None = None
+        """Of the image topic; None while there is no subscription."""
+        self.ledger = Ledger()
+        """Its frames since it was subscribed to."""
+
+    @property
+    def mask_topic(self) -> str:
+        """The resolved name."""
+        return self._node.resolve_topic_name(f"{self._prefix}segmentation/mask")
+
+    def subscribe(self, on_frame: Callable[[Frame, str], None]) -> str:
+        """Begin to hand frames, and the camera's name, to `on_frame`.
+
+        Returns:
+            The resolved topic that they come from.
+        """
+        compressed = self.parameters.image_transport == "compressed"
+        image_topic = self._node.resolve_topic_name(f"{self._prefix}image")
+        topic = f"{image_topic}/compressed" if compressed else image_topic
+        kind = CompressedImage if compressed else Image
+        self._on_frame = on_frame
+        self.ledger = Ledger()
+        self.watch = InputWatch(self._node, topic, f"sensor_msgs/msg/{kind.__name__}", self._qos)
+        # First: a frame that comes at once should find its calibration.
+        self._listen(CameraInfo, self._camera_info_topic(image_topic), self._on_camera_info, input_qos())
+        self._listen(kind, topic, self._on_image, input_qos() if self.parameters.adapts else replay_qos())
+        return topic
+
+    def unsubscribe(self) -> None:
+        """End the subscriptions; what came of them stays."""
+        for subscription in self._subscriptions:
+            self._qos.remove(subscription.topic_name)
+            self._node.destroy_subscription(subscription)
+        self._subscriptions.clear()
+        self.watch = None
+
+    def destroy(self) -> None:
+        """Give the publishers back; not while a frame is being published."""
+        self.unsubscribe()
+        for publisher in self.outputs.all():
+            self._qos.remove(publisher.topic_name)
+            self._node.destroy_lifecycle_publisher(publisher)
+
+    def qos_problems(self) -> tuple[str, str]:
+        """Peers that DDS refuses to match: cameras that are not heard, and consumers that hear nothing."""
+        inputs = (subscription.topic_name for subscription in self._subscriptions)
+        outputs = (publisher.topic_name for publisher in self.outputs.all())
+        return self._qos.problem_of(*inputs), self._qos.problem_of(*outputs)
+
+    def _listen(self, kind: type, topic: str, callback: Callable[[Any], None], profile: Any) -> None:
+        subscription = self._node.create_subscription(
+            kind, topic, callback, profile,
+            event_callbacks=self._qos.subscription_events(topic), qos_overriding_options=overridable(),
+        )  # fmt: skip
+        self._subscriptions.append(subscription)
+
+    def _camera_info_topic(self, image_topic: str) -> str:
+        """Beside the image, as image_transport has it, unless it is remapped."""
+        own = f"{self._prefix}camera_info"
+        resolved = self._node.resolve_topic_name(own)
+        remapped = resolved != self._node.resolve_topic_name(own, only_expand=True)
+        return resolved if remapped else f"{image_topic.rpartition('/')[0]}/camera_info"
+
+    def _on_camera_info(self, message: CameraInfo) -> None:
+        self._camera_info = message
+
+    def _on_image(self, message: Image | CompressedImage) -> None:
+        if self.watch is None:
+            return
+        frame = Frame(message, self._node.get_clock().now().nanoseconds, self.name, self._camera_info)
+        self.watch.saw_image()
+        self.ledger.receive(time.monotonic(), frame.arrival_age_ms)
+        self._on_frame(frame, self.name)

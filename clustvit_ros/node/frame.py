@@ -1,0 +1,248 @@
+"""The way of a frame: decode, plan, segment, publish, learn, and one record of it. Runs in the engine's thread."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from diagnostic_msgs.msg import DiagnosticArray
+from sensor_msgs.msg import Image
+
+from clustvit_ros.compressed_images import decode_compressed
+from clustvit_ros.engine import Engine, Prediction
+from clustvit_ros.engine.masks import ClassGrouping, draw_overlay, group_classes
+from clustvit_ros.engine.record import FrameRecord
+from clustvit_ros.engine.worker import DeviceLost, FrameSlot
+from clustvit_ros.errors import ClustvitError, ImageError
+from clustvit_ros.images import decode_image
+from clustvit_ros.node.camera import Camera, Frame
+from clustvit_ros.node.messages import diagnostic_status, png_message
+from clustvit_ros.policy import Plan, Policy
+from clustvit_ros.policy.ledger import OK
+from clustvit_ros.policy.parameters import SegmentationParameters
+
+_LOG_PERIOD_S = 5.0
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """A frame that can be segmented.
+
+    Args:
+        frame: the message.
+        camera: the camera that it is from.
+        parameters: values in force for it.
+        image: (H, W, 3) uint8 RGB.
+        wants: whether confidence and cluster maps are wanted.
+        decode_ms: milliseconds from message to array.
+    """
+
+    frame: Frame
+    camera: Camera
+    parameters: SegmentationParameters
+    image: np.ndarray
+    wants: tuple[bool, bool]
+    decode_ms: float
+
+
+class FrameSession:
+    """Turns frames into published masks with one engine; a frame that cannot be segmented is counted, never fatal.
+
+    Args:
+        engine: warm engine.
+        policy: plans its calls.
+        cameras: name -> camera.
+        slot: where further frames wait, to be taken into a batch.
+        node_name: what statistics are called after.
+        logger: an rclpy logger.
+        now_ns: gives nanoseconds of the node's clock.
+        context_ok: False once ROS is shutting down: publishing then fails, and that is no fault.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        policy: Policy,
+        cameras: Mapping[str, Camera],
+        slot: FrameSlot[Frame],
+        node_name: str,
+        logger: Any,
+        now_ns: Callable[[], int],
+        context_ok: Callable[[], bool],
+    ) -> None:
+        self.engine, self.policy = engine, policy
+        self._cameras, self._slot = cameras, slot
+        self._status_name = f"{node_name}: frame"
+        self._logger, self._now_ns, self._context_ok = logger, now_ns, context_ok
+        self.named: SegmentationParameters | None = None
+        """Values that name classes as this engine's model has them, while those in force are for its successor."""
+
+    def handle(self, frame: Frame) -> None:
+        """Segment a frame, and others that may share its engine call, and publish what is wanted.
+
+        Raises:
+            DeviceLost: another engine must go on with what is back in the slot.
+        """
+        others: list[Frame] = []
+        parameters = self._in_force(self._cameras[frame.camera])
+        if parameters.batching and not parameters.latency_budget_ms:  # a budget bounds each frame alone
+            others = self._slot.take_others()
+        batches: dict[Any, list[_Decoded]] = {}
+        for one in (frame, *others):
+            try:
+                decoded = self._decode(one)
+            except Exception as error:  # one camera's bad frame is no reason to lose another's
+                self._fail(one.camera, error)
+                continue
+            batches.setdefault((decoded.parameters, decoded.image.shape, decoded.wants), []).append(decoded)
+        waiting = list(batches.values())
+        while waiting:
+            batch = waiting[0]
+            try:
+                self._segment(batch)
+            except DeviceLost:
+                for one in reversed([member.frame for left in waiting for member in left]):
+                    self._slot.put_back(one, one.camera)
+                raise
+            except Exception as error:
+                for member in batch:
+                    self._fail(member.frame.camera, error)
+            del waiting[0]
+
+    def use_idle_time(self, is_free: Callable[[], bool]) -> None:
+        """Do what can wait, as long as `is_free()`."""
+        self.policy.use_idle_time(is_free)
+
+    def _decode(self, frame: Frame) -> _Decoded:
+        start_s = time.perf_counter()
+        camera = self._cameras[frame.camera]
+        parameters = self._in_force(camera)  # asked for once: a frame sees one consistent set
+        decode = decode_image if isinstance(frame.message, Image) else decode_compressed
+        image = decode(frame.message, parameters.max_image_pixels)
+        wants = camera.outputs.wanted("confidence"), camera.outputs.wanted("clusters")
+        return _Decoded(frame, camera, parameters, image, wants, _since_ms(start_s))
+
+    def _in_force(self, camera: Camera) -> SegmentationParameters:
+        parameters, named = camera.parameters, self.named
+        if named is None:
+            return parameters
+        return replace(
+            parameters, class_groups=named.class_groups, merge_exempt_classes=named.merge_exempt_classes
+        )
+
+    def _segment(self, batch: Sequence[_Decoded]) -> None:
+        first = batch[0]
+        grouping = group_classes(self.engine.info.classes, first.parameters.class_groups)
+        cameras, images = [one.camera.name for one in batch], [one.image for one in batch]
+        plan = self.policy.plan(images, first.parameters, cameras, *first.wants)
+        result = self.engine.segment(images[0] if len(images) == 1 else images, plan.settings)
+        masks = grouping.apply(result)
+        published = [self._publish(one, plan, masks, index, grouping) for index, one in enumerate(batch)]
+        misses = self.policy.learn(plan, result, [age_ms for age_ms, _ in published])
+        facts = plan.as_pairs()
+        for index, (one, (age_ms, publish_ms)) in enumerate(zip(batch, published, strict=True)):
+            mask, stats = masks.mask[index], masks.stats
+            withheld = publish_ms is None
+            if not withheld:
+                self._publish_views(one, mask, grouping)
+            record = FrameRecord(
+                camera=one.camera.name,
+                outcome="late" if withheld else "segmented",
+                image_size=plan.image_size,
+                mask_size=(mask.shape[0], mask.shape[1]),
+                batch=len(batch),
+                stats=stats,
+                confidence_threshold=plan.parameters.confidence_threshold,
+                plan=facts,
+                deadline_missed=plan.is_missed(stats.total_ms, age_ms),
+                deadline_misses=misses,
+                decode_ms=one.decode_ms,
+                publish_ms=publish_ms or 0.0,
+                arrival_age_ms=one.frame.arrival_age_ms or 0.0,
+                age_ms=age_ms,
+                stamped=one.frame.stamp_ns != 0,
+            )
+            self._enter(one, record)
+
+    def _publish(
+        self, one: _Decoded, plan: Plan, masks: Prediction, index: int, grouping: ClassGrouping
+    ) -> tuple[float, float | None]:
+        """Publish what consumers wait for.
+
+        Returns:
+            The mask's age, and the milliseconds that this took; None when it was too late to be published.
+        """
+        start_s = time.perf_counter()
+        outputs, header = one.camera.outputs, one.frame.message.header
+        mask = masks.mask[index]
+        age_ms = self._age_ms(one.frame)
+        if plan.withholds(masks.stats.total_ms, age_ms):
+            return age_ms, None
+        outputs.publish_labels(grouping.classes, plan.parameters.confidence_threshold, header)
+        outputs.publish_pixels("mask", mask, _encoding(mask), header)
+        age_ms = self._age_ms(one.frame)
+        for name, maps in (("confidence", masks.confidence), ("clusters", masks.cluster_map)):
+            if maps is not None:
+                outputs.publish_pixels(name, maps[index], "mono8", header)
+        if one.frame.camera_info is not None:
+            outputs.publish_camera_info(one.frame.camera_info, (mask.shape[0], mask.shape[1]), header)
+        return age_ms, _since_ms(start_s)
+
+    def _publish_views(self, one: _Decoded, mask: np.ndarray, grouping: ClassGrouping) -> None:
+        """Publish what is for people and recordings, which no budget counts."""
+        outputs, header = one.camera.outputs, one.frame.message.header
+        if outputs.wanted("mask/compressed"):
+            outputs.publish("mask/compressed", png_message(mask, _encoding(mask), header))
+        if outputs.wanted("overlay"):
+            overlay = draw_overlay(one.image, mask, grouping.classes.palette(), one.parameters.overlay_alpha)
+            outputs.publish_pixels("overlay", overlay, "rgb8", header)
+
+    def _enter(self, one: _Decoded, record: FrameRecord) -> None:
+        """Count a segmented frame, tell of the first one, and publish its statistics."""
+        ledger, outputs = one.camera.ledger, one.camera.outputs
+        if not ledger.segmented and record.stats is not None:
+            self._logger.info(
+                f"{one.camera.name + ': ' if one.camera.name else ''}first mask: "
+                f"{record.mask_size[1]}x{record.mask_size[0]}, {record.age_ms:.1f} ms after the image's stamp; engine "
+                f"{record.stats.total_ms:.1f} ms, {record.stats.tokens_kept:g} of {record.stats.tokens_total} tokens"
+            )
+        ledger.add(record)
+        if outputs.wanted("stats"):
+            pairs = {"camera": record.camera} if record.camera else {}
+            pairs |= {**record.as_pairs(), **ledger.count_pairs(), **self.policy.status.accuracy}
+            status = diagnostic_status(self._status_name, self.engine.info.device, OK, "segmented", pairs)
+            outputs.publish("stats", DiagnosticArray(header=one.frame.message.header, status=[status]))
+
+    def _fail(self, camera: str, error: Exception) -> None:
+        if not self._context_ok():
+            return
+        ledger, name = self._cameras[camera].ledger, f"{camera}: " if camera else ""
+        if isinstance(error, ImageError):
+            ledger.add(FrameRecord(camera, "rejected", str(error)))
+            self._logger.error(
+                f"{name}image not segmented ({ledger.count('rejected')} so far): {error}",
+                throttle_duration_sec=_LOG_PERIOD_S,
+            )
+            return
+        ledger.add(FrameRecord(camera, "failed", str(error) or type(error).__name__))
+        # An error of our own says all there is to say; any other needs its origin to be found.
+        detail = str(error) if isinstance(error, ClustvitError) else "".join(traceback.format_exception(error)).rstrip()
+        self._logger.error(
+            f"{name}engine failed ({ledger.count('failed')} frames so far): {detail}",
+            throttle_duration_sec=_LOG_PERIOD_S,
+        )
+
+    def _age_ms(self, frame: Frame) -> float:
+        return (self._now_ns() - (frame.stamp_ns or frame.arrival_ns)) / 1e6
+
+
+def _encoding(mask: np.ndarray) -> str:
+    return "mono8" if mask.dtype == np.uint8 else "mono16"
+
+
+def _since_ms(start_s: float) -> float:
+    return (time.perf_counter() - start_s) * 1000.0

@@ -1,0 +1,76 @@
+"""One camera's status in `/diagnostics`, from everything that knows something about it."""
+
+from __future__ import annotations
+
+from diagnostic_msgs.msg import DiagnosticStatus
+
+from clustvit_ros.engine import EngineInfo
+from clustvit_ros.engine.machine import throttling
+from clustvit_ros.node.camera import Camera
+from clustvit_ros.node.messages import diagnostic_status
+from clustvit_ros.policy import BudgetStatus
+from clustvit_ros.policy.ledger import Health, Ledger, judge
+from clustvit_ros.policy.parameters import SegmentationParameters
+
+
+def camera_status(
+    name: str,
+    state: str,
+    fault: str,
+    loading: str,
+    info: EngineInfo | None,
+    engine_fault: str,
+    budget: BudgetStatus,
+    parameters: SegmentationParameters,
+    camera: Camera | None,
+) -> DiagnosticStatus:
+    """Build one camera's DiagnosticStatus.
+
+    Args:
+        name: name of the status.
+        state: label of the lifecycle state.
+        fault: why a transition failed or no engine can be had, or empty.
+        loading: what is being loaded, or empty.
+        info: what runs; None while nothing does.
+        engine_fault: why the engine does not run as it was asked to, or empty.
+        budget: what is known about the latency budget.
+        parameters: values in force.
+        camera: the camera; None before it has topics.
+    """
+    ledger = camera.ledger if camera is not None else Ledger()
+    watch = camera.watch if camera is not None else None
+    recent = ledger.take_recent()
+    budget_problem = budget.problem()
+    input_problem, output_problem = camera.qos_problems() if camera is not None else ("", "")
+    level, sentence = judge(
+        Health(
+            state=state,
+            ledger=ledger,
+            recent=recent,
+            fault=fault,
+            loading=loading,
+            input_topic=watch.topic if watch else "",
+            input_silence_s=watch.silence_s if watch else 0.0,
+            input_timeout_s=parameters.input_timeout_s,
+            input_qos_problem=input_problem,
+            output_qos_problem=output_problem,
+            budget_problem=budget_problem,
+            throttling=throttling() if budget_problem else "",
+            engine_fault=engine_fault,
+            lossless=not parameters.adapts,
+        )
+    )
+    pairs = {"state": state, **ledger.count_pairs()}
+    if info is not None:
+        pairs |= {
+            "model": info.model, "engine": info.engine, "device": info.device, "device_reason": info.device_reason,
+            "precision": info.precision, "classes": str(len(info.classes)),
+        }  # fmt: skip
+    if loading:
+        pairs["loading"] = loading
+    pairs |= budget.as_pairs() | ledger.window_pairs()
+    if camera is not None:
+        pairs["input_dropped_recently"] = str(recent["dropped"])
+    if input_problem or output_problem:
+        pairs["incompatible_qos"] = "; ".join(filter(None, (input_problem, output_problem)))
+    return diagnostic_status(name, info.device if info is not None else "", level, sentence, pairs)

@@ -1,0 +1,181 @@
+"""What became of one camera's frames, added up from their records, and what that says about the camera's health."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from clustvit_ros.engine.record import OUTCOMES, FrameRecord
+from clustvit_ros.policy.latency import LatencyWindow
+
+OK, WARN, ERROR = 0, 1, 2
+"""Levels of diagnostic_msgs/DiagnosticStatus."""
+
+_INPUT_PERCENTILES = {"p50": 0.5, "p95": 0.95, "max": 1.0}
+
+
+class Ledger:
+    """One camera's frames since the node became active.
+
+    Counts are written by the thread that they belong to: `received` and the input's windows by the one that gets the
+    messages, everything else by the one that segments. Any thread may read.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        """Frames that came over the image topic; each ends in exactly one of the other counts."""
+        self.dropped = 0
+        """Frames whose turn never came: a newer one took their place, or the queue was full."""
+        self._outcomes: Counter[str] = Counter()
+        self._reported: Counter[str] = Counter()
+        self._age, self._engine = LatencyWindow(), LatencyWindow()
+        self._input_age, self._input_period = LatencyWindow(), LatencyWindow()
+        self._arrived_s: float | None = None
+        self.last_rejection = self.last_failure = ""
+        self.newest = FrameRecord()
+        """The newest frame that was segmented."""
+
+    @property
+    def segmented(self) -> int:
+        """Frames that the engine has segmented, withheld ones included."""
+        return self._outcomes["segmented"] + self._outcomes["late"]
+
+    def count(self, outcome: str) -> int:
+        """How many frames ended like this."""
+        return self._outcomes[outcome]
+
+    def receive(self, arrival_s: float, age_ms: float | None) -> None:
+        """A frame has arrived.
+
+        Args:
+            arrival_s: monotonic seconds.
+            age_ms: milliseconds since its stamp; None when it has none.
+        """
+        self.received += 1
+        if self._arrived_s is not None:
+            self._input_period.add((arrival_s - self._arrived_s) * 1000.0)
+        if age_ms is not None:
+            self._input_age.add(age_ms)
+        self._arrived_s = arrival_s
+
+    def add(self, record: FrameRecord) -> None:
+        """A frame is done."""
+        self._outcomes[record.outcome] += 1
+        if record.outcome == "rejected":
+            self.last_rejection = record.problem
+        elif record.outcome == "failed":
+            self.last_failure = record.problem
+        elif record.stats is not None:
+            self.newest = record
+            self._age.add(record.age_ms)
+            self._engine.add(record.stats.total_ms)
+
+    def counts(self) -> dict[str, int]:
+        """Frames by fate."""
+        outcomes = {name: self._outcomes[name] for name in OUTCOMES}
+        return {
+            "received": self.received, "segmented": outcomes.pop("segmented"), "dropped": self.dropped, **outcomes
+        }  # fmt: skip
+
+    def count_pairs(self) -> dict[str, str]:
+        """Counts as keys and values of stats and diagnostics."""
+        return {f"frames_{name}": str(value) for name, value in self.counts().items()}
+
+    def window_pairs(self) -> dict[str, str]:
+        """Percentiles of ages, periods and engine times as keys and values of diagnostics."""
+        return {
+            **self._input_age.as_pairs("input_age", _INPUT_PERCENTILES),
+            **self._input_period.as_pairs("input_period", _INPUT_PERCENTILES),
+            **self._age.as_pairs("age"),
+            **self._engine.as_pairs("engine"),
+        }
+
+    def take_recent(self) -> Counter[str]:
+        """Frames by fate since this was asked last."""
+        now = Counter(self.counts())
+        recent = Counter({name: now[name] - self._reported[name] for name in now})
+        self._reported = now
+        return recent
+
+
+@dataclass(frozen=True)
+class Health:
+    """Everything that one camera's status in `/diagnostics` is judged by.
+
+    Args:
+        state: label of the lifecycle state.
+        ledger: the camera's frames so far.
+        recent: frames by fate since the last report.
+        fault: why a transition failed or an engine cannot be had; empty when neither is so.
+        loading: what is being loaded while nothing else runs; else empty.
+        input_topic: resolved name of the image topic.
+        input_silence_s: seconds without an image while active; 0 when not active.
+        input_timeout_s: more silence than this is an error.
+        input_qos_problem: a policy that keeps a camera from being heard, or empty.
+        output_qos_problem: a policy that keeps a consumer from hearing this node, or empty.
+        budget_problem: what keeps the latency budget from being held, or empty.
+        throttling: why the platform makes the machine slower than it could be, or empty.
+        engine_fault: why the engine does not run as it was asked to, or empty.
+        lossless: whether every frame was to be segmented.
+    """
+
+    state: str
+    ledger: Ledger = field(default_factory=Ledger)
+    recent: Counter[str] = field(default_factory=Counter)
+    fault: str = ""
+    loading: str = ""
+    input_topic: str = ""
+    input_silence_s: float = 0.0
+    input_timeout_s: float = 3.0
+    input_qos_problem: str = ""
+    output_qos_problem: str = ""
+    budget_problem: str = ""
+    throttling: str = ""
+    engine_fault: str = ""
+    lossless: bool = False
+
+
+def judge(health: Health) -> tuple[int, str]:
+    """The worst thing that is true now.
+
+    Returns:
+        Level, and a sentence that says what is wrong and what to do.
+    """
+    recent, ledger = health.recent, health.ledger
+    input_age_s = ledger.newest.arrival_age_ms / 1000.0
+    if health.fault:
+        return ERROR, health.fault
+    if health.loading and health.state in ("unconfigured", "inactive"):
+        return OK, f"{health.state}: {health.loading}"
+    if health.state != "active":
+        return OK, f"{health.state}: waiting for a lifecycle transition"
+    if recent["failed"] and not recent["segmented"] + recent["late"]:
+        return ERROR, f"engine fails on every frame: {ledger.last_failure}"
+    if health.input_silence_s > health.input_timeout_s:
+        because = f" ({health.input_qos_problem})" if health.input_qos_problem else ""
+        return ERROR, f"no image on {health.input_topic} for {health.input_silence_s:.1f} s{because}"
+    if health.engine_fault:
+        return ERROR, health.engine_fault
+    if health.lossless and recent["dropped"]:
+        return ERROR, (
+            f"{recent['dropped']} frames found the queue full and were dropped: replay slower or raise queue_limit_mb"
+        )
+    if recent["failed"]:
+        return WARN, f"engine failed on {recent['failed']} frames: {ledger.last_failure}"
+    if recent["rejected"]:
+        return WARN, f"{recent['rejected']} unusable images: {ledger.last_rejection}"
+    if health.budget_problem:
+        return WARN, "; ".join(filter(None, (health.budget_problem, health.throttling)))
+    if abs(input_age_s) > health.input_timeout_s:
+        side = "old when they arrive" if input_age_s > 0 else "from the future"
+        return WARN, (
+            f"images are {abs(input_age_s):.1f} s {side}: the camera lags, or its clock differs from this "
+            "node's (set use_sim_time where a bag is replayed)"
+        )
+    if health.input_qos_problem or health.output_qos_problem:
+        return WARN, "; ".join(filter(None, (health.input_qos_problem, health.output_qos_problem)))
+    if not ledger.newest.stamped:
+        return WARN, "images come without a time stamp: latency is unknown and time synchronisation will fail"
+    if not ledger.segmented:
+        return OK, "waiting for the first image"
+    return OK, "segmenting"

@@ -1,0 +1,254 @@
+"""What keeps merging from doing harm: exempt classes and regions, and a check of accuracy now and then.
+
+Now and then a frame is segmented unmerged as well, between frames. Agreement with that mask says what merging costs,
+without labels. When it falls below what is asked for, the fewest tokens that may be kept rise by one rung of the
+capacity ladder; they fall again, one rung at a time, once several checks in a row leave room. A floor that had to be
+raised again soon is tried for longer each time, so that a scene at the border does not make it swing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from clustvit_ros.classes import IGNORE_INDEX
+from clustvit_ros.engine import Engine, Prediction, Settings
+from clustvit_ros.engine.exemption import exempt_class_ids
+from clustvit_ros.policy.parameters import SegmentationParameters
+
+# Agreement must be above the bound by this share of what is left to 1 before the floor falls.
+_HEADROOM = 0.25
+_GOOD_CHECKS = 3
+_MOST_GOOD_CHECKS = 48
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One comparison of a mask with the unmerged one.
+
+    Args:
+        overall: share of equal pixels, 0..1; pixels that either mask leaves unlabelled do not count.
+        per_class: name of an exempt class -> share of its pixels in the unmerged mask that the mask has as well.
+            Classes that the unmerged mask lacks are left out.
+    """
+
+    overall: float
+    per_class: Mapping[str, float] = field(default_factory=dict)
+
+
+class AccuracyGuard:
+    """Decides when a check is due and how far merging must back off.
+
+    Args:
+        now_s: monotonic seconds at the start; the first check is due one period later.
+    """
+
+    def __init__(self, now_s: float) -> None:
+        self._checked_s = now_s
+        self._rung = 0
+        self._good = 0
+        self._needed = _GOOD_CHECKS
+        self._lowered = False
+        self.latest: Agreement | None = None
+        self.checks = 0
+
+    def due(self, now_s: float, period_s: float) -> bool:
+        """Whether the next check should be made; never with a period of 0."""
+        return period_s > 0.0 and now_s - self._checked_s >= period_s
+
+    def overdue(self, now_s: float, period_s: float) -> bool:
+        """Whether it can wait no longer for a moment in which nothing else is to be done."""
+        return period_s > 0.0 and now_s - self._checked_s >= 2.0 * period_s
+
+    def floor(self, capacities: Sequence[int]) -> int:
+        """The fewest tokens that may be kept; 0 is no bound.
+
+        Args:
+            capacities: the engine's ladder, ascending.
+        """
+        return capacities[min(self._rung, len(capacities) - 1)] if self._rung else 0
+
+    def observe(
+        self, agreement: Agreement, now_s: float, min_agreement: float, used: int, capacities: Sequence[int]
+    ) -> None:
+        """Learn from a check.
+
+        Args:
+            agreement: what the check found.
+            now_s: monotonic seconds of the check.
+            min_agreement: agreement that is asked for, 0..1; 0 asks for nothing.
+            used: token capacity that the compared mask was made with.
+            capacities: the engine's ladder, ascending.
+        """
+        self.latest, self._checked_s, self.checks = agreement, now_s, self.checks + 1
+        if min_agreement <= 0.0:
+            self._rung, self._good, self._needed, self._lowered = 0, 0, _GOOD_CHECKS, False
+        elif agreement.overall < min_agreement:
+            self._raise(used, capacities)
+        elif agreement.overall >= min_agreement + _HEADROOM * (1.0 - min_agreement):
+            self._good += 1
+            if self._rung and self._good >= self._needed:
+                self._rung, self._good, self._lowered = self._rung - 1, 0, True
+        else:
+            self._good = 0
+
+    def skip(self, now_s: float) -> None:
+        """A check failed or made no sense: wait for the next period."""
+        self._checked_s = now_s
+
+    def _raise(self, used: int, capacities: Sequence[int]) -> None:
+        if self._lowered:
+            # It was lowered and had to come back: longer patience the next time.
+            self._needed = min(self._needed * 2, _MOST_GOOD_CHECKS)
+            self._lowered = False
+        self._good = 0
+        # One rung above what was found wanting, whether the floor or the threshold had chosen that.
+        above = next((i for i, capacity in enumerate(capacities) if capacity > used), len(capacities) - 1)
+        self._rung = max(above, min(self._rung, len(capacities) - 1))
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A segmented frame that may be compared with its unmerged self."""
+
+    image: np.ndarray
+    settings: Settings
+    mask: np.ndarray
+    token_capacity: int
+
+
+class MergeGuard:
+    """Exemptions and accuracy checks of one engine.
+
+    Everything but `pairs` belongs to the thread that owns the engine.
+
+    Args:
+        engine: what segments.
+        clock: gives monotonic seconds.
+    """
+
+    def __init__(self, engine: Engine, clock: Callable[[], float] = time.monotonic) -> None:
+        self._engine, self._clock = engine, clock
+        self._names = engine.info.classes.names
+        self._masks: dict[str, np.ndarray] = {}
+        self._guard = AccuracyGuard(clock())
+        self._sample: _Sample | None = None
+        self._parameters = SegmentationParameters()
+        self._pairs: dict[str, str] = {}
+
+    @property
+    def pairs(self) -> Mapping[str, str]:
+        """What the checks found, as keys and values of stats and diagnostics; any thread may ask."""
+        return self._pairs
+
+    def floor(self, image_size: tuple[int, int]) -> int:
+        """The fewest tokens that the latest checks allow for images of (height, width) `image_size`; 0 is no bound."""
+        return self._guard.floor(self._engine.capacities(image_size))
+
+    def protect(
+        self, settings: Settings, parameters: SegmentationParameters, cameras: Sequence[str], floor: int
+    ) -> Settings:
+        """Add a call's exemptions and the checks' floor to its settings.
+
+        Args:
+            settings: what the engine would get without guards.
+            parameters: values in force for the call.
+            cameras: name of the camera that each image of the call is from.
+            floor: fewest tokens that the checks allow.
+        """
+        self._parameters = parameters
+        class_ids = exempt_class_ids(self._names, parameters.merge_exempt_classes)
+        if not (floor or class_ids or parameters.merge_exempt_region):
+            return settings
+        masks = [self._masks.get(camera) for camera in cameras]
+        known = [mask for mask in masks if mask is not None]
+        previous = None
+        if class_ids and known and len({mask.shape for mask in known}) == 1:
+            # A camera without a mask yet has nothing to exempt.
+            previous = np.stack([np.full_like(known[0], IGNORE_INDEX) if mask is None else mask for mask in masks])
+        return replace(
+            settings,
+            min_tokens=floor,
+            merge_exempt_region=parameters.merge_exempt_region,
+            merge_exempt_classes=class_ids,
+            merge_exempt_source=parameters.merge_exempt_source,
+            previous_mask=previous,
+        )
+
+    def saw(self, cameras: Sequence[str], images: Sequence[np.ndarray], settings: Settings, result: Prediction) -> None:
+        """Remember a call's masks.
+
+        Args:
+            cameras: name of the camera that each image is from.
+            images: the call's images, in order.
+            settings: what the engine was asked for.
+            result: what the engine gave, in the model's own classes.
+        """
+        if settings.merge_exempt_classes:
+            self._masks.update(zip(cameras, result.mask, strict=True))
+        else:
+            self._masks.clear()
+        self._sample = None
+        # A replay must not depend on the clock.
+        period_s = self._parameters.accuracy_check_period_s
+        if period_s and self._parameters.adapts and self._guard.due(self._clock(), period_s):
+            stats = result.stats
+            self._sample = _Sample(images[0], settings, result.mask[0], stats.token_capacity)
+
+    def use_idle_time(self, is_free: Callable[[], bool]) -> None:
+        """Compare the latest frame with its unmerged mask, if a check is due and nothing waits, or it is overdue.
+
+        Args:
+            is_free: says whether no frame waits.
+        """
+        sample, parameters, now_s = self._sample, self._parameters, self._clock()
+        if sample is None or not (is_free() or self._guard.overdue(now_s, parameters.accuracy_check_period_s)):
+            return
+        self._sample = None
+        # The same outputs as the frame had: another size would be another resampling.
+        full = Settings(
+            merge_threshold=1.0, confidence=False, output_size=sample.settings.output_size,
+            confidence_threshold=sample.settings.confidence_threshold,
+        )  # fmt: skip
+        try:
+            reference = self._engine.segment(sample.image, full).mask[0]
+        except Exception:  # whatever an engine raises; the frames themselves tell of a failing engine
+            self._guard.skip(self._clock())
+            return
+        agreement = compare(sample.mask, reference, self._names, sample.settings.merge_exempt_classes)
+        image_size = (sample.image.shape[0], sample.image.shape[1])
+        capacities = self._engine.capacities(image_size)
+        self._guard.observe(agreement, self._clock(), parameters.min_agreement, sample.token_capacity, capacities)
+        self._tell(agreement, self._guard.floor(capacities))
+
+    def _tell(self, agreement: Agreement, floor: int) -> None:
+        self._pairs = {
+            "agreement": f"{agreement.overall:.4f}",
+            **{f"agreement.{name}": f"{share:.4f}" for name, share in agreement.per_class.items()},
+            "min_agreement": f"{self._parameters.min_agreement:g}",
+            "accuracy_checks": str(self._guard.checks),
+            "accuracy_min_tokens": str(floor),
+        }
+
+
+def compare(mask: np.ndarray, reference: np.ndarray, names: Sequence[str], class_ids: Sequence[int]) -> Agreement:
+    """How far a mask agrees with the unmerged one.
+
+    Args:
+        mask: (H, W) class ids.
+        reference: (H, W) class ids of the unmerged mask.
+        names: names of all classes.
+        class_ids: ids of the classes that are told one by one.
+    """
+    labelled = (mask != IGNORE_INDEX) & (reference != IGNORE_INDEX)
+    equal = mask == reference
+    count = int(labelled.sum())
+    per_class = {}
+    for class_id in class_ids:
+        there = reference == class_id
+        if there.any():
+            per_class[names[class_id]] = float(equal[there].mean())
+    return Agreement(float((equal & labelled).sum() / count) if count else 1.0, per_class)

@@ -1,0 +1,177 @@
+"""How one call of the engine is made, and what is known about the latency budget."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from clustvit_ros.engine import Settings
+from clustvit_ros.policy.budget import Decision, check_budget
+from clustvit_ros.policy.latency import LatencyTable
+from clustvit_ros.policy.parameters import SegmentationParameters
+
+TOLERATED_MISSES = 0.02
+"""Share of recent frames that may miss their deadline before anybody is told."""
+
+# A share of few frames says little: one miss among the first ten is no trend.
+_MIN_FRAMES = 50
+_RECENT_FRAMES = 300
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one engine call is made, and why.
+
+    Args:
+        parameters: values in force for its frames.
+        cameras: name of the camera that each image is from.
+        images: (H, W, 3) uint8 RGB images of one size.
+        settings: what the engine is asked for.
+        input_size: (height, width) that the network works at.
+        min_tokens: fewest tokens that a budget must leave, from the user or the accuracy checks.
+        budget_state: `off`; `calibrating` or `uncalibrated` (calibration failed), both with the smallest capacity;
+            `held`; `infeasible` when even the smallest capacity is expected to miss the budget.
+        decision: what the budget controller decided; None before calibration and without a budget controller.
+    """
+
+    parameters: SegmentationParameters
+    cameras: Sequence[str]
+    images: Sequence[np.ndarray]
+    settings: Settings
+    input_size: tuple[int, int]
+    min_tokens: int
+    budget_state: str
+    decision: Decision | None
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the images."""
+        return self.images[0].shape[0], self.images[0].shape[1]
+
+    @property
+    def budget_ms(self) -> float:
+        """Milliseconds a frame may take; 0 is no budget."""
+        return 0.0 if self.budget_state == "off" else self.parameters.latency_budget_ms
+
+    def is_missed(self, engine_ms: float, age_ms: float) -> bool:
+        """Whether a frame was too late.
+
+        Args:
+            engine_ms: milliseconds in the engine.
+            age_ms: milliseconds since the frame's stamp.
+        """
+        return 0.0 < self.budget_ms < (age_ms if self.parameters.budget_reference == "stamp" else engine_ms)
+
+    def withholds(self, engine_ms: float, age_ms: float) -> bool:
+        """Whether the mask of a frame that took so long must not be published; see `is_missed`."""
+        return self.parameters.deadline_policy == "drop" and self.is_missed(engine_ms, age_ms)
+
+    def as_pairs(self) -> dict[str, str]:
+        """Keys as they appear in stats and diagnostics."""
+        pairs = {
+            "latency_budget_ms": f"{self.budget_ms:g}",
+            "budget_reference": self.parameters.budget_reference,
+            "deadline_policy": self.parameters.deadline_policy,
+            "min_tokens": str(self.min_tokens),
+            "token_ceiling": str(self.settings.token_capacity),
+            "budget_state": self.budget_state,
+        }
+        if self.decision is not None:
+            pairs["budget_feasible"] = str(self.decision.feasible).lower()
+            pairs["slowdown"] = f"{self.decision.slowdown:.3f}"
+            pairs["predicted_ms"] = f"{self.decision.predicted_ms:.3f}"
+            pairs["overhead_ms"] = f"{self.decision.overhead_ms:.3f}"
+        return pairs
+
+
+class Misses:
+    """Deadline misses, ever and among the latest frames."""
+
+    def __init__(self) -> None:
+        self._recent: deque[bool] = deque(maxlen=_RECENT_FRAMES)
+        self.total = 0
+
+    def add(self, missed: bool) -> None:
+        """A frame with a deadline is done."""
+        self._recent.append(missed)
+        self.total += missed
+
+    def start_over(self) -> None:
+        """Forget recent frames: they had another deadline. The total stays."""
+        self._recent.clear()
+
+    @property
+    def recent(self) -> tuple[int, int]:
+        """Misses among the latest frames, and how many frames these are."""
+        return sum(self._recent), len(self._recent)
+
+
+@dataclass(frozen=True)
+class BudgetStatus:
+    """What is known after some frame; made by the thread that segments, read by any other.
+
+    Args:
+        plan: how the newest frame was made; None before the first.
+        misses: deadline misses so far.
+        recent: misses among the latest frames, and how many frames these are.
+        table: calibrated latencies for the newest frame's size; None when there are none yet.
+        slowdown: measured over calibrated latency, typical of recent frames.
+        overhead_ms: milliseconds outside the engine, typical of recent frames.
+        failure: why there is no calibration; empty when there is one, or none was tried.
+        recalibrated: whether what `recalibrate` asked for is done.
+        accuracy: what the accuracy checks found, as keys and values.
+    """
+
+    plan: Plan | None = None
+    misses: int = 0
+    recent: tuple[int, int] = (0, 0)
+    table: LatencyTable | None = None
+    slowdown: float = 1.0
+    overhead_ms: float = 0.0
+    failure: str = ""
+    recalibrated: bool = False
+    accuracy: Mapping[str, str] = field(default_factory=dict)
+
+    def check(self, parameters: SegmentationParameters) -> None:
+        """Refuse a budget that cannot be held; every budget is accepted before calibration.
+
+        Raises:
+            ConfigError: naming the feasible minimum.
+        """
+        if parameters.latency_budget_ms > 0.0 and self.table is not None:
+            overhead_ms = max(self.overhead_ms, 0.0) if parameters.budget_reference == "stamp" else 0.0
+            check_budget(
+                self.table, parameters.latency_budget_ms, parameters.fewest_tokens, self.slowdown, overhead_ms
+            )
+
+    def problem(self) -> str:
+        """What keeps the budget from being held, in a sentence; empty when nothing does."""
+        plan = self.plan
+        if plan is None or plan.budget_ms <= 0.0:
+            return ""
+        budget = f"latency_budget_ms {plan.budget_ms:g}"
+        if plan.budget_state == "uncalibrated":
+            return f"{budget} is held with the fewest tokens only: calibration failed ({self.failure})"
+        decision = plan.decision
+        if decision is not None and plan.budget_state == "infeasible":
+            outside = f" and {decision.overhead_ms:.1f} ms pass outside the engine" if decision.overhead_ms else ""
+            return (
+                f"{budget} cannot be held now: {decision.capacity} tokens, the fewest allowed, take up to "
+                f"{decision.predicted_ms:.1f} ms, {decision.slowdown:.2f} times the calibrated latency{outside}"
+            )
+        missed, frames = self.recent
+        if missed > TOLERATED_MISSES * max(frames, _MIN_FRAMES):
+            return f"{missed} of the last {frames} frames missed {budget}"
+        return ""
+
+    def as_pairs(self) -> dict[str, str]:
+        """Keys as they appear in diagnostics."""
+        pairs = self.plan.as_pairs() if self.plan is not None else {}
+        pairs["deadline_misses"] = str(self.misses)
+        pairs["deadline_misses_recent"] = "{} of {}".format(*self.recent)
+        if self.table is not None:
+            pairs.update({f"calibrated.{tokens}_tokens_ms": f"{value:.2f}" for tokens, value in self.table.items()})
+        return {**pairs, **self.accuracy}

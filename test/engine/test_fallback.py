@@ -1,0 +1,384 @@
+"""Engines that fail on command: what is tried, in which order, and how everything comes back."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from clustvit_ros.engine import Engine, Prediction, ScriptedEngine, Settings
+from clustvit_ros.engine.fallback import Action, FallbackPolicy, FaultKind, ResilientEngine, classify, steps_for
+from clustvit_ros.engine.host import LOAD_LIMIT_S, EngineHost, EngineOrder
+from clustvit_ros.engine.worker import DeviceLost, FrameSlot
+from clustvit_ros.errors import EngineError, ImageError, ModelError
+
+IMAGE = np.arange(64 * 96 * 3, dtype=np.uint8).reshape(64, 96, 3)  # 24 tokens: rungs of 3
+OUT_OF_MEMORY = EngineError("cuda:0 (Fake) failed on an image of (64, 96): CUDA out of memory. Tried to allocate 2 GiB")
+LOST = RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be reported later")
+
+
+WAIT_S = 10.0
+
+
+class Session:
+    """Segments the frames that it gets, under the settings that come with them."""
+
+    def __init__(self, engine: Engine, slot: FrameSlot[Settings], results: list[Prediction]) -> None:
+        self.engine, self._slot, self._results = engine, slot, results
+
+    def handle(self, frame: Settings) -> None:
+        try:
+            self._results.append(self.engine.segment(IMAGE, frame))
+        except DeviceLost:
+            self._slot.put_back(frame)
+            raise
+        except Exception as error:
+            self._results.append(error)
+
+    def use_idle_time(self, is_free: Callable[[], bool]) -> None:
+        pass
+
+
+class Machine:
+    """A GPU that fails while `failure` is set, and optionally only above `most_tokens`; a CPU that always works."""
+
+    def __init__(self, device: str = "cuda", gpu_works_at_start: bool = True, adapts: bool = True) -> None:
+        self.now_s = 0.0
+        self.failure: Exception | None = None
+        self.most_tokens = 0
+        self.made: list[str] = []
+        self.closed: list[str] = []
+        self.warmed: list[tuple[int, int] | None] = []
+        self.gpu_can_be_made, self.gpu_is_a_cpu = gpu_works_at_start, False
+        self.may_load = threading.Event()
+        self.may_load.set()
+        self.ended: list[BaseException | None] = []
+        self.results: list = []
+        self.slot: FrameSlot[Settings] = FrameSlot()
+        self.slot.open()
+        self.host: EngineHost[Settings] = EngineHost(self.slot, clock=lambda: self.now_s)
+        self.device, self.adapts = device, adapts
+        self.start("a")
+        self.wait_for(lambda: bool(self.ended))
+
+    def start(self, model: str) -> None:
+        self.host.start(
+            EngineOrder(
+                model, self.make, lambda engine: Session(engine, self.slot, self.results), self.device, self.adapts,
+                self.ended.append,
+            )
+        )  # fmt: skip
+
+    def make(self, device: str) -> Engine:
+        self.made.append(device)
+        self.may_load.wait(WAIT_S)
+        if device != "cpu" and not self.gpu_can_be_made:
+            raise RuntimeError("CUDA error: no CUDA-capable device is detected")
+        return Part(self, "cpu (fake)" if device == "cpu" or self.gpu_is_a_cpu else "cuda:0 (Fake)")
+
+    def segment(self, **settings: float) -> int:
+        """The token capacity that a frame was segmented with."""
+        before = len(self.results)
+        self.slot.put(Settings(**{"merge_threshold": 1.0, **settings}))  # type: ignore[arg-type]
+        self.wait_for(lambda: len(self.results) > before and not self.slot.busy)
+        result = self.results[-1]
+        if isinstance(result, Exception):
+            raise result
+        np.testing.assert_array_equal(result.mask[0], IMAGE[..., 1] >> 6)
+        return result.stats.token_capacity
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        pause = threading.Event()
+        for _ in range(int(WAIT_S / 0.002)):
+            if condition():
+                return
+            pause.wait(0.002)
+        pytest.fail("not in time")
+
+    @property
+    def device_in_use(self) -> str:
+        self.wait_for(lambda: self.host.session is not None)
+        return self.host.session.engine.info.device  # type: ignore[union-attr]
+
+
+class Part(ScriptedEngine):
+    """One of the machine's engines."""
+
+    def __init__(self, machine: Machine, device: str) -> None:
+        super().__init__(device=device)
+        self.machine = machine
+
+    def warmup(self, image_size: tuple[int, int] | None = None) -> None:
+        self.machine.warmed.append(image_size)
+
+    def segment(self, images, settings=Settings()):
+        prediction = super().segment(images, settings)
+        machine, tokens = self.machine, prediction.stats.token_capacity
+        if machine.failure is not None and "cuda" in self.info.device and tokens > machine.most_tokens:
+            raise machine.failure
+        return prediction
+
+    def close(self) -> None:
+        self.machine.closed.append(self.info.device)
+
+
+def test_a_fault_that_passes_costs_nothing() -> None:
+    failures = iter([EngineError("hiccup")])
+    engine = ResilientEngine(
+        ScriptedEngine(failure=lambda _call: next(failures, None)), FallbackPolicy(steps_for(True))
+    )
+    assert engine.segment(IMAGE).mask.shape == (1, 64, 96)
+    assert engine.fault == ""
+
+
+def test_out_of_memory_falls_to_the_capacity_that_fits() -> None:
+    machine = Machine()
+    assert machine.segment() == 24
+    machine.failure, machine.most_tokens = OUT_OF_MEMORY, 12
+    assert machine.segment() == 12
+    assert "runs with half of the tokens after 2 failed calls: cuda:0 (Fake) failed" in machine.host.fault
+    assert "CUDA out of memory" in machine.host.fault
+    assert "coming back is tried in 10 s" in machine.host.fault
+    machine.most_tokens = 3
+    assert machine.segment() == 3
+    assert machine.segment(token_capacity=2) == 2, "the caller's own bound still holds"
+    assert machine.made == ["cuda"]
+
+
+def test_out_of_memory_at_every_capacity_ends_on_the_cpu() -> None:
+    machine = Machine()
+    machine.failure = OUT_OF_MEMORY
+    assert machine.segment() == 24
+    assert machine.made == ["cuda", "cpu"]
+    assert machine.closed == ["cuda:0 (Fake)"]
+    assert machine.device_in_use == "cpu (fake)"
+    reason = machine.host.session.engine.info.device_reason  # type: ignore[union-attr]
+    assert reason.startswith("fell back from cuda: cuda:0 (Fake) failed")
+    assert "runs on the CPU after 6 failed calls" in machine.host.fault
+
+
+def test_a_lost_device_goes_to_the_cpu_at_once_and_the_frame_gets_its_mask() -> None:
+    machine = Machine()
+    machine.failure = LOST
+    machine.segment()
+    assert len(machine.results) == 1
+    assert machine.made == ["cuda", "cpu"]
+    assert "after 2 failed calls: CUDA error: unspecified launch failure;" in machine.host.fault
+
+
+def test_comes_back_from_fewer_tokens_and_waits_longer_each_time_it_fails() -> None:
+    machine = Machine()
+    machine.failure, machine.most_tokens = OUT_OF_MEMORY, 12
+    machine.segment()
+    policy = machine.host.session.engine._policy  # type: ignore[union-attr]
+    attempts = []
+    for _ in range(360):
+        machine.now_s += 1.0
+        before = policy.failures
+        assert machine.segment() == 12, "attempts to come back must not cost a frame"
+        if policy.failures > before:
+            attempts.append(machine.now_s)
+    gaps = np.diff([0.0, *attempts])
+    np.testing.assert_allclose(gaps[:5], [10, 20, 40, 80, 160], atol=5)
+    machine.failure = None
+    machine.now_s += 330.0
+    machine.segment()
+    assert machine.segment() == 24
+    assert machine.host.fault == ""
+
+
+def test_comes_back_from_the_cpu_beside_the_running_engine() -> None:
+    machine = Machine()
+    machine.segment()
+    machine.failure = LOST
+    machine.segment()
+    machine.gpu_can_be_made = False
+    machine.now_s = 11.0
+    machine.segment()
+    machine.wait_for(lambda: "coming back is tried in 20 s" in machine.host.fault)
+    assert "no CUDA-capable device" in machine.host.fault
+    assert machine.device_in_use == "cpu (fake)"
+
+    machine.gpu_can_be_made, machine.failure = True, None
+    machine.may_load.clear()
+    machine.now_s = 32.0
+    for _ in range(3):
+        machine.segment()
+        assert machine.device_in_use == "cpu (fake)", "until the new engine is ready, the old one runs"
+    machine.may_load.set()
+    machine.wait_for(lambda: machine.device_in_use == "cuda:0 (Fake)")
+    machine.segment()
+    assert machine.host.fault == ""
+    assert machine.made == ["cuda", "cpu", "cuda", "cuda"], "one attempt at a time"
+    machine.wait_for(lambda: machine.closed == ["cuda:0 (Fake)", "cpu (fake)"])
+
+
+def test_a_device_that_comes_back_as_a_cpu_is_not_taken() -> None:
+    machine = Machine("auto")
+    machine.failure = LOST
+    machine.segment()
+    machine.gpu_is_a_cpu, machine.now_s = True, 11.0
+    machine.segment()
+    machine.wait_for(lambda: "coming back is tried in 20 s" in machine.host.fault)
+    assert "runs on the CPU" in machine.host.fault
+
+
+def test_auto_starts_on_the_cpu_when_the_gpu_fails_at_the_start() -> None:
+    machine = Machine("auto", gpu_works_at_start=False)
+    machine.segment()
+    assert machine.made == ["auto", "cpu"]
+    assert "no CUDA-capable device" in machine.host.fault
+    (error,) = Machine("cuda:0", gpu_works_at_start=False).ended
+    assert "no CUDA-capable device" in str(error)
+
+
+def test_warming_may_fail_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    def warmup(part: Part, image_size: tuple[int, int] | None = None) -> None:
+        if "cuda" in part.info.device:
+            raise LOST
+
+    monkeypatch.setattr(Part, "warmup", warmup)
+    assert Machine().device_in_use == "cpu (fake)"
+
+
+def test_callers_mistakes_are_not_repeated() -> None:
+    engine = ResilientEngine(ScriptedEngine(), FallbackPolicy(steps_for(True)))
+    with pytest.raises(ImageError):
+        engine.segment(IMAGE.astype(np.float32))
+    assert engine.fault == ""
+
+
+def test_a_call_that_fails_everywhere_raises_the_engines_error() -> None:
+    engine = ResilientEngine(
+        ScriptedEngine(failure=lambda _call: EngineError("broken")), FallbackPolicy(steps_for(True))
+    )
+    for _ in range(3):
+        with pytest.raises(EngineError, match="broken"):
+            engine.segment(IMAGE)
+    assert "runs with the fewest tokens" in engine.fault
+    engine.close()
+    with pytest.raises(EngineError, match="closed"):
+        engine.segment(IMAGE)
+
+
+def test_without_adaptation_nothing_but_a_retry_happens() -> None:
+    machine = Machine(adapts=False)
+    machine.failure = OUT_OF_MEMORY
+    with pytest.raises(EngineError, match="out of memory"):
+        machine.segment()
+    machine.failure = None
+    assert machine.segment() == 24
+    assert machine.made == ["cuda"]
+
+
+def test_another_model_takes_over_when_it_is_warm_and_not_when_it_is_given_up() -> None:
+    machine = Machine()
+    machine.segment()
+    machine.may_load.clear()
+    machine.start("b")
+    machine.start("c")
+    assert machine.segment() == 24 and machine.host.model == "a" and machine.host.loading
+    assert "cancelled" in str(machine.ended[1])
+    assert machine.host.keep("a") and not machine.host.loading
+    machine.start("d")
+    assert not machine.host.keep("x")
+    machine.may_load.set()
+    machine.wait_for(lambda: machine.host.model == "d")
+    machine.segment()
+    machine.wait_for(lambda: machine.closed == ["cuda:0 (Fake)"] * 3)
+    assert machine.ended[-1] is None
+
+
+def test_a_model_that_fails_or_takes_too_long_changes_nothing() -> None:
+    machine = Machine()
+    machine.gpu_can_be_made = False
+    machine.start("b")
+    machine.wait_for(lambda: len(machine.ended) == 2)
+    assert "no CUDA-capable device" in str(machine.ended[1]) and machine.host.model == "a"
+    machine.may_load.clear()
+    machine.start("c")
+    machine.now_s += LOAD_LIMIT_S + 1.0
+    machine.host.check()
+    assert "not warm after" in str(machine.ended[2]) and not machine.host.loading
+    machine.may_load.set()
+    assert machine.segment() == 24
+
+
+def test_when_no_engine_can_be_had_that_is_said_and_tried_again() -> None:
+    machine = Machine("cuda")
+    machine.failure = LOST
+
+    def make(device: str) -> Engine:
+        raise EngineError("no device at all")
+
+    machine.make, working = make, machine.make  # type: ignore[method-assign]
+    machine.host._order.make = make  # type: ignore[union-attr]
+    machine.slot.put(Settings(merge_threshold=1.0))
+    machine.wait_for(lambda: "no engine runs: no device at all; another attempt" in machine.host.fault)
+    machine.host.check()
+    machine.failure = None
+    machine.host._order.make = working  # type: ignore[union-attr]
+    machine.now_s += 1000.0
+    machine.host.check()
+    machine.wait_for(lambda: len(machine.results) == 1)
+    assert machine.device_in_use == "cuda:0 (Fake)"
+
+
+def test_a_model_that_cannot_be_loaded_is_no_fault_of_the_device() -> None:
+    machine = Machine("auto")
+
+    def make(_device: str) -> Engine:
+        raise ModelError("no such model")
+
+    machine.make = make  # type: ignore[method-assign]
+    machine.start("b")
+    machine.wait_for(lambda: len(machine.ended) == 2)
+    assert isinstance(machine.ended[1], ModelError)
+    assert machine.host.fault == ""
+
+
+def test_closing_frees_what_runs_and_what_was_prepared() -> None:
+    machine = Machine()
+    machine.may_load.clear()
+    machine.start("b")
+    assert machine.host.close()
+    machine.may_load.set()
+    machine.wait_for(lambda: machine.closed == ["cuda:0 (Fake)"] * 2)
+    assert machine.host.session is None
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OUT_OF_MEMORY, FaultKind.OUT_OF_MEMORY),
+        (RuntimeError("CUDA error: out of memory"), FaultKind.OUT_OF_MEMORY),
+        (RuntimeError("[ONNXRuntimeError] Failed to allocate memory for buffer"), FaultKind.OUT_OF_MEMORY),
+        (MemoryError(), FaultKind.OUT_OF_MEMORY),
+        (LOST, FaultKind.DEVICE_LOST),
+        (RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED when calling cublasSgemm"), FaultKind.DEVICE_LOST),
+        (ValueError("shapes differ"), FaultKind.OTHER),
+    ],
+)  # fmt: skip
+def test_kinds_of_failure(error: Exception, kind: FaultKind) -> None:
+    assert classify(error) is kind
+    try:
+        raise EngineError("the engine failed") from error
+    except EngineError as wrapped:
+        assert classify(wrapped) is kind
+
+
+def test_pauses_start_over_once_the_device_has_held() -> None:
+    now = [0.0]
+    policy = FallbackPolicy(steps_for(True), lambda: now[0])
+    pauses = []
+    for good_s in (1.0, 1.0, 100.0, 1.0):
+        assert [policy.failed(ValueError("x")) for _ in range(2)] == [Action.RETRY, Action.STEP_DOWN]
+        pauses.append(policy.pause_left_s)
+        now[0] += pauses[-1]
+        assert policy.due
+        policy.come_back()
+        now[0] += good_s
+        policy.succeeded()
+    assert pauses == [10.0, 20.0, 40.0, 10.0]
