@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from clustvit_ros.cli.arguments import parse_size
-from clustvit_ros.engine.preprocess import to_input
+from clustvit_ros.engine.pixels import to_input
 from clustvit_ros.networks import build_network, load_segmenter, network_config
 from clustvit_ros.networks.clustr import ClusTR
 from clustvit_ros.networks.model_folder import InputConfig

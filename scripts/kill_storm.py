@@ -23,9 +23,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from clustvit_ros.dds import dds_environment, node_environment
+from clustvit_ros.dds import dds_environment, find_leftovers, node_environment
 from clustvit_ros.demo.processes import NodeProcess
-from clustvit_ros.shared_memory import find_leftovers
 
 _PATIENCE_S = 30.0
 

@@ -86,7 +86,7 @@ def measure(size: tuple[int, int], frames: int, rate_hz: float) -> dict[str, Any
     keep_freed_memory()
     rclpy.init(args=[])
     engine = FixedEngine(size)
-    node = SegmentationNode(lambda _parameters: engine)
+    node = SegmentationNode(lambda _parameters, _device: engine)
     executor = SingleThreadedExecutor()
     executor.add_node(node)
     with tempfile.TemporaryDirectory() as folder:

@@ -26,7 +26,7 @@ import numpy as np
 
 from clustvit_ros.dds import dds_environment, node_environment
 from clustvit_ros.demo.processes import NodeProcess
-from clustvit_ros.engine.memory import keep_freed_memory
+from clustvit_ros.engine.machine import keep_freed_memory
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _MEMORY_LIMIT_BYTES = 1_000_000

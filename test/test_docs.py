@@ -82,7 +82,7 @@ def test_the_foxglove_layout_places_every_panel_once():
 
 def test_stats_that_the_layout_plots_are_published():
     from clustvit_ros.engine import Stats
-    from clustvit_ros.engine.record import FrameRecord
+    from clustvit_ros.engine.engine import FrameRecord
 
     pairs = FrameRecord(stats=Stats(1, 1.0, 1, 0.5, 1.0)).as_pairs()
     layout = (ROOT / "config/foxglove/segmentation.json").read_text()

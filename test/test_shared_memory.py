@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from clustvit_ros.shared_memory import find_leftovers, remove_leftovers
+from clustvit_ros.dds import find_leftovers, remove_leftovers
 
 
 def segment(folder: Path, name: str) -> Path:

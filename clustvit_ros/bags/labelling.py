@@ -20,7 +20,7 @@ from clustvit_ros.bags.reading import PARTIAL_SUFFIX, BagReader
 from clustvit_ros.bags.salvage import Salvaged
 from clustvit_ros.bags.writing import read_about, to_png, write_bag, write_pngs
 from clustvit_ros.engine import Engine, Settings
-from clustvit_ros.engine.record import FrameRecord
+from clustvit_ros.engine.engine import FrameRecord
 from clustvit_ros.errors import BagError, ConfigError, ImageError
 
 FORMATS = ("bag", "png")

@@ -11,7 +11,7 @@ from clustvit_ros.cli import machine_checks
 from clustvit_ros.cli.camera_check import check_camera
 from clustvit_ros.cli.compute_checks import run_isolated
 from clustvit_ros.cli.findings import Finding, Level, as_json, as_text
-from clustvit_ros.shared_memory import remove_leftovers
+from clustvit_ros.dds import remove_leftovers
 
 _DEFAULT_TOPIC = "/image"
 _MAX_IMAGE_PIXELS = 16_777_216

@@ -17,12 +17,20 @@ from clustvit_ros.networks.architectures import ARCHITECTURES, build_network, ne
 from clustvit_ros.networks.clustr_config import ClusTRConfig
 from clustvit_ros.networks.model_folder import InputConfig, ModelConfig, check_weights, save_model
 from clustvit_ros.networks.network_config import NetworkConfig
-from clustvit_ros.networks.official import Checkpoint, count_classes, from_official, network_of, read_checkpoint
-from clustvit_ros.networks.official_clustr import clustr_shape, is_clustr
+from clustvit_ros.networks.official import count_classes, network_of
 from clustvit_ros.networks.segmenter import Segmenter
-from clustvit_ros.networks.timm_weights import is_encoder, read_encoder, resize_positions
 from clustvit_ros.networks.vit import grid_size_of
 from clustvit_ros.networks.vit_config import ViTConfig
+from clustvit_ros.networks.weights import (
+    Checkpoint,
+    clustr_shape,
+    import_weights,
+    is_clustr,
+    is_vit_encoder,
+    read_checkpoint,
+    read_encoder,
+    resize_positions,
+)
 
 # Keys of a configuration file, as the reference cases name them, and ours.
 _CONFIG_KEYS = {
@@ -80,16 +88,16 @@ def run(args: argparse.Namespace) -> int:
         known["image_size"] = _size(args.image_size)
     if is_clustr(checkpoint.weights):
         return _import_clustr(args, checkpoint, known)
-    if is_encoder(checkpoint.weights):
+    if is_vit_encoder(checkpoint.weights):
         return _import_encoder(args, checkpoint, known)
     for option in ("arch", "head"):
         if getattr(args, option):
             raise ConfigError(f"--{option}: is for an encoder without a head, {args.checkpoint} has one")
-    architecture, overrides = network_of(checkpoint, known)
+    architecture, overrides = network_of(checkpoint.weights, checkpoint.model, known)
     network_settings = cast(ViTConfig, network_config(architecture, overrides))
     classes = _classes(args.classes, count_classes(checkpoint.weights))
     network = build_network(network_settings, len(classes))
-    weights = from_official(checkpoint.weights)
+    weights = import_weights(checkpoint).weights
     check_weights(network, weights, str(args.checkpoint))
     network.load_state_dict(weights)
     _save(args, architecture, network_settings, overrides, classes, network)
@@ -98,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _import_encoder(args: argparse.Namespace, checkpoint: Checkpoint, known: dict[str, Any]) -> int:
     """An encoder's weights in a network whose other parts are fresh."""
-    encoder = read_encoder(checkpoint.weights, from_official)
+    encoder = read_encoder(checkpoint.weights, checkpoint.grid_size)
     embed_dim = encoder.shapes["embed_dim"]
     heads = known.get("num_heads", max(embed_dim // 64, 1))
     architecture = args.arch or next(
@@ -172,9 +180,7 @@ def _import_clustr(args: argparse.Namespace, checkpoint: Checkpoint, known: dict
     torch.manual_seed(0)
     network = build_network(network_settings, len(classes))
     own = network.state_dict()
-    weights = {
-        name: tensor for name, tensor in from_official(checkpoint.weights).items() if name.startswith("backbone.")
-    }
+    weights = {name: x for name, x in import_weights(checkpoint).weights.items() if name.startswith("backbone.")}
     fresh = {name: own[name] for name in own if name.startswith("head.")}
     check_weights(network, {**fresh, **weights}, str(args.checkpoint))
     network.load_state_dict(weights, strict=False)

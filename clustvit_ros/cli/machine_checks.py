@@ -17,10 +17,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from clustvit_ros.cli.findings import Finding, Level
-from clustvit_ros.dds import PROFILE_VARIABLES, dds_environment
+from clustvit_ros.dds import PROFILE_VARIABLES, SHARED_MEMORY, dds_environment, find_leftovers
 from clustvit_ros.engine.machine import machine_name
 from clustvit_ros.paths import share_dir
-from clustvit_ros.shared_memory import SHARED_MEMORY, find_leftovers
 
 # A participant with this package's profile takes 32 MB; camera, node and consumer are three.
 _SEGMENT_MB, _SHARED_MEMORY_MB = 34, 128

@@ -7,8 +7,8 @@ import importlib
 import sys
 
 from clustvit_ros import __version__
+from clustvit_ros.engine.machine import bound_spinning
 from clustvit_ros.errors import ClustvitError, ConfigError
-from clustvit_ros.openmp import bound_spinning
 
 COMMANDS = (
     "bench",

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from clustvit_ros.engine import Engine, Settings, create_engine
-from clustvit_ros.engine.capacity import default_ladder
+from clustvit_ros.engine.ladder import default_ladder
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.measure.sweep import SweepRow, suggest, sweep
 from clustvit_ros.training.dataset import LabelledImages, find_images, read_image

@@ -16,9 +16,9 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CompressedImage, Image
 
 from clustvit_ros.compressed_images import decode_compressed
+from clustvit_ros.dds import remove_leftovers
 from clustvit_ros.errors import ImageError
 from clustvit_ros.images import decode_image
-from clustvit_ros.shared_memory import remove_leftovers
 
 _TYPES = {"sensor_msgs/msg/Image": Image, "sensor_msgs/msg/CompressedImage": CompressedImage}
 _QOS = QoSProfile(depth=10, reliability=ReliabilityPolicy.BEST_EFFORT)

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clustvit_ros.engine.capacity import choose_capacity, default_ladder
 from clustvit_ros.engine.engine import Prediction, Settings
+from clustvit_ros.engine.labels import cluster_map, static_label_maps, upsampling
+from clustvit_ros.engine.ladder import choose_capacity, default_ladder
 from clustvit_ros.engine.network_engine import Lap, Maps, NetworkOutput, StageTimer, most_exempt
-from clustvit_ros.engine.postprocess import cluster_map, static_label_maps, upsampling
-from clustvit_ros.engine.preprocess import device_input
+from clustvit_ros.engine.pixels import device_input
 from clustvit_ros.engine.recorded_graph import CudaRecorder, EagerRecorder, Graph, Recorder
 from clustvit_ros.engine.torch_engine import TorchEngine
 from clustvit_ros.errors import EngineError

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clustvit_ros.engine.capacity import default_ladder
 from clustvit_ros.engine.engine import Engine, EngineInfo, Prediction, Settings, Stats, as_batch
 from clustvit_ros.engine.exemption import exempt_tokens
-from clustvit_ros.engine.memory import keep_freed_memory
-from clustvit_ros.engine.postprocess import cluster_map, label_maps
-from clustvit_ros.engine.preprocess import network_size, to_input
+from clustvit_ros.engine.labels import cluster_map, label_maps
+from clustvit_ros.engine.ladder import default_ladder
+from clustvit_ros.engine.machine import keep_freed_memory
+from clustvit_ros.engine.pixels import network_size, to_input
 from clustvit_ros.errors import EngineError
 from clustvit_ros.networks.model_folder import ModelConfig
 from clustvit_ros.networks.vit import grid_size_of
@@ -205,7 +205,7 @@ class NetworkEngine(Engine):
     def _exempt(self, x: Tensor, settings: Settings, lap: Lap) -> Tensor | None:
         """Tokens that must not be merged, as `infer` takes them."""
         classes = settings.merge_exempt_classes
-        if not self._config.network.merges or not (settings.merge_exempt_region or classes):
+        if not (settings.merge_exempt_region or classes) or not self._config.network.merges:
             return None
         grid_size = grid_size_of((x.shape[2], x.shape[3]), self._config.network.patch_size)
         masks = settings.previous_mask

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clustvit_ros.engine.capacity import choose_capacity, default_ladder
 from clustvit_ros.engine.device import describe_device, select_device
 from clustvit_ros.engine.engine import Settings
+from clustvit_ros.engine.ladder import choose_capacity, default_ladder
 from clustvit_ros.engine.network_engine import Lap, NetworkEngine, NetworkOutput
 from clustvit_ros.engine.onnx_export import EXEMPT_NAME, describe_export, export_onnx
 from clustvit_ros.engine.onnx_session import open_session, read_metadata

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.onnx import symbolic_helper
 
 from clustvit_ros import __version__
-from clustvit_ros.engine.capacity import default_ladder
-from clustvit_ros.engine.onnx_check import check_against_torch
+from clustvit_ros.engine.ladder import default_ladder
+from clustvit_ros.engine.onnx_session import check_against_torch
 from clustvit_ros.errors import ConfigError, EngineError
 from clustvit_ros.networks.model_folder import ModelConfig, hash_weights, load_config, load_segmenter
 from clustvit_ros.networks.segmenter import Segmenter

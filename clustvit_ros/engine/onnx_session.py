@@ -1,14 +1,24 @@
-"""Sessions of ONNX Runtime on a chosen execution provider, which is made sure to be the one that runs."""
+"""Sessions of ONNX Runtime on a chosen execution provider, and whether an exported file gives the network's numbers.
+
+Does an exported file compute what PyTorch computes? Asked after every export.
+"""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from clustvit_ros.engine.ladder import choose_capacity, default_ladder
 from clustvit_ros.errors import ConfigError, EngineError
+from clustvit_ros.networks.backbone import Backbone
+from clustvit_ros.networks.segmenter import Segmenter
+from clustvit_ros.networks.vit import grid_size_of
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -116,3 +126,155 @@ def _providers(
         preferred.append((PROVIDERS["cuda"], on_gpu))
     # Asking for a provider that this build lacks would be an error in some versions and a warning in others.
     return [*(provider for provider in preferred if provider[0] in available), PROVIDERS["cpu"]]
+
+
+LOGIT_TOLERANCE = 1e-3
+# Tokens whose merge score's logit is closer than this to the threshold's may be decided either way.
+_TIE = 1e-3
+# Share of tokens that may be decided the other way, where several are equally good to the last bit. The others' logits
+# then follow PyTorch's but for a few. So they do where a backbone decides inside what no result shows.
+_TIED_TOKENS = 0.02
+# Of normalised pixels, whose own float32 has 1e-7.
+_ROUNDING = 1e-6
+
+
+def check_against_torch(path: Path, network: Segmenter, size: tuple[int, int], batch: int | None) -> float:
+    """Compare an exported file with its network on several images, thresholds and capacities.
+
+    Args:
+        path: the file.
+        network: in evaluation mode, on the CPU.
+        size: (height, width) of the file's input.
+        batch: its batch size; None (dynamic) is checked with one and two images.
+
+    Returns:
+        The largest difference of logits; of a backbone that decides inside, of nine tenths of them.
+
+    Raises:
+        EngineError: the file cannot be run, or a capacity, a cluster id or a logit differs.
+    """
+    onnxruntime = import_onnxruntime()
+    try:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # it warns of the optional input, which is meant to be one
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
+        raise EngineError(f"export: ONNX Runtime {onnxruntime.__version__} cannot read the file: {error}") from error
+    difference = 0.0
+    for images, many_settings in zip(_images(size, batch), (True, False), strict=True):
+        with torch.inference_mode():
+            difference = max(difference, _check_images(session, network, images, many_settings))
+    return difference
+
+
+def _images(size: tuple[int, int], batch: int | None) -> tuple[Tensor, Tensor]:
+    """Noise, and smooth gradients that cross the image: two batches of normalised images."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(batch or 1, 3, *size, generator=generator)
+    rows, columns = torch.linspace(-1, 1, size[0])[:, None], torch.linspace(-1, 1, size[1])
+    directions = torch.rand(batch or 2, 3, 2, 1, 1, generator=generator) * 6 - 3
+    return noise, torch.sin(directions[:, :, 0] * rows + directions[:, :, 1] * columns)
+
+
+def _check_images(session, network: Segmenter, images: Tensor, many_settings: bool) -> float:
+    backbone = network.backbone
+    state = backbone.encode(images)
+    rows, columns = grid_size_of((images.shape[2], images.shape[3]), backbone.patch_size)
+    difference = 0.0
+    unexempt = state
+    for turn, (merge_threshold, token_capacity) in enumerate(_settings(backbone, state, rows * columns, many_settings)):
+        feed = {
+            "images": images.numpy(),
+            "merge_threshold": np.array(merge_threshold, np.float32),
+            "token_capacity": np.array(token_capacity, np.int64),
+        }
+        state, exempt = unexempt, 0
+        if backbone.exempts and turn % 2:
+            # Every other time some tokens are left out of merging.
+            tokens = torch.arange(rows * columns) % (turn + 2) == 0
+            feed["exempt"], state, exempt = tokens.numpy(), backbone.exempt(unexempt, tokens), int(tokens.sum())
+        logits, ids, capacity = (torch.from_numpy(np.asarray(output)) for output in session.run(None, feed))
+        where = f"at merge_threshold {merge_threshold:.4g} and token_capacity {token_capacity}"
+        if backbone.merges:
+            least, most = (
+                _capacity(backbone, state, rows * columns, _moved(merge_threshold, tie), token_capacity, exempt)
+                for tie in (-_TIE, _TIE)
+            )
+            if not least <= int(capacity) <= most:
+                raise EngineError(
+                    f"export: {int(capacity)} tokens are kept {where}, PyTorch keeps {most}; the file was removed"
+                )
+        expected = network.decode(backbone.finish(state, token_capacity=int(capacity)))
+        tied = _check_ids(ids, expected.cluster_ids, where) or backbone.decides
+        differences = (logits - expected.logits).abs().flatten()
+        found = float(differences.quantile(0.9) if tied else differences.max())
+        # A head without a final norm has logits of any size, and rounding errors to match.
+        allowed = LOGIT_TOLERANCE * max(1.0, 0.1 * float(expected.logits.abs().max()))
+        if backbone.decides:
+            allowed = max(allowed, _undecided(network, images, expected.logits))
+        if not found <= allowed:  # a NaN is no match either
+            raise EngineError(
+                f"export: logits differ from PyTorch's by {found:.2g} {where}, allowed {allowed:.2g}; the file "
+                f"was removed; try other versions than PyTorch {torch.__version__} and the ONNX Runtime here"
+            )
+        difference = max(difference, found)
+    return difference
+
+
+def _undecided(network: Segmenter, images: Tensor, logits: Tensor) -> float:
+    """Four times what one rounding error of the input does to PyTorch's own logits, at most 2 % of their spread.
+
+    One token that is as close to one centre as to another changes attention for all tokens, if it falls to the other.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rounded = images + _ROUNDING * torch.randn(images.shape, generator=generator)
+    differences = (network.decode(network.backbone.finish(network.backbone.encode(rounded))).logits - logits).abs()
+    return min(4 * float(differences.flatten().quantile(0.9)), 0.02 * float(logits.std()))
+
+
+def _settings(backbone: Backbone, state: Any, tokens_total: int, many: bool) -> list[tuple[float, int]]:
+    """Pairs of threshold and capacity, among them thresholds that split this image's tokens."""
+    if not backbone.merges:
+        return [(1.0, 0), (0.5, 3)]
+    splitting = [_threshold_for(backbone, state, round(share * tokens_total)) for share in (0.2, 0.6)]
+    few = [(1.0, 0), (splitting[0], 0), (1.0, tokens_total // 3)]
+    rest = [(0.0, 0), (0.5, 0), (splitting[1], 0), (0.5, 1), (1.0, tokens_total // 2), (splitting[1], tokens_total)]
+    return few + rest if many else few
+
+
+def _threshold_for(backbone: Backbone, state: Any, kept: int) -> float:
+    """A threshold that keeps about that many tokens, by bisection of its logit."""
+    low, high = -16.0, 16.0
+    for _ in range(16):
+        middle = (low + high) / 2
+        low, high = (middle, high) if int(backbone.count_kept(state, _sigmoid(middle)).max()) < kept else (low, middle)
+    return _sigmoid(high)
+
+
+def _capacity(
+    backbone: Backbone, state: Any, tokens_total: int, merge_threshold: float, token_capacity: int, exempt: int
+) -> int:
+    kept = int(backbone.count_kept(state, merge_threshold).max())
+    return choose_capacity(default_ladder(tokens_total), kept, token_capacity, exempt)
+
+
+def _check_ids(ids: Tensor, expected: Tensor | None, where: str) -> bool:
+    """Whether tokens were decided differently, few enough to be ties."""
+    wrong = (ids != (torch.zeros_like(ids) if expected is None else expected)).float().mean()
+    if wrong > _TIED_TOKENS:
+        raise EngineError(
+            f"export: the tokens that are kept, or the clusters of merged ones, are not PyTorch's {where}: "
+            f"{float(wrong):.0%} differ; the file was removed"
+        )
+    return bool(wrong > 0)
+
+
+def _moved(merge_threshold: float, margin: float) -> float:
+    """A threshold whose logit is `margin` higher; 0 and 1 stay."""
+    if not 0.0 < merge_threshold < 1.0:
+        return merge_threshold
+    return _sigmoid(math.log(merge_threshold / (1.0 - merge_threshold)) + margin)
+
+
+def _sigmoid(x: float) -> float:
+    return 1.0 / (1.0 + math.exp(-x))

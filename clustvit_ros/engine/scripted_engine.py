@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 
 from clustvit_ros.classes import IGNORE_INDEX, ClassSet
-from clustvit_ros.engine.capacity import choose_capacity, default_ladder
 from clustvit_ros.engine.engine import Engine, EngineInfo, Prediction, Settings, Stats, as_batch
+from clustvit_ros.engine.ladder import choose_capacity, default_ladder
 
 _PATCH_PX = 16
 _FIXED_SHARE = 0.25

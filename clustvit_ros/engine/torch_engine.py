@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clustvit_ros.engine.capacity import choose_capacity, default_ladder
-from clustvit_ros.engine.core_share import CoreShare
 from clustvit_ros.engine.device import describe_device, select_device
 from clustvit_ros.engine.engine import PRECISIONS, Prediction, Settings
-from clustvit_ros.engine.memory import return_freed_memory
+from clustvit_ros.engine.ladder import choose_capacity, default_ladder
+from clustvit_ros.engine.machine import CoreShare, return_freed_memory
 from clustvit_ros.engine.network_engine import Lap, NetworkEngine, NetworkOutput, most_exempt
 from clustvit_ros.errors import ConfigError, EngineError
 from clustvit_ros.networks.backbone import Features

@@ -21,7 +21,7 @@ from clustvit_ros.engine import create_engine
 from clustvit_ros.engine.engine import Settings
 from clustvit_ros.engine.network_engine import Lap, NetworkEngine, NetworkOutput, StageTimer
 from clustvit_ros.engine.onnx_engine import OnnxEngine
-from clustvit_ros.engine.preprocess import to_input
+from clustvit_ros.engine.pixels import to_input
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.measure.flops import count_cost
 from clustvit_ros.networks.model_folder import load_config

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from clustvit_ros.engine.engine import Engine, Prediction, Settings
-from clustvit_ros.engine.preprocess import network_size
+from clustvit_ros.engine.pixels import network_size
 from clustvit_ros.measure.flops import count_cost
 from clustvit_ros.measure.metrics import BoundaryIoU, ConfusionMatrix
 from clustvit_ros.networks.model_folder import ModelConfig

@@ -279,16 +279,3 @@ class ClusTR(Backbone):
 
     def finish(self, state: Any, merge_threshold: float = 0.5, token_capacity: int | Tensor | None = None) -> Features:
         return state
-
-
-class ClusTRClassifier(nn.Module):
-    """ClusTR with its classification head: images (B, 3, H, W) -> class logits (B, Q)."""
-
-    def __init__(self, backbone: ClusTR, num_classes: int) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = nn.Linear(backbone.embed_dims[-1], num_classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        tokens, _ = self.backbone.stage_tokens(images)[-1]
-        return self.head(tokens.mean(dim=1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.networks.clustr import ClusTR, ClusTRClassifier
+from clustvit_ros.networks.clustr import ClusTR
 from clustvit_ros.networks.feature_pyramid import FeaturePyramidHead
 from clustvit_ros.networks.network_config import NetworkConfig
 from clustvit_ros.networks.segmenter import Segmenter
@@ -54,15 +54,8 @@ class ClusTRConfig(NetworkConfig):
             raise ConfigError(f"network: head_dim is {self.head_dim}, expected a multiple of 32")
 
     def build(self, num_classes: int) -> Segmenter:
-        backbone = self._backbone(self.window_tokens, self.cluster_once)
-        return Segmenter(backbone, FeaturePyramidHead(self.embed_dims, num_classes, self.head_dim))
-
-    def build_classifier(self, num_classes: int) -> ClusTRClassifier:
-        """The paper's image classifier, for its checkpoints and figures: always the exact form."""
-        return ClusTRClassifier(self._backbone(window_tokens=0, cluster_once=False), num_classes)
-
-    def _backbone(self, window_tokens: int, cluster_once: bool) -> ClusTR:
-        return ClusTR(
+        backbone = ClusTR(
             self.embed_dims, self.depths, self.num_heads, self.mlp_ratios, self.sr_ratios,
-            window_tokens, cluster_once, self.drop_path,
+            self.window_tokens, self.cluster_once, self.drop_path,
         )  # fmt: skip
+        return Segmenter(backbone, FeaturePyramidHead(self.embed_dims, num_classes, self.head_dim))

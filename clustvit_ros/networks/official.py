@@ -2,28 +2,18 @@
 
 Heads: Segmenter's mask transformer, UPerNet with or without mmsegmentation's neck, and a single 1x1 convolution, which
 is our linear head. Auxiliary heads serve training only and are left out.
-
-Files are read with `weights_only=True`; nothing in them is ever executed. A checkpoint's own configuration, Python text
-in the file, is read as literals only.
 """
 
 from __future__ import annotations
 
-import ast
-import pickle
 import re
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from clustvit_ros.errors import ConfigError, ModelError
 from clustvit_ros.networks.architectures import ARCHITECTURES
-from clustvit_ros.networks.official_clustr import from_official_clustr, is_clustr
-from clustvit_ros.networks.timm_weights import fold_patch_bias
 from clustvit_ros.networks.uper_head import NUM_LEVELS
 from clustvit_ros.networks.vit_config import ViTConfig
 
@@ -60,51 +50,17 @@ _NECK = {"lateral_convs": "lateral", "convs": "smooth"}
 _TRAINING_ONLY = ("auxiliary_head.",)
 
 
-class Checkpoint(NamedTuple):
-    """A checkpoint file.
-
-    Attributes:
-        weights: parameter names, as they are in the file, to tensors.
-        model: the `model` section of the configuration that the file carries; empty when it carries none.
-    """
-
-    weights: dict[str, Tensor]
-    model: dict[str, Any]
-
-
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint without executing anything in it.
-
-    Raises:
-        ModelError: unreadable, or no checkpoint of this kind.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, SafetensorError) as error:
-        raise ModelError(
-            f"{path}: cannot be read as a checkpoint of plain tensors ({str(error).splitlines()[0]}); if it is a "
-            "training checkpoint with other objects in it, save its state_dict alone"
-        ) from error
-    # OpenMMLab's wrapper, DeiT's, none.
-    weights = content.get("state_dict", content.get("model", content)) if isinstance(content, dict) else None
-    if not isinstance(weights, dict) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
-        raise ModelError(f"{path}: holds no state_dict of tensors; expected an OpenMMLab checkpoint or timm weights")
-    meta = content.get("meta", {})
-    text = meta.get("cfg", "") if isinstance(meta, dict) else ""
-    return Checkpoint(weights, _model_section(text) if isinstance(text, str) else {})
-
-
-def network_of(checkpoint: Checkpoint, known: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def network_of(
+    weights: dict[str, Tensor], model: dict[str, Any], known: dict[str, Any]
+) -> tuple[str, dict[str, Any]]:
     """The architecture of a checkpoint.
 
     Shapes tell most of it; the rest comes from `known`, then from the checkpoint's own configuration, then from the
     official defaults (injection point 3, 64 channels per head, a square trained size).
 
     Args:
-        checkpoint: as read.
+        weights: parameter names as in the file, to tensors.
+        model: the `model` section of the checkpoint's own configuration, or empty.
         known: hyper-parameters by the names of `ViTConfig`; they are checked against the shapes.
 
     Returns:
@@ -114,7 +70,6 @@ def network_of(checkpoint: Checkpoint, known: dict[str, Any]) -> tuple[str, dict
         ModelError: parameters that every ViT or Segmenter has are missing.
         ConfigError: `known` contradicts the shapes, or a trained size that is not square was not given.
     """
-    weights = checkpoint.weights
     try:
         embed_dim = weights["backbone.cls_token"].shape[2]
         shapes: dict[str, Any] = {
@@ -138,7 +93,7 @@ def network_of(checkpoint: Checkpoint, known: dict[str, Any]) -> tuple[str, dict
             continue
         if name in shapes and shapes[name] != value:
             raise ConfigError(f"{name}: got {value!r}, but the checkpoint's shapes say {shapes[name]!r}")
-    backbone = {"num_heads": max(embed_dim // 64, 1), **_hints(checkpoint.model)}
+    backbone = {"num_heads": max(embed_dim // 64, 1), **_hints(model)}
     network = {**backbone, **shapes, **known, "head": shapes["head"]}
     for name in ("injection_points", "head_blocks"):
         if name in network:
@@ -169,14 +124,11 @@ def from_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename the parameters of an official checkpoint; names that are not recognised stay as they are.
 
     What serves training only (auxiliary heads) is left out, and a bias of the patch projection, which older versions of
-    mmsegmentation had, is added to the position embedding, where it does the same. ClusTR's layout is recognised
-    as well.
+    mmsegmentation had, is added to the position embedding, where it does the same.
     """
-    if is_clustr(state_dict):
-        return from_official_clustr(state_dict)
     linear = head_of(state_dict) == "linear"
     weights = {}
-    for name, tensor in fold_patch_bias(state_dict).items():
+    for name, tensor in _fold_patch_bias(state_dict).items():
         if name.startswith(_TRAINING_ONLY):
             continue
         if linear and name == "decode_head.conv_seg.weight":
@@ -340,25 +292,12 @@ def _hints(model: dict[str, Any]) -> dict[str, Any]:
     return hints
 
 
-def _model_section(text: str) -> dict[str, Any]:
-    """The `model = dict(...)` of a configuration text, literals and dict() calls only; empty when there is none."""
-    try:
-        tree = ast.parse(text)
-    except SyntaxError:
-        return {}
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "model":
-            value = _literal(node.value)
-            return value if isinstance(value, dict) else {}
-    return {}
-
-
-def _literal(node: ast.expr) -> Any:
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
-        return {keyword.arg: _literal(keyword.value) for keyword in node.keywords}
-    if isinstance(node, (ast.List, ast.Tuple)):
-        return [_literal(item) for item in node.elts]
-    try:
-        return ast.literal_eval(node)
-    except ValueError:
-        return None
+def _fold_patch_bias(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights (OpenMMLab's names) without a bias of the patch projection, which is added to all patches' positions."""
+    bias = weights.get("backbone.patch_embed.projection.bias")
+    if bias is None or "backbone.pos_embed" not in weights:
+        return weights
+    weights = {name: tensor for name, tensor in weights.items() if name != "backbone.patch_embed.projection.bias"}
+    pos_embed = weights["backbone.pos_embed"]
+    weights["backbone.pos_embed"] = torch.cat([pos_embed[:, :1], pos_embed[:, 1:] + bias], dim=1)
+    return weights

@@ -14,8 +14,8 @@ from sensor_msgs.msg import Image
 
 from clustvit_ros.compressed_images import decode_compressed
 from clustvit_ros.engine import Engine, Prediction
-from clustvit_ros.engine.masks import ClassGrouping, draw_overlay, group_classes
-from clustvit_ros.engine.record import FrameRecord
+from clustvit_ros.engine.engine import FrameRecord
+from clustvit_ros.engine.masks import ClassGrouping, Groups, draw_overlay, group_classes
 from clustvit_ros.engine.worker import DeviceLost, FrameSlot
 from clustvit_ros.errors import ClustvitError, ImageError
 from clustvit_ros.images import decode_image
@@ -78,6 +78,7 @@ class FrameSession:
         self._cameras, self._slot = cameras, slot
         self._status_name = f"{node_name}: frame"
         self._logger, self._now_ns, self._context_ok = logger, now_ns, context_ok
+        self._grouping: tuple[Groups | None, ClassGrouping] = None, ClassGrouping(engine.info.classes)
         self.named: SegmentationParameters | None = None
         """Values that name classes as this engine's model has them, while those in force are for its successor."""
 
@@ -134,16 +135,20 @@ class FrameSession:
             parameters, class_groups=named.class_groups, merge_exempt_classes=named.merge_exempt_classes
         )
 
+    def _group(self, groups: Groups) -> ClassGrouping:
+        if groups is not self._grouping[0]:
+            self._grouping = groups, group_classes(self.engine.info.classes, groups)
+        return self._grouping[1]
+
     def _segment(self, batch: Sequence[_Decoded]) -> None:
         first = batch[0]
-        grouping = group_classes(self.engine.info.classes, first.parameters.class_groups)
+        grouping = self._group(first.parameters.class_groups)
         cameras, images = [one.camera.name for one in batch], [one.image for one in batch]
         plan = self.policy.plan(images, first.parameters, cameras, *first.wants)
         result = self.engine.segment(images[0] if len(images) == 1 else images, plan.settings)
-        masks = grouping.apply(result)
+        masks = result if grouping.table is None else grouping.apply(result)
         published = [self._publish(one, plan, masks, index, grouping) for index, one in enumerate(batch)]
-        misses = self.policy.learn(plan, result, [age_ms for age_ms, _ in published])
-        facts = plan.as_pairs()
+        lesson = self.policy.learn(plan, result, [age_ms for age_ms, _ in published])
         for index, (one, (age_ms, publish_ms)) in enumerate(zip(batch, published, strict=True)):
             mask, stats = masks.mask[index], masks.stats
             withheld = publish_ms is None
@@ -152,14 +157,14 @@ class FrameSession:
             record = FrameRecord(
                 camera=one.camera.name,
                 outcome="late" if withheld else "segmented",
-                image_size=plan.image_size,
+                image_size=(one.image.shape[0], one.image.shape[1]),
                 mask_size=(mask.shape[0], mask.shape[1]),
                 batch=len(batch),
                 stats=stats,
                 confidence_threshold=plan.parameters.confidence_threshold,
-                plan=facts,
-                deadline_missed=plan.is_missed(stats.total_ms, age_ms),
-                deadline_misses=misses,
+                plan=lesson.facts,
+                deadline_missed=lesson.missed[index],
+                deadline_misses=lesson.misses,
                 decode_ms=one.decode_ms,
                 publish_ms=publish_ms or 0.0,
                 arrival_age_ms=one.frame.arrival_age_ms or 0.0,
@@ -204,17 +209,15 @@ class FrameSession:
     def _enter(self, one: _Decoded, record: FrameRecord) -> None:
         """Count a segmented frame, tell of the first one, and publish its statistics."""
         ledger, outputs = one.camera.ledger, one.camera.outputs
-        if not ledger.segmented and record.stats is not None:
+        if ledger.add(record) and record.stats is not None:
             self._logger.info(
                 f"{one.camera.name + ': ' if one.camera.name else ''}first mask: "
                 f"{record.mask_size[1]}x{record.mask_size[0]}, {record.age_ms:.1f} ms after the image's stamp; engine "
                 f"{record.stats.total_ms:.1f} ms, {record.stats.tokens_kept:g} of {record.stats.tokens_total} tokens"
             )
-        ledger.add(record)
         if outputs.wanted("stats"):
-            pairs = {"camera": record.camera} if record.camera else {}
-            pairs |= {**record.as_pairs(), **ledger.count_pairs(), **self.policy.status.accuracy}
-            status = diagnostic_status(self._status_name, self.engine.info.device, OK, "segmented", pairs)
+            device, pairs = self.engine.info.device, ledger.frame_pairs(record)
+            status = diagnostic_status(self._status_name, device, OK, "segmented", pairs)
             outputs.publish("stats", DiagnosticArray(header=one.frame.message.header, status=[status]))
 
     def _fail(self, camera: str, error: Exception) -> None:

@@ -14,11 +14,10 @@ import rclpy
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
 
-from clustvit_ros.engine.memory import keep_freed_memory
+from clustvit_ros.dds import remove_leftovers
+from clustvit_ros.engine.machine import bound_spinning, keep_freed_memory
 from clustvit_ros.errors import ClustvitError, ConfigError
-from clustvit_ros.openmp import bound_spinning
 from clustvit_ros.paths import user_cache_dir
-from clustvit_ros.shared_memory import remove_leftovers
 
 N = TypeVar("N", bound=Node)
 

@@ -7,13 +7,14 @@ paid for in advance; a lasting change of load replaces those frames at once inst
 
 from __future__ import annotations
 
+import bisect
 import math
 import statistics
 from collections import deque
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.policy.latency import LatencyTable
 
 # Frames that the slowdown is estimated from.
 _WINDOW = 24
@@ -38,6 +39,43 @@ _SPREADS = 2.5
 # A capacity that was left soon after it was taken is not tried again for so many frames, doubled each time.
 _RETRY_FRAMES = 60
 _MAX_RETRY_FRAMES = 3840
+
+
+class LatencyTable:
+    """Calibrated latency per token capacity.
+
+    Measured noise must not make a larger capacity look cheaper than a smaller one: the table is made to rise by
+    pooling neighbours that do not (isotonic regression).
+
+    Args:
+        latency_ms: capacity (tokens) -> milliseconds, at least one entry.
+
+    Raises:
+        ConfigError: no entry, or one that is not positive.
+    """
+
+    def __init__(self, latency_ms: Mapping[int, float]) -> None:
+        if not latency_ms:
+            raise ConfigError("latency table: got no capacity, expected at least one")
+        if any(capacity < 1 or not 0.0 < value < math.inf for capacity, value in latency_ms.items()):
+            raise ConfigError(f"latency table: got {dict(latency_ms)}, expected positive capacities and milliseconds")
+        self.capacities = tuple(sorted(latency_ms))
+        self._latency_ms = _rising([latency_ms[capacity] for capacity in self.capacities])
+
+    def __getitem__(self, capacity: int) -> float:
+        """Milliseconds at a capacity; between two rungs interpolated, beyond them the nearest."""
+        index = bisect.bisect_left(self.capacities, capacity)
+        if index == 0:
+            return self._latency_ms[0]
+        if index == len(self.capacities):
+            return self._latency_ms[-1]
+        low, high = self.capacities[index - 1 : index + 1]
+        share = (capacity - low) / (high - low)
+        return self._latency_ms[index - 1] * (1.0 - share) + self._latency_ms[index] * share
+
+    def items(self) -> Iterable[tuple[int, float]]:
+        """(capacity, milliseconds), ascending."""
+        return zip(self.capacities, self._latency_ms, strict=True)
 
 
 @dataclass(frozen=True)
@@ -271,3 +309,15 @@ def _spread(values: deque[float] | list[float]) -> float:
     median = statistics.median(values)
     deviation = statistics.median(abs(value - median) for value in values)
     return max(1.4826 * deviation, _MIN_SPREAD * abs(median))
+
+
+def _rising(values: list[float]) -> list[float]:
+    """The closest non-decreasing sequence (pool adjacent violators)."""
+    pools: list[tuple[float, int]] = []
+    for value in values:
+        total, count = value, 1
+        while pools and pools[-1][0] / pools[-1][1] > total / count:
+            before_total, before_count = pools.pop()
+            total, count = total + before_total, count + before_count
+        pools.append((total, count))
+    return [total / count for total, count in pools for _ in range(count)]

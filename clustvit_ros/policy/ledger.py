@@ -2,16 +2,62 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import math
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from clustvit_ros.engine.record import OUTCOMES, FrameRecord
-from clustvit_ros.policy.latency import LatencyWindow
+from clustvit_ros.engine.engine import OUTCOMES, FrameRecord
+from clustvit_ros.errors import ConfigError
 
 OK, WARN, ERROR = 0, 1, 2
 """Levels of diagnostic_msgs/DiagnosticStatus."""
 
+PERCENTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+"""Label -> share, as statistics and diagnostics name them."""
 _INPUT_PERCENTILES = {"p50": 0.5, "p95": 0.95, "max": 1.0}
+
+
+def percentile(values: Iterable[float], share: float) -> float:
+    """The nearest-rank percentile: always one of the values, never a latency that did not occur.
+
+    Args:
+        values: at least one number.
+        share: 0.95 for the 95th percentile; above 0, at most 1.
+
+    Raises:
+        ConfigError: there is no value.
+    """
+    ordered = sorted(values)
+    if not ordered:
+        raise ConfigError("percentile: got no value, expected at least one")
+    return ordered[max(math.ceil(round(share * len(ordered), 9)), 1) - 1]
+
+
+class LatencyWindow:
+    """The latest latencies, oldest forgotten first.
+
+    Args:
+        size: how many are remembered.
+    """
+
+    def __init__(self, size: int = 300) -> None:
+        self._samples: deque[float] = deque(maxlen=size)
+
+    def add(self, latency_ms: float) -> None:
+        """Remember a latency; one that is no number is left out."""
+        if math.isfinite(latency_ms):
+            self._samples.append(latency_ms)
+
+    def as_pairs(self, name: str, shares: Mapping[str, float] = PERCENTILES) -> dict[str, str]:
+        """Percentiles as keys and values, e.g. `age_p95_ms`; nothing without samples.
+
+        Args:
+            name: what the keys begin with.
+            shares: label -> share of the samples.
+        """
+        samples = list(self._samples)  # another thread may add one
+        return {f"{name}_{label}_ms": f"{percentile(samples, share):.2f}" for label, share in shares.items() if samples}
 
 
 class Ledger:
@@ -58,8 +104,13 @@ class Ledger:
             self._input_age.add(age_ms)
         self._arrived_s = arrival_s
 
-    def add(self, record: FrameRecord) -> None:
-        """A frame is done."""
+    def add(self, record: FrameRecord) -> bool:
+        """A frame is done.
+
+        Returns:
+            True for the first one that the engine has segmented.
+        """
+        first = record.stats is not None and not self.segmented
         self._outcomes[record.outcome] += 1
         if record.outcome == "rejected":
             self.last_rejection = record.problem
@@ -69,6 +120,7 @@ class Ledger:
             self.newest = record
             self._age.add(record.age_ms)
             self._engine.add(record.stats.total_ms)
+        return first
 
     def counts(self) -> dict[str, int]:
         """Frames by fate."""
@@ -80,6 +132,11 @@ class Ledger:
     def count_pairs(self) -> dict[str, str]:
         """Counts as keys and values of stats and diagnostics."""
         return {f"frames_{name}": str(value) for name, value in self.counts().items()}
+
+    def frame_pairs(self, record: FrameRecord) -> dict[str, str]:
+        """A frame's statistics, with all counts up to it."""
+        camera = {"camera": record.camera} if record.camera else {}
+        return {**camera, **record.as_pairs(), **self.count_pairs()}
 
     def window_pairs(self) -> dict[str, str]:
         """Percentiles of ages, periods and engine times as keys and values of diagnostics."""

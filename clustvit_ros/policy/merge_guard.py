@@ -198,6 +198,11 @@ class MergeGuard:
             stats = result.stats
             self._sample = _Sample(images[0], settings, result.mask[0], stats.token_capacity)
 
+    def forget(self) -> None:
+        """Nothing is guarded any more: what was seen says nothing about later."""
+        self._masks.clear()
+        self._sample = None
+
     def use_idle_time(self, is_free: Callable[[], bool]) -> None:
         """Compare the latest frame with its unmerged mask, if a check is due and nothing waits, or it is overdue.
 

@@ -175,18 +175,26 @@ class SegmentationParameters:
         """The fewest tokens that a budget must leave; the user's upper bound comes first."""
         return min(self.min_tokens, self.token_capacity or self.min_tokens)
 
-    def settings(self, model_size: tuple[int, int], confidence: bool, clusters: bool) -> Settings:
+    @property
+    def is_guarded(self) -> bool:
+        """Whether classes or regions are exempt from merging, or masks are compared with unmerged ones."""
+        return bool(self.merge_exempt_classes or self.merge_exempt_region or self.accuracy_check_period_s)
+
+    def settings(
+        self, model_size: tuple[int, int], confidence: bool, clusters: bool, token_capacity: int = 0
+    ) -> Settings:
         """What one engine call gets.
 
         Args:
             model_size: (height, width) that the network works at, for `output_size: model`.
             confidence: whether somebody wants the confidence map.
             clusters: whether somebody wants the cluster map.
+            token_capacity: most tokens that may be kept; 0 is what the user set.
         """
         size = self.output_size
         return Settings(
             merge_threshold=self.merge_threshold,
-            token_capacity=self.token_capacity,
+            token_capacity=token_capacity or self.token_capacity,
             confidence_threshold=self.confidence_threshold,
             output_size=size if isinstance(size, tuple) else model_size if size == "model" else None,
             confidence=confidence,

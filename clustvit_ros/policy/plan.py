@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from clustvit_ros.engine import Settings
-from clustvit_ros.policy.budget import Decision, check_budget
-from clustvit_ros.policy.latency import LatencyTable
+from clustvit_ros.policy.budget import Decision, LatencyTable, check_budget
 from clustvit_ros.policy.parameters import SegmentationParameters
 
 TOLERATED_MISSES = 0.02
@@ -34,7 +33,8 @@ class Plan:
         min_tokens: fewest tokens that a budget must leave, from the user or the accuracy checks.
         budget_state: `off`; `calibrating` or `uncalibrated` (calibration failed), both with the smallest capacity;
             `held`; `infeasible` when even the smallest capacity is expected to miss the budget.
-        decision: what the budget controller decided; None before calibration and without a budget controller.
+        decision: what the budget controller decided; None before calibration.
+        accuracy: what the accuracy checks found, as keys and values.
     """
 
     parameters: SegmentationParameters
@@ -45,11 +45,7 @@ class Plan:
     min_tokens: int
     budget_state: str
     decision: Decision | None
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) of the images."""
-        return self.images[0].shape[0], self.images[0].shape[1]
+    accuracy: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def budget_ms(self) -> float:
@@ -84,7 +80,22 @@ class Plan:
             pairs["slowdown"] = f"{self.decision.slowdown:.3f}"
             pairs["predicted_ms"] = f"{self.decision.predicted_ms:.3f}"
             pairs["overhead_ms"] = f"{self.decision.overhead_ms:.3f}"
-        return pairs
+        return {**pairs, **self.accuracy}
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What is known about a call's frames once their masks are out.
+
+    Args:
+        missed: for each image, whether it took longer than its budget.
+        misses: deadline misses so far, these included.
+        facts: why they were segmented this way, as keys and values.
+    """
+
+    missed: Sequence[bool]
+    misses: int
+    facts: Mapping[str, str]
 
 
 class Misses:
@@ -122,7 +133,6 @@ class BudgetStatus:
         overhead_ms: milliseconds outside the engine, typical of recent frames.
         failure: why there is no calibration; empty when there is one, or none was tried.
         recalibrated: whether what `recalibrate` asked for is done.
-        accuracy: what the accuracy checks found, as keys and values.
     """
 
     plan: Plan | None = None
@@ -133,7 +143,6 @@ class BudgetStatus:
     overhead_ms: float = 0.0
     failure: str = ""
     recalibrated: bool = False
-    accuracy: Mapping[str, str] = field(default_factory=dict)
 
     def check(self, parameters: SegmentationParameters) -> None:
         """Refuse a budget that cannot be held; every budget is accepted before calibration.
@@ -174,4 +183,4 @@ class BudgetStatus:
         pairs["deadline_misses_recent"] = "{} of {}".format(*self.recent)
         if self.table is not None:
             pairs.update({f"calibrated.{tokens}_tokens_ms": f"{value:.2f}" for tokens, value in self.table.items()})
-        return {**pairs, **self.accuracy}
+        return pairs

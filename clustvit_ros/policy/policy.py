@@ -18,12 +18,11 @@ import numpy as np
 
 from clustvit_ros.engine import Engine, Prediction
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.policy.budget import BudgetController, Decision
+from clustvit_ros.policy.budget import BudgetController, Decision, LatencyTable
 from clustvit_ros.policy.calibration import Calibration, CalibrationCache, CalibrationKey
-from clustvit_ros.policy.latency import LatencyTable
 from clustvit_ros.policy.merge_guard import MergeGuard
 from clustvit_ros.policy.parameters import SegmentationParameters
-from clustvit_ros.policy.plan import BudgetStatus, Misses, Plan
+from clustvit_ros.policy.plan import BudgetStatus, Lesson, Misses, Plan
 
 # Warming and calibrating a size costs seconds and memory; a stream that changes its size for ever must not add up.
 _REMEMBERED_SIZES = 16
@@ -71,7 +70,9 @@ class Policy:
     ) -> None:
         self._engine, self._logger = engine, logger
         self._cache = cache or CalibrationCache()
+        self._input_size = engine.info.input_size
         self._guard = MergeGuard(engine, clock)
+        self._guarded = False
         self._sizes: dict[tuple[int, int], _ImageSize] = {}
         self._newest: tuple[int, int] | None = None
         self._parameters = SegmentationParameters()
@@ -125,35 +126,42 @@ class Policy:
         """
         size = (images[0].shape[0], images[0].shape[1])
         entry = self._prepare(size, parameters)
-        floor = self._guard.floor(size) if parameters.min_agreement else 0
+        guarded = parameters.is_guarded
+        if self._guarded and not guarded:
+            self._guard.forget()
+        self._guarded = guarded
+        floor = self._guard.floor(size) if guarded and parameters.min_agreement else 0
         min_tokens = max(parameters.min_tokens, floor)
         raised = parameters if min_tokens == parameters.min_tokens else replace(parameters, min_tokens=min_tokens)
         ceiling, state, decision = self._bound(entry, raised)
-        input_size = self._engine.info.input_size
-        settings = replace(parameters.settings(input_size, confidence, clusters), token_capacity=ceiling)
-        settings = self._guard.protect(settings, parameters, cameras, floor)
-        return Plan(parameters, cameras, images, settings, input_size, min_tokens, state, decision)
+        settings = parameters.settings(self._input_size, confidence, clusters, ceiling)
+        if guarded:
+            settings = self._guard.protect(settings, parameters, cameras, floor)
+        return Plan(
+            parameters, cameras, images, settings, self._input_size, min_tokens, state, decision, self._guard.pairs
+        )
 
-    def learn(self, plan: Plan, result: Prediction, ages_ms: Sequence[float]) -> int:
+    def learn(self, plan: Plan, result: Prediction, ages_ms: Sequence[float]) -> Lesson:
         """Learn from the call that `plan` was for.
 
         Args:
             plan: as `plan` gave it.
             result: what the engine made of it, in the model's own classes.
             ages_ms: for each image, milliseconds from its stamp to the publication of its mask.
-
-        Returns:
-            Deadline misses so far, these frames included.
         """
         self._plan = plan
-        self._guard.saw(plan.cameras, plan.images, plan.settings, result)
+        if self._guarded:
+            self._guard.saw(plan.cameras, plan.images, plan.settings, result)
+        facts, stats = plan.as_pairs(), result.stats
         if not plan.parameters.adapts:
             self._status = BudgetStatus(recalibrated=True)  # there is no budget to report about
-            return 0
-        entry, stats = self._sizes[plan.image_size], result.stats
+            return Lesson([False] * len(ages_ms), 0, facts)
+        assert self._newest is not None  # `plan` came before
+        entry = self._sizes[self._newest]
+        missed = [plan.is_missed(stats.total_ms, age_ms) for age_ms in ages_ms]
         if plan.budget_ms:
-            for age_ms in ages_ms:
-                self._misses.add(plan.is_missed(stats.total_ms, age_ms))
+            for each in missed:
+                self._misses.add(each)
         # Of a batch, nobody knows what one frame costs.
         settled = entry.calibration is None and not entry.unsettled and len(ages_ms) == 1
         if entry.controller is not None and settled:
@@ -161,7 +169,7 @@ class Policy:
             entry.controller.observe(stats.token_capacity, stats.total_ms, overhead_ms)
         entry.unsettled = False
         self._publish_status(entry)
-        return self._misses.total
+        return Lesson(missed, self._misses.total, facts)
 
     def use_idle_time(self, is_free: Callable[[], bool]) -> None:
         """Do what can wait: an accuracy check that is due, and a calibration by one step, by more while `is_free()`."""
@@ -260,7 +268,6 @@ class Policy:
             overhead_ms=controller.typical_overhead_ms if controller is not None else 0.0,
             failure=entry.failure,
             recalibrated=self._recalibrated,
-            accuracy=self._guard.pairs,
         )
 
 

@@ -21,7 +21,7 @@ from clustvit_ros.training.checkpoint import CHECKPOINT
 from clustvit_ros.training.crops import DEFAULT_CACHE_BYTES, Batch, Crops, Place
 from clustvit_ros.training.dataset import LabelledImages
 from clustvit_ros.training.distributed import Processes
-from clustvit_ros.training.initialisation import InitReport, initialise
+from clustvit_ros.training.initialisation import InitReport, load_init
 from clustvit_ros.training.loop import LOG, Losses, RunOptions, TrainingLoop, seeded_generator
 from clustvit_ros.training.losses import (
     cluster_loss,
@@ -70,7 +70,7 @@ class Trainer(TrainingLoop[Segmenter]):
         network = build_network(self.config.network, len(self.config.classes))
         self.init_report: InitReport | None = None
         if recipe.init and not (Path(run_dir) / CHECKPOINT).exists():
-            self.init_report = initialise(network, recipe.init)
+            self.init_report = load_init(network, recipe.init)
         if self.schedule.trains == "merging":
             _freeze_all_but_merging(network, recipe.name)
         self.crops = Crops(

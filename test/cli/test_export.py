@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from clustvit_ros.cli.main import main
-from clustvit_ros.engine import onnx_check
 
 for package in ("onnx", "onnxruntime"):
     pytest.importorskip(package, reason=f"needs {package}, of the extra 'onnx'")
@@ -44,7 +43,7 @@ def test_the_official_layout_needs_a_file(model_dir, capsys):
 
 
 def test_numbers_that_differ_fail_the_command(model_dir, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(onnx_check, "LOGIT_TOLERANCE", 0.0)
+    monkeypatch.setattr("clustvit_ros.engine.onnx_session.LOGIT_TOLERANCE", 0.0)
     assert main(["export", "--model", str(model_dir), "--out", str(tmp_path / "toy.onnx")]) == 2
     assert "logits differ from PyTorch's" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from clustvit_ros.classes import ClassSet, class_set_names, load_class_set
@@ -14,7 +15,7 @@ from clustvit_ros.cli.main import main
 from clustvit_ros.errors import ModelError
 from clustvit_ros.networks import ViTConfig, build_network, load_config, load_segmenter, network_config
 from clustvit_ros.networks.official import from_official, to_official
-from clustvit_ros.networks.sliding_window import whole_logits
+from clustvit_ros.training.initialisation import load_init
 
 IMAGE_CASES = ("a_basic", "b_batch2", "c_nonsquare_k4_ip1", "e_empty_id2", "f_vit_baseline", "l_k1_last_layer", "m_ip0")
 
@@ -32,7 +33,8 @@ def test_imported_model_equals_the_official_one(golden_dir, tmp_path, name):
     expected = {key: torch.from_numpy(np.asarray(value)) for key, value in np.load(golden_dir / f"{name}.npz").items()}
     with torch.no_grad():
         output = network(expected["input"])
-        resized = whole_logits(network, expected["input"])
+        logits = network(expected["input"]).logits
+        resized = F.interpolate(logits, size=expected["input"].shape[2:], mode="bilinear", align_corners=False)
     torch.testing.assert_close(output.logits, expected["seg_logits"], rtol=0, atol=1e-4)
     torch.testing.assert_close(resized, expected["seg_logits_resized"], rtol=0, atol=1e-4)
     if "cluster_ids" in expected:
@@ -122,7 +124,7 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path, capsys):
 
     torch.save({"state_dict": Bomb()}, tmp_path / "bomb.pth")
     assert import_(tmp_path / "bomb.pth", tmp_path / "model") == 2
-    assert "cannot be read as a checkpoint of plain tensors" in capsys.readouterr().err
+    assert "cannot be read as weights of plain tensors" in capsys.readouterr().err
     assert not (tmp_path / "exploded").exists()
 
 
@@ -274,3 +276,52 @@ def test_other_families_have_no_official_name_to_go_back_to(architecture):
         network = build_network(network_config(architecture, {}), 3)
     with pytest.raises(ModelError, match="only ViT and ClustViT have one"):
         to_official(network.state_dict())
+
+
+def layouts(tmp_path, golden_dir):
+    """Checkpoints of every layout: name -> (weights, options of the import)."""
+    scales = {f"blocks.{block}.{name}": (64,) for block in range(2) for name in ("ls1.gamma", "ls2.gamma")}
+    first_deit3 = {f"blocks.{block}.{name}": (64,) for block in range(2) for name in ("gamma_1", "gamma_2")}
+    distilled = {
+        "dist_token": (1, 1, 64), "pos_embed": (1, 18, 64), "head_dist.weight": (7, 64), "head_dist.bias": (7,)
+    }  # fmt: skip
+    official = official_checkpoint(tmp_path / "full.pth", backbone="vit")
+    encoder = {name: value for name, value in official.items() if name.startswith("backbone.")}
+    clustr = torch.load(golden_dir / "clustr" / "network_small.pth", weights_only=True)["state_dict"]
+    headless = ("--classes", "camvid")
+    return {
+        "timm": (timm_weights(), headless),
+        "augreg": (timm_weights(**{"patch_embed.proj.bias": (64,)}), headless),
+        "deit distilled": (timm_weights(**distilled), headless),
+        "deit III": (timm_weights(pos_embed=(1, 16, 64), **scales), headless),
+        "deit III, first names": (timm_weights(pos_embed=(1, 16, 64), **first_deit3), headless),
+        "official segmenter": (official, ()),
+        "openmmlab encoder": ({name.removeprefix("backbone."): value for name, value in encoder.items()}, headless),
+        "clustr": (clustr, headless),
+    }
+
+
+@pytest.mark.parametrize(
+    "layout",
+    ["timm", "augreg", "deit distilled", "deit III", "deit III, first names", "official segmenter",
+     "openmmlab encoder", "clustr"],
+)  # fmt: skip
+@torch.no_grad()
+def test_training_starts_from_what_an_import_gives(layout, tmp_path, golden_dir):
+    """`train --init` and `import-checkpoint` are one importer: the features of every layout are equal."""
+    weights, options = layouts(tmp_path, golden_dir)[layout]
+    torch.save({"model": weights}, tmp_path / "a.pth")
+    if layout == "clustr":
+        (tmp_path / "heads.json").write_text('{"num_heads": [1, 2, 5, 8]}')
+        options = (*options, "--config", str(tmp_path / "heads.json"))
+    assert import_(tmp_path / "a.pth", tmp_path / "model", *options) == 0
+    imported = load_segmenter(tmp_path / "model")
+    torch.manual_seed(1)
+    config = load_config(tmp_path / "model")
+    network = build_network(config.network, len(config.classes)).eval()
+    images = torch.randn(1, 3, *config.network.image_size)
+    before = network.backbone(images).tokens
+    load_init(network, tmp_path / "a.pth")
+    features = network.backbone(images).tokens
+    assert (features - before).abs().max() > 0.1, "something was loaded"
+    torch.testing.assert_close(features, imported.backbone(images).tokens, rtol=0, atol=1e-5)

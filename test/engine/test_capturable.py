@@ -16,8 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from clustvit_ros.engine.postprocess import cluster_map, static_label_maps, upsampling
-from clustvit_ros.engine.preprocess import device_input
+from clustvit_ros.engine.labels import cluster_map, static_label_maps, upsampling
+from clustvit_ros.engine.pixels import device_input
 from clustvit_ros.networks import build_network, load_config, network_config
 from clustvit_ros.networks.inference import for_inference
 from clustvit_ros.networks.vit import grid_size_of

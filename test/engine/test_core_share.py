@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from clustvit_ros.engine import create_engine
-from clustvit_ros.engine.core_share import WINDOW_S, CoreShare
+from clustvit_ros.engine.machine import WINDOW_S, CoreShare
 
 
 class Machine:

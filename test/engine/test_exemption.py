@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from clustvit_ros.engine import Settings, create_engine
-from clustvit_ros.engine.capacity import default_ladder
 from clustvit_ros.engine.exemption import class_tokens, exempt_class_ids, exempt_tokens, parse_regions, region_tokens
 from clustvit_ros.engine.graph_engine import GraphEngine
+from clustvit_ros.engine.ladder import default_ladder
 from clustvit_ros.engine.recorded_graph import EagerRecorder
 from clustvit_ros.errors import ConfigError
 

@@ -13,8 +13,8 @@ import torch
 
 from clustvit_ros import __version__
 from clustvit_ros.classes import ClassSet
-from clustvit_ros.engine import Settings, create_engine, onnx_check, onnx_engine
-from clustvit_ros.engine.capacity import choose_capacity, default_ladder
+from clustvit_ros.engine import Settings, create_engine, onnx_engine, onnx_session
+from clustvit_ros.engine.ladder import choose_capacity, default_ladder
 from clustvit_ros.engine.onnx_engine import OnnxEngine
 from clustvit_ros.engine.onnx_export import export_onnx
 from clustvit_ros.engine.onnx_session import open_session, read_metadata
@@ -143,7 +143,7 @@ def test_metadata_says_what_the_file_needs_and_is(exported, toy_model):
 
 
 def test_numbers_that_differ_leave_no_file(toy_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_check, "LOGIT_TOLERANCE", 0.0)
+    monkeypatch.setattr(onnx_session, "LOGIT_TOLERANCE", 0.0)
     with pytest.raises(EngineError, match=r"logits differ from PyTorch's by .* the file was removed"):
         export_onnx(toy_model, tmp_path / "out" / "toy.onnx")
     assert list((tmp_path / "out").iterdir()) == []
@@ -151,7 +151,7 @@ def test_numbers_that_differ_leave_no_file(toy_model, tmp_path, monkeypatch):
 
 def test_a_failed_export_leaves_an_older_file_as_it_was(toy_model, tmp_path, monkeypatch):
     (tmp_path / "toy.onnx").write_bytes(b"older")
-    monkeypatch.setattr(onnx_check, "LOGIT_TOLERANCE", 0.0)
+    monkeypatch.setattr(onnx_session, "LOGIT_TOLERANCE", 0.0)
     with pytest.raises(EngineError):
         export_onnx(toy_model, tmp_path / "toy.onnx")
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"older"]
@@ -166,7 +166,7 @@ def test_the_check_finds_weights_that_are_not_the_files(exported, toy_model, par
     with torch.no_grad():
         other.get_submodule(part).bias += torch.linspace(0, 3, len(other.get_submodule(part).bias))
     with pytest.raises(EngineError, match=message):
-        onnx_check.check_against_torch(exported.path, other, (96, 128), None)
+        onnx_session.check_against_torch(exported.path, other, (96, 128), None)
 
 
 def test_sizes_that_are_none_are_refused(toy_model, tmp_path):

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from clustvit_ros.config import from_mapping
 from clustvit_ros.errors import ConfigError, ImageError, ModelError
+from clustvit_ros.measure.flops import count_flops
 from clustvit_ros.networks import build_network, network_config
 from clustvit_ros.networks import density_peaks as density_peaks_module
 from clustvit_ros.networks.architectures import ARCHITECTURES
 from clustvit_ros.networks.clustr import ClusTRAttention, cluster_tokens
+from clustvit_ros.networks.clustr_config import ClusTRConfig
 from clustvit_ros.networks.density_peaks import density_peaks, split_windows
-from clustvit_ros.networks.official_clustr import clustr_classifier, clustr_shape
+from clustvit_ros.networks.weights import clustr_shape, from_official_clustr
 
 TINY = {
     "embed_dims": [16, 24, 32, 48], "num_heads": [1, 2, 2, 3], "depths": [1, 2, 2, 1], "head_dim": 32,
@@ -59,12 +64,31 @@ def test_plain_attention_is_the_official_one(golden_dir):
     close(attention(expected["x"]), expected["out"])
 
 
+class Classifier(nn.Module):
+    """The paper's image classifier, always the exact form: for its reference case and published figures."""
+
+    def __init__(self, backbone, num_classes):
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(backbone.embed_dims[-1], num_classes)
+
+    def forward(self, images):
+        tokens, _ = self.backbone.stage_tokens(images)[-1]
+        return self.head(tokens.mean(dim=1))
+
+
+def classifier(config, num_classes):
+    exact = dataclasses.replace(config, window_tokens=0, cluster_once=False)
+    return Classifier(exact.build(1).backbone, num_classes).eval()
+
+
 @pytest.mark.parametrize("max_distances", [1 << 24, 1 << 14], ids=["whole", "in_bands"])
 @torch.no_grad()
 def test_the_network_is_the_official_one(golden_dir, monkeypatch, max_distances):
     monkeypatch.setattr(density_peaks_module, "_MAX_DISTANCES", max_distances)
     weights, expected = load(golden_dir, "network_small")
-    network = clustr_classifier(weights, num_heads=(1, 2, 5, 8))
+    network = classifier(from_mapping(ClusTRConfig, {**clustr_shape(weights), "num_heads": [1, 2, 5, 8]}, "golden"), 10)
+    network.load_state_dict(from_official_clustr(weights))
     for stage, (tokens, grid_size) in enumerate(network.backbone.stage_tokens(expected["image"]), start=1):
         close(tokens, expected[f"stage{stage}_tokens"])
         assert grid_size[0] * grid_size[1] == tokens.shape[1]
@@ -75,14 +99,12 @@ def test_the_network_is_the_official_one(golden_dir, monkeypatch, max_distances)
 def test_checkpoints_that_are_no_clustr_say_so(golden_dir):
     weights, _ = load(golden_dir, "network_small")
     assert clustr_shape(weights)["embed_dims"] == [16, 32, 40, 64]
-    with pytest.raises(ModelError, match=r"no head\.weight"):
-        clustr_classifier({name: value for name, value in weights.items() if not name.startswith("head.")})
     with pytest.raises(ModelError, match=r"has no patch_embed3\.proj\.weight"):
         clustr_shape({name: value for name, value in weights.items() if "patch_embed3" not in name})
     with pytest.raises(ModelError, match=r"neck\.weight is no parameter of a ClusTR"):
-        clustr_classifier({**weights, "neck.weight": torch.zeros(1)}, num_heads=(1, 2, 5, 8))
+        from_official_clustr({**weights, "neck.weight": torch.zeros(1)})
     with pytest.raises(ConfigError, match="not a multiple"):
-        clustr_classifier(weights, num_heads=(1, 2, 3, 8))
+        from_mapping(ClusTRConfig, {**clustr_shape(weights), "num_heads": [1, 2, 3, 8]}, "golden")
 
 
 def published_multiply_adds(config, flops, distances, side):
@@ -102,7 +124,7 @@ def published_multiply_adds(config, flops, distances, side):
 def test_sizes_are_the_published_ones(name, parameters, published, counted):
     config = ARCHITECTURES[name]
     with torch.device("meta"):
-        network, image = config.build_classifier(1000).eval(), torch.empty(1, 3, 224, 224)
+        network, image = classifier(config, 1000), torch.empty(1, 3, 224, 224)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(image)
     # PyTorch counts no operations for its distance function.
@@ -110,6 +132,13 @@ def test_sizes_are_the_published_ones(name, parameters, published, counted):
     assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(parameters, rel=0.01)
     assert flops / 1e9 == pytest.approx(counted, rel=0.01)
     assert published_multiply_adds(config, flops, 0, 224) / 1e9 == pytest.approx(published, rel=0.01)
+
+
+def test_distances_are_counted():
+    with torch.device("meta"):
+        flops = count_flops(classifier(ARCHITECTURES["clustr_b1"], 1000), torch.empty(1, 3, 224, 224))
+    distances = sum(depth * 2 * side**4 * dim for depth, side, dim in ((1, 56, 64), (2, 28, 128), (6, 14, 256)))
+    assert flops - distances == pytest.approx(4.84e9, rel=0.01)
 
 
 def loop_density_peaks(x, num_clusters):

@@ -13,7 +13,6 @@ from clustvit_ros.errors import ConfigError
 from clustvit_ros.networks import ViTConfig, build_network, load_config, load_segmenter
 from clustvit_ros.networks.backbone import Features
 from clustvit_ros.networks.official import from_official, to_official
-from clustvit_ros.networks.sliding_window import sliding_window_logits, whole_logits
 
 SMALL = {
     "image_size": (64, 96), "embed_dim": 24, "depth": 4, "num_heads": 2, "injection_point": 1, "head": "upernet",
@@ -135,13 +134,6 @@ def test_levels_keep_what_was_kept_and_a_batch_equals_its_images(images, capacit
     features = network.backbone(images, token_capacity=capacity)
     assert [level.shape for level in features.levels] == [(2, 24, 24)] * 4
     assert torch.equal(features.levels[3], features.tokens)
-
-
-def test_whole_and_sliding_inference_have_the_images_size(images):
-    network = upernet(neck=True)
-    assert whole_logits(network, images).shape == (2, 5, 64, 96)
-    windows = sliding_window_logits(network, images, (48, 48), (32, 32))
-    assert windows.shape == (2, 5, 64, 96) and bool(windows.isfinite().all())
 
 
 @pytest.mark.parametrize("neck", [False, True])

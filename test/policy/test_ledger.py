@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from clustvit_ros.engine import Stats
-from clustvit_ros.engine.record import FrameRecord
+from clustvit_ros.engine.engine import FrameRecord
 from clustvit_ros.policy.ledger import ERROR, OK, WARN, Health, Ledger, judge
 
 STATS = Stats(tokens_total=9, tokens_kept=4.0, token_capacity=5, merge_threshold=0.5, total_ms=20.0)

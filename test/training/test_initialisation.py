@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from clustvit_ros.errors import ModelError
 from clustvit_ros.networks import build_network, load_segmenter, network_config, save_model
 from clustvit_ros.networks.official import to_official
-from clustvit_ros.training.initialisation import initialise, save_encoder
+from clustvit_ros.training.initialisation import load_init, save_encoder
 from clustvit_ros.training.recipe import read_recipe
 
 SMALL = {"image_size": [64, 64], "embed_dim": 48, "depth": 2, "head_depth": 1}
@@ -41,7 +41,7 @@ def test_timm_weights_give_the_same_encoder(tmp_path, suffix):
     weights = to_timm(source.backbone.state_dict(), torch.randn(48))
     path = tmp_path / f"vit{suffix}"
     save_file(weights, path) if suffix == ".safetensors" else torch.save({"model": weights}, path)
-    report = initialise(target, path)
+    report = load_init(target, path)
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected, got = source.eval().backbone(images), target.eval().backbone(images, merge_threshold=1.0)
@@ -59,7 +59,7 @@ def test_openmmlab_weights_give_the_same_encoder(tmp_path, prefix):
     if not prefix:  # as mmpretrain's converters write backbones alone
         official = {k.removeprefix("backbone."): v for k, v in official.items() if k.startswith("backbone.")}
     torch.save({"state_dict": official, "meta": {}}, tmp_path / "mmseg.pth")
-    report = initialise(target, tmp_path / "mmseg.pth")
+    report = load_init(target, tmp_path / "mmseg.pth")
     for name, tensor in source.backbone.state_dict().items():
         assert torch.equal(target.backbone.state_dict()[name], tensor), name
     assert bool(report.missing) == (not prefix) and not report.unknown
@@ -71,7 +71,7 @@ def test_position_embeddings_are_resized_to_the_grid(tmp_path):
         ramp = torch.linspace(0, 1, 4).repeat(4)[:, None].expand(16, 48)
         source.backbone.pos_embed[:, 1:] = ramp
     torch.save(to_timm(source.backbone.state_dict(), torch.zeros(48)), tmp_path / "vit.pth")
-    report = initialise(target, tmp_path / "vit.pth")
+    report = load_init(target, tmp_path / "vit.pth")
     assert report.resized == ["backbone.pos_embed"] and "resized: backbone.pos_embed" in str(report)
     grid = target.backbone.pos_embed[0, 1:, 0].view(6, 10)
     assert torch.equal(target.backbone.pos_embed[:, 0], source.backbone.pos_embed[:, 0])
@@ -82,7 +82,7 @@ def test_position_embeddings_are_resized_to_the_grid(tmp_path):
 def test_an_encoder_of_another_shape_knows_its_grid(tmp_path):
     source, target = network(seed=1, image_size=[32, 128]), network(seed=2, image_size=[64, 256])
     save_encoder(tmp_path / "encoder.safetensors", source.backbone)
-    report = initialise(target, tmp_path / "encoder.safetensors")
+    report = load_init(target, tmp_path / "encoder.safetensors")
     assert report.resized == ["backbone.pos_embed"] and not report.mismatched
     expected = source.backbone.resized_pos_embed((4, 16))
     torch.testing.assert_close(target.backbone.pos_embed.detach(), expected.detach())
@@ -93,7 +93,7 @@ def test_a_model_folder_of_other_classes_leaves_the_head_random(tmp_path, write_
     source = build_network(config.network, 3)
     save_model(tmp_path / "model", config, source)
     target = build_network(config.network, 5)
-    report = initialise(target, tmp_path / "model")
+    report = load_init(target, tmp_path / "model")
     assert torch.equal(target.backbone.blocks[0].attn.qkv.weight, source.backbone.blocks[0].attn.qkv.weight)
     assert any("head.class_embed (1, 3, 48) instead of (1, 5, 48)" in text for text in report.mismatched)
     assert "head.class_embed" in report.missing
@@ -128,7 +128,7 @@ def test_a_wider_network_starts_as_the_narrow_one(tmp_path, write_recipe, head, 
     config, source = write_narrow(tmp_path / "narrow", write_recipe, **HEADS[head])
     wide = dataclasses.replace(config.network, embed_dim=64 * times, num_heads=2 * times)
     target = build_network(wide, len(config.classes)).eval()
-    report = initialise(target, tmp_path / "narrow")
+    report = load_init(target, tmp_path / "narrow")
     assert report.widened == times and f"widened {times} times" in str(report)
     assert not report.missing and not report.mismatched
     images = torch.randn(2, 3, 64, 64)
@@ -146,7 +146,7 @@ def test_other_classes_clusters_and_positions_are_not_copied(tmp_path, write_rec
     classes = len(config.classes)
     target = build_network(wide, 2 * classes)
     random = {name: value.clone() for name, value in target.state_dict().items()}
-    report = initialise(target, tmp_path / "narrow")
+    report = load_init(target, tmp_path / "narrow")
     expected = {"backbone.clusterer.fc2.weight", "backbone.clusterer.fc2.bias"}
     expected |= {name for name in random if name.startswith(("head.classify.", "head.class_embed", "head.mask_norm."))}
     assert set(report.missing) == expected
@@ -159,7 +159,7 @@ def test_copied_channels_learn_different_things(tmp_path, write_recipe):
     config, _ = write_narrow(tmp_path / "narrow", write_recipe)
     wide = dataclasses.replace(config.network, embed_dim=128, num_heads=4)
     target = build_network(wide, len(config.classes))
-    initialise(target, tmp_path / "narrow")
+    load_init(target, tmp_path / "narrow")
     images = torch.randn(2, 3, 64, 64)
     logits = target(images, token_capacity=5).logits
     torch.nn.functional.cross_entropy(logits, torch.randint(logits.shape[1], (2, *logits.shape[2:]))).backward()
@@ -173,22 +173,22 @@ def test_a_width_that_is_no_multiple_is_refused(tmp_path, write_recipe):
     config, _ = write_narrow(tmp_path / "narrow", write_recipe)
     target = build_network(dataclasses.replace(config.network, embed_dim=96, num_heads=3), len(config.classes))
     with pytest.raises(ModelError, match="expected a ViT of width 96 or a whole part of it"):
-        initialise(target, tmp_path / "narrow")
+        load_init(target, tmp_path / "narrow")
 
 
 def test_what_cannot_be_used_is_said(tmp_path):
     target = network()
     with pytest.raises(ModelError, match="does not exist"):
-        initialise(target, tmp_path / "nothing.pth")
+        load_init(target, tmp_path / "nothing.pth")
     (tmp_path / "broken.safetensors").write_bytes(b"nonsense")
     with pytest.raises(ModelError, match="cannot be read as weights"):
-        initialise(target, tmp_path / "broken.safetensors")
+        load_init(target, tmp_path / "broken.safetensors")
     torch.save({"fc.weight": torch.zeros(3, 3)}, tmp_path / "other.pth")
     with pytest.raises(ModelError, match="none of its 1 tensors fits the network; expected a ViT of width 48 "):
-        initialise(target, tmp_path / "other.pth")
+        load_init(target, tmp_path / "other.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(ModelError, match="no tensors by name"):
-        initialise(target, tmp_path / "list.pth")
+        load_init(target, tmp_path / "list.pth")
 
 
 def test_pickled_code_is_never_run(tmp_path):
@@ -198,5 +198,5 @@ def test_pickled_code_is_never_run(tmp_path):
 
     torch.save({"state_dict": Evil()}, tmp_path / "evil.pth")
     with pytest.raises(ModelError, match="cannot be read as weights"):
-        initialise(network(), tmp_path / "evil.pth")
+        load_init(network(), tmp_path / "evil.pth")
     assert not (tmp_path / "ran").exists()
