@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,14 @@ from clustvit_ros.paths import share_dir
 
 IGNORE_INDEX = 255
 """Label of pixels that have no class: void in the data, below the confidence threshold in a mask."""
+
+
+@dataclass(frozen=True)
+class ClassEntry:
+    """One class as files list it, in the order of its id."""
+
+    name: str
+    colour: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,12 @@ class ClassSet:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @classmethod
+    def of(cls, entries: Iterable[ClassEntry]) -> ClassSet:
+        """Classes as a file lists them."""
+        pairs = [(entry.name, entry.colour) for entry in entries]
+        return cls(tuple(name for name, _ in pairs), tuple(colour for _, colour in pairs))
 
     @classmethod
     def numbered(cls, count: int) -> ClassSet:

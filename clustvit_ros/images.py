@@ -11,12 +11,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 
-from clustvit_ros.errors import ImageError
+from clustvit_ros.errors import DataError, ImageError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 """Files of a folder that are taken for images, whatever the case."""
@@ -25,6 +25,32 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 def list_images(folder: Path) -> list[Path]:
     """The image files of an existing folder, sorted by name."""
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+
+
+class Sample(NamedTuple):
+    """One labelled image.
+
+    Attributes:
+        image: (H, W, 3) uint8 RGB.
+        labels: (H, W) uint8 class ids, 255 = void.
+        stem: file name without suffix.
+    """
+
+    image: np.ndarray
+    labels: np.ndarray
+    stem: str
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Read an image file: (H, W, 3) uint8 RGB.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    if image is None:
+        raise DataError(f"{path}: cannot be read as an image; replace or remove the file")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
 @dataclass(frozen=True)

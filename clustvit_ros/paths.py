@@ -1,10 +1,13 @@
-"""Where the package's configuration files and models lie, installed or in a checkout."""
+"""Where the package's files lie, installed or in a checkout, and how files are hashed and replaced."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import sysconfig
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from clustvit_ros.errors import ModelError
@@ -62,3 +65,35 @@ def find_model(name_or_path: str | Path) -> Path:
     raise ModelError(
         f"model folder {given} holds no {MODEL_FILE}; pass a shipped model's name or a model folder's path"
     )
+
+
+@contextlib.contextmanager
+def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
+    """A file beside `path` to be written, which takes its place at the end: readers see the old one or the new one.
+
+    Args:
+        path: file to replace or make; its folder exists.
+        shared: several processes may write it at once.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial" if shared else f"{path.name}.partial")
+    try:
+        yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, as `sha256sum` prints it.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

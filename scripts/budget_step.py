@@ -29,6 +29,8 @@ from clustvit_ros.dds import dds_environment, node_environment
 from clustvit_ros.demo.frame_source import open_source
 from clustvit_ros.demo.processes import NodeProcess
 from clustvit_ros.errors import ClustvitError, ConfigError
+from clustvit_ros.measure.tables import new_figure, save_figure
+from clustvit_ros.policy import percentile
 
 BUDGET_SHARE = 0.6
 SETTLE_FRAMES = 30
@@ -161,14 +163,14 @@ def measure(client: Client, load_s: float) -> dict[str, Any]:
     smallest = min(entry["capacity"] for entry in client.series)
     loaded = loaded[SETTLE_FRAMES:]
     needless = [entry for entry in loaded if entry["deadline_missed"] and entry["capacity"] > smallest]
-    p95_ms = float(np.percentile(_column(settled, "engine_ms"), 95))
+    p95_ms = percentile(_column(settled, "engine_ms"), 0.95)
     return {
         "full_ms": full_ms,
         "budget_ms": budget_ms,
         "settled_p95_ms": p95_ms,
         "settled_miss_share": float(np.mean(_column(settled, "deadline_missed"))),
         "former_capacity": former,
-        "load_p95_ms": float(np.percentile(_column(loaded, "engine_ms"), 95)),
+        "load_p95_ms": percentile(_column(loaded, "engine_ms"), 0.95),
         "load_miss_share": float(np.mean(_column(loaded, "deadline_missed"))),
         "load_lowest_capacity": min(entry["capacity"] for entry in loaded),
         "frames_to_regain": regained,
@@ -190,18 +192,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     Args:
         result: as `measure` returns it.
-        path: of the picture.
+        path: file of the picture.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     series = [entry for entry in result["series"] if entry["phase"] != "start"]
     time_s = _column(series, "stamp_s") - series[0]["stamp_s"]
-    figure, (top, bottom) = plt.subplots(
-        2, sharex=True, figsize=(11, 6), layout="constrained", gridspec_kw={"height_ratios": (2, 1)}
-    )
+    figure, ((top,), (bottom,)) = new_figure((11, 6), rows=2, sharex=True, height_ratios=(2, 1))
     top.plot(time_s, _column(series, "age_ms"), color="0.75", linewidth=0.8, label="age of the mask")
     top.plot(time_s, _column(series, "engine_ms"), ".", color="tab:blue", markersize=3, label="engine")
     budget = np.where(_column(series, "budget_ms") > 0, _column(series, "budget_ms"), np.nan)
@@ -219,8 +214,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             axes.axvspan(times[0], times[-1], color="tab:orange", alpha=0.12 if phase == "load" else 0.0, linewidth=0)
             axes.axvline(times[0], color="0.6", linewidth=0.6)
         top.annotate(phase, (times[0], 0.97), xycoords=("data", "axes fraction"), va="top", fontsize=9)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def _column(entries: list[dict[str, Any]], name: str) -> np.ndarray:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from clustvit_ros.measure.tables import new_figure, save_figure
 from clustvit_ros.networks.cast import CASTAttention
 from clustvit_ros.networks.vit import Attention
 
@@ -112,11 +113,9 @@ def crossover(rows: list[dict], other: str, quantity: str) -> str:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure, (row_of_axes,) = new_figure((9, 3.8), columns=2)
     sizes = sorted({row["tokens"] for row in rows})
-    for axes, quantity in zip(figure.subplots(1, 2), ("time_ms", "memory_mb"), strict=True):
+    for axes, quantity in zip(row_of_axes, ("time_ms", "memory_mb"), strict=True):
         for name in dict.fromkeys(row["way"] for row in rows):
             points = [(row["tokens"], row[quantity]) for row in rows if row["way"] == name]
             axes.loglog(*zip(*points, strict=True), marker="o", label=f"{name}: {exponent(rows, name, quantity):.2f}")
@@ -126,7 +125,7 @@ def draw(rows: list[dict], path: Path) -> None:
         axes.set_ylabel({"time_ms": "time (ms)", "memory_mb": "peak memory (MB)"}[quantity])
         axes.grid(alpha=0.3, which="both")
         axes.legend(title="exponent", fontsize="small")
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

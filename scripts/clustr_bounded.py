@@ -15,10 +15,11 @@ import torch
 
 from clustvit_ros.cli.arguments import parse_size
 from clustvit_ros.engine.pixels import to_input
+from clustvit_ros.images import read_image
 from clustvit_ros.networks import build_network, load_segmenter, network_config
 from clustvit_ros.networks.clustr import ClusTR
 from clustvit_ros.networks.model_folder import InputConfig
-from clustvit_ros.training.dataset import find_images, read_image
+from clustvit_ros.training.dataset import find_images
 
 
 def main() -> None:

@@ -13,9 +13,9 @@ import cv2
 import numpy as np
 
 from clustvit_ros.engine import Settings, create_engine
+from clustvit_ros.images import Sample
 from clustvit_ros.measure.pictures import comparison
 from clustvit_ros.sim import SIM_CLASSES, SimulatedCamera
-from clustvit_ros.training.dataset import Sample
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from the image callback to the publication of its statistics: every call of a fu
 its way, thread by thread. Counted are
 
 * files, functions and calls of the package;
-* room changes: calls whose caller, the nearest of our functions on the stack, is in another room. A room is a folder of
+* room changes: how often the way goes on in another room, in the order of calls. A room is a folder of
   `clustvit_ros/`; the modules beside the folders are one room, "foundation";
 * hand-overs: how often the frame goes on in another thread.
 
@@ -46,14 +46,12 @@ class Call:
         thread: number of the thread.
         file: path below the package.
         function: name of the function.
-        caller: file of the nearest of our functions on the stack; empty for none.
         depth: how many of our functions are on the stack below it.
     """
 
     thread: int
     file: str
     function: str
-    caller: str
     depth: int
 
 
@@ -68,7 +66,7 @@ def count(calls: Sequence[Call]) -> dict[str, int]:
         "files": len({call.file for call in calls}),
         "functions": len({(call.file, call.function) for call in calls}),
         "calls": len(calls),
-        "room_changes": sum(bool(call.caller) and room_of(call.file) != room_of(call.caller) for call in calls),
+        "room_changes": sum(room_of(a.file) != room_of(b.file) for a, b in itertools.pairwise(calls)),
         "hand_overs": sum(a.thread != b.thread for a, b in itertools.pairwise(calls)),
     }
 
@@ -114,8 +112,7 @@ class Tracer:
             return
         # Comprehensions and generators are part of the function that they stand in.
         if not name.startswith("<"):
-            caller = stack[-1][0] if stack else ""
-            self.calls.append(Call(threading.get_ident(), file, name, caller, len(stack)))
+            self.calls.append(Call(threading.get_ident(), file, name, len(stack)))
             stack.append((file, name))
 
     def _belongs(self, stack: list[tuple[str, str]], name: str) -> bool:

@@ -36,7 +36,7 @@ if [ "$device" != cpu ]; then
   "$python" - <<'PY' || exit 3
 import sys
 from clustvit_ros.errors import ClustvitError
-from clustvit_ros.engine.device import select_device
+from clustvit_ros.engine.network_engine import select_device
 try:
     select_device("cuda")
 except ClustvitError as error:
@@ -76,7 +76,7 @@ bench() { # bench NAME SECONDS OPTIONS...
 
 "$python" - "$device" >"$out/machine.json" <<'PY'
 import json, platform, sys, torch
-from clustvit_ros.measure.bench_report import result_stem
+from clustvit_ros.measure.bench import result_stem
 device = torch.device(sys.argv[1])
 print(json.dumps({"name": result_stem(device), "torch": torch.__version__, "cuda": torch.version.cuda,
                   "python": platform.python_version()}, indent=2))

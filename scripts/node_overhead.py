@@ -25,6 +25,7 @@ import numpy as np
 from clustvit_ros.classes import ClassSet
 from clustvit_ros.dds import dds_environment, node_environment
 from clustvit_ros.engine import Engine, EngineInfo, Prediction, Settings, Stats
+from clustvit_ros.policy import percentile
 
 _ROWS = {
     "decode_ms": "decode: message to RGB",
@@ -127,7 +128,7 @@ def _summary(recording: dict[str, Any], engine: FixedEngine, size: tuple[int, in
         "size": list(size),
         "masks": recording["masks_received"],
         "milliseconds": {
-            name: {"median": float(np.median(values)), "p95": float(np.percentile(values, 95))}
+            name: {"median": float(np.median(values)), "p95": percentile(values, 0.95)}
             for name, values in series.items()
         },
     }

@@ -69,7 +69,7 @@ def make_toy_model(tmp_path_factory) -> Callable[[ClassSet], Path]:
 @pytest.fixture(scope="session")
 def vnni():
     """For tests that compute in 8-bit integers."""
-    from clustvit_ros.networks.cpu_layers import int8_problem
+    from clustvit_ros.networks.inference import int8_problem
 
     if problem := int8_problem():
         pytest.skip(f"needs 8-bit products: {problem}")

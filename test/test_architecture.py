@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,20 +11,12 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "clustvit_ros"
-FOUNDATION = {
-    "errors", "config", "paths", "classes", "images", "compressed_images", "dds", "shared_memory", "openmp",
-}  # fmt: skip
+FOUNDATION = {"errors", "config", "paths", "classes", "images", "compressed_images", "dds"}
+# The document is the rule: room -> rooms that it may import.
+PAGE = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
 ALLOWED = {
-    "networks": set(),
-    "engine": {"networks"},
-    "policy": {"engine"},
-    "node": {"engine", "policy"},
-    "demo": {"networks", "engine", "policy", "measure", "node", "sim", "training"},
-    "measure": {"networks", "engine", "policy", "training"},
-    "training": {"networks", "measure"},
-    "bags": {"engine"},
-    "sim": set(),
-    "cli": {"networks", "engine", "policy", "demo", "measure", "training", "bags", "sim"},
+    room: set(re.findall(r"`(\w+)`", allowed))
+    for room, allowed in re.findall(r"^\| `(\w+)/` \|[^|]*\| ([^|]*) \|$", PAGE, re.M)
 }
 ROS_PACKAGES = {
     "rclpy",
@@ -49,6 +42,20 @@ def imports(path: Path) -> set[str]:
 
 def modules():
     return [path for path in sorted(PACKAGE.rglob("*.py")) if path.parent != PACKAGE]
+
+
+def test_the_document_lists_the_rooms_and_foundations_that_there_are():
+    assert set(ALLOWED) == {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} == FOUNDATION
+    assert all(f"`{name}`" in PAGE for name in FOUNDATION)
+    for name in re.findall(rf"\b(?:{'|'.join(ALLOWED)})/\w+\.py\b", PAGE):
+        assert (PACKAGE / name).exists(), name
+
+
+def test_the_house_is_as_small_as_it_claims():
+    files = list(PACKAGE.rglob("*.py"))
+    assert len(files) <= 125
+    assert max(len(path.read_text().splitlines()) for path in files) <= 400
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -81,7 +81,7 @@ class BagLabeller:
 
     Args:
         engine: arguments of `create_engine`.
-        options: as of `label_bag`.
+        options: options of `label_bag`.
         restart: remove earlier output.
     """
 
@@ -128,7 +128,7 @@ def label_bags(
     Args:
         bags: (source, target) of each; on a cluster, paths that all its machines see.
         engine: arguments of `create_engine`; `threads` is set here.
-        options: as of `label_bag`.
+        options: options of `label_bag`.
         fleet: how the work is spread.
         restart: remove earlier output.
         progress: told of each bag as it ends; of one that will be tried again, at its last end.

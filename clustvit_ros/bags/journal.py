@@ -36,9 +36,9 @@ class LabelledFrame:
         number: its place among the image messages that are labelled, from 0.
         topic: where it was recorded.
         timestamp_ns: when it was recorded.
-        sec: of its header's stamp.
-        nanosec: of its header's stamp.
-        frame_id: of its header.
+        sec: seconds of its header's stamp.
+        nanosec: nanoseconds of its header's stamp.
+        frame_id: frame id of its header.
         mask: PNG; None when there is a problem.
         confidence: PNG; None when there is a problem.
         stats: keys and values of the stats topic.
@@ -63,7 +63,7 @@ class Journal:
     """The rows of one run, in `folder`; one process at a time.
 
     Args:
-        folder: of the unfinished output; made when missing.
+        folder: folder of the unfinished output; made when missing.
         identity: what makes a run the same run: the bag, the model, the settings.
 
     Raises:

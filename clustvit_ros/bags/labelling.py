@@ -15,10 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from clustvit_ros.bags.journal import Journal, LabelledFrame, check_identity
-from clustvit_ros.bags.messages import COMPRESSED_IMAGE, IMAGE, read_message, to_pixels, unusable
 from clustvit_ros.bags.reading import PARTIAL_SUFFIX, BagReader
 from clustvit_ros.bags.salvage import Salvaged
-from clustvit_ros.bags.writing import read_about, to_png, write_bag, write_pngs
+from clustvit_ros.bags.writing import (
+    COMPRESSED_IMAGE,
+    IMAGE,
+    read_about,
+    read_message,
+    to_pixels,
+    to_png,
+    unusable,
+    write_bag,
+    write_pngs,
+)
 from clustvit_ros.engine import Engine, Settings
 from clustvit_ros.engine.engine import FrameRecord
 from clustvit_ros.errors import BagError, ConfigError, ImageError
@@ -45,8 +54,8 @@ class LabelOptions:
         confidence_threshold: likewise.
         output_size: (height, width), "input" or "model".
         format: bag or png.
-        storage: of the bag that is written: same (as the input's), mcap or sqlite3.
-        compression: of that bag: none or zstd.
+        storage: format of the bag that is written: same (as the input's), mcap or sqlite3.
+        compression: how that bag is compressed: none or zstd.
 
     Raises:
         ConfigError: a value that is none of these.
@@ -178,7 +187,7 @@ def choose_topics(bag: BagReader, chosen: tuple[str, ...]) -> tuple[dict[str, st
 
     Args:
         bag: with its topics.
-        chosen: by the user; empty for all that can be segmented.
+        chosen: topics that the user named; empty for all that can be segmented.
 
     Returns:
         Output namespace by image topic; and for what was left out, the reason.

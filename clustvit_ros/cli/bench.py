@@ -21,13 +21,11 @@ from clustvit_ros.cli.arguments import (
     parse_names,
     parse_size,
 )
-from clustvit_ros.engine.device import select_device
+from clustvit_ros.engine.network_engine import select_device
 from clustvit_ros.engine.onnx_session import PROVIDERS
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.measure.bench import BenchCase, run_cases
-from clustvit_ros.measure.bench_report import draw_plot, format_table, result_stem
-from clustvit_ros.measure.flops import Cost
-from clustvit_ros.measure.roofline import measure_rates, roofline_ms
+from clustvit_ros.measure.bench import BenchCase, draw_plot, format_table, result_stem, run_cases
+from clustvit_ros.measure.flops import Cost, measure_rates, roofline_ms
 from clustvit_ros.networks.architectures import build_network, network_config
 from clustvit_ros.networks.model_folder import InputConfig, ModelConfig, load_config, save_model
 from clustvit_ros.networks.vit import grid_size_of

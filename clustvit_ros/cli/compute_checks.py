@@ -15,8 +15,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 
-from clustvit_ros.cli.findings import Finding, Level
-from clustvit_ros.cli.machine_checks import gpu_hardware
+from clustvit_ros.cli.machine_checks import Finding, Level, gpu_hardware
 from clustvit_ros.errors import ClustvitError
 
 # A graph of one node, y = x + x on four floats: ONNX, opset 13.
@@ -53,8 +52,8 @@ def check_torch(device: str = "auto") -> list[Finding]:
     try:
         import torch
 
-        from clustvit_ros.engine.device import describe_device, select_device
-        from clustvit_ros.networks.cpu_layers import int8_problem
+        from clustvit_ros.engine.network_engine import describe_device, select_device
+        from clustvit_ros.networks.inference import int8_problem
     except (ImportError, OSError) as error:
         remedy = _JETSON_TORCH if platform.machine() == "aarch64" else "pip install torch"
         return [Finding("torch", Level.FAIL, f"cannot be imported: {error}", remedy)]

@@ -1,4 +1,7 @@
-"""`clustvit-ros demo`: camera, node and recorder as separate processes over DDS, and what came of it."""
+"""`clustvit-ros demo`: camera, node and recorder as separate processes over DDS, and what came of it.
+
+And `clustvit-ros sim-dataset`: labelled pictures of the simulated world, ready for the trainer.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +21,18 @@ from typing import Any
 
 import cv2
 import numpy as np
+from tqdm import tqdm
 
+from clustvit_ros.cli.arguments import parse_size
 from clustvit_ros.dds import node_environment
 from clustvit_ros.demo.processes import NodeProcess
 from clustvit_ros.demo.sim_demo import DEFAULT_SEED, SIM_RATE_HZ, run_sim, window_problem
 from clustvit_ros.errors import ClustvitError, ConfigError, DataError
+from clustvit_ros.images import read_image
 from clustvit_ros.measure.metrics import ConfusionMatrix
-from clustvit_ros.measure.pictures import write_image
+from clustvit_ros.measure.pictures import save_picture
 from clustvit_ros.networks.model_folder import load_config
-from clustvit_ros.training.dataset import find_images, read_image, read_labels
+from clustvit_ros.training.dataset import find_images, read_labels
 
 _MODEL, _SIM_MODEL = "camvid_tiny", "sim_tiny"
 _MIN_FRAMES, _MAX_FRAMES = 60, 300
@@ -107,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     (args.output / "summary.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     overlays = [args.output / frame["overlay"] for frame in recording["frames"] if frame["overlay"]]
     if overlays:
-        write_image(args.output / "summary.png", contact_sheet(overlays))
+        save_picture(args.output / "summary.png", contact_sheet(overlays))
     _print(report, args.output)
     return 0
 
@@ -232,3 +238,23 @@ def _print(report: dict[str, Any], output: Path) -> None:
     if "miou" in report:
         print(f"  mIoU             {report['miou']:.2f} on {report['images_scored']} masks")
     print(f"  pictures in {output}/overlays, the whole in {output}/summary.png and {output}/summary.json")
+
+
+def add_dataset_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("sim-dataset", help="labelled pictures of the simulated world, ready for the trainer")
+    parser.add_argument("--out", type=Path, required=True, help="folder that gets {train,val}/{images,labels}")
+    parser.add_argument("--count", type=int, default=800, help="pictures in all (default: 800)")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same files (default: 0)")
+    parser.add_argument("--val-share", type=float, default=0.1, help="share for validation (default: 0.1)")
+    parser.add_argument("--size", type=parse_size, default=(480, 640), help="HEIGHTxWIDTH (default: 480x640)")
+    parser.set_defaults(run=write_dataset_of)
+
+
+def write_dataset_of(args: argparse.Namespace) -> int:
+    # Here and not above: the renderer is an extra, and its absence must not take the command's help away.
+    from clustvit_ros.sim.camera import write_dataset
+
+    with tqdm(total=args.count, desc="render", mininterval=1.0) as progress:
+        counts = write_dataset(args.out, args.count, args.seed, args.val_share, args.size, progress.update)
+    print(f"{counts['train']} training and {counts['val']} validation pictures in {args.out}")
+    return 0

@@ -8,9 +8,8 @@ import itertools
 from concurrent.futures import ThreadPoolExecutor
 
 from clustvit_ros.cli import machine_checks
-from clustvit_ros.cli.camera_check import check_camera
 from clustvit_ros.cli.compute_checks import run_isolated
-from clustvit_ros.cli.findings import Finding, Level, as_json, as_text
+from clustvit_ros.cli.machine_checks import Finding, Level, as_json, as_text, check_camera
 from clustvit_ros.dds import remove_leftovers
 
 _DEFAULT_TOPIC = "/image"

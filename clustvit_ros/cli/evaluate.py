@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from clustvit_ros.cli.arguments import add_variants, find_variants
-from clustvit_ros.cli.training_options import usable
-from clustvit_ros.cli.tune import ladder_settings
+from clustvit_ros.cli.train import usable
 from clustvit_ros.engine import PRECISIONS, Engine, Prediction, Settings, create_engine
 from clustvit_ros.errors import ConfigError, DataError
+from clustvit_ros.images import Sample
 from clustvit_ros.measure.evaluation import evaluate, gflops_counter
-from clustvit_ros.measure.pictures import comparison, write_image
+from clustvit_ros.measure.pictures import comparison, save_picture
 from clustvit_ros.measure.report import compare_twins, write_report
-from clustvit_ros.measure.sweep import sweep
+from clustvit_ros.measure.sweep import ladder_settings, sweep
 from clustvit_ros.networks.model_folder import ModelConfig, load_config
-from clustvit_ros.training.dataset import LabelledImages, Sample
+from clustvit_ros.training.dataset import LabelledImages
 from clustvit_ros.training.layouts import open_data_set
 
 _DETAILS = ("confusion", "per_image")
@@ -136,10 +136,10 @@ def _evaluate(
     def draw(sample: Sample, prediction: Prediction) -> None:
         name = f"{config.name}_{sample.stem}" if several else sample.stem
         if args.pictures:
-            write_image(args.pictures / f"{name}.png", comparison(sample, prediction, palette))
+            save_picture(args.pictures / f"{name}.png", comparison(sample, prediction, palette))
         if args.report and sample.stem in chosen:
             picture = args.report / "pictures" / f"{config.name}_{sample.stem}.jpg"
-            write_image(picture, comparison(sample, prediction, palette))
+            save_picture(picture, comparison(sample, prediction, palette))
 
     count_gflops = gflops_counter(config)
     draws = args.pictures is not None or args.report is not None

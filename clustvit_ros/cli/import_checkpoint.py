@@ -14,11 +14,10 @@ from clustvit_ros.classes import ClassSet, class_set_names, load_class_set
 from clustvit_ros.config import to_mapping
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.networks.architectures import ARCHITECTURES, build_network, network_config
-from clustvit_ros.networks.clustr_config import ClusTRConfig
+from clustvit_ros.networks.clustr import ClusTRConfig
 from clustvit_ros.networks.model_folder import InputConfig, ModelConfig, check_weights, save_model
-from clustvit_ros.networks.network_config import NetworkConfig
 from clustvit_ros.networks.official import count_classes, network_of
-from clustvit_ros.networks.segmenter import Segmenter
+from clustvit_ros.networks.segmenter import NetworkConfig, Segmenter
 from clustvit_ros.networks.vit import grid_size_of
 from clustvit_ros.networks.vit_config import ViTConfig
 from clustvit_ros.networks.weights import (

@@ -1,4 +1,4 @@
-"""Entry point of `clustvit-ros`: one sub-command per module."""
+"""Entry point of `clustvit-ros`: one sub-command after the other, each in a module."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from clustvit_ros import __version__
 from clustvit_ros.engine.machine import bound_spinning
 from clustvit_ros.errors import ClustvitError, ConfigError
 
-COMMANDS = (
-    "bench",
-    "compare",
-    "demo",
-    "doctor",
-    "evaluate",
-    "export",
-    "import_checkpoint",
-    "label_bag",
-    "label_bags",
-    "pretrain",
-    "sim_dataset",
-    "train",
-    "tune",
-)
+COMMANDS = {
+    "bench": "bench:add_parser",
+    "demo": "demo:add_parser",
+    "doctor": "doctor:add_parser",
+    "evaluate": "evaluate:add_parser",
+    "export": "export:add_parser",
+    "import_checkpoint": "import_checkpoint:add_parser",
+    "label_bag": "label_bag:add_parser",
+    "label_bags": "label_bag:add_fleet_parser",
+    "pretrain": "pretrain:add_parser",
+    "sim_dataset": "demo:add_dataset_parser",
+    "train": "train:add_parser",
+    "tune": "tune:add_parser",
+}
+"""Command, with `_` for `-` -> module of this folder and the function that adds its parser."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     asked = [name for name in COMMANDS if arguments[:1] == [name.replace("_", "-")]]
     for name in asked or COMMANDS:
         try:
-            importlib.import_module(f"clustvit_ros.cli.{name}").add_parser(commands)
+            module, _, function = COMMANDS[name].partition(":")
+            getattr(importlib.import_module(f"clustvit_ros.cli.{module}"), function)(commands)
         except ModuleNotFoundError as error:
             _add_unavailable(commands, name, error)
     args = parser.parse_args(arguments)

@@ -10,14 +10,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from clustvit_ros.cli.training_options import EXIT_TIME_UP, add_training_options, prepare, run_options
-from clustvit_ros.engine.device import select_device
+from clustvit_ros.classes import ClassEntry
+from clustvit_ros.cli.train import EXIT_TIME_UP, add_training_options, prepare, run_options
+from clustvit_ros.engine.network_engine import select_device
 from clustvit_ros.errors import DataError
-from clustvit_ros.training.dataset import Finding, find_images, list_findings, read_image
+from clustvit_ros.images import read_image
+from clustvit_ros.training.dataset import BadFile, find_images, list_findings
 from clustvit_ros.training.distributed import processes
 from clustvit_ros.training.loop import TimeUp
 from clustvit_ros.training.masked_autoencoder import Pretrainer
-from clustvit_ros.training.recipe import ClassEntry, read_recipe
+from clustvit_ros.training.recipe import read_recipe
 from clustvit_ros.training.run_folder import write_run_files
 
 
@@ -73,7 +75,7 @@ def _usable(paths: list[Path], bad_data: str) -> list[Path]:
             read_image(path)
             usable.append(path)
         except DataError as error:
-            findings.append(Finding(path, str(error)))
+            findings.append(BadFile(path, str(error)))
     if findings:
         text = list_findings(findings, "images")
         if bad_data == "strict" or not usable:

@@ -7,19 +7,20 @@ import copy
 import dataclasses
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from tqdm import tqdm
 
-from clustvit_ros.cli.training_options import EXIT_TIME_UP, add_training_options, prepare, run_options, usable
 from clustvit_ros.config import to_mapping
 from clustvit_ros.engine import Settings
-from clustvit_ros.engine.device import select_device
+from clustvit_ros.engine.network_engine import select_device
 from clustvit_ros.engine.torch_engine import TorchEngine
-from clustvit_ros.errors import ConfigError
+from clustvit_ros.errors import ConfigError, DataError
 from clustvit_ros.measure.evaluation import evaluate
 from clustvit_ros.networks.model_folder import (
     WEIGHTS_FILE,
@@ -29,14 +30,98 @@ from clustvit_ros.networks.model_folder import (
     save_model,
 )
 from clustvit_ros.networks.segmenter import Segmenter
-from clustvit_ros.training.checkpoint import write_text, writing
-from clustvit_ros.training.dataset import Finding, LabelledImages
+from clustvit_ros.training.dataset import BadFile, LabelledImages, check_images, list_findings, without
 from clustvit_ros.training.distributed import Processes, processes
 from clustvit_ros.training.layouts import open_data_set
-from clustvit_ros.training.loop import TimeUp
+from clustvit_ros.training.loop import RunOptions, TimeUp
 from clustvit_ros.training.recipe import Recipe, read_recipe
-from clustvit_ros.training.run_folder import list_data, write_data_listing, write_run_files
+from clustvit_ros.training.run_folder import (
+    list_data,
+    tensorboard_writer,
+    write_data_listing,
+    write_run_files,
+    write_text,
+    writing,
+)
 from clustvit_ros.training.trainer import Trainer
+
+EXIT_TIME_UP = 75
+"""Exit code when the time limit ended a run that the same command continues (EX_TEMPFAIL)."""
+
+
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `train` and `pretrain`."""
+    parser.add_argument("--epochs", type=int, help="instead of the recipe's number of epochs")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = automatic")
+    parser.add_argument(
+        "--bad-data",
+        choices=("strict", "skip"),
+        default="strict",
+        help="strict stops on files that cannot be used and lists them, skip goes on without them (default: strict)",
+    )
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        default=0.0,
+        metavar="MINUTES",
+        help=f"save and stop after so long with exit code {EXIT_TIME_UP}; the same command continues",
+    )
+    parser.add_argument("--compile", action="store_true", help="fuse network and losses with torch.compile")
+    parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard logs into the run folder")
+    parser.add_argument(
+        "--cache-gb", type=float, default=4.0, help="keep images on the device if they fit into this (default: 4)"
+    )
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Process-wide settings that the options ask for.
+
+    Raises:
+        ConfigError: an option is out of range.
+    """
+    if args.time_limit < 0 or args.cache_gb < 0:
+        raise ConfigError("--time-limit and --cache-gb must be 0 or above")
+    if args.threads > 0:
+        torch.set_num_threads(args.threads)
+
+
+def run_options(args: argparse.Namespace, run_dir: Path, is_main: bool, spent_s: float = 0.0) -> RunOptions:
+    """How a run is carried out; `spent_s` of the time limit have gone already."""
+    on_record: Callable[[dict[str, Any]], None] = lambda record: None  # noqa: E731
+    if args.tensorboard and is_main:
+        on_record = tensorboard_writer(run_dir)
+    limit_s = max(args.time_limit * 60.0 - spent_s, 0.001) if args.time_limit else 0.0
+    return RunOptions(time_limit_s=limit_s, compile=args.compile, on_record=on_record)
+
+
+def usable(data: LabelledImages, bad_data: str, patch_size: int) -> tuple[LabelledImages, list[BadFile]]:
+    """Check every file of a split.
+
+    Args:
+        bad_data: "strict" or "skip".
+        patch_size: images must have at least one patch.
+
+    Returns:
+        What can be used, and what is left out.
+
+    Raises:
+        DataError: strict, and something cannot be used (each file is listed); or nothing is left.
+    """
+    found = check_images(
+        data,
+        patch_size,
+        lambda items: tqdm(items, desc=f"check {data.where}", total=len(data), leave=False, mininterval=1.0),
+    )
+    findings = [*data.findings, *found]
+    if not findings:
+        return data, []
+    text = list_findings(findings, data.where)
+    if bad_data == "strict":
+        raise DataError(f"{text}\nrepair or remove them, or pass --bad-data skip to go on without them")
+    print(text, file=sys.stderr)
+    return (without(data, found) if found else data), findings
+
 
 # mIoU points; half-precision weights that cost more than this are not shipped.
 _MAX_HALF_PRECISION_LOSS = 0.1
@@ -99,7 +184,7 @@ def run(args: argparse.Namespace) -> int:
     run_dir = args.out or Path("runs") / recipe.name
     strict = args.bad_data == "strict"
     names = ["train"] if args.folds else ["train", args.val_split]
-    left_out: list[Finding] = []
+    left_out: list[BadFile] = []
     splits: dict[str, LabelledImages] = {}
     for name in names:
         data = data_set.open(name, len(config.classes), strict)

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from clustvit_ros.engine import Engine, Settings, create_engine
-from clustvit_ros.engine.ladder import default_ladder
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.measure.sweep import SweepRow, suggest, sweep
-from clustvit_ros.training.dataset import LabelledImages, find_images, read_image
-
-_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+from clustvit_ros.images import read_image
+from clustvit_ros.measure.sweep import draw_sweep, ladder_settings, suggest, sweep, sweep_table
+from clustvit_ros.training.dataset import LabelledImages, find_images
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -48,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     rows = sweep(engine, images, labels, settings)
     measure = "mIoU" if labels is not None else "agreement with the unmerged result"
     suggestion = suggest(rows, args.budget_ms) if args.budget_ms else None
-    _print(rows, measure, suggestion, args.budget_ms)
+    print(sweep_table(rows, measure, suggestion, args.budget_ms))
     if args.json:
         report = {
             "model": engine.info.model, "engine": engine.info.engine, "device": engine.info.device,
@@ -58,53 +55,9 @@ def run(args: argparse.Namespace) -> int:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     title = f"{engine.info.model} on {engine.info.device}, {len(images)} images"
-    draw(rows, rows[settings.index(current)], suggestion, args.budget_ms, measure, title, args.plot)
+    draw_sweep(rows, rows[settings.index(current)], suggestion, args.budget_ms, measure, title, args.plot)
     print(f"picture in {args.plot}")
     return 0
-
-
-def draw(
-    rows: Sequence[SweepRow],
-    current: SweepRow,
-    suggestion: SweepRow | None,
-    budget_ms: float | None,
-    measure: str,
-    title: str,
-    path: Path,
-) -> None:
-    """Draw accuracy against latency as PNG (or whatever the path's suffix says)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5), dpi=120)
-    for label, marker, chosen in (
-        ("merge_threshold", "o", [row for row in rows if row.token_capacity == 0]),
-        ("token_capacity", "s", [row for row in rows if row.token_capacity > 0]),
-    ):
-        axes.scatter([r.latency_ms_p50 for r in chosen], [r.accuracy for r in chosen], marker=marker, s=30, label=label)
-        for row in chosen:
-            text = f"{row.token_capacity}" if row.token_capacity else f"{row.merge_threshold:g}"
-            axes.annotate(text, (row.latency_ms_p50, row.accuracy), (4, -10), textcoords="offset points", fontsize=7)
-    front = sorted((row for row in rows if row.pareto), key=lambda row: row.latency_ms_p50)
-    axes.plot(
-        [r.latency_ms_p50 for r in front], [r.accuracy for r in front], "-", lw=1, color="grey", label="Pareto front"
-    )
-    axes.plot(current.latency_ms_p50, current.accuracy, "*", ms=15, mfc="none", mec="black", label="current setting")
-    if suggestion:
-        axes.plot(suggestion.latency_ms_p50, suggestion.accuracy, "D", ms=11, mfc="none", mec="red", label="suggested")
-    if budget_ms:
-        axes.axvline(budget_ms, ls="--", lw=1, color="red", label=f"budget {budget_ms:g} ms")
-    axes.set_xlabel("latency p50 (ms)")
-    axes.set_ylabel(f"{measure} (%)")
-    axes.set_title(title, fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    pyplot.close(figure)
 
 
 def _load(args: argparse.Namespace, num_classes: int) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
@@ -123,31 +76,3 @@ def _evenly(count: int, limit: int) -> list[int]:
 
 def _settings(engine: Engine, image: np.ndarray) -> list[Settings]:
     return ladder_settings(engine.segment(image).stats.tokens_total)
-
-
-def ladder_settings(tokens_total: int) -> list[Settings]:
-    """What a sweep compares: thresholds from 0.1 to 1, and every rung of the capacity ladder below all tokens."""
-    by_threshold = [Settings(threshold, confidence=False) for threshold in _THRESHOLDS]
-    by_capacity = [Settings(1.0, capacity, confidence=False) for capacity in default_ladder(tokens_total)[:-1]]
-    return by_threshold + by_capacity
-
-
-def _print(rows: Sequence[SweepRow], measure: str, suggestion: SweepRow | None, budget_ms: float | None) -> None:
-    print(f"{'threshold':>9} {'capacity':>8} {'kept':>7} {'p50 ms':>8} {'p95 ms':>8} {'accuracy %':>10}   ({measure})")
-    for row in rows:
-        front = "  Pareto" if row.pareto else ""
-        print(
-            f"{row.merge_threshold:9.2f} {row.token_capacity or '-':>8} {row.tokens_kept_mean:7.0f} "
-            f"{row.latency_ms_p50:8.1f} {row.latency_ms_p95:8.1f} {row.accuracy:10.2f}{front}"
-        )
-    if budget_ms and suggestion:
-        capacity = f", token_capacity {suggestion.token_capacity}" if suggestion.token_capacity else ""
-        print(
-            f"within {budget_ms:g} ms: merge_threshold {suggestion.merge_threshold:g}{capacity} "
-            f"({suggestion.accuracy:.2f} %, p95 {suggestion.latency_ms_p95:.1f} ms)"
-        )
-    elif budget_ms:
-        fastest = min(rows, key=lambda row: row.latency_ms_p95)
-        print(
-            f"nothing stays within {budget_ms:g} ms here; the fastest setting has p95 {fastest.latency_ms_p95:.1f} ms"
-        )

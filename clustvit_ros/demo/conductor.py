@@ -24,6 +24,7 @@ from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 
 from clustvit_ros.errors import ClustvitError, ConfigError
+from clustvit_ros.node.messages import stamp_ns
 from clustvit_ros.node.parameter_server import ParameterServer
 from clustvit_ros.node.process import run_node
 from clustvit_ros.policy.parameter_spec import parameter
@@ -161,7 +162,7 @@ class ConductorNode(Node):
 
     def _on_stats(self, message: DiagnosticArray) -> None:
         self._newest = {pair.key: pair.value for pair in message.status[0].values}
-        self._stamp_ns = message.header.stamp.sec * 1_000_000_000 + message.header.stamp.nanosec
+        self._stamp_ns = stamp_ns(message)
         self._frames += 1
         self._engine_ms.append(float(self._newest["engine_ms"]))
 

@@ -11,8 +11,9 @@ import numpy as np
 
 from clustvit_ros.classes import ClassSet
 from clustvit_ros.errors import DataError
-from clustvit_ros.measure.pictures import cluster_overlay, titled, write_image
-from clustvit_ros.training.dataset import read_image
+from clustvit_ros.images import read_image
+from clustvit_ros.measure.pictures import cluster_overlay, save_picture, titled
+from clustvit_ros.measure.tables import new_figure
 
 if TYPE_CHECKING:
     from clustvit_ros.demo.sim_demo import Phase
@@ -32,9 +33,9 @@ def write_film(
 
     Args:
         phases: what was set when.
-        frames: of the recording; those without a picture, mask or clusters are left out.
+        frames: frames of the recording; those without a picture, mask or clusters are left out.
         folder: what their file names are relative to.
-        classes: of the masks.
+        classes: classes of the masks.
         rate_hz: frames per second.
 
     Returns:
@@ -69,7 +70,7 @@ def write_summary(path: Path, phases: Sequence[Phase], folder: Path, classes: Cl
     Args:
         phases: with their frames.
         folder: what file names are relative to.
-        classes: of the masks.
+        classes: classes of the masks.
     """
     # The drive starts over for every phase: the same moment has the same name.
     common = set.intersection(*({frame["name"] for frame in phase.frames} for phase in phases))
@@ -82,7 +83,7 @@ def write_summary(path: Path, phases: Sequence[Phase], folder: Path, classes: Cl
         rows.append(np.hstack(panels(frame, phase.title + score, folder, classes)))
     frames = [frame for phase in phases for frame in phase.frames]
     chart, _, _ = _chart(phases, frames, (rows[0].shape[1], 420), 120)
-    write_image(path, np.vstack([*rows, chart]))
+    save_picture(path, np.vstack([*rows, chart]))
 
 
 def panels(
@@ -110,12 +111,8 @@ def _chart(
     phases: Sequence[Phase], frames: Sequence[dict[str, Any]], size: tuple[int, int], dpi: int
 ) -> tuple[np.ndarray, int, int]:
     """Latency over time: (H, W, 3) uint8 RGB, and the columns of its first and last moment."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(size[0] / dpi, size[1] / dpi), dpi=dpi, layout="constrained")
+    figure, ((axes,),) = new_figure((size[0] / dpi, size[1] / dpi))
+    figure.set_dpi(dpi)
     times_s = _times(frames, frames)
     engine_ms = np.array([float(frame["stats"]["engine_ms"]) for frame in frames])
     axes.plot(times_s, engine_ms, ".", color="tab:blue", markersize=3, label="engine")
@@ -139,9 +136,8 @@ def _chart(
     axes.tick_params(labelsize=7)
     axes.legend(loc="lower left", fontsize=7)
     figure.canvas.draw()
-    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()  # type: ignore[attr-defined]
+    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
     left, right = (round(axes.transData.transform((moment, 0))[0]) for moment in (times_s[0], times_s[-1]))
-    plt.close(figure)
     return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), left, right
 
 

@@ -150,7 +150,7 @@ class SimSource(FrameSource):
     """The simulated camera.
 
     Args:
-        seed: of the world.
+        seed: seed of the world.
         size: (height, width) in pixels.
         rate_hz: frames per simulated second.
         points: give the place of every pixel.

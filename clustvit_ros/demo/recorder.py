@@ -28,6 +28,7 @@ from sensor_msgs.msg import Image
 
 from clustvit_ros.demo.recording import Manifest, Recording
 from clustvit_ros.images import decode_image
+from clustvit_ros.node.messages import stamp_ns
 from clustvit_ros.node.parameter_server import ParameterServer
 from clustvit_ros.node.process import run_node
 from clustvit_ros.policy.parameter_spec import parameter
@@ -158,50 +159,50 @@ class RecorderNode(Node):
             self._on_extra("image", message)
 
     def _on_extra(self, kind: str, message: Image) -> None:
-        stamp_ns = _stamp_ns(message)
-        if stamp_ns in self._masked:
+        stamp = stamp_ns(message)
+        if stamp in self._masked:
             self._save_extra(kind, message)
             return
-        self._waiting.setdefault(stamp_ns, []).append((kind, message))
+        self._waiting.setdefault(stamp, []).append((kind, message))
         while len(self._waiting) > _MAX_WAITING:
             # Of frames that the node dropped there will be no mask.
             del self._waiting[next(iter(self._waiting))]
 
     def _save_extra(self, kind: str, message: Image) -> None:
-        stamp_ns = _stamp_ns(message)
-        file = f"{kind}/{self._recording.file_stem(stamp_ns)}{'.jpg' if kind == 'image' else '.png'}"
+        stamp = stamp_ns(message)
+        file = f"{kind}/{self._recording.file_stem(stamp)}{'.jpg' if kind == 'image' else '.png'}"
         pixels = decode_image(message, _MAX_PIXELS).copy() if kind == "image" else _pixels_of(message)
         self._writer.write(self._folder / file, pixels)
-        self._recording.add_file(stamp_ns, kind, file)
+        self._recording.add_file(stamp, kind, file)
 
     def _on_mask(self, message: Image) -> None:
         arrival_ns = self.get_clock().now().nanoseconds
-        stamp_ns = _stamp_ns(message)
+        stamp = stamp_ns(message)
         self._last_mask_s = time.monotonic()
         file = None
         if self._options.save_masks:
-            file = f"masks/{self._recording.file_stem(stamp_ns)}.png"
+            file = f"masks/{self._recording.file_stem(stamp)}.png"
             self._writer.write(self._folder / file, _pixels_of(message))
-        self._recording.add_mask(stamp_ns, (arrival_ns - stamp_ns) / 1e6, self._last_mask_s, file)
-        self._masked.add(stamp_ns)
-        for kind, extra in self._waiting.pop(stamp_ns, []):
+        self._recording.add_mask(stamp, (arrival_ns - stamp) / 1e6, self._last_mask_s, file)
+        self._masked.add(stamp)
+        for kind, extra in self._waiting.pop(stamp, []):
             self._save_extra(kind, extra)
 
     def _on_confidence(self, message: Image) -> None:
-        file = f"confidences/{self._recording.file_stem(_stamp_ns(message))}.png"
+        file = f"confidences/{self._recording.file_stem(stamp_ns(message))}.png"
         self._writer.write(self._folder / file, _pixels_of(message))
 
     def _on_overlay(self, message: Image) -> None:
-        stamp_ns = _stamp_ns(message)
+        stamp = stamp_ns(message)
         file = None
         if self._recording.overlays % self._options.overlay_every == 0:
-            file = f"overlays/{self._recording.file_stem(stamp_ns)}.jpg"
+            file = f"overlays/{self._recording.file_stem(stamp)}.jpg"
             self._writer.write(self._folder / file, decode_image(message, _MAX_PIXELS).copy())
-        self._recording.add_overlay(stamp_ns, file)
+        self._recording.add_overlay(stamp, file)
 
     def _on_stats(self, message: DiagnosticArray) -> None:
         for status in message.status:
-            self._recording.add_stats(_stamp_ns(message), {pair.key: pair.value for pair in status.values})
+            self._recording.add_stats(stamp_ns(message), {pair.key: pair.value for pair in status.values})
 
     def _check(self) -> None:
         if self._image is None and self.count_publishers(self._mask_topic):
@@ -231,10 +232,6 @@ def _pixels_of(message: Image) -> np.ndarray:
     # Values as they are: `decode_image` would scale 16-bit labels like brightness.
     dtype = np.uint8 if message.encoding == "mono8" else np.uint16
     return np.frombuffer(message.data, dtype).reshape(message.height, message.width)
-
-
-def _stamp_ns(message: Any) -> int:
-    return message.header.stamp.sec * 1_000_000_000 + message.header.stamp.nanosec
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,11 +9,13 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from clustvit_ros.policy import percentile
+
 _NODE_COUNTS = tuple(f"frames_{fate}" for fate in ("received", "segmented", "dropped", "late", "rejected", "failed"))
 
 
 @dataclass
-class FrameRecord:
+class RecordedFrame:
     """Everything that carried one time stamp.
 
     Args:
@@ -80,7 +82,7 @@ class Recording:
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
-        self._frames: dict[int, FrameRecord] = {}
+        self._frames: dict[int, RecordedFrame] = {}
         self._first_mask_s = self._last_mask_s = 0.0
         self.images = 0
         self.masks = 0
@@ -142,15 +144,15 @@ class Recording:
             "frames": [self._frame_entry(frame) for frame in frames],
         }
 
-    def _frame_entry(self, frame: FrameRecord) -> dict[str, Any]:
+    def _frame_entry(self, frame: RecordedFrame) -> dict[str, Any]:
         return {**self._manifest.find(frame.stamp_ns), **vars(frame)}
 
-    def _record(self, stamp_ns: int) -> FrameRecord:
-        return self._frames.setdefault(stamp_ns, FrameRecord(stamp_ns))
+    def _record(self, stamp_ns: int) -> RecordedFrame:
+        return self._frames.setdefault(stamp_ns, RecordedFrame(stamp_ns))
 
 
 def _distribution(values: list[float]) -> dict[str, float] | None:
     if not values:
         return None
-    p50, p95, p99 = (float(value) for value in np.percentile(values, (50, 95, 99)))
+    p50, p95, p99 = (percentile(values, share) for share in (0.5, 0.95, 0.99))
     return {"mean": float(np.mean(values)), "p50": p50, "p95": p95, "p99": p99, "max": float(np.max(values))}

@@ -21,6 +21,7 @@ from clustvit_ros.demo.processes import NodeProcess
 from clustvit_ros.errors import ClustvitError, DataError
 from clustvit_ros.measure.metrics import ConfusionMatrix
 from clustvit_ros.networks.model_folder import load_config
+from clustvit_ros.policy import percentile
 
 DEFAULT_SEED = 3
 BUDGET_SHARES = (1.0, 0.6, 0.4)
@@ -72,9 +73,9 @@ class Phase:
             "frames": len(self.frames),
             "miou": None if self.miou is None else round(self.miou, 3),
             "engine_p50_ms": round(float(np.median(engine_ms)), 3),
-            "engine_p95_ms": round(float(np.percentile(engine_ms, 95)), 3),
+            "engine_p95_ms": round(percentile(engine_ms, 0.95), 3),
             "latency_p50_ms": round(float(np.median(latency_ms)), 3),
-            "latency_p95_ms": round(float(np.percentile(latency_ms, 95)), 3),
+            "latency_p95_ms": round(percentile(latency_ms, 0.95), 3),
             "tokens_kept_mean": round(float(self.column("tokens_kept").mean()), 2),
             "tokens_total": int(self.column("tokens_total")[0]),
         }
@@ -85,8 +86,8 @@ def run_sim(args: argparse.Namespace, seed: int, environ: Mapping[str, str]) -> 
 
     Args:
         args: as of `clustvit-ros demo`.
-        seed: of the world.
-        environ: of the processes.
+        seed: seed of the world.
+        environ: environment of the processes.
 
     Raises:
         ConfigError: the renderer is not installed, or the model cannot be used.

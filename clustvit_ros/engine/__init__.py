@@ -46,7 +46,7 @@ def create_engine(
         return ScriptedEngine()
     # Imported here and not above: the scripted engine serves machines and tests without PyTorch.
     if engine == "auto":
-        from clustvit_ros.engine.device import select_device
+        from clustvit_ros.engine.network_engine import select_device
 
         engine = "torch" if select_device(device)[0].type == "cpu" else "cuda_graph"
     if engine == "torch":

@@ -90,7 +90,7 @@ class Stats:
             the engine can tell apart: `encode` (up to the injection point), `finish` (from there), `decode` (the head).
         total_ms: milliseconds from the call to its return.
         tokens_exempt: patch tokens that had to be kept, of the image that had the most.
-        threads: of the CPU that computed it; 0 where the engine does not tell.
+        threads: CPU threads that computed it; 0 where the engine does not tell.
     """
 
     tokens_total: int
@@ -128,13 +128,13 @@ class EngineInfo:
     Args:
         model: name of the model.
         engine: name of the implementation, e.g. "torch".
-        device: where it runs, e.g. "cpu" or "cuda:0 (Orin)".
+        device: name of the device that it runs on, e.g. "cpu" or "cuda:0 (Orin)".
         device_reason: why this device, when it was chosen automatically or fell back; else empty.
         precision: e.g. "float32".
         classes: names and colours.
         input_size: (height, width) the network sees for an image of that aspect.
         tokens_total: patch tokens at `input_size`.
-        weights_sha256: of the weights file, so that measurements can be kept for it; empty when there is none.
+        weights_sha256: hash of the weights file, so that measurements can be kept for it; empty when there is none.
     """
 
     model: str

@@ -65,7 +65,7 @@ class Step:
     """One way to run, on the way down from what was asked for.
 
     Args:
-        name: for people, as in "running <name>".
+        name: words for people, as in "engine runs <name>".
         on_cpu: on the CPU instead of the device that was asked for.
         capacity_share: share of the capacity ladder that may be used, 0..1; its lowest rung always may.
     """

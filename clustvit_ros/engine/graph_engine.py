@@ -86,8 +86,8 @@ class _Plan:
         exempt_host, kept_host: host buffers of `exempt` and the kept count.
         stage_a: the state, and the kept count () int64 (None for a network that merges nothing).
         logits, cluster_ids: what every stage B leaves; the second None for a network that does not cluster.
-        stage_b: by token capacity.
-        label_maps: by output size and maps wanted.
+        stage_b: token capacity -> recording of what follows the merge.
+        label_maps: (output size, maps wanted) -> recording of the label maps.
     """
 
     x: Tensor
@@ -112,7 +112,7 @@ class GraphEngine(TorchEngine):
     again for each frame; `info.engine` then is `torch`, and `info.device_reason` says why.
 
     Args:
-        arguments: of `TorchEngine`.
+        arguments: as in `TorchEngine`.
         recorder: how graphs are recorded; None takes CUDA graphs on a GPU.
     """
 

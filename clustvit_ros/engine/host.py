@@ -51,7 +51,7 @@ class EngineHost(Generic[T]):
     """Starts workers and decides which of them is in charge.
 
     Args:
-        slot: where frames wait.
+        slot: slot that frames wait in.
         on_loading: called with the engine that has been made, before it is warmed.
         clock: gives monotonic seconds.
     """

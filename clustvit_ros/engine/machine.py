@@ -170,8 +170,8 @@ class CoreShare:
         most: threads when nobody else computes.
         cores: how many this process may run on.
         busy_s: seconds that these cores have computed, for whomever; None where the system does not tell.
-        own_s: of these, seconds for this process.
-        clock: in seconds.
+        own_s: seconds of these that were for this process.
+        clock: gives monotonic seconds.
     """
 
     def __init__(

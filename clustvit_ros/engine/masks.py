@@ -57,8 +57,8 @@ class ClassGrouping:
     """From a model's classes to those of the mask.
 
     Args:
-        classes: of the mask: the groups in their order, each in the colour of its first class; the model's own where
-            there are no groups.
+        classes: classes of the mask: the groups in their order, each in the colour of its first class; the model's own
+            where there are no groups.
         ungrouped: the model's classes that no group names; their pixels become the ignore index.
         table: (max(256, classes of the model),) uint8, model's class id -> group id; None changes nothing.
     """

@@ -1,8 +1,10 @@
-"""What all engines that run a network share: image in, normalised input, class logits, label maps out."""
+"""What all engines that run a network share: a device, and image in, normalised input, class logits, label maps out."""
 
 from __future__ import annotations
 
 import abc
+import platform
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -17,9 +19,55 @@ from clustvit_ros.engine.labels import cluster_map, label_maps
 from clustvit_ros.engine.ladder import default_ladder
 from clustvit_ros.engine.machine import keep_freed_memory
 from clustvit_ros.engine.pixels import network_size, to_input
-from clustvit_ros.errors import EngineError
+from clustvit_ros.errors import ConfigError, EngineError
 from clustvit_ros.networks.model_folder import ModelConfig
 from clustvit_ros.networks.vit import grid_size_of
+
+
+def select_device(name: str) -> tuple[torch.device, str]:
+    """Resolve a device name.
+
+    Args:
+        name: "auto", "cpu", "cuda" or "cuda:N".
+
+    Returns:
+        The device, and for "auto" the reason for it (else an empty text).
+
+    Raises:
+        ConfigError: not such a name.
+        EngineError: a GPU was named and does not work.
+    """
+    if name == "cpu":
+        return torch.device("cpu"), ""
+    if not re.fullmatch(r"auto|cuda(:\d+)?", name):
+        raise ConfigError(f"device: got {name!r}, expected auto, cpu, cuda or cuda:N")
+    problem = _gpu_problem("cuda" if name == "auto" else name)
+    if not problem:
+        return torch.device("cuda" if name == "auto" else name), "a CUDA kernel ran" if name == "auto" else ""
+    if name == "auto":
+        return torch.device("cpu"), problem
+    raise EngineError(f"device {name!r} cannot be used: {problem}; set device to cpu or auto")
+
+
+def describe_device(device: torch.device) -> str:
+    """A device with its hardware's name, e.g. "cuda:0 (Orin)"."""
+    if device.type == "cuda":
+        return f"cuda:{device.index or 0} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def _gpu_problem(name: str) -> str:
+    """Why a CUDA device does not work; empty when a kernel ran on it."""
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        return f"PyTorch (built for CUDA {built}) finds no GPU" if built else "this PyTorch is built without CUDA"
+    try:
+        if float(torch.ones(8, device=name).sum()) == 8.0:
+            return ""
+        return "a test kernel gave a wrong result"
+    except (RuntimeError, AssertionError) as error:
+        return f"a test kernel failed ({str(error).splitlines()[0]})"
+
 
 Lap = Callable[[str], None]
 """Called at the end of each stage with its name."""
@@ -69,10 +117,10 @@ class NetworkEngine(Engine):
     Args:
         engine: the implementation's name.
         config: the model's classes and input.
-        device: where input and output of the network lie, and where pre- and post-processing run.
+        device: device that holds input and output of the network, and runs pre- and post-processing.
         device_name: the same for people.
         device_reason: why this device, when it was chosen automatically; else empty.
-        weights_sha256: of the model's weights file; empty for a network that comes from none.
+        weights_sha256: hash of the model's weights file; empty for a network that comes from none.
         precision: one of `PRECISIONS`, what the network computes in.
     """
 

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clustvit_ros.engine.device import describe_device, select_device
 from clustvit_ros.engine.engine import Settings
 from clustvit_ros.engine.ladder import choose_capacity, default_ladder
-from clustvit_ros.engine.network_engine import Lap, NetworkEngine, NetworkOutput
+from clustvit_ros.engine.network_engine import Lap, NetworkEngine, NetworkOutput, describe_device, select_device
 from clustvit_ros.engine.onnx_export import EXEMPT_NAME, describe_export, export_onnx
 from clustvit_ros.engine.onnx_session import open_session, read_metadata
 from clustvit_ros.errors import ConfigError, EngineError, ModelError
@@ -39,7 +38,7 @@ class OnnxEngine(NetworkEngine):
         threads: CPU threads; 0 is automatic.
         execution_provider: "cpu", "cuda" or "tensorrt"; empty takes the device's own (TensorRT must be asked for: it
             builds for minutes on first use).
-        cache_dir: for exported files and TensorRT's engines; None is the user's cache.
+        cache_dir: folder of exported files and TensorRT's engines; None is the user's cache.
         precision: "float32", or "float16" with TensorRT, which builds its engine for it; files are float32 either way.
 
     Raises:

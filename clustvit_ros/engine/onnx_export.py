@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ from clustvit_ros.errors import ConfigError, EngineError
 from clustvit_ros.networks.model_folder import ModelConfig, hash_weights, load_config, load_segmenter
 from clustvit_ros.networks.segmenter import Segmenter
 from clustvit_ros.networks.vit import grid_size_of
+from clustvit_ros.paths import replacing
 
 FORMAT = "1"
 INPUT_NAMES = ("images", "merge_threshold", "token_capacity")
@@ -63,7 +63,7 @@ class CapacitySegmenter(nn.Module):
     It knows no architecture: what merges, and how, is the backbone's.
 
     Args:
-        network: in evaluation mode.
+        network: network in evaluation mode.
         tokens_total: N, patch tokens of the images it will get.
     """
 
@@ -126,7 +126,7 @@ def describe_export(
 
     Args:
         config: the model's.
-        weights_sha256: of the model's safetensors file.
+        weights_sha256: hash of the model's safetensors file.
         size: (height, width) of the network's input.
         batch: fixed batch size; None is dynamic.
 
@@ -161,7 +161,7 @@ def export_onnx(model: str | Path, path: Path, size: tuple[int, int] | None = No
 
     Args:
         model: a shipped model's name or a model folder's path.
-        path: of the file; its folder is made if it does not exist.
+        path: ONNX file to write; its folder is made if it does not exist.
         size: (height, width) of the network's input; None is the size the model was trained for.
         batch: a fixed batch size; None makes it an input dimension.
 
@@ -176,15 +176,10 @@ def export_onnx(model: str | Path, path: Path, size: tuple[int, int] | None = No
     network = load_segmenter(model).requires_grad_(False)
     metadata = describe_export(config, hash_weights(model), size, batch)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # With the process in its name: two processes may export the same model into one cache.
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
+    with replacing(path, shared=True) as partial:  # two processes may export the same model into one cache
         metadata["logits_size"] = json.dumps(_trace(network, partial, size, batch), separators=(",", ":"))
         _write_metadata(partial, metadata)
         difference = check_against_torch(partial, network, size, batch)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return Export(path, difference, metadata)
 
 

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from clustvit_ros.engine.ladder import choose_capacity, default_ladder
 from clustvit_ros.errors import ConfigError, EngineError
-from clustvit_ros.networks.backbone import Backbone
-from clustvit_ros.networks.segmenter import Segmenter
+from clustvit_ros.networks.segmenter import Backbone, Segmenter
 from clustvit_ros.networks.vit import grid_size_of
 
 PROVIDERS = {
@@ -56,10 +55,10 @@ def open_session(
 
     Args:
         path: the file.
-        device: where its input and output will lie.
+        device: device that its input and output will lie on.
         threads: CPU threads; 0 leaves ONNX Runtime's choice.
         execution_provider: one of `PROVIDERS`; empty takes the device's own.
-        cache_dir: where TensorRT keeps the engines it builds; None builds them at each start.
+        cache_dir: folder that TensorRT keeps its engines in; None builds them at each start.
         half: let TensorRT compute in float16.
 
     Returns:
@@ -143,7 +142,7 @@ def check_against_torch(path: Path, network: Segmenter, size: tuple[int, int], b
 
     Args:
         path: the file.
-        network: in evaluation mode, on the CPU.
+        network: network in evaluation mode, on the CPU.
         size: (height, width) of the file's input.
         batch: its batch size; None (dynamic) is checked with one and two images.
 

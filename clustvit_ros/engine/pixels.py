@@ -20,7 +20,7 @@ def network_size(image_size: tuple[int, int], input_size: tuple[int, int], patch
     Args:
         image_size: (height, width) of the camera image.
         input_size: (height, width) the model was trained for.
-        patch_size: in pixels; both sides of the result are whole patches, unless it is `input_size` itself.
+        patch_size: side of a patch in pixels; the result is whole patches, unless it is `input_size` itself.
 
     Returns:
         (height, width). It depends on the camera's image size alone, so shapes stay static while a camera runs.

@@ -10,17 +10,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clustvit_ros.engine.device import describe_device, select_device
 from clustvit_ros.engine.engine import PRECISIONS, Prediction, Settings
 from clustvit_ros.engine.ladder import choose_capacity, default_ladder
 from clustvit_ros.engine.machine import CoreShare, return_freed_memory
-from clustvit_ros.engine.network_engine import Lap, NetworkEngine, NetworkOutput, most_exempt
+from clustvit_ros.engine.network_engine import (
+    Lap,
+    NetworkEngine,
+    NetworkOutput,
+    describe_device,
+    most_exempt,
+    select_device,
+)
 from clustvit_ros.errors import ConfigError, EngineError
-from clustvit_ros.networks.backbone import Features
-from clustvit_ros.networks.cpu_layers import int8_problem, pack_layers, to_int8
-from clustvit_ros.networks.inference import for_inference
+from clustvit_ros.networks.inference import for_inference, int8_problem, pack_layers, to_int8
 from clustvit_ros.networks.model_folder import ModelConfig, hash_weights, load_config, load_segmenter
-from clustvit_ros.networks.segmenter import Segmenter
+from clustvit_ros.networks.segmenter import Features, Segmenter
 from clustvit_ros.networks.vit import Block, grid_size_of
 
 _ALL_THREADS = torch.get_num_threads()  # before anybody changed it
@@ -34,7 +38,7 @@ class TorchEngine(NetworkEngine):
         config: its classes and input.
         device: "auto", "cpu", "cuda" or "cuda:N".
         threads: CPU threads; 0 leaves PyTorch's choice. Process-wide, as PyTorch has it.
-        weights_sha256: of the weights file, where the network comes from one.
+        weights_sha256: hash of the weights file, where the network comes from one.
         precision: one of `PRECISIONS`. Half precisions are for a GPU; a CPU without instructions for them is slower.
             int8 is for a CPU: linear and large convolutional layers in 8-bit integers, all else in float32.
         compiled: run the transformer blocks through `torch.compile`, which needs a C++ compiler on a CPU and Triton on

@@ -210,7 +210,7 @@ class EngineWorker(Generic[T]):
 
     Args:
         load: makes the session and its warm engine.
-        slot: where frames wait.
+        slot: slot that frames wait in.
         on_loaded: called in the worker's thread when loading has ended; puts the worker in charge, or leaves it out.
         on_frame: called in the worker's thread after each frame.
         on_lost: called in the worker's thread when the device is lost, after the engine has been freed.

@@ -5,22 +5,31 @@ from __future__ import annotations
 import functools
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from tqdm import tqdm
 
 from clustvit_ros.engine.engine import Engine, Prediction, Settings
 from clustvit_ros.engine.pixels import network_size
+from clustvit_ros.images import Sample
 from clustvit_ros.measure.flops import count_cost
 from clustvit_ros.measure.metrics import BoundaryIoU, ConfusionMatrix
 from clustvit_ros.networks.model_folder import ModelConfig
-from clustvit_ros.training.dataset import LabelledImages, Sample
+from clustvit_ros.policy import percentile
+
+
+class LabelledSamples(Protocol):
+    """Labelled images by index, e.g. `training.dataset.LabelledImages`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
 
 
 def evaluate(
     engine: Engine,
-    data: LabelledImages,
+    data: LabelledSamples,
     settings: Settings = Settings(),
     on_image: Callable[[Sample, Prediction], None] | None = None,
     count_gflops: Callable[[tuple[int, int], int], float] | None = None,
@@ -31,7 +40,7 @@ def evaluate(
     Args:
         engine: warmed up inside.
         data: images with labels of the engine's classes.
-        settings: of every call; the confidence map is computed as asked for there.
+        settings: settings of every call; the confidence map is computed as asked for there.
         on_image: called with each sample and its prediction.
         count_gflops: (image size, token capacity) to 1e9 operations of a call; None leaves them out.
         details: boundary IoU, confusion matrix and a record for each image as well.
@@ -73,7 +82,7 @@ def evaluate(
         "tokens_kept_mean": round(statistics.fmean(kept) * total, 2),
         "tokens_merged_mean": round(1 - statistics.fmean(kept), 4),
         "latency_ms_p50": round(statistics.median(latencies_ms), 3),
-        "latency_ms_p95": round(float(np.percentile(latencies_ms, 95)), 3),
+        "latency_ms_p95": round(percentile(latencies_ms, 0.95), 3),
     }
     if gflops:
         scores["gflops_mean"] = round(statistics.fmean(gflops), 3)

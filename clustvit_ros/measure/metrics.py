@@ -68,7 +68,7 @@ class BoundaryIoU:
 
     Args:
         num_classes: Q.
-        width: of the band as a share of the image's diagonal, 0.02 as published.
+        width: width of the band as a share of the image's diagonal, 0.02 as published.
     """
 
     def __init__(self, num_classes: int, width: float = 0.02) -> None:

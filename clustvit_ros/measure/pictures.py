@@ -9,7 +9,7 @@ import numpy as np
 
 from clustvit_ros.engine.engine import Prediction
 from clustvit_ros.errors import DataError
-from clustvit_ros.training.dataset import Sample
+from clustvit_ros.images import Sample
 
 _CLUSTER_COLOURS = np.array(
     [[90, 90, 90], [66, 133, 244], [244, 160, 0], [15, 157, 88], [171, 71, 188], [0, 172, 193]], np.uint8
@@ -45,7 +45,7 @@ def cluster_overlay(image: np.ndarray, clusters: np.ndarray) -> np.ndarray:
     return np.where(clusters[..., None] > 0, tinted, image)
 
 
-def write_image(path: Path, image: np.ndarray) -> None:
+def save_picture(path: Path, image: np.ndarray) -> None:
     """Write an (H, W, 3) uint8 RGB image; folders are made.
 
     Raises:

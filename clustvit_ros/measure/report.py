@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from clustvit_ros.measure.tables import new_figure
 from clustvit_ros.networks.architectures import without_merging
 from clustvit_ros.networks.model_folder import ModelConfig
 from clustvit_ros.networks.vit_config import ViTConfig
@@ -41,8 +42,8 @@ def compare_twins(results: Sequence[dict[str, Any]], configs: Sequence[ModelConf
     Twins are networks that differ in nothing but merging. Points that were not reached are left out.
 
     Args:
-        results: of the models, with `sweep` where there is one.
-        configs: of the models.
+        results: scores of the models, with `sweep` where there is one.
+        configs: configurations of the models.
 
     Returns:
         For each pair and point: `model`, `twin`, `point`, `miou`, `twin_miou`, `lost` (mIoU points), the setting, and
@@ -114,9 +115,9 @@ def write_report(
     Args:
         folder: made if it does not exist.
         data: what was evaluated on, for people.
-        results: of the models, with details.
-        configs: of the models.
-        comparisons: of `compare_twins`.
+        results: scores of the models, with details.
+        configs: configurations of the models.
+        comparisons: what `compare_twins` gave.
 
     Returns:
         The HTML file.
@@ -174,17 +175,8 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
-def _figure(columns: int, height: float = 4.0, width: float = 6.5):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(1, columns, figsize=(width * columns, height), dpi=110, squeeze=False, layout="constrained")
-
-
 def _plot_sweeps(results: Sequence[dict[str, Any]]):
-    figure, axes = _figure(3, width=5.5)
+    figure, axes = new_figure((16.5, 4.0), columns=3)
     for index, result in enumerate(results):
         rows = result.get("sweep", [])
         total = result["tokens_total"]
@@ -216,7 +208,7 @@ def _plot_sweeps(results: Sequence[dict[str, Any]]):
 
 def _plot_classes(results: Sequence[dict[str, Any]]):
     names = list(results[0]["per_class_iou"])
-    figure, axes = _figure(1, width=max(8.0, 0.25 * len(names) * len(results)))
+    figure, axes = new_figure((max(8.0, 0.25 * len(names) * len(results)), 4.0))
     width = 0.8 / len(results)
     for index, result in enumerate(results):
         values = [result["per_class_iou"].get(name) or 0.0 for name in names]
@@ -230,7 +222,7 @@ def _plot_classes(results: Sequence[dict[str, Any]]):
 
 
 def _plot_images(results: Sequence[dict[str, Any]]):
-    figure, axes = _figure(3, height=3.5, width=5.5)
+    figure, axes = new_figure((16.5, 3.5), columns=3)
     for axis, key, title in zip(
         axes[0], ("miou", "tokens_kept", "latency_ms"), ("mIoU (%)", "tokens kept", "latency (ms)"), strict=True
     ):
@@ -250,7 +242,7 @@ def _plot_confusion(result: dict[str, Any], config: ModelConfig):
         counts = counts[:, :-1]
     shares = 100 * counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     side = min(max(4.0, 0.45 * len(names)), 24.0)
-    figure, axes = _figure(1, height=side, width=side * 1.2)
+    figure, axes = new_figure((1.2 * side, side))
     shown = axes[0, 0].imshow(shares, cmap="Blues", vmin=0, vmax=100)
     titles = [*names, "unlabelled"][: shares.shape[1]]
     axes[0, 0].set_xticks(range(len(titles)), titles, rotation=60, ha="right", fontsize=7)
@@ -266,9 +258,6 @@ def _plot_confusion(result: dict[str, Any], config: ModelConfig):
 
 
 def _embedded(figure) -> str:
-    from matplotlib import pyplot
-
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    pyplot.close(figure)
+    figure.savefig(buffer, format="png", dpi=110)
     return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'

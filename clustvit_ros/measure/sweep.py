@@ -5,12 +5,18 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from clustvit_ros.engine.engine import Engine, Settings
+from clustvit_ros.engine.ladder import default_ladder
 from clustvit_ros.measure.metrics import ConfusionMatrix
+from clustvit_ros.measure.tables import new_figure, save_figure
+from clustvit_ros.policy import percentile
+
+_THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,7 @@ class SweepRow:
     Args:
         merge_threshold, token_capacity: the setting.
         accuracy: percent; mIoU against labels, else agreement with the unmerged result.
-        latency_ms_p50, latency_ms_p95: of an engine call.
+        latency_ms_p50, latency_ms_p95: milliseconds of an engine call.
         tokens_kept_mean: per image.
         pareto: no other setting is both faster (p50) and at least as accurate.
         gflops_mean: per image, where they were counted.
@@ -86,7 +92,7 @@ def sweep(
                 token_capacity=setting.token_capacity,
                 accuracy=round(100 * accuracy, 3),
                 latency_ms_p50=round(statistics.median(latencies_ms[row]), 3),
-                latency_ms_p95=round(float(np.percentile(latencies_ms[row], 95)), 3),
+                latency_ms_p95=round(percentile(latencies_ms[row], 0.95), 3),
                 tokens_kept_mean=round(statistics.fmean(kept[row]), 1),
                 gflops_mean=round(statistics.fmean(gflops[row]), 3) if count_gflops else None,
             )
@@ -106,3 +112,71 @@ def _on_front(row: SweepRow, rows: Sequence[SweepRow]) -> bool:
         or (other.latency_ms_p50 == row.latency_ms_p50 and other.accuracy > row.accuracy)
         for other in rows
     )
+
+
+def ladder_settings(tokens_total: int) -> list[Settings]:
+    """What a sweep compares: thresholds from 0.1 to 1, and every rung of the capacity ladder below all tokens."""
+    by_threshold = [Settings(threshold, confidence=False) for threshold in _THRESHOLDS]
+    by_capacity = [Settings(1.0, capacity, confidence=False) for capacity in default_ladder(tokens_total)[:-1]]
+    return by_threshold + by_capacity
+
+
+def draw_sweep(
+    rows: Sequence[SweepRow],
+    current: SweepRow,
+    suggestion: SweepRow | None,
+    budget_ms: float | None,
+    measure: str,
+    title: str,
+    path: Path,
+) -> None:
+    """Draw accuracy against latency as PNG (or whatever the path's suffix says)."""
+    figure, ((axes,),) = new_figure((8, 5))
+    for label, marker, chosen in (
+        ("merge_threshold", "o", [row for row in rows if row.token_capacity == 0]),
+        ("token_capacity", "s", [row for row in rows if row.token_capacity > 0]),
+    ):
+        axes.scatter([r.latency_ms_p50 for r in chosen], [r.accuracy for r in chosen], marker=marker, s=30, label=label)
+        for row in chosen:
+            text = f"{row.token_capacity}" if row.token_capacity else f"{row.merge_threshold:g}"
+            axes.annotate(text, (row.latency_ms_p50, row.accuracy), (4, -10), textcoords="offset points", fontsize=7)
+    front = sorted((row for row in rows if row.pareto), key=lambda row: row.latency_ms_p50)
+    axes.plot(
+        [r.latency_ms_p50 for r in front], [r.accuracy for r in front], "-", lw=1, color="grey", label="Pareto front"
+    )
+    axes.plot(current.latency_ms_p50, current.accuracy, "*", ms=15, mfc="none", mec="black", label="current setting")
+    if suggestion:
+        axes.plot(suggestion.latency_ms_p50, suggestion.accuracy, "D", ms=11, mfc="none", mec="red", label="suggested")
+    if budget_ms:
+        axes.axvline(budget_ms, ls="--", lw=1, color="red", label=f"budget {budget_ms:g} ms")
+    axes.set_xlabel("latency p50 (ms)")
+    axes.set_ylabel(f"{measure} (%)")
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def sweep_table(rows: Sequence[SweepRow], measure: str, suggestion: SweepRow | None, budget_ms: float | None) -> str:
+    """The rows as text, and what is suggested for a budget in milliseconds (p95), where there is one."""
+    lines = [
+        f"{'threshold':>9} {'capacity':>8} {'kept':>7} {'p50 ms':>8} {'p95 ms':>8} {'accuracy %':>10}   ({measure})"
+    ]
+    for row in rows:
+        front = "  Pareto" if row.pareto else ""
+        lines.append(
+            f"{row.merge_threshold:9.2f} {row.token_capacity or '-':>8} {row.tokens_kept_mean:7.0f} "
+            f"{row.latency_ms_p50:8.1f} {row.latency_ms_p95:8.1f} {row.accuracy:10.2f}{front}"
+        )
+    if budget_ms and suggestion:
+        capacity = f", token_capacity {suggestion.token_capacity}" if suggestion.token_capacity else ""
+        lines.append(
+            f"within {budget_ms:g} ms: merge_threshold {suggestion.merge_threshold:g}{capacity} "
+            f"({suggestion.accuracy:.2f} %, p95 {suggestion.latency_ms_p95:.1f} ms)"
+        )
+    elif budget_ms:
+        fastest = min(rows, key=lambda row: row.latency_ms_p95)
+        lines.append(
+            f"nothing stays within {budget_ms:g} ms here; the fastest setting has p95 {fastest.latency_ms_p95:.1f} ms"
+        )
+    return "\n".join(lines)

@@ -2,8 +2,7 @@
 
 from clustvit_ros.networks.architectures import build_network, network_config
 from clustvit_ros.networks.model_folder import ModelConfig, load_config, load_segmenter, save_model
-from clustvit_ros.networks.network_config import NetworkConfig
-from clustvit_ros.networks.segmenter import Segmenter, SegmenterOutput
+from clustvit_ros.networks.segmenter import NetworkConfig, Segmenter, SegmenterOutput
 from clustvit_ros.networks.vit_config import ViTConfig
 
 __all__ = [

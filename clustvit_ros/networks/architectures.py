@@ -7,10 +7,9 @@ from typing import Any
 
 from clustvit_ros.config import from_mapping, to_mapping
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.networks.cast_config import CASTConfig
-from clustvit_ros.networks.clustr_config import ClusTRConfig
-from clustvit_ros.networks.network_config import NetworkConfig, initialise
-from clustvit_ros.networks.segmenter import Segmenter
+from clustvit_ros.networks.cast import CASTConfig
+from clustvit_ros.networks.clustr import ClusTRConfig
+from clustvit_ros.networks.segmenter import NetworkConfig, Segmenter, initialise
 from clustvit_ros.networks.vit_config import ViTConfig
 
 _VIT_SIZES = {

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.networks.backbone import Features
 from clustvit_ros.networks.clustering import gather_rows
+from clustvit_ros.networks.segmenter import Features
 from clustvit_ros.networks.vit import Attention, Block, VisionTransformer
 
 _NUM_IDS = 254

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.networks.backbone import Features
 from clustvit_ros.networks.clustering import (
     Clusterer,
     Merge,
     MergeScores,
     Regenerator,
     count_kept,
+    group_merged,
     merge_exactly,
     merge_scores,
     merge_to_capacity,
@@ -37,7 +37,7 @@ from clustvit_ros.networks.clustering import (
     threshold_ids,
     unmerge,
 )
-from clustvit_ros.networks.token_groups import group_merged
+from clustvit_ros.networks.segmenter import Features
 from clustvit_ros.networks.vit import VisionTransformer
 
 
@@ -129,7 +129,7 @@ class ClustViT(VisionTransformer):
         """Merge, run the remaining blocks, regenerate.
 
         Args:
-            state: of `encode`.
+            state: what `encode` gave.
             merge_threshold: in exact mode, tokens whose merge score is above are merged, at every point.
             token_capacity: exactly this many tokens are kept after the last point, those with the lowest merge scores;
                 earlier points merge an equal number each. All are kept when there are no more than that. None is

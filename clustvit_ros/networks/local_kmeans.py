@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clustvit_ros.networks.backbone import Features
 from clustvit_ros.networks.bipartite_merging import (
     Similarity,
     check_injection_point,
@@ -26,7 +25,8 @@ from clustvit_ros.networks.bipartite_merging import (
     group_ids,
     most_similar,
 )
-from clustvit_ros.networks.pooling import pooling_matrix
+from clustvit_ros.networks.heads import pooling_matrix
+from clustvit_ros.networks.segmenter import Features
 from clustvit_ros.networks.vit import VisionTransformer
 
 _ROUNDS = 5
@@ -119,7 +119,7 @@ def _reconstructed(x: Tensor, weights: Tensor, full: Tensor | None) -> Tensor:
 
     Args:
         x: the processed sequence; where `full`, the processed tokens themselves.
-        weights: of each token's centres.
+        weights: shares of each token's centres.
         full: () bool, whether nothing was clustered, where that is traced; else None.
     """
     N, T = weights.shape[1:]

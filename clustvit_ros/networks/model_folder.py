@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +12,12 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from clustvit_ros.classes import ClassSet
+from clustvit_ros.classes import ClassEntry, ClassSet
 from clustvit_ros.config import from_mapping, read_yaml
 from clustvit_ros.errors import ConfigError, ModelError
 from clustvit_ros.networks.architectures import build_network, network_config
-from clustvit_ros.networks.network_config import NetworkConfig
-from clustvit_ros.networks.segmenter import Segmenter
-from clustvit_ros.paths import MODEL_FILE, find_model
+from clustvit_ros.networks.segmenter import NetworkConfig, Segmenter
+from clustvit_ros.paths import MODEL_FILE, find_model, hash_file, replacing
 
 WEIGHTS_FILE = "model.safetensors"
 # Far above any vision transformer; what is within is held against the weights before memory is spent on it.
@@ -51,17 +49,11 @@ class InputConfig:
 
 
 @dataclass(frozen=True)
-class _ClassEntry:
-    name: str
-    colour: tuple[int, int, int]
-
-
-@dataclass(frozen=True)
 class _ModelFile:
     """What `model.yaml` may hold; `training`, `scores` and `licence` are for people and are passed through."""
 
     architecture: str
-    classes: tuple[_ClassEntry, ...]
+    classes: tuple[ClassEntry, ...]
     input: InputConfig
     format: Literal[1] = 1
     network: dict[str, Any] = field(default_factory=dict)
@@ -112,7 +104,7 @@ def load_config(model: str | Path) -> ModelConfig:
         name=folder.resolve().name,
         architecture=content.architecture,
         network=network_config(content.architecture, content.network, f"{where}: network"),
-        classes=ClassSet(tuple(c.name for c in content.classes), tuple(c.colour for c in content.classes)),
+        classes=ClassSet.of(content.classes),
         input=content.input,
         overrides=content.network,
         training=content.training,
@@ -182,7 +174,7 @@ def load_weights(network: Segmenter, path: Path, unused: tuple[str, ...] = ()) -
 
     Args:
         network: changed in place.
-        path: of the file.
+        path: safetensors file.
         unused: beginnings of names that may be in the file though the network has no use for them.
 
     Raises:
@@ -253,14 +245,10 @@ def hash_weights(model: str | Path) -> str:
         ModelError: no such model, or no weights in it.
     """
     path = weights_path(model)
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        return hash_file(path)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror}); fetch the model again") from error
-    return digest.hexdigest()
 
 
 def check_weights(network: Segmenter, weights: dict[str, torch.Tensor], where: str) -> None:
@@ -297,17 +285,16 @@ def save_model(folder: Path, config: ModelConfig, network: Segmenter, dtype: tor
 
     Args:
         folder: made if it does not exist; files in it are replaced.
-        dtype: of floating-point weights on disk.
+        dtype: type of floating-point weights on disk.
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights = {
         name: tensor.detach().cpu().to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
         for name, tensor in network.state_dict().items()
     }
-    partial = folder / (WEIGHTS_FILE + ".partial")
-    save_file(weights, partial)
-    partial.chmod(0o644)  # safetensors writes for the owner alone, and an installed model is read by others
-    partial.replace(folder / WEIGHTS_FILE)
+    with replacing(folder / WEIGHTS_FILE) as partial:
+        save_file(weights, partial)
+        partial.chmod(0o644)  # safetensors writes for the owner alone, and an installed model is read by others
     content = {
         "format": 1,
         "architecture": config.architecture,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clustvit_ros.errors import ConfigError, ModelError
 from clustvit_ros.networks.architectures import ARCHITECTURES
-from clustvit_ros.networks.uper_head import NUM_LEVELS
+from clustvit_ros.networks.heads import NUM_LEVELS
 from clustvit_ros.networks.vit_config import ViTConfig
 
 _BLOCK = {

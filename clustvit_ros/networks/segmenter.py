@@ -1,12 +1,129 @@
-"""A backbone and a decode head that together turn normalised images into class logits on the patch grid."""
+"""A backbone and a decode head that together turn normalised images into class logits on the patch grid.
+
+What every backbone offers (features, in two steps where it merges tokens), and what every family of networks states
+about itself.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import abc
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from clustvit_ros.networks.backbone import Backbone, Features
+from clustvit_ros.errors import ConfigError
+from clustvit_ros.networks.clustering import TokenGroups
+
+
+class Features(NamedTuple):
+    """What a backbone hands to the decode head.
+
+    Attributes:
+        tokens: (B, L, C) float, after the final norm, without class token; the grid's tokens row by row, L == N, unless
+            `slots` is given.
+        grid_size: (h, w) tokens, h * w == N.
+        cluster_logits: (B, N, k+1) float; None for a backbone that has no Clusterer. With several injection points
+            the later ones' logits follow, and `cluster_positions` says whose they are.
+        cluster_ids: (B, N) int64, 0 = kept, above = merged into that cluster; None for a backbone that does not merge.
+        cluster_positions: (B, M) int64, the token (0..N-1) that each row of `cluster_logits` is about; None where they
+            are all tokens in order.
+        levels: outputs of the blocks that a multi-level head asked for, shallow first, (B, N, C) each, without class
+            token; only the last block's is normalised.
+        slots: (B, N) int64, the row of `tokens` that stands for each token of the grid, where the sequence is left
+            compact for the head; None where it is not.
+        key_mask: (B, L) bool, False = padding of a compact sequence; None when there is none.
+        pyramid: maps (B, C_i, h_i, w_i) of several strides, finest first: all of the features of a backbone that works
+            at several strides; of a ViT the convolutional stem's, finer than the tokens, where its head asks for them.
+        groups: merged tokens that a head's attention blocks may handle together; None where each goes alone.
+    """
+
+    tokens: Tensor
+    grid_size: tuple[int, int]
+    cluster_logits: Tensor | None = None
+    cluster_ids: Tensor | None = None
+    cluster_positions: Tensor | None = None
+    levels: tuple[Tensor, ...] = ()
+    slots: Tensor | None = None
+    key_mask: Tensor | None = None
+    pyramid: tuple[Tensor, ...] = ()
+    groups: TokenGroups | None = None
+
+    def to_grid(self, values: Tensor) -> Tensor:
+        """What was computed per row of `tokens`, on the token grid: (B, L, K) -> (B, K, h, w)."""
+        if self.slots is not None:
+            values = values.gather(1, self.slots[..., None].expand(-1, -1, values.shape[2]))
+        return values.transpose(1, 2).unflatten(2, self.grid_size)
+
+
+class Backbone(nn.Module, abc.ABC):
+    """Images to features, in two steps: `encode` costs what no setting changes, `finish` what the settings decide.
+
+    A backbone that merges nothing does all its work in `encode`, and its `finish` ignores the settings.
+
+    All steps can be traced for export: threshold and capacity are then tensors, the shapes that follow from the
+    capacity are dynamic, and nothing may be decided in Python by their values.
+
+    Attributes:
+        patch_size: side in pixels of what one token of the grid stands for.
+        merges: whether threshold and capacity have an effect.
+        decides: whether it decides inside, by clustering, what no result shows: where two choices are equal but for
+            rounding, devices and engines may then choose differently.
+        exempts: whether single tokens can be left out of merging.
+    """
+
+    patch_size: int
+    merges: bool = False
+    decides: bool = False
+    exempts: bool = False
+
+    @abc.abstractmethod
+    def encode(self, images: Tensor) -> Any:
+        """Normalised images (B, 3, H, W) to a state, a (nested) tuple of tensors and plain values, for `finish`.
+
+        Raises:
+            ImageError: not a batch of three-channel images.
+        """
+
+    def count_kept(self, state: Any, merge_threshold: float | Tensor) -> Tensor:
+        """Tokens per image that the threshold leaves unmerged: (B,) int64, on the state's device.
+
+        Args:
+            state: what `encode` gave.
+            merge_threshold: 0..1; a () float32 tensor where traced or recorded.
+        """
+        raise NotImplementedError(f"{type(self).__name__} merges no tokens")
+
+    def exempt(self, state: Any, tokens: Tensor) -> Any:
+        """The state with some tokens never merged, as long as `finish` is given a capacity that has room for them.
+
+        Args:
+            state: what `encode` gave; stays as it is.
+            tokens: (N,) or (B, N) bool on the state's device, true where a token must be kept.
+
+        Raises:
+            ConfigError: this backbone's way to merge cannot leave single tokens out (`exempts` is false).
+        """
+        raise ConfigError(
+            f"{type(self).__name__} cannot exempt single tokens from merging; leave merge_exempt_classes and "
+            "merge_exempt_region empty"
+        )
+
+    @abc.abstractmethod
+    def finish(self, state: Any, merge_threshold: float = 0.5, token_capacity: int | Tensor | None = None) -> Features:
+        """Features of a state.
+
+        Args:
+            state: what `encode` gave.
+            merge_threshold: tokens whose merge score is above are merged: 0.5 is the paper's arg-max, 1.0 is plain ViT.
+            token_capacity: keep exactly this many tokens per image, or all where there are no more; None lets the
+                threshold alone decide (exact mode). A () int64 tensor, 1 up to all tokens, where traced: its value
+                then decides no shape in Python, and all tokens must still give what the unmerged network gives.
+        """
+
+    def forward(self, images: Tensor, merge_threshold: float = 0.5, token_capacity: int | None = None) -> Features:
+        """`encode` and `finish` in one."""
+        return self.finish(self.encode(images), merge_threshold, token_capacity)
 
 
 class SegmenterOutput(NamedTuple):
@@ -57,3 +174,44 @@ class Segmenter(nn.Module):
         return SegmenterOutput(
             self.head(features), features.cluster_logits, features.cluster_ids, features.cluster_positions
         )
+
+
+@dataclass(frozen=True)
+class NetworkConfig(abc.ABC):
+    """Everything that fixes the shape of a network; each family adds its own hyper-parameters.
+
+    Args:
+        image_size: (height, width) in pixels the network is made for, which fixes position embeddings; networks accept
+            other sizes as well.
+        patch_size: side in pixels of what one token of the grid stands for.
+    """
+
+    image_size: tuple[int, int] = (512, 512)
+    patch_size: int = 16
+
+    @property
+    def merges(self) -> bool:
+        """Whether threshold and capacity have an effect."""
+        return False
+
+    @property
+    def unused_weights(self) -> tuple[str, ...]:
+        """Beginnings of names that a weights file may hold though the network has no use for them."""
+        return ()
+
+    @abc.abstractmethod
+    def build(self, num_classes: int) -> Segmenter:
+        """The network, its parameters as PyTorch draws them; `build_network` initialises them as well."""
+
+
+def initialise(network: Segmenter) -> None:
+    """ViT's usual initialisation: truncated normal 0.02 for linear layers, fan-out for convolutions."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

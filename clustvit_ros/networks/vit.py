@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clustvit_ros.errors import ImageError
-from clustvit_ros.networks.backbone import Backbone, Features
+from clustvit_ros.networks.segmenter import Backbone, Features
 
 BACKBONE_NORM_EPS = 1e-6
 # Grids whose resized position embedding is remembered: one for each camera.
@@ -153,7 +153,7 @@ class Block(nn.Module):
     """Pre-norm transformer block.
 
     Args:
-        norm_eps: of both LayerNorms; the backbone and the Segmenter head differ in it.
+        norm_eps: epsilon of both LayerNorms; the backbone and the Segmenter head differ in it.
         drop_path: probability of skipping a residual branch for an image, in training only (stochastic depth).
     """
 

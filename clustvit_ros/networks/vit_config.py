@@ -10,13 +10,9 @@ from torch import nn
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.networks.bipartite_merging import BipartiteMergingViT
 from clustvit_ros.networks.clustvit import ClustViT
-from clustvit_ros.networks.detail_head import DetailHead
-from clustvit_ros.networks.linear_head import LinearHead
+from clustvit_ros.networks.heads import NUM_LEVELS, DetailHead, LinearHead, MaskTransformer, UPerHead
 from clustvit_ros.networks.local_kmeans import LocalKMeansViT
-from clustvit_ros.networks.mask_transformer import MaskTransformer
-from clustvit_ros.networks.network_config import NetworkConfig
-from clustvit_ros.networks.segmenter import Segmenter
-from clustvit_ros.networks.uper_head import NUM_LEVELS, UPerHead
+from clustvit_ros.networks.segmenter import NetworkConfig, Segmenter
 from clustvit_ros.networks.vit import VisionTransformer, detail_dims
 
 MERGES = ("none", "clusters", "tome", "kmeans")
@@ -32,7 +28,7 @@ class ViTConfig(NetworkConfig):
         stem: "patch" (one linear projection, as published) or "conv" (strided convolutions).
         stem_blocks: residual blocks at each of a convolutional stem's strides from 4 to half a patch, for finer
             structures than tokens can hold.
-        embed_dim, depth, num_heads, mlp_ratio: of the encoder.
+        embed_dim, depth, num_heads, mlp_ratio: sizes of the encoder.
         merge: "tome" and "kmeans" merge without any trained part, from `injection_point` on, whichever the backbone;
             empty is the backbone's own way.
         num_clusters: k, clusters besides "keep".

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from rclpy.node import Node
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
 from clustvit_ros.classes import ClassSet
-from clustvit_ros.node.messages import LabelInfo, image_message, label_info_message, scaled_camera_info
+from clustvit_ros.node.messages import LabelInfo, image_message, label_info_message, scaled_camera_info, stamp_ns
 from clustvit_ros.node.qos import (
     REPLAY_OUTPUT_DEPTH,
     QosWatch,
@@ -51,13 +52,12 @@ class Frame:
     camera: str = ""
     camera_info: CameraInfo | None = None
 
-    @property
+    @cached_property
     def stamp_ns(self) -> int:
         """Nanoseconds of the message's stamp; 0 when it has none."""
-        stamp = self.message.header.stamp
-        return stamp.sec * 1_000_000_000 + stamp.nanosec
+        return stamp_ns(self.message)
 
-    @property
+    @cached_property
     def arrival_age_ms(self) -> float | None:
         """Milliseconds from the stamp to the arrival, negative for a stamp in the future; None without a stamp."""
         return (self.arrival_ns - self.stamp_ns) / 1e6 if self.stamp_ns else None

@@ -76,7 +76,7 @@ class FrameSession:
     ) -> None:
         self.engine, self.policy = engine, policy
         self._cameras, self._slot = cameras, slot
-        self._status_name = f"{node_name}: frame"
+        self._status_name, self._device = f"{node_name}: frame", engine.info.device
         self._logger, self._now_ns, self._context_ok = logger, now_ns, context_ok
         self._grouping: tuple[Groups | None, ClassGrouping] = None, ClassGrouping(engine.info.classes)
         self.named: SegmentationParameters | None = None
@@ -148,19 +148,17 @@ class FrameSession:
         result = self.engine.segment(images[0] if len(images) == 1 else images, plan.settings)
         masks = result if grouping.table is None else grouping.apply(result)
         published = [self._publish(one, plan, masks, index, grouping) for index, one in enumerate(batch)]
+        tells = [one.camera.outputs.wanted("stats") for one in batch]
         lesson = self.policy.learn(plan, result, [age_ms for age_ms, _ in published])
         for index, (one, (age_ms, publish_ms)) in enumerate(zip(batch, published, strict=True)):
-            mask, stats = masks.mask[index], masks.stats
-            withheld = publish_ms is None
-            if not withheld:
-                self._publish_views(one, mask, grouping)
+            mask = masks.mask[index]
             record = FrameRecord(
                 camera=one.camera.name,
-                outcome="late" if withheld else "segmented",
+                outcome="late" if publish_ms is None else "segmented",
                 image_size=(one.image.shape[0], one.image.shape[1]),
                 mask_size=(mask.shape[0], mask.shape[1]),
                 batch=len(batch),
-                stats=stats,
+                stats=masks.stats,
                 confidence_threshold=plan.parameters.confidence_threshold,
                 plan=lesson.facts,
                 deadline_missed=lesson.missed[index],
@@ -171,7 +169,14 @@ class FrameSession:
                 age_ms=age_ms,
                 stamped=one.frame.stamp_ns != 0,
             )
-            self._enter(one, record)
+            is_first = one.camera.ledger.add(record)
+            pairs = one.camera.ledger.frame_pairs(record) if tells[index] else None
+            if is_first:
+                self._tell_first(record)
+            if pairs is not None:
+                self._publish_stats(one, pairs)
+            if publish_ms is not None:
+                self._publish_views(one, mask, grouping)
 
     def _publish(
         self, one: _Decoded, plan: Plan, masks: Prediction, index: int, grouping: ClassGrouping
@@ -185,7 +190,7 @@ class FrameSession:
         outputs, header = one.camera.outputs, one.frame.message.header
         mask = masks.mask[index]
         age_ms = self._age_ms(one.frame)
-        if plan.withholds(masks.stats.total_ms, age_ms):
+        if plan.parameters.deadline_policy == "drop" and plan.is_missed(masks.stats.total_ms, age_ms):
             return age_ms, None
         outputs.publish_labels(grouping.classes, plan.parameters.confidence_threshold, header)
         outputs.publish_pixels("mask", mask, _encoding(mask), header)
@@ -206,19 +211,17 @@ class FrameSession:
             overlay = draw_overlay(one.image, mask, grouping.classes.palette(), one.parameters.overlay_alpha)
             outputs.publish_pixels("overlay", overlay, "rgb8", header)
 
-    def _enter(self, one: _Decoded, record: FrameRecord) -> None:
-        """Count a segmented frame, tell of the first one, and publish its statistics."""
-        ledger, outputs = one.camera.ledger, one.camera.outputs
-        if ledger.add(record) and record.stats is not None:
-            self._logger.info(
-                f"{one.camera.name + ': ' if one.camera.name else ''}first mask: "
-                f"{record.mask_size[1]}x{record.mask_size[0]}, {record.age_ms:.1f} ms after the image's stamp; engine "
-                f"{record.stats.total_ms:.1f} ms, {record.stats.tokens_kept:g} of {record.stats.tokens_total} tokens"
-            )
-        if outputs.wanted("stats"):
-            device, pairs = self.engine.info.device, ledger.frame_pairs(record)
-            status = diagnostic_status(self._status_name, device, OK, "segmented", pairs)
-            outputs.publish("stats", DiagnosticArray(header=one.frame.message.header, status=[status]))
+    def _publish_stats(self, one: _Decoded, pairs: Mapping[str, str]) -> None:
+        status = diagnostic_status(self._status_name, self._device, OK, "segmented", pairs)
+        one.camera.outputs.publish("stats", DiagnosticArray(header=one.frame.message.header, status=[status]))
+
+    def _tell_first(self, record: FrameRecord) -> None:
+        assert record.stats is not None  # it was segmented
+        self._logger.info(
+            f"{record.camera + ': ' if record.camera else ''}first mask: {record.mask_size[1]}x{record.mask_size[0]}, "
+            f"{record.age_ms:.1f} ms after the image's stamp; engine {record.stats.total_ms:.1f} ms, "
+            f"{record.stats.tokens_kept:g} of {record.stats.tokens_total} tokens"
+        )
 
     def _fail(self, camera: str, error: Exception) -> None:
         if not self._context_ok():

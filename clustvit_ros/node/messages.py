@@ -30,6 +30,11 @@ NO_LABEL_INFO = (
 _PNG_LEVEL = 1
 
 
+def stamp_ns(message: Any) -> int:
+    """Nanoseconds of a message's stamp; 0 when it has none. rclpy's own Time takes no negative ones."""
+    return message.header.stamp.sec * 1_000_000_000 + message.header.stamp.nanosec
+
+
 def image_message(pixels: np.ndarray, encoding: str, header: Header) -> Image:
     """Build an Image message whose rows are packed: `step` is the width times the bytes of a pixel.
 

@@ -33,7 +33,7 @@ def run_node(
         name: logger for what goes wrong before there is a node.
         create: makes the node; it must have a method `close` that stops its threads and returns an exit code.
         run: spins the executor, which holds the node, and returns an exit code.
-        arguments: of the command line; None takes the process's own.
+        arguments: command-line arguments; None takes the process's own.
 
     Returns:
         The worst of the exit codes; 1 when the node cannot start. SIGINT and SIGTERM are no errors.

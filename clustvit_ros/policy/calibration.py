@@ -6,13 +6,10 @@ start measures.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 import math
-import os
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,7 @@ import numpy as np
 from clustvit_ros import __version__
 from clustvit_ros.engine.engine import Engine, EngineInfo, Settings
 from clustvit_ros.engine.machine import machine_name, power_mode
-from clustvit_ros.paths import user_cache_dir
+from clustvit_ros.paths import replacing, user_cache_dir
 
 _ROUNDS = 5
 _LIMIT_MS = 10_000.0
@@ -98,14 +95,14 @@ class CalibrationKey:
     """Everything that makes a measured latency valid.
 
     Args:
-        weights_sha256: of the model's weights file.
+        weights_sha256: hash of the model's weights file.
         engine, precision, device: as `EngineInfo` names them.
         threads: CPU threads asked for, 0 = automatic.
         image_size: (height, width) of the camera images.
         capacities: the engine's ladder.
         machine: board or processor.
-        power_mode: where it can be read.
-        version: of this package.
+        power_mode: name of the power mode, empty where it cannot be read.
+        version: version of this package.
     """
 
     weights_sha256: str
@@ -176,15 +173,8 @@ class CalibrationCache:
         path = self.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {"format": _FORMAT, "key": _plain(key), "latency_ms": latency_ms}
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(json.dumps(content, indent=1) + "\n")
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+        with replacing(path, shared=True) as partial:
+            partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _plain(key: CalibrationKey) -> dict[str, Any]:

@@ -136,7 +136,7 @@ class Ledger:
     def frame_pairs(self, record: FrameRecord) -> dict[str, str]:
         """A frame's statistics, with all counts up to it."""
         camera = {"camera": record.camera} if record.camera else {}
-        return {**camera, **record.as_pairs(), **self.count_pairs()}
+        return {**camera, **self.count_pairs(), **record.as_pairs()}
 
     def window_pairs(self) -> dict[str, str]:
         """Percentiles of ages, periods and engine times as keys and values of diagnostics."""

@@ -137,12 +137,8 @@ class MergeGuard:
         self._guard = AccuracyGuard(clock())
         self._sample: _Sample | None = None
         self._parameters = SegmentationParameters()
-        self._pairs: dict[str, str] = {}
-
-    @property
-    def pairs(self) -> Mapping[str, str]:
-        """What the checks found, as keys and values of stats and diagnostics; any thread may ask."""
-        return self._pairs
+        self.pairs: Mapping[str, str] = {}
+        """What the checks found, as keys and values of stats and diagnostics; any thread may read it."""
 
     def floor(self, image_size: tuple[int, int]) -> int:
         """The fewest tokens that the latest checks allow for images of (height, width) `image_size`; 0 is no bound."""
@@ -230,7 +226,7 @@ class MergeGuard:
         self._tell(agreement, self._guard.floor(capacities))
 
     def _tell(self, agreement: Agreement, floor: int) -> None:
-        self._pairs = {
+        self.pairs = {
             "agreement": f"{agreement.overall:.4f}",
             **{f"agreement.{name}": f"{share:.4f}" for name, share in agreement.per_class.items()},
             "min_agreement": f"{self._parameters.min_agreement:g}",

@@ -61,10 +61,6 @@ class Plan:
         """
         return 0.0 < self.budget_ms < (age_ms if self.parameters.budget_reference == "stamp" else engine_ms)
 
-    def withholds(self, engine_ms: float, age_ms: float) -> bool:
-        """Whether the mask of a frame that took so long must not be published; see `is_missed`."""
-        return self.parameters.deadline_policy == "drop" and self.is_missed(engine_ms, age_ms)
-
     def as_pairs(self) -> dict[str, str]:
         """Keys as they appear in stats and diagnostics."""
         pairs = {
@@ -88,7 +84,7 @@ class Lesson:
     """What is known about a call's frames once their masks are out.
 
     Args:
-        missed: for each image, whether it took longer than its budget.
+        missed: whether each image took longer than its budget.
         misses: deadline misses so far, these included.
         facts: why they were segmented this way, as keys and values.
     """

@@ -147,7 +147,7 @@ class Policy:
         Args:
             plan: as `plan` gave it.
             result: what the engine made of it, in the model's own classes.
-            ages_ms: for each image, milliseconds from its stamp to the publication of its mask.
+            ages_ms: milliseconds of each image, from its stamp to the publication of its mask.
         """
         self._plan = plan
         if self._guarded:

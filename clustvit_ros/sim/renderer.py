@@ -69,7 +69,7 @@ class Renderer:
         world: what to draw.
         classes: their order gives the labels; "sky" is where nothing is.
         size: (height, width) in pixels.
-        focal_px: of the pinhole camera; its centre is the picture's.
+        focal_px: focal length of the pinhole camera; its centre is the picture's.
     """
 
     def __init__(self, world: World, classes: ClassSet, size: tuple[int, int], focal_px: float) -> None:

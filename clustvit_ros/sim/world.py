@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 import cv2
 import numpy as np
 
-from clustvit_ros.sim.mesh import Colour, Mesh, blob, quads
+from clustvit_ros.sim.mesh import Colour, Mesh, blob, make_textures, quads
 from clustvit_ros.sim.objects import house, person, pole, tree, vehicle
-from clustvit_ros.sim.textures import make_textures
 
 ROAD_HALF_WIDTH_M = 2.8
 _VERGE_M = 4.0

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from clustvit_ros.classes import IGNORE_INDEX
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.training.dataset import Sample
+from clustvit_ros.images import Sample
 
 _FILL = 127.0
 # RGB to luma and two chroma axes (NTSC), and back.
@@ -37,7 +37,7 @@ class Crop(NamedTuple):
         colour: (3, 4) maps (r, g, b, 1) to the new colour, on the 0..255 scale.
         blur_px: standard deviation of a Gaussian blur, 0 = none.
         noise: standard deviation of additive noise, on the 0..255 scale.
-        noise_seed: of the noise itself.
+        noise_seed: seed of the noise itself.
     """
 
     to_source: np.ndarray
@@ -165,7 +165,7 @@ class Augmentation:
         Args:
             images: (3, H, W) uint8 RGB each; sizes may differ.
             labels: (H, W) uint8 class ids, 255 = void, each.
-            crops: of `draw`, one for each.
+            crops: what `draw` gave, one for each.
 
         Returns:
             images: (B, 3, h, w) float32, 0..255. labels: (B, h, w) int64, void where a crop leaves its image.

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from clustvit_ros.classes import IGNORE_INDEX
+from clustvit_ros.images import Sample
 from clustvit_ros.training.augmentation import Augmentation, ClassPlaces
-from clustvit_ros.training.dataset import Sample
 
 Place = tuple[int, int]
 """Position within an epoch, and index of the image there."""
@@ -54,8 +54,8 @@ class Crops:
         count: images.
         augmentation: how crops are drawn.
         input_size: (height, width) of the model's input for a whole image.
-        seed: of the drawing.
-        device: where crops are made.
+        seed: seed of the drawing.
+        device: device that crops are made on.
         cache_bytes: images are kept there if all of them fit into this.
     """
 

@@ -12,23 +12,9 @@ import numpy as np
 
 from clustvit_ros.classes import IGNORE_INDEX
 from clustvit_ros.errors import DataError
-from clustvit_ros.images import IMAGE_SUFFIXES, list_images
+from clustvit_ros.images import IMAGE_SUFFIXES, Sample, list_images, read_image
 
 _READERS = 8
-
-
-class Sample(NamedTuple):
-    """One labelled image.
-
-    Attributes:
-        image: (H, W, 3) uint8 RGB.
-        labels: (H, W) uint8 class ids, 255 = void.
-        stem: file name without suffix.
-    """
-
-    image: np.ndarray
-    labels: np.ndarray
-    stem: str
 
 
 class Pair(NamedTuple):
@@ -42,7 +28,7 @@ class Pair(NamedTuple):
         return self.image.stem
 
 
-class Finding(NamedTuple):
+class BadFile(NamedTuple):
     """What is wrong with one file."""
 
     file: Path
@@ -92,7 +78,7 @@ class LabelledImages:
         if missing and strict:
             stems = _names([pair.stem for pair in missing])
             raise DataError(f"{where}: {len(missing)} of {len(pairs)} images have no label: {stems}")
-        self.findings = [Finding(pair.image, "the image has no label") for pair in missing]
+        self.findings = [BadFile(pair.image, "the image has no label") for pair in missing]
         self.pairs = [pair for pair in pairs if pair.label.is_file()]
         if not self.pairs:
             raise DataError(f"{where}: the split is empty, expected at least one image with labels")
@@ -128,7 +114,7 @@ class LabelledImages:
 
 def check_images(
     data: LabelledImages, min_side_px: int = 1, progress: Callable[[Iterable], Iterable] = lambda items: items
-) -> list[Finding]:
+) -> list[BadFile]:
     """Read every image with its labels once, and list what cannot be trained on.
 
     Args:
@@ -145,7 +131,7 @@ def check_images(
         return [finding for finding in progress(problems) if finding is not None]
 
 
-def without(data: LabelledImages, findings: Sequence[Finding]) -> LabelledImages:
+def without(data: LabelledImages, findings: Sequence[BadFile]) -> LabelledImages:
     """The images that nothing was found wrong with.
 
     Raises:
@@ -158,7 +144,7 @@ def without(data: LabelledImages, findings: Sequence[Finding]) -> LabelledImages
     return data.subset(kept)
 
 
-def list_findings(findings: Sequence[Finding], where: str, limit: int = 10) -> str:
+def list_findings(findings: Sequence[BadFile], where: str, limit: int = 10) -> str:
     """Findings as lines under a heading."""
     lines = [f"  {finding}" for finding in findings[:limit]]
     if len(findings) > limit:
@@ -166,16 +152,16 @@ def list_findings(findings: Sequence[Finding], where: str, limit: int = 10) -> s
     return f"{where}: {len(findings)} file(s) cannot be used:\n" + "\n".join(lines)
 
 
-def _problem(data: LabelledImages, index: int, min_side_px: int) -> Finding | None:
+def _problem(data: LabelledImages, index: int, min_side_px: int) -> BadFile | None:
     image = data.pairs[index].image
     try:
         sample = data[index]
     except DataError as error:
-        return Finding(image, str(error))
+        return BadFile(image, str(error))
     if min(sample.labels.shape) < min_side_px:
-        return Finding(image, f"the image is {sample.labels.shape}, smaller than a patch of {min_side_px} px")
+        return BadFile(image, f"the image is {sample.labels.shape}, smaller than a patch of {min_side_px} px")
     if (sample.labels == IGNORE_INDEX).all():
-        return Finding(image, "the labels are all void")
+        return BadFile(image, "the labels are all void")
     return None
 
 
@@ -196,18 +182,6 @@ def find_images(images_dir: Path) -> dict[str, Path]:
     if not found:
         raise DataError(f"{images_dir}: no image found, expected files ending in {', '.join(IMAGE_SUFFIXES)}")
     return found
-
-
-def read_image(path: Path) -> np.ndarray:
-    """Read an image file: (H, W, 3) uint8 RGB.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    image = cv2.imread(str(path), cv2.IMREAD_COLOR)
-    if image is None:
-        raise DataError(f"{path}: cannot be read as an image; replace or remove the file")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
 def read_labels(path: Path, num_classes: int) -> np.ndarray:

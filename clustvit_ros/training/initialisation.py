@@ -1,13 +1,22 @@
 """Starting weights from elsewhere: our own encoders and models, and whatever `networks.weights` imports.
 
 What fits is loaded, position embeddings are resized to the network's grid, and everything else is listed.
+
+Starting a wider network from a narrower one, so that it computes the same before its first step.
+
+Chen, Goodfellow, Shlens, "Net2Net: Accelerating Learning via Knowledge Transfer", arXiv 1511.05641: every channel is
+copied, and what reads a channel shares its weight out among the copies. Drawn shares, where equal ones would do, give
+the copies different gradients, or they would stay copies for ever. A transformer's LayerNorm sees the same mean and
+variance over copied channels, and its heads keep their size, so there are as many times more of them.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -16,8 +25,7 @@ from clustvit_ros.networks.model_folder import WEIGHTS_FILE, load_config
 from clustvit_ros.networks.segmenter import Segmenter
 from clustvit_ros.networks.vit import VisionTransformer, grid_size_of
 from clustvit_ros.networks.weights import import_weights, read_checkpoint, resize_positions
-from clustvit_ros.paths import MODEL_FILE, share_dir
-from clustvit_ros.training.widening import widen
+from clustvit_ros.paths import MODEL_FILE, replacing, share_dir
 
 ENCODER_FILE = "encoder.safetensors"
 
@@ -133,10 +141,9 @@ def save_encoder(path: Path, backbone: VisionTransformer) -> None:
         if not name.startswith(skipped)
     }
     grid = "x".join(map(str, backbone.grid_size))
-    partial = path.with_name(path.name + ".partial")
-    save_file(weights, partial, metadata={"grid_size": grid})
-    partial.chmod(0o644)
-    partial.replace(path)
+    with replacing(path) as partial:
+        save_file(weights, partial, metadata={"grid_size": grid})
+        partial.chmod(0o644)
 
 
 def _find(source: str | Path) -> Path:
@@ -162,3 +169,61 @@ def _grid_of_folder(path: Path) -> tuple[int, int] | None:
 def _square(pos_embed: Tensor) -> tuple[int, int] | None:
     side = round((pos_embed.shape[1] - 1) ** 0.5)
     return (side, side) if pos_embed.ndim == 3 and side * side == pos_embed.shape[1] - 1 else None
+
+
+# Weights that hold several matrices side by side: queries, keys and values along the rows; token and representative
+# along the columns.
+_ROW_PARTS = {r"\.attn\.qkv\.": 3}
+_COLUMN_PARTS = {r"\bbackbone\.(later_)?regenerators?\.(\d+\.)?fc1\.weight$": 2}
+# A vector of channels per token or class: (1, N, C), no matrices.
+_EMBEDDINGS = re.compile(r"(cls_token|pos_embed|class_embed)$")
+# Whose rows are classes or clusters: twice as many of them are not the same ones twice.
+_SCORES = re.compile(r"(\bhead\.classify|\bhead\.mask_norm|clusterers?(\.\d+)?\.fc2)\.(weight|bias)$")
+
+
+def widen(weights: dict[str, Tensor], shapes: dict[str, torch.Size], times: int) -> dict[str, Tensor]:
+    """Weights for a network that is `times` as wide, and computes the same.
+
+    Exactly so (up to rounding) for the ViT, its Clusterer and Regenerator, and the segmenter, linear and detail heads.
+
+    Args:
+        weights: tensors of the narrow network, by name.
+        shapes: shapes of the wide network's tensors, by name.
+        times: how often each channel is copied. Which axes of a tensor hold such channels is seen from the shapes.
+
+    Returns:
+        `weights`, widened along those axes; what else differs between the networks (classes, positions) still does.
+    """
+    return {
+        name: _widened(name, value, shapes[name], times) if name in shapes else value for name, value in weights.items()
+    }
+
+
+def _widened(name: str, value: Tensor, shape: torch.Size, times: int) -> Tensor:
+    if len(shape) != value.ndim:
+        return value
+    embedding = _EMBEDDINGS.search(name) is not None
+    first = 2 if embedding else 1 if _SCORES.search(name) else 0
+    axes = [axis for axis in range(first, value.ndim) if shape[axis] == times * value.shape[axis]]
+    for axis in axes:
+        value = _copied(value, axis, times, _parts(_COLUMN_PARTS if axis == 1 else _ROW_PARTS, name))
+    if 1 in axes:
+        # In float32: shares that are rounded to a shipped model's float16 would not sum to 1.
+        value = value.float() * _shares(value, times, _parts(_COLUMN_PARTS, name))
+    return value
+
+
+def _parts(patterns: dict[str, int], name: str) -> int:
+    return next((parts for pattern, parts in patterns.items() if re.search(pattern, name)), 1)
+
+
+def _copied(value: Tensor, axis: int, times: int, parts: int) -> Tensor:
+    return torch.cat([chunk for part in value.chunk(parts, axis) for chunk in [part] * times], axis)
+
+
+def _shares(value: Tensor, times: int, parts: int) -> Tensor:
+    """Random shares of the copies along axis 1, that sum to 1: as `value`, kernel positions sharing theirs."""
+    rows, columns = value.shape[:2]
+    drawn = torch.rand(rows, parts, times, columns // (parts * times)) + 0.1
+    shares = drawn / drawn.sum(dim=2, keepdim=True)
+    return shares.reshape(rows, columns, *[1] * (value.ndim - 2))

@@ -20,17 +20,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from clustvit_ros.errors import DataError
-from clustvit_ros.training.checkpoint import (
+from clustvit_ros.training.crops import Batch, Place
+from clustvit_ros.training.distributed import Processes
+from clustvit_ros.training.optimisation import Precision, build_optimizer, relative_rate, update_average
+from clustvit_ros.training.recipe import Optimisation
+from clustvit_ros.training.run_folder import (
     CHECKPOINT,
     append_line,
     check_fingerprint,
     load_checkpoint,
     save_checkpoint,
 )
-from clustvit_ros.training.crops import Batch, Place
-from clustvit_ros.training.distributed import Processes
-from clustvit_ros.training.optimisation import Precision, build_optimizer, relative_rate, update_average
-from clustvit_ros.training.recipe import Optimisation
 
 LOG = "log.jsonl"
 Network = TypeVar("Network", bound=nn.Module)
@@ -74,10 +74,10 @@ class TrainingLoop(abc.ABC, Generic[Network]):
     Args:
         network: what is trained; moved to the device.
         optimisation: how.
-        num_images: of an epoch.
+        num_images: images of an epoch.
         fingerprint: everything that a checkpoint must agree with before it is continued.
         run_dir: checkpoint and log go here; an existing checkpoint is continued.
-        device: where to train.
+        device: device that trains.
         processes: those that train together.
         options: how the run is carried out.
 
@@ -288,7 +288,7 @@ class _Report:
 
     Args:
         step: number of it.
-        names: of the images in it.
+        names: file names of the images in it.
         values: scalars by name, on the device.
         processes: those whose mean is meant.
     """

@@ -23,15 +23,15 @@ from tqdm import tqdm
 from clustvit_ros.classes import IGNORE_INDEX
 from clustvit_ros.config import to_mapping
 from clustvit_ros.errors import ConfigError
+from clustvit_ros.images import Sample, read_image
 from clustvit_ros.networks.architectures import build_network
 from clustvit_ros.networks.vit import BACKBONE_NORM_EPS, Block, VisionTransformer, grid_size_of
-from clustvit_ros.training.checkpoint import writing
 from clustvit_ros.training.crops import DEFAULT_CACHE_BYTES, Batch, Crops, Place
-from clustvit_ros.training.dataset import Sample, read_image
 from clustvit_ros.training.distributed import Processes
 from clustvit_ros.training.initialisation import ENCODER_FILE, save_encoder
 from clustvit_ros.training.loop import Losses, RunOptions, TrainingLoop
 from clustvit_ros.training.recipe import Pretraining, Recipe
+from clustvit_ros.training.run_folder import writing
 
 _HEAD_DIM = 32
 

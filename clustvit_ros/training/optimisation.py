@@ -38,7 +38,7 @@ def update_average(averaged: nn.Module, network: nn.Module, decay: float, step: 
     """Move the averaged weights towards the current ones (exponential moving average).
 
     Args:
-        decay: of a long-running average.
+        decay: share of the average that a step keeps, in the long run.
         step: steps done before; the average follows closely at first, or it would stay near the initial weights.
     """
     decay = min(decay, (1 + step) / (10 + step))
@@ -58,7 +58,7 @@ class Precision:
 
     Args:
         name: "auto", "float32", "bfloat16" or "float16".
-        device: where the training runs.
+        device: device that trains.
 
     Raises:
         ConfigError: float16 on a CPU.

@@ -7,20 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from clustvit_ros.classes import ClassSet, load_class_set
+from clustvit_ros.classes import ClassEntry, ClassSet, load_class_set
 from clustvit_ros.config import from_mapping, read_yaml
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.networks.architectures import network_config, plain_twin
 from clustvit_ros.networks.model_folder import InputConfig, ModelConfig
 from clustvit_ros.training.augmentation import Augmentation
-
-
-@dataclass(frozen=True)
-class ClassEntry:
-    """One class of the data, in the order of its id."""
-
-    name: str
-    colour: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -32,13 +24,13 @@ class Optimisation:
         batch_size: crops per step, of all processes together.
         learning_rate: peak of AdamW's.
         warmup: share of all steps over which the learning rate rises linearly; then it decays.
-        poly_power: of the decay (1 - progress) ** poly_power.
+        poly_power: exponent of the decay (1 - progress) ** poly_power.
         weight_decay: on matrices and kernels only, not on biases, norms and embeddings.
         clip_norm: largest gradient norm.
-        ema_decay: of the averaged weights that are validated and shipped.
-        precision: of the forward pass; "auto" is bfloat16 on GPUs that have it, float32 elsewhere. Weights and
-            losses are float32 in any case.
-        seed: of everything random.
+        ema_decay: decay of the averaged weights that are validated and shipped.
+        precision: precision of the forward pass; "auto" is bfloat16 on GPUs that have it, float32 elsewhere. Weights
+            and losses are float32 in any case.
+        seed: seed of everything random.
     """
 
     epochs: int
@@ -75,12 +67,12 @@ class Schedule(Optimisation):
     Args:
         class_weighting: weight the segmentation loss by inverse log frequency.
         ohem_share: share of each crop's labelled pixels, the hardest, that count in the segmentation loss; 1 is all.
-        lovasz_weight: of the Lovász-Softmax loss, which optimises IoU itself; 0 turns it off.
+        lovasz_weight: weight of the Lovász-Softmax loss, which optimises IoU itself; 0 turns it off.
         kept_fractions: share of tokens kept in a step, drawn anew each step, so that one model serves the whole ladder.
         merge_thresholds: thresholds that are drawn as well; such a step merges what the Clusterer wants merged.
         merge_after: share of all steps that run unmerged first, until the Clusterer knows something.
-        distillation_weight: of the divergence between merged result and the same network's unmerged one, which is
-            then computed and supervised in the same step; 0 turns it off.
+        distillation_weight: weight of the divergence between merged result and the same network's unmerged one, which
+            is then computed and supervised in the same step; 0 turns it off.
         distillation_temperature: softens both sides of that divergence.
         trains: "all", or "merging": Clusterers and Regenerators alone, while the plain ViT around them stays as it is.
         validate_every: epochs between validations.
@@ -148,17 +140,17 @@ class Recipe:
     """A recipe file.
 
     Args:
-        name: of the model.
+        name: name of the model.
         architecture, network: as in `model.yaml`.
-        classes: of the data, as a list or by the name of a list in `config/classes`; may be left out where the data
-            set names its classes itself.
+        classes: classes of the data, as a list or by the name of a list in `config/classes`; may be left out where the
+            data set names its classes itself.
         input: as in `model.yaml`.
         augmentation, schedule: how it is trained.
-        pretraining: for `clustvit-ros pretrain`.
+        pretraining: settings of `clustvit-ros pretrain`.
         init: weights to start from: a model folder, an encoder of `clustvit-ros pretrain`, or ViT weights of timm
             or mmsegmentation; empty starts from random ones.
         data: what the data is, for the model card.
-        licence: of the data, for the model card.
+        licence: licence of the data, for the model card.
     """
 
     name: str
@@ -228,7 +220,7 @@ class Recipe:
             name=self.name,
             architecture=self.architecture,
             network=network_config(self.architecture, overrides),
-            classes=ClassSet(tuple(c.name for c in self.classes), tuple(c.colour for c in self.classes)),
+            classes=ClassSet.of(self.classes),
             input=self.input,
             overrides=overrides,
             licence=self.licence,

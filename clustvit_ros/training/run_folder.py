@@ -2,29 +2,144 @@
 
 `recipe.yaml` with every default written out, `run.json` (versions, seed, device, command), `data.json` (every file with
 its SHA-256, and what was left out and why).
+
+Checkpoints that survive interruption: written beside, flushed to disk, then renamed over the last one.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import hashlib
 import importlib.metadata
 import json
+import pickle
 import platform
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 
 import clustvit_ros
 from clustvit_ros.config import to_mapping
 from clustvit_ros.errors import ConfigError, DataError
-from clustvit_ros.training.checkpoint import write_text
-from clustvit_ros.training.dataset import Finding, LabelledImages
+from clustvit_ros.paths import hash_file, replacing
+from clustvit_ros.training.dataset import BadFile, LabelledImages
 from clustvit_ros.training.recipe import Recipe
+
+CHECKPOINT = "checkpoint.pt"
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint; until it is complete on disk, the one before stays.
+
+    Raises:
+        DataError: it cannot be written, for instance because the disk is full.
+    """
+    _write(path, lambda partial: torch.save(state, partial))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in the same way.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    _write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a text file.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    with writing(path), path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around whatever writes `path`: a full disk becomes a clear error.
+
+    Raises:
+        DataError: it cannot be written, for instance because the disk is full.
+    """
+    try:
+        yield
+    # PyTorch's writer raises RuntimeError when the disk is full.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        kept = "; the file written before is kept" if path.exists() else ""
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"{path}: cannot be written ({reason}){kept}; make room on the disk or check the folder's permissions, "
+            "then run the same command to continue"
+        ) from error
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    with writing(path), replacing(path) as partial:
+        write(partial)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU; nothing in it is executed.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path}: cannot be read ({reason}); pass another run folder to start anew") from error
+
+
+def check_fingerprint(path: Path, saved: str, current: dict[str, Any]) -> None:
+    """Refuse to continue a run that was made in another way.
+
+    Args:
+        path: checkpoint file, for the message.
+        saved: JSON of the fingerprint in it.
+        current: fingerprint of this run.
+
+    Raises:
+        DataError: with what differs; a class list that differs is said first.
+    """
+    before = json.loads(saved)
+    after = json.loads(json.dumps(current))
+    if before.get("classes") != after.get("classes"):
+        old, new = ([entry["name"] for entry in fingerprint.get("classes", [])] for fingerprint in (before, after))
+        raise DataError(
+            f"{path} was made with another class list: got {', '.join(new)}; the checkpoint has {', '.join(old)}; "
+            "pass an empty run folder, or the recipe it was made with (another recipe cannot continue it)"
+        )
+    flat_before, flat_after = _flatten(before), _flatten(after)
+    changed = [
+        f"{name} {flat_before.get(name)} -> {flat_after.get(name)}"
+        for name in sorted(flat_before.keys() | flat_after.keys())
+        if flat_before.get(name) != flat_after.get(name)
+    ]
+    if changed:
+        raise DataError(
+            f"{path} was made with another recipe ({'; '.join(changed[:5])}); pass an empty run folder, or the recipe "
+            "it was made with"
+        )
+
+
+def _flatten(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in mapping.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
+
 
 RECIPE_FILE, RUN_FILE, DATA_FILE = "recipe.yaml", "run.json", "data.json"
 _PACKAGES = ("torch", "numpy", "opencv-python-headless", "opencv-python", "safetensors", "PyYAML", "tqdm")
@@ -37,7 +152,7 @@ def write_run_files(run_dir: Path, recipe: Recipe, device: torch.device, facts: 
     Args:
         run_dir: made if it does not exist.
         recipe: as it is trained.
-        device: where.
+        device: device that trains.
         facts: more for `run.json`.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -68,7 +183,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def list_data(splits: Mapping[str, LabelledImages], left_out: Sequence[Finding]) -> dict[str, Any]:
+def list_data(splits: Mapping[str, LabelledImages], left_out: Sequence[BadFile]) -> dict[str, Any]:
     """Every file of a run with its SHA-256.
 
     Args:
@@ -78,9 +193,9 @@ def list_data(splits: Mapping[str, LabelledImages], left_out: Sequence[Finding])
     listing: dict[str, Any] = {}
     with concurrent.futures.ThreadPoolExecutor(_READERS) as readers:
         for name, data in splits.items():
-            images = readers.map(hash_file, [pair.image for pair in data.pairs])
+            images = readers.map(_hash, [pair.image for pair in data.pairs])
             label_files = sorted({pair.label for pair in data.pairs})
-            labels = dict(zip(label_files, readers.map(hash_file, label_files), strict=True))
+            labels = dict(zip(label_files, readers.map(_hash, label_files), strict=True))
             listing[name] = [
                 {"image": str(p.image), "sha256": digest, "label": str(p.label), "label_sha256": labels[p.label]}
                 for p, digest in zip(data.pairs, images, strict=True)
@@ -139,20 +254,11 @@ def tensorboard_writer(run_dir: Path) -> Callable[[dict[str, Any]], None]:
     return write
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, as `sha256sum` prints it.
-
-    Raises:
-        DataError: it cannot be read.
-    """
+def _hash(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            digest = hashlib.sha256()
-            while block := file.read(1 << 20):
-                digest.update(block)
+        return hash_file(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    return digest.hexdigest()
 
 
 def _hash_source() -> str:

@@ -13,11 +13,9 @@ from tqdm import tqdm
 from clustvit_ros.config import to_mapping
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.networks.architectures import build_network
-from clustvit_ros.networks.backbone import Backbone
 from clustvit_ros.networks.clustering import Clusterer, Regenerator
-from clustvit_ros.networks.segmenter import Segmenter
+from clustvit_ros.networks.segmenter import Backbone, Segmenter
 from clustvit_ros.networks.vit import grid_size_of
-from clustvit_ros.training.checkpoint import CHECKPOINT
 from clustvit_ros.training.crops import DEFAULT_CACHE_BYTES, Batch, Crops, Place
 from clustvit_ros.training.dataset import LabelledImages
 from clustvit_ros.training.distributed import Processes
@@ -28,10 +26,11 @@ from clustvit_ros.training.losses import (
     distillation_loss,
     frequency_weights,
     lovasz_softmax,
+    pseudo_clusters,
     segmentation_loss,
 )
-from clustvit_ros.training.pseudo_clusters import pseudo_clusters
 from clustvit_ros.training.recipe import Recipe, Schedule
+from clustvit_ros.training.run_folder import CHECKPOINT
 
 __all__ = ["CHECKPOINT", "LOG", "Trainer"]
 
@@ -43,7 +42,7 @@ class Trainer(TrainingLoop[Segmenter]):
         recipe: what to train, and how; its classes are known.
         data: training images.
         run_dir: checkpoint and log go here; an existing checkpoint is continued.
-        device: where to train.
+        device: device that trains.
         processes: those that train together.
         options: how the run is carried out.
         cache_bytes: images are held on the device if all of them fit into this.

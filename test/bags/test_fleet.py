@@ -19,7 +19,7 @@ from recordings import camera_bag, replay, truncate
 from clustvit_ros.bags import LabelOptions
 from clustvit_ros.bags.fleet import DAMAGED, FAILED, LABELLED, BagLabeller, FleetOptions, label_bags
 from clustvit_ros.classes import ClassSet
-from clustvit_ros.cli.label_bags import _targets
+from clustvit_ros.cli.label_bag import _targets
 from clustvit_ros.cli.main import main
 from clustvit_ros.errors import ConfigError
 

@@ -8,8 +8,7 @@ import re
 import pytest
 
 from clustvit_ros.cli.main import main
-from clustvit_ros.measure import bench_report
-from clustvit_ros.measure.bench import ROW_KEYS
+from clustvit_ros.measure.bench import ROW_KEYS, format_table
 
 
 def bench(*arguments):
@@ -90,7 +89,7 @@ def test_shares_and_counts_out_of_range_are_refused(arguments, capsys):
 def test_the_table_shows_every_row_and_stage():
     row = dict.fromkeys(ROW_KEYS, 1.0) | {"arch": "net", "engine": "torch", "device": "cpu", "precision": "float32"}
     rows = [row | {"stages_ms": {"decode": 2.0, "encode": 3.0}}, row | {"stages_ms": {"network": 4.0}}]
-    lines = bench_report.format_table(rows, [0.5, 0.5]).splitlines()
+    lines = format_table(rows, [0.5, 0.5]).splitlines()
     assert len(lines) == 6 and len({len(line) for line in lines[2:]}) == 1
     assert [cell.strip() for cell in lines[2].split("|")[-4:-1]] == ["network", "encode", "decode"]
     assert "2.00" in lines[4]  # measured against the roofline's half

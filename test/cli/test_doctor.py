@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from clustvit_ros.cli import compute_checks, machine_checks
-from clustvit_ros.cli.camera_check import judge_camera
-from clustvit_ros.cli.findings import Finding, Level, as_json, as_text
+from clustvit_ros.cli.machine_checks import Finding, Level, as_json, as_text, judge_camera
 from clustvit_ros.cli.main import main
 from clustvit_ros.dds import PROFILE_VARIABLES
 from clustvit_ros.paths import share_dir

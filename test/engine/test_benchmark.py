@@ -6,8 +6,7 @@ import pytest
 
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.measure.bench import ROW_KEYS, BenchCase, Pipeline, run_cases
-from clustvit_ros.measure.flops import Cost, count_cost
-from clustvit_ros.measure.roofline import DeviceRates, roofline_ms
+from clustvit_ros.measure.flops import Cost, DeviceRates, count_cost, roofline_ms
 from clustvit_ros.networks import load_config, network_config
 
 

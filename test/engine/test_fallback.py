@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -41,10 +42,22 @@ class Session:
         pass
 
 
+@pytest.fixture(autouse=True)
+def no_engine_is_left() -> Iterator[None]:
+    yield
+    while Machine.all:
+        machine = Machine.all.pop()
+        machine.may_load.set()
+        machine.host.close()
+
+
 class Machine:
     """A GPU that fails while `failure` is set, and optionally only above `most_tokens`; a CPU that always works."""
 
+    all: ClassVar[list[Machine]] = []
+
     def __init__(self, device: str = "cuda", gpu_works_at_start: bool = True, adapts: bool = True) -> None:
+        Machine.all.append(self)
         self.now_s = 0.0
         self.failure: Exception | None = None
         self.most_tokens = 0

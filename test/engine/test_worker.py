@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -20,11 +20,12 @@ def drops() -> Counter[str]:
 
 
 @pytest.fixture
-def slot(drops: Counter[str]) -> FrameSlot[int]:
+def slot(drops: Counter[str]) -> Iterator[FrameSlot[int]]:
     slot: FrameSlot[int] = FrameSlot(lambda camera: drops.update([camera]))
     slot.open()
     slot.hand_over("me")
-    return slot
+    yield slot
+    slot.hand_over(None)  # or workers would wait for ever
 
 
 def take(slot: FrameSlot, count: int = 1) -> list:

@@ -17,8 +17,7 @@ from clustvit_ros.measure.flops import count_flops
 from clustvit_ros.networks import build_network, network_config
 from clustvit_ros.networks import density_peaks as density_peaks_module
 from clustvit_ros.networks.architectures import ARCHITECTURES
-from clustvit_ros.networks.clustr import ClusTRAttention, cluster_tokens
-from clustvit_ros.networks.clustr_config import ClusTRConfig
+from clustvit_ros.networks.clustr import ClusTRAttention, ClusTRConfig, cluster_tokens
 from clustvit_ros.networks.density_peaks import density_peaks, split_windows
 from clustvit_ros.networks.weights import clustr_shape, from_official_clustr
 

@@ -13,8 +13,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from clustvit_ros.networks import build_network, network_config
-from clustvit_ros.networks.cpu_layers import Int8Conv2d, Int8Linear, PackedLinear, int8_problem, pack_layers, to_int8
-from clustvit_ros.networks.inference import for_inference
+from clustvit_ros.networks.inference import (
+    Int8Conv2d,
+    Int8Linear,
+    PackedLinear,
+    for_inference,
+    int8_problem,
+    pack_layers,
+    to_int8,
+)
 
 
 @pytest.fixture
@@ -134,7 +141,7 @@ def test_networks_compute_nearly_the_same(request, arch, overrides, convert):
 
 
 def test_a_cpu_without_the_instructions_is_found_out():
-    probe = "from clustvit_ros.networks.cpu_layers import int8_problem; print(int8_problem())"
+    probe = "from clustvit_ros.networks.inference import int8_problem; print(int8_problem())"
     # oneDNN takes it for such a CPU, which are all x86 CPUs at times.
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "SSE41"}
     run = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=True)

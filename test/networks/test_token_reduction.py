@@ -8,12 +8,12 @@ import torch
 from clustvit_ros.errors import ConfigError, ModelError
 from clustvit_ros.networks import ModelConfig, ViTConfig, build_network, load_segmenter, network_config, save_model
 from clustvit_ros.networks.architectures import without_merging
-from clustvit_ros.networks.backbone import Features
 from clustvit_ros.networks.bipartite_merging import Groups, merge_most_similar, most_similar
+from clustvit_ros.networks.clustering import GROUP_SIZE, group_merged
 from clustvit_ros.networks.local_kmeans import grid_of_centres, local_kmeans, middles
 from clustvit_ros.networks.model_folder import InputConfig, write_variant
 from clustvit_ros.networks.official import to_official
-from clustvit_ros.networks.token_groups import GROUP_SIZE, group_merged
+from clustvit_ros.networks.segmenter import Features
 
 SMALL = {"image_size": (96, 128), "embed_dim": 24, "depth": 4, "num_heads": 2, "injection_point": 1, "head_depth": 1}
 VARIANTS = [

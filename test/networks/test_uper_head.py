@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from clustvit_ros.cli.main import main
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.networks import ViTConfig, build_network, load_config, load_segmenter
-from clustvit_ros.networks.backbone import Features
 from clustvit_ros.networks.official import from_official, to_official
+from clustvit_ros.networks.segmenter import Features
 
 SMALL = {
     "image_size": (64, 96), "embed_dim": 24, "depth": 4, "num_heads": 2, "injection_point": 1, "head": "upernet",

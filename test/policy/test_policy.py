@@ -237,7 +237,7 @@ def test_a_replay_plans_what_the_user_says_and_measures_nothing(tmp_path: Path) 
     bench = Bench(tmp_path, **values)
     plan = bench.frame(idle=STEPS, load=1e6)
     assert (plan.settings.token_capacity, plan.budget_ms, plan.budget_state) == (7, 0.0, "off")
-    assert not plan.withholds(1e6, 1e6)
+    assert not plan.is_missed(1e6, 1e6)
     assert (bench.engine.calls, bench.engine.warmed) == (0, [SIZE])
     with pytest.raises(ConfigError, match="expected 0 while processing is every_frame"):
         bench.set(latency_budget_ms=2)
@@ -252,4 +252,4 @@ def test_a_plan_says_why_a_frame_is_made_as_it_is(tmp_path: Path) -> None:
     }  # fmt: skip
     assert expected.items() <= plan.as_pairs().items()
     assert plan.input_size == (480, 640)
-    assert plan.withholds(9.5, 0.0) and not plan.withholds(8.5, 100.0)
+    assert plan.is_missed(9.5, 0.0) and not plan.is_missed(8.5, 100.0)

@@ -11,7 +11,7 @@ from clustvit_ros.engine import Settings, create_engine
 from clustvit_ros.measure.metrics import ConfusionMatrix
 from clustvit_ros.networks import load_config
 from clustvit_ros.sim import SIM_CLASSES
-from clustvit_ros.sim.dataset import sample_frames
+from clustvit_ros.sim.camera import sample_frames
 
 FLOOR_MIOU = 86.5
 FRAMES = 30

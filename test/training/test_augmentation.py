@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from clustvit_ros.errors import ConfigError
+from clustvit_ros.images import Sample
 from clustvit_ros.training.augmentation import Augmentation, ClassPlaces
 from clustvit_ros.training.crops import Crops
-from clustvit_ros.training.dataset import Sample
 
 STILL = {"scale": (1.0, 1.0), "stretch": 1.0, "rotation_deg": 0.0, "flip": False, "rare_class": 0.0}
 PLAIN = {"jitter": 0.0, "hue_deg": 0.0}

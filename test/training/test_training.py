@@ -12,12 +12,12 @@ import yaml
 
 from clustvit_ros.cli.main import main
 from clustvit_ros.errors import DataError
+from clustvit_ros.images import Sample
 from clustvit_ros.measure.metrics import BoundaryIoU, ConfusionMatrix
 from clustvit_ros.networks import load_segmenter
 from clustvit_ros.training.augmentation import Augmentation
-from clustvit_ros.training.dataset import LabelledImages, Sample
-from clustvit_ros.training.losses import cluster_loss, frequency_weights, segmentation_loss
-from clustvit_ros.training.pseudo_clusters import pseudo_clusters
+from clustvit_ros.training.dataset import LabelledImages
+from clustvit_ros.training.losses import cluster_loss, frequency_weights, pseudo_clusters, segmentation_loss
 
 
 def test_pseudo_clusters_and_loss_equal_the_official_ones(golden_dir):

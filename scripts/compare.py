@@ -1,34 +1,152 @@
-"""`clustvit-ros compare`: every way to cluster on one page, in cost, growth and accuracy after one training budget."""
+#!/usr/bin/env python3
+"""Every way to cluster on one page: ViT, ClustViT, ToMe, ClusTR and CAST, in cost, growth and accuracy.
+
+Each is measured at several sizes and, with `--data`, trained alike for a number of steps. What was done is kept in the
+output folder and not done again. docs/comparison.md says what came of it.
+
+`scripts/compare.py --out comparison --data DIR`
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
+import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from clustvit_ros.classes import load_class_set
+from clustvit_ros.classes import ClassEntry, load_class_set
 from clustvit_ros.cli.arguments import parse_counts, parse_names, parse_size
-from clustvit_ros.cli.compare_report import write_report
-from clustvit_ros.engine.device import describe_device, select_device
 from clustvit_ros.engine.engine import Settings
+from clustvit_ros.engine.machine import machine_name
+from clustvit_ros.engine.network_engine import describe_device, select_device
 from clustvit_ros.engine.torch_engine import TorchEngine
-from clustvit_ros.errors import ConfigError
+from clustvit_ros.errors import ClustvitError, ConfigError
 from clustvit_ros.measure.bench import BenchCase, run_cases
 from clustvit_ros.measure.evaluation import evaluate
 from clustvit_ros.measure.flops import attention_share
+from clustvit_ros.measure.tables import markdown_table, new_figure, save_figure
 from clustvit_ros.networks import ModelConfig, Segmenter, build_network, network_config, save_model
 from clustvit_ros.networks.model_folder import InputConfig
 from clustvit_ros.networks.vit import grid_size_of
 from clustvit_ros.training.augmentation import Augmentation
 from clustvit_ros.training.dataset import LabelledImages
-from clustvit_ros.training.recipe import ClassEntry, Recipe, Schedule
+from clustvit_ros.training.recipe import Recipe, Schedule
 from clustvit_ros.training.trainer import Trainer
+
+_QUANTITIES = {"latency_ms": "latency (ms)", "peak_memory_mb": "peak memory (MB)", "gflops": "GFLOPs"}
+
+
+def write_report(
+    folder: Path,
+    costs: Sequence[dict[str, Any]],
+    scores: Mapping[str, dict[str, Any]],
+    exponents: Mapping[str, Mapping[str, float]],
+    attention_shares: Mapping[int, float],
+    device: str,
+) -> str:
+    """Write `comparison.md` and `comparison.png`.
+
+    Args:
+        folder: exists.
+        costs: rows of systems and sizes.
+        scores: by system; those that were not trained are missing.
+        exponents: by system and quantity.
+        attention_shares: tokens to the share of a ViT-B block's operations that attention takes.
+        device: for people.
+
+    Returns:
+        The page, Markdown.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
+    text = format_report(costs, scores, exponents, attention_shares, device)
+    (folder / "comparison.md").write_text(text, encoding="utf-8")
+    draw_growth(costs, exponents, folder / "comparison.png")
+    return text
+
+
+def format_report(
+    costs: Sequence[dict[str, Any]],
+    scores: Mapping[str, dict[str, Any]],
+    exponents: Mapping[str, Mapping[str, float]],
+    attention_shares: Mapping[int, float],
+    device: str,
+) -> str:
+    """The page as Markdown; arguments as of `write_report`."""
+    names = list(dict.fromkeys(row["system"] for row in costs))
+    sizes = list(dict.fromkeys(row["size_px"] for row in costs))
+    first = {name: next(row for row in costs if row["system"] == name) for name in names}
+    header = ["system", "architecture", "M params", "tokens kept"]
+    summary = [[*header, "mIoU", "pixel accuracy", "training min"]]
+    for name in names:
+        row, score = first[name], scores.get(name)
+        found = (
+            [f"{score['miou']:.1f}", f"{score['pixel_accuracy']:.1f}", f"{score['minutes']:.1f}"]
+            if score
+            else ["-"] * 3
+        )
+        summary.append([name, row["architecture"], f"{row['parameters'] / 1e6:.1f}", f"{row['kept']:.0%}", *found])
+    parts = [f"{device}, {machine_name()}, PyTorch {torch.__version__}, float32, one image per call.", ""]
+    parts += markdown_table(summary)
+    if scores:
+        score = next(iter(scores.values()))
+        height, width = score["crop"]
+        unmerged = f"{score['merge_after']:.0%}"
+        input_height, input_width = score["input"]
+        parts += [
+            "",
+            f"Scores: validation images after {score['steps']} steps of {score['batch']} crops of {height}x{width} "
+            f"from random weights, images at {input_height}x{input_width}, one seed; what merges tokens does so after "
+            f"{unmerged} of the training, and is scored with the share kept that stands above. Such a budget says "
+            "which system learns fast, not which is best in the end.",
+        ]
+    for quantity, title in _QUANTITIES.items():
+        lines = [[title, *(f"{size} px" for size in sizes), "exponent"]]
+        for name in names:
+            values = {row["size_px"]: row[quantity] for row in costs if row["system"] == name}
+            cells = [f"{values[size]:.1f}" if size in values else "-" for size in sizes]
+            exponent = exponents.get(name, {}).get(quantity)
+            lines.append([name, *cells, "-" if exponent is None else f"{exponent:.2f}"])
+        parts += ["", *markdown_table(lines)]
+    parts += ["", "An exponent p is of cost ~ tokens^p, fitted over all sizes; 1 is linear, 2 quadratic.", ""]
+    parts += markdown_table(
+        [["tokens", "attention's share of a ViT-B block", "no attention-only method is faster than"]]
+        + [[str(n), f"{share:.0%}", f"{1 / (1 - share):.2f}x"] for n, share in attention_shares.items()]
+    )
+    return "\n".join(parts) + "\n"
+
+
+def draw_growth(costs: Sequence[dict[str, Any]], exponents: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    """Draw latency and memory against tokens, both logarithmic.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
+    quantities = ("latency_ms", "peak_memory_mb")
+    figure, (row_of_axes,) = new_figure((10, 4.2), columns=len(quantities))
+    sizes = sorted({row["tokens"] for row in costs})
+    for axes, quantity in zip(row_of_axes, quantities, strict=True):
+        for name in dict.fromkeys(row["system"] for row in costs):
+            points = sorted((row["tokens"], row[quantity]) for row in costs if row["system"] == name)
+            exponent = exponents.get(name, {}).get(quantity)
+            label = name if exponent is None else f"{name}: tokens^{exponent:.2f}"
+            axes.loglog(*zip(*points, strict=True), marker="o", label=label)
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.minorticks_off()
+        axes.set_xlabel("tokens (16 px patches)")
+        axes.set_ylabel(_QUANTITIES[quantity])
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize="small")
+    save_figure(figure, path)
+
 
 MERGE_AFTER = 0.5
 """Share of a training after which tokens are merged."""
@@ -61,8 +179,8 @@ CONTENDERS = {
 }
 
 
-def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("compare", help="ViT, ClustViT, ToMe, ClusTR and CAST on one page")
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--systems", type=parse_names, default=tuple(CONTENDERS),
         help=f"which, separated by commas (default: {','.join(CONTENDERS)})",
@@ -87,7 +205,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = automatic (default: 0)")
-    parser.set_defaults(run=run)
+    try:
+        return run(parser.parse_args(argv))
+    except ClustvitError as error:
+        print(f"compare: error: {error}", file=sys.stderr)
+        return 2
 
 
 def run(args: argparse.Namespace) -> int:
@@ -284,3 +406,7 @@ def _score_key(name: str, args: argparse.Namespace) -> str:
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,16 +1,19 @@
-"""`clustvit-ros compare`: one page, continued where it was interrupted."""
+"""`scripts/compare.py`: one page, continued where it was interrupted."""
 
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
-from clustvit_ros.cli.compare import CONTENDERS, growth_exponents
-from clustvit_ros.cli.compare_report import format_report
-from clustvit_ros.cli.main import main
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+from compare import CONTENDERS, format_report, growth_exponents, main
+
+from clustvit_ros.networks import network_config
 
 
 @pytest.fixture
@@ -31,7 +34,7 @@ def data(tmp_path):
 def test_systems_are_measured_trained_and_put_on_one_page(tmp_path, data, capsys):
     out = tmp_path / "out"
     arguments = [
-        "compare", "--systems", "CAST", "--sizes", "64", "--runs", "1", "--out", str(out), "--threads", "1",
+        "--systems", "CAST", "--sizes", "64", "--runs", "1", "--out", str(out), "--threads", "1",
         "--data", str(data), "--steps", "2", "--crop", "64x64", "--input", "64x96", "--device", "cpu",
     ]  # fmt: skip
     assert main(arguments) == 0
@@ -60,13 +63,13 @@ def test_systems_are_measured_trained_and_put_on_one_page(tmp_path, data, capsys
     ],
 )
 def test_wrong_options_are_one_line(options, message, tmp_path, capsys):
-    assert main(["compare", "--out", str(tmp_path), *options]) == 2
+    assert main(["--out", str(tmp_path), *options]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_a_foreign_result_file_is_refused(tmp_path, capsys):
     (tmp_path / "comparison.json").write_text("[1]")
-    assert main(["compare", "--out", str(tmp_path)]) == 2
+    assert main(["--out", str(tmp_path)]) == 2
     assert "holds something else than costs and scores" in capsys.readouterr().err
 
 
@@ -97,8 +100,6 @@ def test_the_page_states_exponents_and_ceilings():
 
 
 def test_every_contender_can_be_built():
-    from clustvit_ros.networks import network_config
-
     for contender in CONTENDERS.values():
         for overrides in (contender.network, {**contender.network, **contender.training}):
             assert network_config(contender.architecture, overrides).patch_size in (16, 32)
