@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """Pixels in messages and in folders: Image fields to arrays and back, for nodes, bags and data sets alike; no ROS here.
 
 Without cv_bridge too, whose compiled part breaks under NumPy 2.
@@ -224,10 +230,7 @@ def image_fields(pixels: np.ndarray, encoding: str) -> dict[str, Any]:
     if pixels.dtype != dtype or pixels.shape != shape:
         raise ImageError(f"{encoding} message: got {pixels.shape} {pixels.dtype}, expected {shape} {np.dtype(dtype)}")
     return {
-        "height": pixels.shape[0],
-        "width": pixels.shape[1],
-        "encoding": encoding,
-        "is_bigendian": int(sys.byteorder == "big" and pixels.dtype.itemsize > 1),
-        "step": pixels[0].nbytes,
+        "height": pixels.shape[0], "width": pixels.shape[1], "encoding": encoding,
+        "is_bigendian": int(sys.byteorder == "big" and pixels.dtype.itemsize > 1), "step": pixels[0].nbytes,
         "data": np.ascontiguousarray(pixels).view(np.uint8).reshape(-1),
-    }
+    }  # fmt: skip

@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """Where the tests find their data; what a stranger's clone lacks is skipped, saying so."""
 
 from __future__ import annotations
@@ -48,13 +54,9 @@ def make_toy_model(tmp_path_factory) -> Callable[[ClassSet], Path]:
         torch.manual_seed(0)
         overrides = {"image_size": [96, 128], "embed_dim": 48, "depth": 3, "injection_point": 1, "head_depth": 1}
         config = ModelConfig(
-            name="toy",
-            architecture="clustvit_t",
-            network=network_config("clustvit_t", overrides),
-            classes=classes,
-            input=InputConfig(size=(96, 128)),
-            overrides=overrides,
-        )
+            name="toy", architecture="clustvit_t", network=network_config("clustvit_t", overrides), classes=classes,
+            input=InputConfig(size=(96, 128)), overrides=overrides,
+        )  # fmt: skip
         network = build_network(config.network, len(classes))
         with torch.no_grad():
             for parameter in network.parameters():

@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """What an installation puts where ROS 2 and pip users look for it."""
 
 from __future__ import annotations
@@ -61,12 +67,9 @@ def test_the_installed_package_finds_its_own_share(prefix, tmp_path):
     site = next(prefix.glob("lib/python*/site-packages"))
     code = "from clustvit_ros.paths import share_dir; print(share_dir())"
     found = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(site)},
-        capture_output=True,
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True,
         text=True,
-    )
+    )  # fmt: skip
     assert found.stdout.strip() == str(prefix / "share" / "clustvit_ros"), found.stderr
 
 

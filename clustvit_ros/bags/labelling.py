@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """Labelling the images of one bag: every frame, under fixed settings, so that a second run gives the same labels.
 
 Results go into a journal beside the output first and become the output in one rename at the end; a run that was cut
@@ -323,13 +329,9 @@ def _remove_output(target: Path, partial: Path) -> None:
 def _identity(bag: BagReader, engine: Engine, options: LabelOptions, prefixes: Mapping[str, str]) -> dict[str, Any]:
     """What must be equal for a run to continue another; the device may differ."""
     return {
-        **asdict(options),
-        "topics": sorted(prefixes),
-        "bag": [_file_identity(file) for file in bag.files],
-        "model": engine.info.model,
-        "weights_sha256": engine.info.weights_sha256,
-        "engine": engine.info.engine,
-    }
+        **asdict(options), "topics": sorted(prefixes), "bag": [_file_identity(file) for file in bag.files],
+        "model": engine.info.model, "weights_sha256": engine.info.weights_sha256, "engine": engine.info.engine,
+    }  # fmt: skip
 
 
 def _file_identity(file: Path) -> list[Any]:

@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """`clustvit-ros bench`: latency, operations and memory of architectures and models, measured side by side."""
 
 from __future__ import annotations
@@ -148,13 +154,9 @@ def _random_model(folder: Path, size: tuple[int, int], num_classes: int) -> Path
         raise ConfigError(f"classes: got {num_classes}, expected at least 1")
     overrides = {"image_size": list(size)}
     config = ModelConfig(
-        name=folder.name,
-        architecture=folder.name,
-        network=network_config(folder.name, overrides, "arch"),
-        classes=ClassSet.numbered(num_classes),
-        input=InputConfig(size=size),
-        overrides=overrides,
-    )
+        name=folder.name, architecture=folder.name, network=network_config(folder.name, overrides, "arch"),
+        classes=ClassSet.numbered(num_classes), input=InputConfig(size=size), overrides=overrides,
+    )  # fmt: skip
     torch.manual_seed(0)
     save_model(folder, config, build_network(config.network, num_classes))
     return folder

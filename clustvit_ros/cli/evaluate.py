@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """`clustvit-ros evaluate`: scores of models on labelled images, as JSON, as a report with plots, with pictures."""
 
 from __future__ import annotations
@@ -154,22 +160,15 @@ def _evaluate(
         f"{scores['latency_ms_p50']:.1f} ms per image (p50) on {info.device}"
     )
     result = {
-        "model": config.name,
-        "engine": info.engine,
-        "device": info.device,
-        "merge_threshold": settings.merge_threshold,
-        "token_capacity": settings.token_capacity,
-        **scores,
-    }
+        "model": config.name, "engine": info.engine, "device": info.device, "merge_threshold": settings.merge_threshold,
+        "token_capacity": settings.token_capacity, **scores,
+    }  # fmt: skip
     if args.report and not args.no_sweep:
         samples = [data[index] for index in range(len(data))]
         merges = config.network.merges
         rows = sweep(
-            engine,
-            [sample.image for sample in samples],
-            [sample.labels for sample in samples],
-            ladder_settings(scores["tokens_total"]) if merges else [Settings(1.0, confidence=False)],
-            count_gflops,
-        )
+            engine, [sample.image for sample in samples], [sample.labels for sample in samples],
+            ladder_settings(scores["tokens_total"]) if merges else [Settings(1.0, confidence=False)], count_gflops,
+        )  # fmt: skip
         result["sweep"] = [dataclasses.asdict(row) for row in rows]
     return result

@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """`clustvit-ros import-checkpoint`: an official checkpoint, or an encoder for a fresh head, becomes a model folder."""
 
 from __future__ import annotations
@@ -33,18 +39,11 @@ from clustvit_ros.networks.weights import (
 
 # Keys of a configuration file, as the reference cases name them, and ours.
 _CONFIG_KEYS = {
-    "arch": "backbone",
-    "embed_dims": "embed_dim",
-    "num_layers": "depth",
-    "num_heads": "num_heads",
-    "img_size": "image_size",
-    "patch_size": "patch_size",
-    "num_clusters": "num_clusters",
-    "injection_point": "injection_point",
-    "cluster_mlp_size": "cluster_mlp_dim",
-    "head_layers": "head_depth",
+    "arch": "backbone", "embed_dims": "embed_dim", "num_layers": "depth", "num_heads": "num_heads",
+    "img_size": "image_size", "patch_size": "patch_size", "num_clusters": "num_clusters",
+    "injection_point": "injection_point", "cluster_mlp_size": "cluster_mlp_dim", "head_layers": "head_depth",
     "head_heads": "head_heads",
-}
+}  # fmt: skip
 _NORMALISATIONS = {
     "half": InputConfig((1, 1)),
     "imagenet": InputConfig((1, 1), mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375)),
@@ -124,12 +123,9 @@ def _import_encoder(args: argparse.Namespace, checkpoint: Checkpoint, known: dic
         raise ConfigError(f"{args.checkpoint}: is an encoder without a head; name the classes with --classes")
     patch_size = encoder.shapes["patch_size"]
     wanted: dict[str, Any] = {
-        "image_size": [length * patch_size for length in encoder.grid_size],
-        "num_heads": heads,
-        **({"head": args.head} if args.head else {}),
-        **encoder.shapes,
-        **known,
-    }
+        "image_size": [length * patch_size for length in encoder.grid_size], "num_heads": heads,
+        **({"head": args.head} if args.head else {}), **encoder.shapes, **known,
+    }  # fmt: skip
     published = ARCHITECTURES[architecture]
     overrides = {name: value for name, value in wanted.items() if getattr(published, name) != value}
     network_settings = cast(ViTConfig, network_config(architecture, overrides))
@@ -205,14 +201,10 @@ def _save_model(
     classes: ClassSet, network: Segmenter,
 ) -> None:  # fmt: skip
     config = ModelConfig(
-        name=args.out.name,
-        architecture=architecture,
-        network=network_settings,
-        classes=classes,
+        name=args.out.name, architecture=architecture, network=network_settings, classes=classes,
         input=dataclasses.replace(_NORMALISATIONS[args.normalisation], size=network_settings.image_size),
-        overrides=overrides,
-        training={"data": f"imported from {args.checkpoint.name}"},
-    )
+        overrides=overrides, training={"data": f"imported from {args.checkpoint.name}"},
+    )  # fmt: skip
     save_model(args.out, config, network)
 
 

@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """`clustvit-ros label-bag` and `label-bags`: masks, confidence and statistics for every image of recorded bags.
 
 Many bags at once go to the workers of this machine or of a Ray cluster.
@@ -74,15 +80,10 @@ def options_of(args: argparse.Namespace) -> LabelOptions:
         ConfigError: a value outside its range.
     """
     return LabelOptions(
-        topics=tuple(args.topic),
-        merge_threshold=args.merge_threshold,
-        token_capacity=args.token_capacity,
-        confidence_threshold=args.confidence_threshold,
-        output_size=args.output_size,
-        format=args.format,
-        storage=args.storage,
-        compression=args.compression,
-    )
+        topics=tuple(args.topic), merge_threshold=args.merge_threshold, token_capacity=args.token_capacity,
+        confidence_threshold=args.confidence_threshold, output_size=args.output_size, format=args.format,
+        storage=args.storage, compression=args.compression,
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """Entry point of `clustvit-ros`: one sub-command after the other, each in a module."""
 
 from __future__ import annotations
@@ -11,19 +17,12 @@ from clustvit_ros.engine.machine import bound_spinning
 from clustvit_ros.errors import ClustvitError, ConfigError
 
 COMMANDS = {
-    "bench": "bench:add_parser",
-    "demo": "demo:add_parser",
-    "doctor": "doctor:add_parser",
-    "evaluate": "evaluate:add_parser",
-    "export": "export:add_parser",
-    "import_checkpoint": "import_checkpoint:add_parser",
-    "label_bag": "label_bag:add_parser",
-    "label_bags": "label_bag:add_fleet_parser",
-    "pretrain": "pretrain:add_parser",
-    "sim_dataset": "demo:add_dataset_parser",
-    "train": "train:add_parser",
-    "tune": "tune:add_parser",
-}
+    "bench": "bench:add_parser", "demo": "demo:add_parser", "doctor": "doctor:add_parser",
+    "evaluate": "evaluate:add_parser", "export": "export:add_parser",
+    "import_checkpoint": "import_checkpoint:add_parser", "label_bag": "label_bag:add_parser",
+    "label_bags": "label_bag:add_fleet_parser", "pretrain": "pretrain:add_parser",
+    "sim_dataset": "demo:add_dataset_parser", "train": "train:add_parser", "tune": "tune:add_parser",
+}  # fmt: skip
 """Command, with `_` for `-` -> module of this folder and the function that adds its parser."""
 
 

@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """`clustvit-ros train`: recipe and data in, model folder out."""
 
 from __future__ import annotations
@@ -61,12 +67,9 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         help="strict stops on files that cannot be used and lists them, skip goes on without them (default: strict)",
     )
     parser.add_argument(
-        "--time-limit",
-        type=float,
-        default=0.0,
-        metavar="MINUTES",
+        "--time-limit", type=float, default=0.0, metavar="MINUTES",
         help=f"save and stop after so long with exit code {EXIT_TIME_UP}; the same command continues",
-    )
+    )  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="fuse network and losses with torch.compile")
     parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard logs into the run folder")
     parser.add_argument(
@@ -147,12 +150,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--val-split", default="val", help="the split that chooses the best weights (default: val)")
     parser.add_argument(
-        "--folds",
-        type=int,
-        default=0,
-        metavar="N",
+        "--folds", type=int, default=0, metavar="N",
         help="hold out each N-th part of the training split in turn, then train on all of it",
-    )
+    )  # fmt: skip
     add_training_options(parser)
     parser.set_defaults(run=run)
 
@@ -307,12 +307,9 @@ def _rounded(network: Segmenter) -> Segmenter:
 
 def _provenance(recipe: Recipe, recipe_name: str) -> dict[str, Any]:
     return {
-        "data": recipe.data,
-        "recipe": recipe_name,
-        "init": "/".join(Path(recipe.init).parts[-2:]),
-        "augmentation": to_mapping(recipe.augmentation),
-        "schedule": to_mapping(recipe.schedule),
-    }
+        "data": recipe.data, "recipe": recipe_name, "init": "/".join(Path(recipe.init).parts[-2:]),
+        "augmentation": to_mapping(recipe.augmentation), "schedule": to_mapping(recipe.schedule),
+    }  # fmt: skip
 
 
 def _describe(scores: dict[str, Any]) -> str:
@@ -329,17 +326,13 @@ def _summarise_folds(run_dir: Path, config: ModelConfig, folds: list[dict[str, A
         values = [scores["per_class_iou"][name] for scores in folds if scores["per_class_iou"][name] is not None]
         per_class[name] = round(statistics.fmean(values), 3) if values else None
     summary = {
-        "split": f"mean of {len(folds)} held-out folds of train",
-        "merge_threshold": Settings().merge_threshold,
-        "miou": round(statistics.fmean(mious), 3),
-        "miou_std": round(statistics.stdev(mious), 3),
-        "miou_folds": mious,
-        "per_class_iou": per_class,
-        "images": sum(scores["images"] for scores in folds),
+        "split": f"mean of {len(folds)} held-out folds of train", "merge_threshold": Settings().merge_threshold,
+        "miou": round(statistics.fmean(mious), 3), "miou_std": round(statistics.stdev(mious), 3), "miou_folds": mious,
+        "per_class_iou": per_class, "images": sum(scores["images"] for scores in folds),
         "tokens_total": folds[0]["tokens_total"],
         "tokens_kept_mean": round(statistics.fmean(scores["tokens_kept_mean"] for scores in folds), 2),
         "tokens_merged_mean": round(statistics.fmean(scores["tokens_merged_mean"] for scores in folds), 4),
-    }
+    }  # fmt: skip
     write_text(run_dir / _FOLDS_FILE, json.dumps({"summary": summary, "folds": folds}, indent=1) + "\n")
     model_dir = run_dir / "model"
     trained = load_config(model_dir)

@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """A camera for demonstrations and tests: publishes pictures, a video, a device or a simulated world as a driver would.
 
 Pictures are decoded ahead in a thread of their own, so that the rate holds. A manifest says which picture became the
@@ -234,13 +240,9 @@ class CameraNode(Node):
             raise ConfigError(f"width, height: got {parameters.width} and {parameters.height}, expected both or none")
         self._parameters_ = parameters
         self._source = open_source(
-            parameters.source,
-            parameters.width,
-            parameters.height,
-            parameters.rate_hz / parameters.time_lapse,
-            parameters.publish_points,
-            parameters.loop_frames,
-        )
+            parameters.source, parameters.width, parameters.height, parameters.rate_hz / parameters.time_lapse,
+            parameters.publish_points, parameters.loop_frames,
+        )  # fmt: skip
         size = (parameters.height, parameters.width) if parameters.width else None
         self._reader = FrameReader(self._source, parameters.loop, size)
         self._manifest: TextIO | None = None

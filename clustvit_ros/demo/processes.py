@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """ROS nodes as child processes: started in groups of their own, ended as a terminal would end them."""
 
 from __future__ import annotations
@@ -29,13 +35,9 @@ class NodeProcess:
         arguments = [text for name, value in parameters.items() for text in ("-p", f"{name}:={_yaml(value)}")]
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", f"clustvit_ros.{module}", "--ros-args", *arguments],
-                env=dict(environ),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+                [sys.executable, "-m", f"clustvit_ros.{module}", "--ros-args", *arguments], env=dict(environ),
+                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
 
     @property
     def exit_code(self) -> int | None:

@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """What a recorder saw, matched by time stamp, and its summary. No ROS in here."""
 
 from __future__ import annotations
@@ -132,17 +138,14 @@ class Recording:
         newest = with_stats[-1].stats if with_stats else {}
         elapsed_s = self._last_mask_s - self._first_mask_s
         return {
-            "ended_by": ended_by,
-            "frames_sent": len(self._manifest) or None,
-            "images_received": self.images,
-            "masks_received": self.masks,
-            "overlays_received": self.overlays,
+            "ended_by": ended_by, "frames_sent": len(self._manifest) or None, "images_received": self.images,
+            "masks_received": self.masks, "overlays_received": self.overlays,
             "node": {name: int(newest[name]) for name in _NODE_COUNTS if name in newest},
             "fps": (self.masks - 1) / elapsed_s if elapsed_s > 0 else None,
             "latency_ms": _distribution([frame.latency_ms for frame in frames if frame.latency_ms is not None]),
             "engine_ms": _distribution([float(frame.stats["engine_ms"]) for frame in with_stats]),
             "frames": [self._frame_entry(frame) for frame in frames],
-        }
+        }  # fmt: skip
 
     def _frame_entry(self, frame: RecordedFrame) -> dict[str, Any]:
         return {**self._manifest.find(frame.stamp_ns), **vars(frame)}

@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """The demo without a camera: a simulated drive, its true classes, and what every latency budget costs in accuracy."""
 
 from __future__ import annotations
@@ -109,13 +115,10 @@ def run_sim(args: argparse.Namespace, seed: int, environ: Mapping[str, str]) -> 
     film = write_film(output / "demo.mp4", phases, recording["frames"], output, classes, args.rate)
     write_summary(output / "summary.png", phases, output, classes)
     report = {
-        "model": str(args.model),
-        "source": f"sim:{seed}",
-        "miou": phases[0].miou,
+        "model": str(args.model), "source": f"sim:{seed}", "miou": phases[0].miou,
         **{key: recording[key] for key in ("frames_sent", "masks_received", "node", "fps", "latency_ms", "engine_ms")},
-        "full_ms": notes["full_ms"],
-        "phases": [phase.figures() for phase in phases],
-    }
+        "full_ms": notes["full_ms"], "phases": [phase.figures() for phase in phases],
+    }  # fmt: skip
     (output / "summary.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     _print(report, phases, args.output, film)
     if not scored:

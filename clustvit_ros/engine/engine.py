@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """The interface between a network that runs somewhere and everything that wants masks from it.
 
 Images, masks and all maps are uint8 arrays: resize, normalisation, upsampling and arg-max happen inside the engine on
@@ -276,18 +282,11 @@ class FrameRecord:
         if self.stats is None:
             return {}
         return {
-            **self.label_pairs(),
-            "tokens_exempt": str(self.stats.tokens_exempt),
-            "threads": str(self.stats.threads),
-            "image_size": "{}x{}".format(*self.image_size),
-            "batch": str(self.batch),
-            "decode_ms": f"{self.decode_ms:.3f}",
-            "engine_ms": f"{self.stats.total_ms:.3f}",
-            "publish_ms": f"{self.publish_ms:.3f}",
-            "age_ms": f"{self.age_ms:.3f}",
-            "deadline_missed": str(self.deadline_missed).lower(),
-            "deadline_misses": str(self.deadline_misses),
-            "published": str(self.outcome == "segmented").lower(),
-            **self.plan,
+            **self.label_pairs(), "tokens_exempt": str(self.stats.tokens_exempt), "threads": str(self.stats.threads),
+            "image_size": "{}x{}".format(*self.image_size), "batch": str(self.batch),
+            "decode_ms": f"{self.decode_ms:.3f}", "engine_ms": f"{self.stats.total_ms:.3f}",
+            "publish_ms": f"{self.publish_ms:.3f}", "age_ms": f"{self.age_ms:.3f}",
+            "deadline_missed": str(self.deadline_missed).lower(), "deadline_misses": str(self.deadline_misses),
+            "published": str(self.outcome == "segmented").lower(), **self.plan,
             **{f"stage.{name}_ms": f"{value:.3f}" for name, value in self.stats.stages_ms.items()},
-        }
+        }  # fmt: skip

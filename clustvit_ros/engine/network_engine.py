@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """What all engines that run a network share: a device, and image in, normalised input, class logits, label maps out."""
 
 from __future__ import annotations
@@ -140,16 +146,10 @@ class NetworkEngine(Engine):
         self._warm_sizes: set[tuple[int, int]] = set()
         grid_size = grid_size_of(config.input.size, config.network.patch_size)
         self._info = EngineInfo(
-            model=config.name,
-            engine=engine,
-            device=device_name,
-            device_reason=device_reason,
-            precision=precision,
-            classes=config.classes,
-            input_size=config.input.size,
-            tokens_total=grid_size[0] * grid_size[1],
+            model=config.name, engine=engine, device=device_name, device_reason=device_reason, precision=precision,
+            classes=config.classes, input_size=config.input.size, tokens_total=grid_size[0] * grid_size[1],
             weights_sha256=weights_sha256,
-        )
+        )  # fmt: skip
 
     @abc.abstractmethod
     def infer(
@@ -239,15 +239,11 @@ class NetworkEngine(Engine):
         tokens_kept = float(maps.tokens_kept)
         timer.lap("postprocess")
         stats = Stats(
-            tokens_total=output.grid_size[0] * output.grid_size[1],
-            tokens_kept=tokens_kept,
-            token_capacity=output.token_capacity,
-            merge_threshold=settings.merge_threshold,
-            total_ms=timer.total_ms,
-            stages_ms=timer.stages_ms,
-            tokens_exempt=most_exempt(exempt),
+            tokens_total=output.grid_size[0] * output.grid_size[1], tokens_kept=tokens_kept,
+            token_capacity=output.token_capacity, merge_threshold=settings.merge_threshold, total_ms=timer.total_ms,
+            stages_ms=timer.stages_ms, tokens_exempt=most_exempt(exempt),
             threads=torch.get_num_threads() if self._device.type == "cpu" else 0,
-        )
+        )  # fmt: skip
         return Prediction(mask, confidence, clusters, stats)
 
     def _exempt(self, x: Tensor, settings: Settings, lap: Lap) -> Tensor | None:

@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """Exporting a model as one ONNX file whose merge threshold and token capacity are inputs of the call.
 
 The file takes normalised images, not uint8: resizing comes before normalisation and is the engine's work either way, so
@@ -138,22 +144,14 @@ def describe_export(
     values: dict[str, Any] = {
         "classes": [{"name": name, "colour": colour} for name, colour in classes],
         "normalisation": {"channels": "RGB", "range": [0, 255], "mean": config.input.mean, "std": config.input.std},
-        "input_size": size,
-        "batch": batch or "dynamic",
-        "patch_size": config.network.patch_size,
-        "capacity_ladder": default_ladder(grid_size[0] * grid_size[1]),
-        "network": dataclasses.asdict(config.network),
-    }
+        "input_size": size, "batch": batch or "dynamic", "patch_size": config.network.patch_size,
+        "capacity_ladder": default_ladder(grid_size[0] * grid_size[1]), "network": dataclasses.asdict(config.network),
+    }  # fmt: skip
     return {
-        "format": FORMAT,
-        "optional_inputs": EXEMPT_NAME,
-        "model": config.name,
-        "architecture": config.architecture,
-        "exporter_version": __version__,
-        "precision": "float32",
-        "weights_sha256": weights_sha256,
+        "format": FORMAT, "optional_inputs": EXEMPT_NAME, "model": config.name, "architecture": config.architecture,
+        "exporter_version": __version__, "precision": "float32", "weights_sha256": weights_sha256,
         **{name: json.dumps(value, separators=(",", ":")) for name, value in values.items()},
-    }
+    }  # fmt: skip
 
 
 def export_onnx(model: str | Path, path: Path, size: tuple[int, int] | None = None, batch: int | None = None) -> Export:

@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """Timing networks fairly: one pipeline for all, interleaved, so that whatever drifts on the machine hits all alike.
 
 What is timed is normalised image in (in host memory), uint8 mask out (in host memory): the network and its label map
@@ -171,24 +177,10 @@ def _row(pipeline: Pipeline, output: NetworkOutput, times_ms: list[float], stage
     # What ran, not what was asked for: graphs fall back to eager frames where they cannot be captured.
     engine = f"{info.engine}:{case.execution_provider}" if case.execution_provider else info.engine
     values = (
-        case.arch,
-        f"{engine}:compiled" if case.compiled else engine,
-        info.device,
-        info.precision,
-        torch.get_num_threads(),
-        f"{case.size[0]}x{case.size[1]}",
-        case.batch,
-        len(config.classes),
-        tokens_total,
-        kept,
-        p50_ms,
-        p95_ms,
-        p99_ms,
-        round(cost.flops / 1e9, 3),
-        cost.parameters,
-        round(_peak_memory_mb(case), 1),
-        stages_ms,
-    )
+        case.arch, f"{engine}:compiled" if case.compiled else engine, info.device, info.precision,
+        torch.get_num_threads(), f"{case.size[0]}x{case.size[1]}", case.batch, len(config.classes), tokens_total, kept,
+        p50_ms, p95_ms, p99_ms, round(cost.flops / 1e9, 3), cost.parameters, round(_peak_memory_mb(case), 1), stages_ms,
+    )  # fmt: skip
     return dict(zip(ROW_KEYS, values, strict=True))
 
 

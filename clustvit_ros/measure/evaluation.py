@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """Scoring an engine on labelled images: the one way in which all models of this package are judged."""
 
 from __future__ import annotations
@@ -74,16 +80,13 @@ def evaluate(
         if on_image:
             on_image(sample, prediction)
     scores: dict[str, Any] = {
-        "miou": round(100 * matrix.miou(), 3),
-        "per_class_iou": _by_name(names, matrix.iou()),
-        "pixel_accuracy": round(100 * matrix.pixel_accuracy(), 3),
-        "images": len(data),
-        "tokens_total": total,
+        "miou": round(100 * matrix.miou(), 3), "per_class_iou": _by_name(names, matrix.iou()),
+        "pixel_accuracy": round(100 * matrix.pixel_accuracy(), 3), "images": len(data), "tokens_total": total,
         "tokens_kept_mean": round(statistics.fmean(kept) * total, 2),
         "tokens_merged_mean": round(1 - statistics.fmean(kept), 4),
         "latency_ms_p50": round(statistics.median(latencies_ms), 3),
         "latency_ms_p95": round(percentile(latencies_ms, 0.95), 3),
-    }
+    }  # fmt: skip
     if gflops:
         scores["gflops_mean"] = round(statistics.fmean(gflops), 3)
     if boundaries:

@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """An evaluation as `report.json` and one self-contained `report.html` with tables and plots."""
 
 from __future__ import annotations
@@ -19,16 +25,11 @@ from clustvit_ros.networks.vit_config import ViTConfig
 
 _MERGED_POINT = 0.6
 _COLUMNS = (
-    ("model", "model", ""),
-    ("miou", "mIoU %", ".2f"),
-    ("boundary_iou", "boundary IoU %", ".2f"),
-    ("pixel_accuracy", "pixel accuracy %", ".2f"),
-    ("tokens_kept_mean", "tokens kept", ".0f"),
-    ("tokens_merged_mean", "merged", ".1%"),
-    ("gflops_mean", "GFLOPs", ".2f"),
-    ("latency_ms_p50", "p50 ms", ".1f"),
+    ("model", "model", ""), ("miou", "mIoU %", ".2f"), ("boundary_iou", "boundary IoU %", ".2f"),
+    ("pixel_accuracy", "pixel accuracy %", ".2f"), ("tokens_kept_mean", "tokens kept", ".0f"),
+    ("tokens_merged_mean", "merged", ".1%"), ("gflops_mean", "GFLOPs", ".2f"), ("latency_ms_p50", "p50 ms", ".1f"),
     ("latency_ms_p95", "p95 ms", ".1f"),
-)
+)  # fmt: skip
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 72em; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; margin: 1em 0 } th, td { padding: .25em .8em; border-bottom: 1px solid #ddd }

@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """ClustViT backbone: a ViT that merges tokens into semantic clusters part-way and regenerates them at the end.
 
 Montello, Güldenring, Nalpantidis, "ClustViT: Clustering-based Token Merging for Semantic Segmentation", arXiv
@@ -189,17 +195,12 @@ class ClustViT(VisionTransformer):
         if self.decode == "grouped" and stages and token_capacity is not None:
             groups = group_merged(ids, token_capacity, state.grid_size)
         return self.features(
-            _represented(x, stages) if compact else _regenerated(x, stages, self.num_clusters),
-            state.grid_size,
-            levels,
-            cluster_logits=torch.cat(logits, dim=1) if several else state.cluster_logits,
-            cluster_ids=ids,
-            cluster_positions=torch.cat(logit_positions, dim=1) if several else None,
-            slots=slots if compact else None,
-            key_mask=key_mask[:, 1:] if compact and key_mask is not None else None,
-            pyramid=state.details,
+            _represented(x, stages) if compact else _regenerated(x, stages, self.num_clusters), state.grid_size, levels,
+            cluster_logits=torch.cat(logits, dim=1) if several else state.cluster_logits, cluster_ids=ids,
+            cluster_positions=torch.cat(logit_positions, dim=1) if several else None, slots=slots if compact else None,
+            key_mask=key_mask[:, 1:] if compact and key_mask is not None else None, pyramid=state.details,
             groups=groups,
-        )
+        )  # fmt: skip
 
     def _merge(
         self, x: Tensor, scores: MergeScores, merge_threshold: float, token_capacity: int | Tensor | None, index: int,

@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """Model folders: `model.yaml` and `model.safetensors` together are a model; nothing in them is ever unpickled."""
 
 from __future__ import annotations
@@ -101,16 +107,11 @@ def load_config(model: str | Path) -> ModelConfig:
         raise ConfigError(f"{where}: got {len(content.classes)} classes, expected at most {_MOST_CLASSES}")
     _check_sizes(content.network, f"{where}: network")
     return ModelConfig(
-        name=folder.resolve().name,
-        architecture=content.architecture,
+        name=folder.resolve().name, architecture=content.architecture,
         network=network_config(content.architecture, content.network, f"{where}: network"),
-        classes=ClassSet.of(content.classes),
-        input=content.input,
-        overrides=content.network,
-        training=content.training,
-        scores=content.scores,
-        licence=content.licence,
-    )
+        classes=ClassSet.of(content.classes), input=content.input, overrides=content.network, training=content.training,
+        scores=content.scores, licence=content.licence,
+    )  # fmt: skip
 
 
 def check_folder(model: str | Path) -> tuple[ClassSet, int]:

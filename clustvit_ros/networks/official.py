@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """The official ClustViT checkpoints (OpenMMLab layout): key names to and from ours, and what their shapes tell.
 
 Heads: Segmenter's mask transformer, UPerNet with or without mmsegmentation's neck, and a single 1x1 convolution, which
@@ -18,13 +24,9 @@ from clustvit_ros.networks.heads import NUM_LEVELS
 from clustvit_ros.networks.vit_config import ViTConfig
 
 _BLOCK = {
-    "ln1": "norm1",
-    "ln2": "norm2",
-    "attn.attn.in_proj_": "attn.qkv.",
-    "attn.attn.out_proj": "attn.proj",
-    "ffn.layers.0.0": "mlp.fc1",
-    "ffn.layers.1": "mlp.fc2",
-}
+    "ln1": "norm1", "ln2": "norm2", "attn.attn.in_proj_": "attn.qkv.", "attn.attn.out_proj": "attn.proj",
+    "ffn.layers.0.0": "mlp.fc1", "ffn.layers.1": "mlp.fc2",
+}  # fmt: skip
 _BACKBONE = {
     "backbone.ln1.": "backbone.norm.",
     "backbone.clusterer.net.0.": "backbone.clusterer.fc1.",
@@ -33,19 +35,13 @@ _BACKBONE = {
     "backbone.expand_mlp.2.": "backbone.regenerator.fc2.",
 }
 _HEAD = {
-    "cls_emb": "class_embed",
-    "decoder_norm": "norm",
-    "classes_proj": "class_proj",
-    "conv_seg.": "classify.",
-}
+    "cls_emb": "class_embed", "decoder_norm": "norm", "classes_proj": "class_proj", "conv_seg.": "classify.",
+}  # fmt: skip
 # UPerNet's convolutions: theirs, ours; each is followed by `conv.` or `bn.`, ours by `conv.` or `norm.`.
 _UPERNET = (
-    (r"psp_modules\.(\d)\.1\.", r"pyramid.{}."),
-    (r"lateral_convs\.(\d)\.", r"lateral.{}."),
-    (r"fpn_convs\.(\d)\.", r"smooth.{}."),
-    (r"bottleneck\.", r"bottleneck."),
-    (r"fpn_bottleneck\.", r"fuse."),
-)
+    (r"psp_modules\.(\d)\.1\.", r"pyramid.{}."), (r"lateral_convs\.(\d)\.", r"lateral.{}."),
+    (r"fpn_convs\.(\d)\.", r"smooth.{}."), (r"bottleneck\.", r"bottleneck."), (r"fpn_bottleneck\.", r"fuse."),
+)  # fmt: skip
 _NECK = {"lateral_convs": "lateral", "convs": "smooth"}
 _TRAINING_ONLY = ("auxiliary_head.",)
 

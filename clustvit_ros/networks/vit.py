@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """Plain vision transformer encoder, in the form that ClustViT and its published baseline use.
 
 Dosovitskiy et al., "An Image is Worth 16x16 Words", arXiv 2010.11929; the convolutional stem is from Xiao et al.,
@@ -90,12 +96,9 @@ class ResidualBlock(nn.Sequential):
         last_norm = nn.BatchNorm2d(dim)
         nn.init.zeros_(last_norm.weight)
         super().__init__(
-            nn.Conv2d(dim, dim, 3, padding=1, bias=False),
-            nn.BatchNorm2d(dim),
-            nn.ReLU(),
-            nn.Conv2d(dim, dim, 3, padding=1, bias=False),
-            last_norm,
-        )
+            nn.Conv2d(dim, dim, 3, padding=1, bias=False), nn.BatchNorm2d(dim), nn.ReLU(),
+            nn.Conv2d(dim, dim, 3, padding=1, bias=False), last_norm,
+        )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x + super().forward(x))

@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """Hyper-parameters of the ViT family."""
 
 from __future__ import annotations
@@ -162,18 +168,11 @@ class ViTConfig(NetworkConfig):
 
     def _build_backbone(self) -> VisionTransformer:
         vit: dict[str, Any] = {
-            "image_size": self.image_size,
-            "patch_size": self.patch_size,
-            "stem": self.stem,
-            "stem_blocks": self.stem_blocks,
-            "embed_dim": self.embed_dim,
-            "depth": self.depth,
-            "num_heads": self.num_heads,
-            "mlp_ratio": self.mlp_ratio,
-            "drop_path": self.drop_path,
-            "level_blocks": self.level_blocks,
-            "details": self.head == "detail",
-        }
+            "image_size": self.image_size, "patch_size": self.patch_size, "stem": self.stem,
+            "stem_blocks": self.stem_blocks, "embed_dim": self.embed_dim, "depth": self.depth,
+            "num_heads": self.num_heads, "mlp_ratio": self.mlp_ratio, "drop_path": self.drop_path,
+            "level_blocks": self.level_blocks, "details": self.head == "detail",
+        }  # fmt: skip
         if self.merge_method == "clusters":
             cluster_mlp_dim = self.cluster_mlp_dim or self.embed_dim * 129 // 32
             return ClustViT(self.num_clusters, self.points, cluster_mlp_dim, self.decode, **vit)

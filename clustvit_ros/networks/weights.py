@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """The one importer of weights: every known layout to this package's names, for training and for model folders alike.
 
 Layouts: our own; OpenMMLab's (see `official`); ClusTR's (YtongXie/ClusTR); and timm's `vision_transformer`, in which
@@ -255,12 +261,9 @@ def clustr_shape(state_dict: dict[str, Tensor]) -> dict[str, Any]:
     except KeyError as error:
         raise ModelError(f"checkpoint has no {error.args[0]}; expected a ClusTR of four stages") from error
     return {
-        "embed_dims": dims,
-        "depths": depths,
-        "mlp_ratios": ratios,
-        "sr_ratios": sr_ratios,
+        "embed_dims": dims, "depths": depths, "mlp_ratios": ratios, "sr_ratios": sr_ratios,
         "num_heads": [max(dim // 64, 1) for dim in dims],
-    }
+    }  # fmt: skip
 
 
 def _find_grid(

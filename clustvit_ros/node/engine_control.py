@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """The node's engine: which one the parameters ask for, how it is loaded and changed while masks flow, and by what name.
 
 Loading happens in the engine's own thread; the executor's thread only hears of its end.
@@ -207,14 +213,10 @@ class EngineControl:
                 self._guard.trigger()
 
         order: EngineOrder[Frame] = EngineOrder(
-            model=parameters.model,
-            make=lambda device: self._factory(parameters, device),
-            assemble=lambda engine: self._assemble(engine, start_s),
-            device=parameters.device,
-            adapts=parameters.adapts,
-            on_end=end,
-            first_pause_s=self._recovery_pause_s,
-        )
+            model=parameters.model, make=lambda device: self._factory(parameters, device),
+            assemble=lambda engine: self._assemble(engine, start_s), device=parameters.device, adapts=parameters.adapts,
+            on_end=end, first_pause_s=self._recovery_pause_s,
+        )  # fmt: skip
         self._order = order
         self._host.start(order)
 

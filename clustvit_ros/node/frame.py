@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """The way of a frame: decode, plan, segment, publish, learn, and one record of it. Runs in the engine's thread."""
 
 from __future__ import annotations
@@ -153,22 +159,13 @@ class FrameSession:
         for index, (one, (age_ms, publish_ms)) in enumerate(zip(batch, published, strict=True)):
             mask = masks.mask[index]
             record = FrameRecord(
-                camera=one.camera.name,
-                outcome="late" if publish_ms is None else "segmented",
-                image_size=(one.image.shape[0], one.image.shape[1]),
-                mask_size=(mask.shape[0], mask.shape[1]),
-                batch=len(batch),
-                stats=masks.stats,
-                confidence_threshold=plan.parameters.confidence_threshold,
-                plan=lesson.facts,
-                deadline_missed=lesson.missed[index],
-                deadline_misses=lesson.misses,
-                decode_ms=one.decode_ms,
-                publish_ms=publish_ms or 0.0,
-                arrival_age_ms=one.frame.arrival_age_ms or 0.0,
-                age_ms=age_ms,
-                stamped=one.frame.stamp_ns != 0,
-            )
+                camera=one.camera.name, outcome="late" if publish_ms is None else "segmented",
+                image_size=(one.image.shape[0], one.image.shape[1]), mask_size=(mask.shape[0], mask.shape[1]),
+                batch=len(batch), stats=masks.stats, confidence_threshold=plan.parameters.confidence_threshold,
+                plan=lesson.facts, deadline_missed=lesson.missed[index], deadline_misses=lesson.misses,
+                decode_ms=one.decode_ms, publish_ms=publish_ms or 0.0, arrival_age_ms=one.frame.arrival_age_ms or 0.0,
+                age_ms=age_ms, stamped=one.frame.stamp_ns != 0,
+            )  # fmt: skip
             is_first = one.camera.ledger.add(record)
             pairs = one.camera.ledger.frame_pairs(record) if tells[index] else None
             if is_first:

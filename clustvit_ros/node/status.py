@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """One camera's status in `/diagnostics`, from everything that knows something about it."""
 
 from __future__ import annotations
@@ -42,24 +48,15 @@ def camera_status(
     recent = ledger.take_recent()
     budget_problem = budget.problem()
     input_problem, output_problem = camera.qos_problems() if camera is not None else ("", "")
-    level, sentence = judge(
-        Health(
-            state=state,
-            ledger=ledger,
-            recent=recent,
-            fault=fault,
-            loading=loading,
-            input_topic=watch.topic if watch else "",
-            input_silence_s=watch.silence_s if watch else 0.0,
-            input_timeout_s=parameters.input_timeout_s,
-            input_qos_problem=input_problem,
-            output_qos_problem=output_problem,
-            budget_problem=budget_problem,
-            throttling=throttling() if budget_problem else "",
-            engine_fault=engine_fault,
-            lossless=not parameters.adapts,
-        )
-    )
+    health = Health(
+        state=state, ledger=ledger, recent=recent, fault=fault, loading=loading,
+        input_topic=watch.topic if watch else "", input_silence_s=watch.silence_s if watch else 0.0,
+        input_timeout_s=parameters.input_timeout_s, input_qos_problem=input_problem,
+        output_qos_problem=output_problem, budget_problem=budget_problem,
+        throttling=throttling() if budget_problem else "", engine_fault=engine_fault,
+        lossless=not parameters.adapts,
+    )  # fmt: skip
+    level, sentence = judge(health)
     pairs = {"state": state, **ledger.count_pairs()}
     if info is not None:
         pairs |= {

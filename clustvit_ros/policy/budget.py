@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """Holding a latency budget by bounding the token capacity.
 
 Feed-forward from a calibrated table (what a capacity costs on this device when nothing else runs), corrected by
@@ -153,14 +159,10 @@ class BudgetController:
         slowdown, overhead_ms = self._slowdowns.upper(1.0), self._overhead_ms()
         engine_budget_ms = self._budget_ms - overhead_ms
         return Decision(
-            capacity=self._capacity,
-            budget_ms=self._budget_ms,
-            engine_budget_ms=engine_budget_ms,
-            slowdown=slowdown,
-            overhead_ms=overhead_ms,
-            predicted_ms=self._table[self._capacity] * slowdown,
+            capacity=self._capacity, budget_ms=self._budget_ms, engine_budget_ms=engine_budget_ms, slowdown=slowdown,
+            overhead_ms=overhead_ms, predicted_ms=self._table[self._capacity] * slowdown,
             feasible=self._table[self._capacities[0]] * slowdown <= engine_budget_ms,
-        )
+        )  # fmt: skip
 
     def observe(self, capacity: int, engine_ms: float, overhead_ms: float = 0.0) -> None:
         """Learn from a frame.

@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """What keeps merging from doing harm: exempt classes and regions, and a check of accuracy now and then.
 
 Now and then a frame is segmented unmerged as well, between frames. Agreement with that mask says what merging costs,
@@ -166,13 +172,9 @@ class MergeGuard:
             # A camera without a mask yet has nothing to exempt.
             previous = np.stack([np.full_like(known[0], IGNORE_INDEX) if mask is None else mask for mask in masks])
         return replace(
-            settings,
-            min_tokens=floor,
-            merge_exempt_region=parameters.merge_exempt_region,
-            merge_exempt_classes=class_ids,
-            merge_exempt_source=parameters.merge_exempt_source,
-            previous_mask=previous,
-        )
+            settings, min_tokens=floor, merge_exempt_region=parameters.merge_exempt_region,
+            merge_exempt_classes=class_ids, merge_exempt_source=parameters.merge_exempt_source, previous_mask=previous,
+        )  # fmt: skip
 
     def saw(self, cameras: Sequence[str], images: Sequence[np.ndarray], settings: Settings, result: Prediction) -> None:
         """Remember a call's masks.

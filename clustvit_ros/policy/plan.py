@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """How one call of the engine is made, and what is known about the latency budget."""
 
 from __future__ import annotations
@@ -64,13 +70,10 @@ class Plan:
     def as_pairs(self) -> dict[str, str]:
         """Keys as they appear in stats and diagnostics."""
         pairs = {
-            "latency_budget_ms": f"{self.budget_ms:g}",
-            "budget_reference": self.parameters.budget_reference,
-            "deadline_policy": self.parameters.deadline_policy,
-            "min_tokens": str(self.min_tokens),
-            "token_ceiling": str(self.settings.token_capacity),
-            "budget_state": self.budget_state,
-        }
+            "latency_budget_ms": f"{self.budget_ms:g}", "budget_reference": self.parameters.budget_reference,
+            "deadline_policy": self.parameters.deadline_policy, "min_tokens": str(self.min_tokens),
+            "token_ceiling": str(self.settings.token_capacity), "budget_state": self.budget_state,
+        }  # fmt: skip
         if self.decision is not None:
             pairs["budget_feasible"] = str(self.decision.feasible).lower()
             pairs["slowdown"] = f"{self.decision.slowdown:.3f}"

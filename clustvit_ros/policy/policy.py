@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """What to do with a frame: how many tokens it may keep so that budget, guards and the user's bounds hold.
 
 `plan` before an engine call, `learn` after it, `use_idle_time` between frames: these three see everything, and nothing
@@ -261,14 +267,11 @@ class Policy:
         controller = entry.controller
         self._status = BudgetStatus(
             plan=None if self._plan is None else replace(self._plan, images=self._plan.images[:0]),
-            misses=self._misses.total,
-            recent=self._misses.recent,
-            table=entry.table,
+            misses=self._misses.total, recent=self._misses.recent, table=entry.table,
             slowdown=controller.typical_slowdown if controller is not None else 1.0,
-            overhead_ms=controller.typical_overhead_ms if controller is not None else 0.0,
-            failure=entry.failure,
+            overhead_ms=controller.typical_overhead_ms if controller is not None else 0.0, failure=entry.failure,
             recalibrated=self._recalibrated,
-        )
+        )  # fmt: skip
 
 
 def _budget_of(parameters: SegmentationParameters) -> tuple[float, str, int]:

@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """Triangles as arrays, and the few solids that the world is made of. Metres, z up.
 
 Surface textures, computed: noise shaped in the frequency domain repeats without a seam by nature.
@@ -135,13 +141,8 @@ def blob(
 def _icosphere(detail: int) -> tuple[np.ndarray, np.ndarray]:
     golden = (1 + 5**0.5) / 2
     points: list[tuple[float, float, float]] = [
-        (-1, golden, 0),
-        (1, golden, 0),
-        (-1, -golden, 0),
-        (1, -golden, 0),
-        (0, -1, golden),
-        (0, 1, golden),
-    ]
+        (-1, golden, 0), (1, golden, 0), (-1, -golden, 0), (1, -golden, 0), (0, -1, golden), (0, 1, golden),
+    ]  # fmt: skip
     points += [(0, -1, -golden), (0, 1, -golden), (golden, 0, -1), (golden, 0, 1), (-golden, 0, -1), (-golden, 0, 1)]
     faces = [(0, 11, 5), (0, 5, 1), (0, 1, 7), (0, 7, 10), (0, 10, 11), (1, 5, 9), (5, 11, 4), (11, 10, 2), (10, 7, 6)]
     faces += [(7, 1, 8), (3, 9, 4), (3, 4, 2), (3, 2, 6), (3, 6, 8), (3, 8, 9), (4, 9, 5), (2, 4, 11), (6, 2, 10)]

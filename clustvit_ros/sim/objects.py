@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """What stands and moves in the world, around its own origin on the ground, x forward."""
 
 from __future__ import annotations
@@ -146,11 +152,8 @@ def _cone(foot: tuple[float, float, float], radius: float, height: float, colour
     corners = np.stack([ring[:-1], ring[1:], tip, tip], axis=1) + np.asarray(foot)
     shades = np.broadcast_to(np.array([0.65, 0.65, 1.0, 1.0])[:, None], (4, 3)) * np.asarray(colour)
     uvs = np.stack([np.arange(sides) * 0.5, np.zeros(sides)], axis=1)[:, None] + [
-        [0, 0],
-        [0.5, 0],
-        [0.25, 1],
-        [0.25, 1],
-    ]
+        [0, 0], [0.5, 0], [0.25, 1], [0.25, 1],
+    ]  # fmt: skip
     return quads("tree", "leaves", corners, np.broadcast_to(shades, (sides, 4, 3)), uvs)
 
 

@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """Starting weights from elsewhere: our own encoders and models, and whatever `networks.weights` imports.
 
 What fits is loaded, position embeddings are resized to the network's grid, and everything else is listed.
@@ -108,14 +114,11 @@ def load_init(network: Segmenter, source: str | Path) -> InitReport:
     ]
     network.load_state_dict({name: value.to(own[name].dtype) for name, value in matching.items()}, strict=False)
     return InitReport(
-        source=str(path),
-        loaded=sorted(matching),
-        resized=[name for name in resized if name in matching],
+        source=str(path), loaded=sorted(matching), resized=[name for name in resized if name in matching],
         missing=[name for name in own if name not in matching],
-        unknown=sorted([*left_out, *(name for name in weights if name not in own)]),
-        mismatched=mismatched,
+        unknown=sorted([*left_out, *(name for name in weights if name not in own)]), mismatched=mismatched,
         widened=times,
-    )
+    )  # fmt: skip
 
 
 def _times_wider(network: Segmenter, weights: dict[str, Tensor]) -> int:

@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """Data sets by the folder they lie in: a `dataset.yaml`, plain folders, or a published data set as its authors ship it.
 
 Known without a `dataset.yaml`: `<split>/{images,labels}`; ADE20K (Zhou et al., arXiv 1608.05442; the scene-parsing
@@ -379,8 +385,5 @@ _MARKS: dict[str, Callable[[Path], bool]] = {
     "cityscapes": lambda root: (root / "leftImg8bit").is_dir(),
 }
 _LAYOUTS: dict[str, Callable[[Path], DataSet]] = {
-    "ade20k": _ade20k,
-    "suim": _suim,
-    "rumexweeds": _rumexweeds,
-    "cityscapes": _cityscapes,
-}
+    "ade20k": _ade20k, "suim": _suim, "rumexweeds": _rumexweeds, "cityscapes": _cityscapes,
+}  # fmt: skip

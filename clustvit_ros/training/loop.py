@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """The loop that every training shares: steps, schedule, averaged weights, checkpoints, and a stop on a bad loss.
 
 Everything random in a step follows from seed, step and process alone, so that a run continued from any checkpoint ends
@@ -259,16 +265,11 @@ class TrainingLoop(abc.ABC, Generic[Network]):
         self._settle()
         if self.processes.is_main:
             state = {
-                "fingerprint": json.dumps(self.fingerprint),
-                "step": self.step,
-                "epoch": self.epoch,
-                "best_score": self.best_score,
-                "totals": self._totals,
-                "network": self.network.state_dict(),
-                "averaged": self.averaged.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "fingerprint": json.dumps(self.fingerprint), "step": self.step, "epoch": self.epoch,
+                "best_score": self.best_score, "totals": self._totals, "network": self.network.state_dict(),
+                "averaged": self.averaged.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "scaler": self.precision.state_dict(),
-            }
+            }  # fmt: skip
             save_checkpoint(self.run_dir / CHECKPOINT, state)
         self._saved = time.monotonic()
 

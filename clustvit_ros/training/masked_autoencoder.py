@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """Self-supervised pre-training by masked auto-encoding, for images without labels.
 
 He et al., "Masked Autoencoders Are Scalable Vision Learners", arXiv 2111.06377. The encoder sees a quarter of the
@@ -152,12 +158,9 @@ class Pretrainer(TrainingLoop[MaskedAutoencoder]):
                 f"pretraining: {recipe.architecture} is no ViT; masked auto-encoding needs an encoder of patches alone"
             )
         autoencoder = MaskedAutoencoder(
-            encoder,
-            grid_size_of(crop_size, patch_size),
-            self.pretraining.mask_ratio,
-            self.pretraining.decoder_dim,
+            encoder, grid_size_of(crop_size, patch_size), self.pretraining.mask_ratio, self.pretraining.decoder_dim,
             self.pretraining.decoder_depth,
-        )
+        )  # fmt: skip
         for name, parameter in self.segmenter.backbone.named_parameters():
             # They do not take part here, and would only be decayed.
             parameter.requires_grad_(not name.startswith(("clusterer.", "regenerator.")))
@@ -171,13 +174,10 @@ class Pretrainer(TrainingLoop[MaskedAutoencoder]):
             read, len(images), augmentation, recipe.input.size, self.pretraining.seed, device, cache_bytes
         )
         fingerprint = {
-            "name": f"{recipe.name} (pre-training)",
-            "architecture": recipe.architecture,
-            "network": recipe.network,
-            "input": to_mapping(recipe.input),
-            "augmentation": to_mapping(augmentation),
+            "name": f"{recipe.name} (pre-training)", "architecture": recipe.architecture, "network": recipe.network,
+            "input": to_mapping(recipe.input), "augmentation": to_mapping(augmentation),
             "pretraining": to_mapping(self.pretraining),
-        }
+        }  # fmt: skip
         super().__init__(
             autoencoder, self.pretraining, len(images), fingerprint, run_dir, device, processes, options
         )  # fmt: skip

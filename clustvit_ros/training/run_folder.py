@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """What a run folder holds besides checkpoint, log and model: all that is needed to repeat the run.
 
 `recipe.yaml` with every default written out, `run.json` (versions, seed, device, command), `data.json` (every file with
@@ -172,15 +178,11 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
             continue
     on_gpu = device.type == "cuda"
     return {
-        "version": clustvit_ros.__version__,
-        "source_sha256": _hash_source(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": versions,
+        "version": clustvit_ros.__version__, "source_sha256": _hash_source(), "python": platform.python_version(),
+        "platform": platform.platform(), "packages": versions,
         "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
-        "cuda": torch.version.cuda if on_gpu else None,
-        "threads": torch.get_num_threads(),
-    }
+        "cuda": torch.version.cuda if on_gpu else None, "threads": torch.get_num_threads(),
+    }  # fmt: skip
 
 
 def list_data(splits: Mapping[str, LabelledImages], left_out: Sequence[BadFile]) -> dict[str, Any]:

@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """Training of a segmentation network: ClustViT's joint loss over random merge settings, distilled from itself."""
 
 from __future__ import annotations
@@ -73,14 +79,9 @@ class Trainer(TrainingLoop[Segmenter]):
         if self.schedule.trains == "merging":
             _freeze_all_but_merging(network, recipe.name)
         self.crops = Crops(
-            data.__getitem__,
-            len(data),
-            recipe.augmentation,
-            recipe.input.size,
-            self.schedule.seed,
-            device,
+            data.__getitem__, len(data), recipe.augmentation, recipe.input.size, self.schedule.seed, device,
             cache_bytes,
-        )
+        )  # fmt: skip
         self._class_weights: Tensor | None = None
         if self.schedule.class_weighting:
             self._class_weights = frequency_weights(self.crops.pixel_counts(len(self.config.classes))).to(device)

@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """Official checkpoints through `import-checkpoint` and `load_segmenter`."""
 
 from __future__ import annotations
@@ -44,13 +50,8 @@ def test_imported_model_equals_the_official_one(golden_dir, tmp_path, name):
 def official_checkpoint(path, meta=None, **changes):
     torch.manual_seed(0)
     config = {
-        "backbone": "clustvit",
-        "image_size": (64, 64),
-        "embed_dim": 128,
-        "depth": 4,
-        "num_heads": 2,
-        "head_depth": 1,
-    }
+        "backbone": "clustvit", "image_size": (64, 64), "embed_dim": 128, "depth": 4, "num_heads": 2, "head_depth": 1,
+    }  # fmt: skip
     network = build_network(ViTConfig(**{**config, "head_depth": 1, **changes}), 11)
     weights = to_official(network.state_dict())
     torch.save({"meta": meta or {}, "state_dict": weights}, path)
@@ -146,12 +147,8 @@ def timm_weights(**changes):
     C, hidden = 64, 256
     shapes = {"cls_token": (1, 1, C), "pos_embed": (1, 17, C), "patch_embed.proj.weight": (C, 3, 16, 16)}
     shapes |= {
-        "patch_embed.proj.bias": (C,),
-        "norm.weight": (C,),
-        "norm.bias": (C,),
-        "head.weight": (9, C),
-        "head.bias": (9,),
-    }
+        "patch_embed.proj.bias": (C,), "norm.weight": (C,), "norm.bias": (C,), "head.weight": (9, C), "head.bias": (9,),
+    }  # fmt: skip
     for i in range(2):
         block = {"norm1.weight": (C,), "norm1.bias": (C,), "norm2.weight": (C,), "norm2.bias": (C,)}
         block |= {"attn.qkv.weight": (3 * C, C), "attn.qkv.bias": (3 * C,), "attn.proj.weight": (C, C)}

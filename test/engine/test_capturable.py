@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """What a GPU records as CUDA graphs keeps to what can be recorded, as far as that shows without a GPU.
 
 While a graph is recorded, the device cannot be waited for (no value can be read back, no shape can follow from values)
@@ -112,12 +118,9 @@ def test_architectures(arch, overrides, dtype):
 def test_the_watch_notices():
     x, index = torch.empty(4, 5, device=META), torch.tensor([0, 1])
     offences = [
-        lambda: torch.tensor([1.0, 2.0], device=META),
-        lambda: x[index],
-        lambda: index.to(META),
-        lambda: x.sum().item(),
+        lambda: torch.tensor([1.0, 2.0], device=META), lambda: x[index], lambda: index.to(META), lambda: x.sum().item(),
         lambda: x[x > 0],
-    ]
+    ]  # fmt: skip
     for offence in offences:
         with pytest.raises((AssertionError, RuntimeError)), NothingFromTheHost(), NothingBetweenDevices():
             offence()

@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """Other families than ViT in the same exporter, engines and benchmark."""
 
 from __future__ import annotations
@@ -28,13 +34,9 @@ def make_model(tmp_path_factory):
     def make(architecture, **overrides):
         overrides = {"image_size": [96, 128], **SMALL[architecture], **overrides}
         config = ModelConfig(
-            name=architecture,
-            architecture=architecture,
-            network=network_config(architecture, overrides),
-            classes=ClassSet.numbered(7),
-            input=InputConfig(size=(96, 128)),
-            overrides=overrides,
-        )
+            name=architecture, architecture=architecture, network=network_config(architecture, overrides),
+            classes=ClassSet.numbered(7), input=InputConfig(size=(96, 128)), overrides=overrides,
+        )  # fmt: skip
         torch.manual_seed(0)
         network = build_network(config.network, 7)
         with torch.no_grad():

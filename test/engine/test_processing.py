@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """Pre- and post-processing, the capacity ladder."""
 
 from __future__ import annotations
@@ -17,12 +23,9 @@ from clustvit_ros.networks.model_folder import InputConfig
 
 @settings(max_examples=40, deadline=None)
 @given(
-    seed=st.integers(0, 1000),
-    classes=st.integers(1, 12),
-    grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),
-    size=st.tuples(st.integers(1, 70), st.integers(1, 70)),
-    threshold=st.sampled_from([0.0, 0.3, 0.7]),
-)
+    seed=st.integers(0, 1000), classes=st.integers(1, 12), grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    size=st.tuples(st.integers(1, 70), st.integers(1, 70)), threshold=st.sampled_from([0.0, 0.3, 0.7]),
+)  # fmt: skip
 def test_label_maps_equal_the_naive_ones(seed, classes, grid, size, threshold):
     logits = 3 * torch.randn(2, classes, *grid, generator=torch.Generator().manual_seed(seed))
     mask, confidence = label_maps(logits, size, threshold)

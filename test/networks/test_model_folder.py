@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """Model folders: written, read back, and refused when they are damaged."""
 
 from __future__ import annotations
@@ -24,15 +30,10 @@ OVERRIDES = {"image_size": [64, 96], "embed_dim": 24, "depth": 2, "num_heads": 2
 def folder(tmp_path):
     torch.manual_seed(0)
     config = ModelConfig(
-        name="toy",
-        architecture="clustvit_t",
-        network=network_config("clustvit_t", OVERRIDES),
-        classes=ClassSet(("soil", "crop"), ((0, 0, 0), (0, 255, 0))),
-        input=InputConfig(size=(64, 96)),
-        overrides=OVERRIDES,
-        scores={"miou": 12.5},
-        licence="CC0",
-    )
+        name="toy", architecture="clustvit_t", network=network_config("clustvit_t", OVERRIDES),
+        classes=ClassSet(("soil", "crop"), ((0, 0, 0), (0, 255, 0))), input=InputConfig(size=(64, 96)),
+        overrides=OVERRIDES, scores={"miou": 12.5}, licence="CC0",
+    )  # fmt: skip
     network = build_network(config.network, 2)
     save_model(tmp_path / "toy", config, network)
     return tmp_path / "toy", config, network.eval()

@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """Properties of merging without training, of several injection points, of compact and of grouped decoding."""
 
 from __future__ import annotations
@@ -17,19 +23,12 @@ from clustvit_ros.networks.segmenter import Features
 
 SMALL = {"image_size": (96, 128), "embed_dim": 24, "depth": 4, "num_heads": 2, "injection_point": 1, "head_depth": 1}
 VARIANTS = [
-    {"injection_points": (1, 2)},
-    {"injection_points": (0, 2, 3)},
-    {"decode": "compact"},
-    {"injection_points": (1, 3), "decode": "compact"},
-    {"decode": "grouped"},
-    {"injection_points": (1, 3), "decode": "grouped"},
-    {"merge": "tome"},
-    {"merge": "kmeans"},
-    {"merge": "tome", "decode": "compact"},
-    {"merge": "kmeans", "decode": "compact", "head": "linear"},
-    {"stem": "conv", "head": "detail", "decode": "compact"},
-    {"stem": "conv", "head": "detail", "merge": "tome"},
-]
+    {"injection_points": (1, 2)}, {"injection_points": (0, 2, 3)}, {"decode": "compact"},
+    {"injection_points": (1, 3), "decode": "compact"}, {"decode": "grouped"},
+    {"injection_points": (1, 3), "decode": "grouped"}, {"merge": "tome"}, {"merge": "kmeans"},
+    {"merge": "tome", "decode": "compact"}, {"merge": "kmeans", "decode": "compact", "head": "linear"},
+    {"stem": "conv", "head": "detail", "decode": "compact"}, {"stem": "conv", "head": "detail", "merge": "tome"},
+]  # fmt: skip
 
 
 def make(**changes):

@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """Another family in the running node: one parameter, the model, is all that changes."""
 
 from __future__ import annotations
@@ -34,13 +40,9 @@ def test_the_node_runs_it(
 ) -> None:
     overrides = {"image_size": [64, 96], **SMALL[architecture]}
     config = ModelConfig(
-        name=architecture,
-        architecture=architecture,
-        network=network_config(architecture, overrides),
-        classes=ClassSet.numbered(5),
-        input=InputConfig(size=(64, 96)),
-        overrides=overrides,
-    )
+        name=architecture, architecture=architecture, network=network_config(architecture, overrides),
+        classes=ClassSet.numbered(5), input=InputConfig(size=(64, 96)), overrides=overrides,
+    )  # fmt: skip
     torch.manual_seed(0)
     save_model(tmp_path / architecture, config, build_network(config.network, 5))
     # The robot names the scripted engine; the last of two values counts.

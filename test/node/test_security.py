@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """What the node may do, and what it does: SROS 2 policy, sockets, files, user."""
 
 from __future__ import annotations
@@ -27,16 +33,11 @@ from clustvit_ros.paths import share_dir
 POLICY = share_dir() / "config" / "security" / "segmentation.policy.xml"
 # Children and attributes of each element in sros2's policy schema, version 0.2.0.
 SCHEMA = {
-    "policy": ({"enclaves"}, {"version"}),
-    "enclaves": ({"enclave"}, set()),
-    "enclave": ({"profiles"}, {"path"}),
-    "profiles": ({"profile"}, {"type"}),
-    "profile": ({"topics", "services", "actions"}, {"ns", "node"}),
-    "topics": ({"topic"}, {"publish", "subscribe"}),
-    "services": ({"service"}, {"reply", "request"}),
-    "topic": (set(), set()),
-    "service": (set(), set()),
-}
+    "policy": ({"enclaves"}, {"version"}), "enclaves": ({"enclave"}, set()), "enclave": ({"profiles"}, {"path"}),
+    "profiles": ({"profile"}, {"type"}), "profile": ({"topics", "services", "actions"}, {"ns", "node"}),
+    "topics": ({"topic"}, {"publish", "subscribe"}), "services": ({"service"}, {"reply", "request"}),
+    "topic": (set(), set()), "service": (set(), set()),
+}  # fmt: skip
 # In the policy, but there only with certain parameters or packages.
 OPTIONAL = {
     "/image", "/image/compressed", "/camera_info", "/clock", "/segmentation/mask/compressed",

@@ -1,3 +1,9 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """`scripts/frame_trace.py`: what it counts, and that a frame's way is as short as the design says."""
 
 from __future__ import annotations
@@ -14,13 +20,10 @@ sys.path.insert(0, str(SCRIPT.parent))
 from frame_trace import Call, as_tree, count  # noqa: E402 (a script, no package)
 
 CALLS = [
-    Call(1, "node/camera.py", "_on_image", 0),
-    Call(1, "engine/worker.py", "put", 1),
-    Call(2, "node/frame.py", "handle", 0),
-    Call(2, "images.py", "decode_image", 1),
-    Call(2, "node/frame.py", "_publish", 1),
-    Call(2, "node/frame.py", "_publish", 1),
-]
+    Call(1, "node/camera.py", "_on_image", 0), Call(1, "engine/worker.py", "put", 1),
+    Call(2, "node/frame.py", "handle", 0), Call(2, "images.py", "decode_image", 1),
+    Call(2, "node/frame.py", "_publish", 1), Call(2, "node/frame.py", "_publish", 1),
+]  # fmt: skip
 
 
 def test_files_rooms_and_threads_are_counted():
