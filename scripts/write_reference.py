@@ -44,9 +44,9 @@ def main() -> None:
 
 def reference() -> str:
     """The whole document."""
-    from clustvit_ros.demo.camera import CameraParameters
+    from clustvit_ros.demo.camera import CameraNodeParameters
     from clustvit_ros.demo.recorder import RecorderParameters
-    from clustvit_ros.policy.parameter_spec import markdown_table
+    from clustvit_ros.policy.parameter_spec import parameter_table
     from clustvit_ros.policy.parameters import SegmentationParameters
 
     return f"""# Reference
@@ -68,15 +68,15 @@ asks for and offers; `qos_overrides` parameters change it.
 
 "Live" parameters take effect on the next frame; the others need the node unconfigured, or a restart.
 
-{markdown_table(SegmentationParameters)}
+{parameter_table(SegmentationParameters)}
 
 ## Parameters of the camera node
 
-{markdown_table(CameraParameters)}
+{parameter_table(CameraNodeParameters)}
 
 ## Parameters of the recorder node
 
-{markdown_table(RecorderParameters)}
+{parameter_table(RecorderParameters)}
 """
 
 

@@ -136,7 +136,7 @@ def check_onnxruntime() -> list[Finding]:
     return findings
 
 
-def check_model(model: str, device: str = "auto") -> list[Finding]:
+def try_model(model: str, device: str = "auto") -> list[Finding]:
     """The model's weights load and fit, and it makes a mask of a test picture, the same one twice."""
     try:
         import numpy as np
@@ -179,7 +179,7 @@ def check_model(model: str, device: str = "auto") -> list[Finding]:
 
 
 _CHECKS: dict[str, Callable[..., list[Finding]]] = {
-    "torch": check_torch, "onnxruntime": check_onnxruntime, "model": check_model,
+    "torch": check_torch, "onnxruntime": check_onnxruntime, "model": try_model,
 }  # fmt: skip
 
 

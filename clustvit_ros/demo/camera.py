@@ -96,7 +96,7 @@ _LINGER_S = 1.0
 
 
 @dataclass(frozen=True)
-class CameraParameters:
+class CameraNodeParameters:
     """What to publish, and how."""
 
     source: str = parameter(
@@ -231,7 +231,7 @@ class CameraNode(Node):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__("camera", **arguments)
-        parameters = ParameterServer(self, CameraParameters, lambda: "cannot change while the camera runs").current
+        parameters = ParameterServer(self, CameraNodeParameters, lambda: "cannot change while the camera runs").current
         if not parameters.source:
             raise ConfigError(
                 "source: got nothing, expected a folder of pictures, a video file, /dev/videoN, N or sim:SEED"

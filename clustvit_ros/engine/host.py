@@ -72,7 +72,7 @@ class EngineHost(Generic[T]):
         self._lock = threading.RLock()
         self._current: EngineWorker[T] | None = None
         self._successor: EngineWorker[T] | None = None
-        self._returns, self._began_s = False, 0.0
+        self._began_s = 0.0
         self._order: EngineOrder[T] | None = None
         self._wanted: EngineOrder[T] | None = None
 
@@ -151,8 +151,8 @@ class EngineHost(Generic[T]):
             self._slot.hand_over(None)
         return current is None or current.join(timeout_s)
 
-    def _begin(self, order: EngineOrder[T], load: Callable[[], Session[T]], returns: bool = False) -> None:
-        self._returns, self._began_s = returns, self._clock()
+    def _begin(self, order: EngineOrder[T], load: Callable[[], Session[T]]) -> None:
+        self._began_s = self._clock()
         # Set under the lock that `_on_loaded` takes first.
         self._successor = EngineWorker(
             load, self._slot,
@@ -213,8 +213,10 @@ class EngineHost(Generic[T]):
                 return  # given up meanwhile: it is not in charge, and frees its engine
             self._successor = None
             if worker.error is None:
-                if self._returns and order.policy is not None:
-                    order.policy.come_back()
+                policy, session = order.policy, worker.session
+                on_cpu = session is None or session.engine.info.device.startswith("cpu")
+                if policy is not None and policy.step.on_cpu and not on_cpu:
+                    policy.come_back()
                 self._current, self._order = worker, order
                 self._slot.hand_over(worker)
         self._end(worker, worker.error)
@@ -241,7 +243,7 @@ class EngineHost(Generic[T]):
         with self._lock:
             if self._successor is None and worker is self._current and worker.session is not None:
                 image_size = getattr(worker.session.engine, "image_size", None)
-                self._begin(order, lambda: self._load_again(order, image_size), returns=True)
+                self._begin(order, lambda: self._load_again(order, image_size))
 
     def _on_lost(self, worker: EngineWorker[T], order: EngineOrder[T]) -> None:
         with self._lock:

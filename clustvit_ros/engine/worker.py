@@ -14,6 +14,7 @@ warm.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from typing import Generic, Protocol, TypeVar
 
 from clustvit_ros.engine.engine import Engine
 from clustvit_ros.errors import EngineError
+
+_LOG = logging.getLogger(__name__)
 
 T = TypeVar("T")
 F = TypeVar("F", contravariant=True)
@@ -270,8 +273,13 @@ class EngineWorker(Generic[T]):
                 session.handle(frame)
             except DeviceLost as error:
                 return error
+            except Exception:  # a fault of ours: the thread must outlive whatever one frame does
+                _LOG.exception("a frame was lost")
             del frame  # or its pixels would live until the next one comes
             self._slot.done()
             self._on_frame(self)
-            session.use_idle_time(lambda: self._slot.is_free(self))
+            try:
+                session.use_idle_time(lambda: self._slot.is_free(self))
+            except Exception:
+                _LOG.exception("work between frames failed")
         return None

@@ -156,7 +156,7 @@ def build(table: type[T], values: Mapping[str, Any]) -> T:
     return table(**{name: specs[name].parsed(value) for name, value in values.items()})
 
 
-def markdown_table(table: type, prefix: str = "") -> str:
+def parameter_table(table: type, prefix: str = "") -> str:
     """The parameters of `table` as a Markdown table, one row each, `prefix` before their names."""
     rows = ["| Parameter | Type | Default | Range | Live | Meaning |", "|---|---|---|---|---|---|"]
     for spec in specs_of(table):

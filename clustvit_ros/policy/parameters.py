@@ -15,7 +15,7 @@ from clustvit_ros.engine.engine import EXEMPT_SOURCES
 from clustvit_ros.engine.exemption import Region, parse_regions
 from clustvit_ros.engine.masks import parse_groups
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.policy.parameter_spec import ParameterSpec, markdown_table, parameter, specs_of
+from clustvit_ros.policy.parameter_spec import ParameterSpec, parameter, parameter_table, specs_of
 
 REFERENCES = ("inference", "stamp")
 """What a budget covers: the engine alone, or from the frame's stamp to the publication of its mask."""
@@ -24,7 +24,7 @@ DEADLINE_POLICIES = ("publish_late", "drop")
 """What becomes of a mask that missed its deadline."""
 
 
-def parse_names(text: str) -> tuple[str, ...]:
+def split_names(text: str) -> tuple[str, ...]:
     """Names that commas separate."""
     return tuple(name for name in (part.strip() for part in text.split(",")) if name)
 
@@ -35,7 +35,7 @@ def parse_cameras(text: str) -> tuple[str, ...]:
     Raises:
         ConfigError: a name repeats.
     """
-    names = parse_names(text)
+    names = split_names(text)
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ConfigError(f"cameras: got {', '.join(repeated)} more than once, expected each name once")
@@ -97,7 +97,7 @@ class SegmentationParameters:
     )  # fmt: skip
     merge_exempt_classes: tuple[str, ...] = parameter(
         "", "Classes whose tokens, as the camera's previous mask shows them, are never merged, nor those beside them.",
-        pattern=r"[^;:]*", form="CLASS, CLASS", separator=",", parse=parse_names, live=True,
+        pattern=r"[^;:]*", form="CLASS, CLASS", separator=",", parse=split_names, live=True,
     )  # fmt: skip
     merge_exempt_region: tuple[Region, ...] = parameter(
         "", "Rectangles whose tokens are never merged, e.g. the lower third: `0.67 0 1 1`.",
@@ -229,9 +229,9 @@ PARAMETERS: tuple[ParameterSpec, ...] = specs_of(SegmentationParameters)
 
 def as_markdown_table() -> str:
     """The table for the README; a test compares the two."""
-    return markdown_table(SegmentationParameters)
+    return parameter_table(SegmentationParameters)
 
 
 def camera_markdown_table() -> str:
     """The table of a camera's own parameters for the README."""
-    return markdown_table(CameraParameters, "<camera>.")
+    return parameter_table(CameraParameters, "<camera>.")

@@ -52,10 +52,10 @@ def test_parameters_of_the_launch_file_exist_on_the_node() -> None:
 
 
 def test_the_demo_s_camera_arguments_are_parameters_of_the_camera() -> None:
-    from clustvit_ros.demo.camera import CameraParameters
+    from clustvit_ros.demo.camera import CameraNodeParameters
 
     names = keys_of(DEMO, "_ARGUMENTS") - {"namespace", "rviz"}
-    assert names <= {field.name for field in dataclasses.fields(CameraParameters)}
+    assert names <= {field.name for field in dataclasses.fields(CameraNodeParameters)}
 
 
 def test_the_demo_starts_camera_and_segmentation() -> None:

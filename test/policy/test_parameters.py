@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from clustvit_ros.engine import ENGINES
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.policy.parameter_spec import build, markdown_table, specs_of
+from clustvit_ros.policy.parameter_spec import build, parameter_table, specs_of
 from clustvit_ros.policy.parameters import PARAMETERS, SegmentationParameters, as_markdown_table
 
 SPECS = {spec.name: spec for spec in PARAMETERS}
@@ -91,7 +91,7 @@ def test_settings_follow_the_parameters() -> None:
 def test_markdown_has_one_row_per_parameter() -> None:
     rows = as_markdown_table().splitlines()
     assert len(rows) == len(PARAMETERS) + 2
-    assert rows[2:] == markdown_table(SegmentationParameters).splitlines()[2:]
+    assert rows[2:] == parameter_table(SegmentationParameters).splitlines()[2:]
     row = next(row for row in rows if "`merge_threshold`" in row)
     assert "| double | `0.5` | 0.0 to 1.0 | yes |" in row
 
@@ -111,7 +111,7 @@ def test_shipped_parameter_files_are_complete_and_acceptable(name: str) -> None:
 
 def test_a_source_may_be_an_integer() -> None:
     pytest.importorskip("rclpy", reason="needs ROS 2 (rclpy)")
-    from clustvit_ros.demo.camera import CameraParameters
+    from clustvit_ros.demo.camera import CameraNodeParameters
 
-    source = next(spec for spec in specs_of(CameraParameters) if spec.name == "source")
+    source = next(spec for spec in specs_of(CameraNodeParameters) if spec.name == "source")
     assert source.coerce(0) == "0"
