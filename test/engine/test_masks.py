@@ -4,7 +4,7 @@
 # applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
 # governing permissions and limitations under the License.
-"""Classes in groups: ids, names and colours of mask and labels agree."""
+"""Finished masks: classes in groups, whose ids, names and colours agree, and colours over the image."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clustvit_ros.classes import ClassSet, load_class_set
+from clustvit_ros.classes import IGNORE_INDEX, ClassSet, load_class_set
 from clustvit_ros.engine import Prediction, Stats
-from clustvit_ros.engine.masks import group_classes, parse_groups
+from clustvit_ros.engine.masks import draw_overlay, group_classes, parse_groups
 from clustvit_ros.errors import ConfigError
 
 CAMVID = load_class_set("camvid")
@@ -87,3 +87,29 @@ def test_refusals_name_what_is_wrong(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match="class_groups: ") as error:
         group_classes(CAMVID, parse_groups(text))
     assert message in str(error.value)
+
+
+CLASSES = ClassSet(("road", "sky"), ((200, 100, 0), (0, 100, 200)))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_colours_are_blended_and_unlabelled_pixels_untouched(dtype: type) -> None:
+    image = np.full((2, 3, 3), 100, np.uint8)
+    mask = np.array([[0, 1, IGNORE_INDEX], [1, 1, 0]], dtype)
+    overlay = draw_overlay(image, mask, CLASSES.palette(), alpha=0.5)
+    assert overlay[0].tolist() == [[150, 100, 50], [50, 100, 150], [100, 100, 100]]
+
+
+@pytest.mark.parametrize(("alpha", "expected"), [(0.0, (9, 9, 9)), (1.0, (200, 100, 0))])
+def test_alpha_reaches_both_ends(alpha: float, expected: tuple[int, int, int]) -> None:
+    image = np.full((4, 4, 3), 9, np.uint8)
+    overlay = draw_overlay(image, np.zeros((4, 4), np.uint8), CLASSES.palette(), alpha)
+    assert tuple(overlay[2, 2]) == expected
+
+
+def test_mask_of_another_size_is_scaled_to_the_image() -> None:
+    image = np.zeros((4, 6, 3), np.uint8)
+    overlay = draw_overlay(image, np.array([[0, 1]], np.uint8), CLASSES.palette(), alpha=1.0)
+    assert overlay.shape == image.shape
+    assert (overlay[:, :3] == CLASSES.colours[0]).all()
+    assert (overlay[:, 3:] == CLASSES.colours[1]).all()
