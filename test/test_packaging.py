@@ -27,11 +27,9 @@ def prefix(tmp_path_factory):
     source = tmp_path_factory.mktemp("source") / "clustvit_ros"
     # A copy of what git would hand out: building in the checkout would leave build/ behind.
     listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True,
         check=True,
-    )
+    )  # fmt: skip
     for name in listed.stdout.decode().split("\0"):
         if name and (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)

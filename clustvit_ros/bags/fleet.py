@@ -113,22 +113,17 @@ class BagLabeller:
         else:
             missing = [*report.damage, *report.problems]
             outcome |= {
-                "status": LABELLED if report.complete else DAMAGED,
-                "reason": "; ".join(missing),
-                "frames": report.labelled,
-                "finished_before": report.finished_before,
-            }
+                "status": LABELLED if report.complete else DAMAGED, "reason": "; ".join(missing),
+                "frames": report.labelled, "finished_before": report.finished_before,
+            }  # fmt: skip
         return outcome | {"seconds": time.monotonic() - start_s}
 
 
 def label_bags(
-    bags: Sequence[tuple[Path, Path]],
-    engine: Mapping[str, Any],
-    options: LabelOptions = LabelOptions(),
-    fleet: FleetOptions = FleetOptions(),
-    restart: bool = False,
+    bags: Sequence[tuple[Path, Path]], engine: Mapping[str, Any], options: LabelOptions = LabelOptions(),
+    fleet: FleetOptions = FleetOptions(), restart: bool = False,
     progress: Callable[[BagOutcome], None] = lambda outcome: None,
-) -> list[BagOutcome]:
+) -> list[BagOutcome]:  # fmt: skip
     """Label many bags; what an earlier run finished is left alone, what it began is continued.
 
     Args:
@@ -205,13 +200,9 @@ def connect(address: str) -> tuple[Any, bool]:
 
 
 def _run(
-    ray: Any,
-    bags: Sequence[tuple[Path, Path]],
-    engine: dict[str, Any],
-    options: LabelOptions,
-    fleet: FleetOptions,
+    ray: Any, bags: Sequence[tuple[Path, Path]], engine: dict[str, Any], options: LabelOptions, fleet: FleetOptions,
     restart: bool,
-) -> Iterator[BagOutcome]:
+) -> Iterator[BagOutcome]:  # fmt: skip
     resources = ray.cluster_resources()
     gpus = fleet.gpus_per_worker
     if gpus is None:

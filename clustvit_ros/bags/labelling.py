@@ -126,13 +126,9 @@ class LabelReport:
 
 
 def label_bag(
-    source: Path,
-    target: Path,
-    engine: Engine,
-    options: LabelOptions = LabelOptions(),
-    restart: bool = False,
+    source: Path, target: Path, engine: Engine, options: LabelOptions = LabelOptions(), restart: bool = False,
     progress: Progress = lambda done, total: None,
-) -> LabelReport:
+) -> LabelReport:  # fmt: skip
     """Label a bag, or what is left of it.
 
     Args:
@@ -286,14 +282,9 @@ def _summarise(journal: Journal, report: LabelReport) -> None:
 
 
 def _publish(
-    journal: Journal,
-    partial: Path,
-    target: Path,
-    report: LabelReport,
-    about: Mapping[str, Any],
-    options: LabelOptions,
+    journal: Journal, partial: Path, target: Path, report: LabelReport, about: Mapping[str, Any], options: LabelOptions,
     source_storage: str,
-) -> None:
+) -> None:  # fmt: skip
     """Write the output beside the journal and give it its name in one step."""
     stage = partial / "output"
     shutil.rmtree(stage, ignore_errors=True)  # of a run that was killed while it wrote

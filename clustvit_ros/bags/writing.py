@@ -130,13 +130,9 @@ def from_png(encoded: bytes) -> np.ndarray:
 
 
 def write_bag(
-    folder: Path,
-    frames: Iterable[LabelledFrame],
-    prefixes: Mapping[str, str],
-    about: Mapping[str, Any],
-    storage: str,
+    folder: Path, frames: Iterable[LabelledFrame], prefixes: Mapping[str, str], about: Mapping[str, Any], storage: str,
     compression: str,
-) -> None:
+) -> None:  # fmt: skip
     """Write a bag with `<prefix>/mask`, `<prefix>/confidence` and `<prefix>/stats`.
 
     Args:

@@ -76,11 +76,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--rate", type=float, help=f"frames per second of the camera (default: {_RATE_HZ:g}; sim: {SIM_RATE_HZ:g})"
     )
     parser.add_argument(
-        "--frames",
-        type=int,
-        default=0,
+        "--frames", type=int, default=0,
         help="frames to send (default: the folder, 60 to 300; sim: 50 for each setting)",
-    )
+    )  # fmt: skip
     parser.add_argument("--view", action="store_true", help="show the overlay in a window while it runs")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for pictures and figures")

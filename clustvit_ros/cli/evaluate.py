@@ -52,30 +52,24 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--precision", choices=PRECISIONS, default="float32", help="what the network computes in (default: float32)"
     )
     parser.add_argument(
-        "--bad-data",
-        choices=("strict", "skip"),
-        default="strict",
+        "--bad-data", choices=("strict", "skip"), default="strict",
         help="strict stops at a file that cannot be used, skip lists all of them and goes on (default: strict)",
-    )
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, help="write the scores to this file")
     parser.add_argument("--pictures", type=Path, help="write image, prediction, truth and clusters side by side here")
     parser.add_argument(
-        "--report",
-        type=Path,
-        metavar="DIR",
+        "--report", type=Path, metavar="DIR",
         help="write report.json and report.html with plots and a sweep over merge settings here",
-    )
+    )  # fmt: skip
     parser.add_argument("--no-sweep", action="store_true", help="leave the sweep out of the report")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     settings = Settings(
-        merge_threshold=args.merge_threshold,
-        token_capacity=args.token_capacity,
-        confidence=False,
+        merge_threshold=args.merge_threshold, token_capacity=args.token_capacity, confidence=False,
         clusters=args.pictures is not None or args.report is not None,
-    )
+    )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="clustvit_evaluate_") as folder:
         models = [variant for model in args.model for variant in find_variants(args, model, Path(folder))]
         configs = _with_distinct_names([load_config(model) for model in models], models)
@@ -128,13 +122,9 @@ def _open(args: argparse.Namespace, config: ModelConfig) -> LabelledImages:
 
 
 def _evaluate(
-    args: argparse.Namespace,
-    config: ModelConfig,
-    engine: Engine,
-    data: LabelledImages,
-    settings: Settings,
+    args: argparse.Namespace, config: ModelConfig, engine: Engine, data: LabelledImages, settings: Settings,
     several: bool,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Scores of one model; printed, and with its pictures written."""
     palette = config.classes.palette()
     chosen = {data.pairs[(2 * i + 1) * len(data) // (2 * _REPORT_PICTURES)].stem for i in range(_REPORT_PICTURES)}

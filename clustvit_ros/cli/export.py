@@ -32,10 +32,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--size", type=parse_size, metavar="HxW", help="input size (default: the model's own)")
     parser.add_argument("--batch", type=parse_batch, default=None, help="a fixed count, or dynamic (default: dynamic)")
     parser.add_argument(
-        "--official",
-        action="store_true",
-        help="write an OpenMMLab checkpoint (.pth) with official names instead",
-    )
+        "--official", action="store_true", help="write an OpenMMLab checkpoint (.pth) with official names instead",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 

@@ -61,11 +61,9 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = automatic")
     parser.add_argument(
-        "--bad-data",
-        choices=("strict", "skip"),
-        default="strict",
+        "--bad-data", choices=("strict", "skip"), default="strict",
         help="strict stops on files that cannot be used and lists them, skip goes on without them (default: strict)",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--time-limit", type=float, default=0.0, metavar="MINUTES",
         help=f"save and stop after so long with exit code {EXIT_TIME_UP}; the same command continues",
@@ -136,11 +134,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("train", help="train a model on labelled images; continues where it was interrupted")
     parser.add_argument("recipe", type=Path, help="recipe file, e.g. config/train/camvid_tiny.yaml")
     parser.add_argument(
-        "--data",
-        type=Path,
-        required=True,
+        "--data", type=Path, required=True,
         help="folder with {train,val}/{images,labels}, a dataset.yaml, or a published data set as it comes",
-    )
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, help="run folder for checkpoint, log and model (default: runs/<name>)")
     parser.add_argument("--init", help="weights to start from, instead of the recipe's init")
     parser.add_argument(
@@ -269,13 +265,9 @@ def _train_part(
 
 
 def _finish(
-    model_dir: Path,
-    config: ModelConfig,
-    recipe: Recipe,
-    recipe_name: str,
-    part: _Part,
+    model_dir: Path, config: ModelConfig, recipe: Recipe, recipe_name: str, part: _Part,
     score: Callable[[Segmenter], dict[str, Any]],
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Write the best weights of all validations, halved on disk unless that costs accuracy; their scores."""
     best = load_segmenter(model_dir)
     dtype = torch.float16

@@ -28,13 +28,9 @@ _PANEL = (480, 360)  # width, height
 
 
 def write_film(
-    path: Path,
-    phases: Sequence[Phase],
-    frames: Sequence[dict[str, Any]],
-    folder: Path,
-    classes: ClassSet,
+    path: Path, phases: Sequence[Phase], frames: Sequence[dict[str, Any]], folder: Path, classes: ClassSet,
     rate_hz: float,
-) -> Path:
+) -> Path:  # fmt: skip
     """Write an MP4 of every frame from the first phase on: camera, mask, clusters, and the latency so far.
 
     Args:
@@ -107,10 +103,8 @@ def panels(
         f"{float(stats['tokens_kept']):.0f} of {stats['tokens_total']} tokens kept, {float(stats['engine_ms']):.0f} ms"
     )
     return (
-        titled(image, "camera"),
-        titled(tinted, title),
-        titled(cluster_overlay(image, clusters), cost),
-    )
+        titled(image, "camera"), titled(tinted, title), titled(cluster_overlay(image, clusters), cost),
+    )  # fmt: skip
 
 
 def _chart(

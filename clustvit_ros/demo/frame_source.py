@@ -182,13 +182,8 @@ class SimSource(FrameSource):
 
 
 def open_source(
-    source: str,
-    width: int = 0,
-    height: int = 0,
-    rate_hz: float = 30.0,
-    points: bool = False,
-    loop_frames: int = 0,
-) -> FrameSource:
+    source: str, width: int = 0, height: int = 0, rate_hz: float = 30.0, points: bool = False, loop_frames: int = 0,
+) -> FrameSource:  # fmt: skip
     """Open whatever `source` names.
 
     Args:

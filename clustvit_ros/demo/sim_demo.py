@@ -74,17 +74,15 @@ class Phase:
         """For summary.json."""
         engine_ms, latency_ms = self.column("engine_ms"), [frame["latency_ms"] for frame in self.frames]
         return {
-            **{key: value for key, value in self.facts.items() if not key.endswith("_ns")},
-            "name": self.name,
-            "frames": len(self.frames),
-            "miou": None if self.miou is None else round(self.miou, 3),
+            **{key: value for key, value in self.facts.items() if not key.endswith("_ns")}, "name": self.name,
+            "frames": len(self.frames), "miou": None if self.miou is None else round(self.miou, 3),
             "engine_p50_ms": round(float(np.median(engine_ms)), 3),
             "engine_p95_ms": round(percentile(engine_ms, 0.95), 3),
             "latency_p50_ms": round(float(np.median(latency_ms)), 3),
             "latency_p95_ms": round(percentile(latency_ms, 0.95), 3),
             "tokens_kept_mean": round(float(self.column("tokens_kept").mean()), 2),
             "tokens_total": int(self.column("tokens_total")[0]),
-        }
+        }  # fmt: skip
 
 
 def run_sim(args: argparse.Namespace, seed: int, environ: Mapping[str, str]) -> int:

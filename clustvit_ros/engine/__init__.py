@@ -22,14 +22,9 @@ __all__ = [
 
 
 def create_engine(
-    model: str,
-    engine: str = "torch",
-    device: str = "auto",
-    threads: int = 0,
-    precision: str = "float32",
-    compiled: bool = False,
-    share_cores: bool = False,
-) -> Engine:
+    model: str, engine: str = "torch", device: str = "auto", threads: int = 0, precision: str = "float32",
+    compiled: bool = False, share_cores: bool = False,
+) -> Engine:  # fmt: skip
     """Make an engine by name.
 
     Args:

@@ -270,12 +270,10 @@ class FrameRecord:
             return {}
         return {
             "merge_threshold": f"{self.stats.merge_threshold:g}",
-            "confidence_threshold": f"{self.confidence_threshold:g}",
-            "token_capacity": str(self.stats.token_capacity),
-            "tokens_total": str(self.stats.tokens_total),
-            "tokens_kept": f"{self.stats.tokens_kept:g}",
+            "confidence_threshold": f"{self.confidence_threshold:g}", "token_capacity": str(self.stats.token_capacity),
+            "tokens_total": str(self.stats.tokens_total), "tokens_kept": f"{self.stats.tokens_kept:g}",
             "mask_size": "{}x{}".format(*self.mask_size),
-        }
+        }  # fmt: skip
 
     def as_pairs(self) -> dict[str, str]:
         """Keys and values of the frame's statistics."""

@@ -113,12 +113,9 @@ class FallbackPolicy:
     """
 
     def __init__(
-        self,
-        steps: Sequence[Step],
-        clock: Callable[[], float] = time.monotonic,
-        first_pause_s: float = 10.0,
+        self, steps: Sequence[Step], clock: Callable[[], float] = time.monotonic, first_pause_s: float = 10.0,
         longest_pause_s: float = 300.0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._steps = tuple(steps)
         self._clock = clock
         self._first_pause_s, self._longest_pause_s = first_pause_s, longest_pause_s

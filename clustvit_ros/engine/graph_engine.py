@@ -249,13 +249,11 @@ class GraphEngine(TorchEngine):
         B, N = x.shape[0], grid_size[0] * grid_size[1]
         plan = _Plan(
             x=torch.empty_like(x, memory_format=torch.contiguous_format).copy_(x),
-            merge_threshold=torch.ones((), device=x.device),
-            confidence_threshold=torch.zeros((), device=x.device),
+            merge_threshold=torch.ones((), device=x.device), confidence_threshold=torch.zeros((), device=x.device),
             exempt=torch.zeros(B, N, dtype=torch.bool, device=x.device),
             exempt_host=self._recorder.host_buffer((B, N), torch.bool),
-            kept_host=self._recorder.host_buffer((), torch.int64),
-            grid_size=grid_size,
-        )
+            kept_host=self._recorder.host_buffer((), torch.int64), grid_size=grid_size,
+        )  # fmt: skip
 
         def stage_a() -> tuple[Any, Tensor | None]:
             state = self.encode(plan.x)

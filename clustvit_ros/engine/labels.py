@@ -69,19 +69,14 @@ def upsampling(
     """
     upper, lower, weights = zip(*_interpolation(grid_size[0], size[0]), strict=True)
     return Upsampling(
-        _interpolation_matrix(grid_size[1], size[1], dtype, device),
-        torch.tensor(upper, device=device),
-        torch.tensor(lower, device=device),
-        torch.tensor(weights, dtype=dtype, device=device)[:, None],
-    )
+        _interpolation_matrix(grid_size[1], size[1], dtype, device), torch.tensor(upper, device=device),
+        torch.tensor(lower, device=device), torch.tensor(weights, dtype=dtype, device=device)[:, None],
+    )  # fmt: skip
 
 
 def label_maps(
-    logits: Tensor,
-    size: tuple[int, int],
-    confidence_threshold: float | Tensor = 0.0,
-    with_confidence: bool = True,
-) -> tuple[Tensor, Tensor | None]:
+    logits: Tensor, size: tuple[int, int], confidence_threshold: float | Tensor = 0.0, with_confidence: bool = True,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Upsample logits, take the best class and its softmax probability.
 
     Args:

@@ -181,13 +181,9 @@ class CoreShare:
     """
 
     def __init__(
-        self,
-        most: int,
-        cores: int | None = None,
-        busy_s: Callable[[], float | None] = busy_seconds,
-        own_s: Callable[[], float] = time.process_time,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+        self, most: int, cores: int | None = None, busy_s: Callable[[], float | None] = busy_seconds,
+        own_s: Callable[[], float] = time.process_time, clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
         self._most = most
         self._cores = usable_cores() if cores is None else cores
         self._busy_s, self._own_s, self._clock = busy_s, own_s, clock

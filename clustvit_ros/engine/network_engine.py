@@ -131,15 +131,9 @@ class NetworkEngine(Engine):
     """
 
     def __init__(
-        self,
-        engine: str,
-        config: ModelConfig,
-        device: torch.device,
-        device_name: str,
-        device_reason: str,
-        weights_sha256: str = "",
-        precision: str = "float32",
-    ) -> None:
+        self, engine: str, config: ModelConfig, device: torch.device, device_name: str, device_reason: str,
+        weights_sha256: str = "", precision: str = "float32",
+    ) -> None:  # fmt: skip
         keep_freed_memory()
         self._config = config
         self._device = device

@@ -144,11 +144,9 @@ class OnnxEngine(NetworkEngine):
             )
         shared = exempt if exempt.ndim == 1 else exempt.any(dim=0)
         feed = {
-            "images": x.cpu().numpy(),
-            "merge_threshold": np.array(merge_threshold, np.float32),
-            "token_capacity": np.array(token_capacity, np.int64),
-            EXEMPT_NAME: shared.numpy(),
-        }
+            "images": x.cpu().numpy(), "merge_threshold": np.array(merge_threshold, np.float32),
+            "token_capacity": np.array(token_capacity, np.int64), EXEMPT_NAME: shared.numpy(),
+        }  # fmt: skip
         try:
             logits, cluster_ids, capacity = self._session.run(None, feed)
         except Exception as error:  # ONNX Runtime's exceptions have no base class of their own

@@ -26,10 +26,8 @@ from clustvit_ros.networks.segmenter import Backbone, Segmenter
 from clustvit_ros.networks.vit import grid_size_of
 
 PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-}
+    "cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider",
+}  # fmt: skip
 """ONNX Runtime's names of execution providers by ours."""
 
 
@@ -50,13 +48,9 @@ def import_onnxruntime() -> ModuleType:
 
 
 def open_session(
-    path: Path,
-    device: torch.device,
-    threads: int = 0,
-    execution_provider: str = "",
-    cache_dir: Path | None = None,
+    path: Path, device: torch.device, threads: int = 0, execution_provider: str = "", cache_dir: Path | None = None,
     half: bool = False,
-) -> tuple[Any, str]:
+) -> tuple[Any, str]:  # fmt: skip
     """Open an exported file.
 
     Args:
@@ -122,10 +116,8 @@ def _providers(
         cache = {"trt_fp16_enable": "1", "trt_layer_norm_fp32_fallback": "1"} if half else {}
         if cache_dir is not None:
             cache |= {
-                "trt_engine_cache_enable": "1",
-                "trt_engine_cache_path": str(cache_dir),
-                "trt_timing_cache_enable": "1",
-            }
+                "trt_engine_cache_enable": "1", "trt_engine_cache_path": str(cache_dir), "trt_timing_cache_enable": "1",
+            }  # fmt: skip
         preferred.append((PROVIDERS["tensorrt"], {**on_gpu, **cache}))
     if name in ("tensorrt", "cuda"):
         preferred.append((PROVIDERS["cuda"], on_gpu))

@@ -48,13 +48,10 @@ class ScriptedEngine(Engine):
     """
 
     def __init__(
-        self,
-        latency_ms: float | Callable[[int, int, int], float] = 0.0,
-        sleep: Callable[[float], None] = time.sleep,
-        clock: Callable[[], float] = time.perf_counter,
-        failure: Callable[[int], Exception | None] = lambda _call: None,
+        self, latency_ms: float | Callable[[int, int, int], float] = 0.0, sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.perf_counter, failure: Callable[[int], Exception | None] = lambda _call: None,
         device: str = "cpu",
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._latency_ms = latency_ms if callable(latency_ms) else lambda *_: float(latency_ms)
         self._sleep, self._clock, self._failure = sleep, clock, failure
         self._calls = 0

@@ -60,16 +60,9 @@ class TorchEngine(NetworkEngine):
     engine_name = "torch"
 
     def __init__(
-        self,
-        network: Segmenter,
-        config: ModelConfig,
-        device: str = "auto",
-        threads: int = 0,
-        weights_sha256: str = "",
-        precision: str = "float32",
-        compiled: bool = False,
-        share_cores: bool = False,
-    ) -> None:
+        self, network: Segmenter, config: ModelConfig, device: str = "auto", threads: int = 0, weights_sha256: str = "",
+        precision: str = "float32", compiled: bool = False, share_cores: bool = False,
+    ) -> None:  # fmt: skip
         if precision not in PRECISIONS:
             raise ConfigError(f"precision: got {precision!r}, expected one of {', '.join(PRECISIONS)}")
         selected, reason = select_device(device)
@@ -99,14 +92,9 @@ class TorchEngine(NetworkEngine):
 
     @classmethod
     def from_model(
-        cls,
-        model: str | Path,
-        device: str = "auto",
-        threads: int = 0,
-        precision: str = "float32",
-        compiled: bool = False,
-        **arguments: Any,
-    ) -> TorchEngine:
+        cls, model: str | Path, device: str = "auto", threads: int = 0, precision: str = "float32",
+        compiled: bool = False, **arguments: Any,
+    ) -> TorchEngine:  # fmt: skip
         """An engine for a model folder or shipped model.
 
         Raises:

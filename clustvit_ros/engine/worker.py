@@ -226,13 +226,9 @@ class EngineWorker(Generic[T]):
     """
 
     def __init__(
-        self,
-        load: Callable[[], Session[T]],
-        slot: FrameSlot[T],
-        on_loaded: Callable[[EngineWorker[T]], None],
-        on_frame: Callable[[EngineWorker[T]], None],
-        on_lost: Callable[[EngineWorker[T], DeviceLost], None],
-    ) -> None:
+        self, load: Callable[[], Session[T]], slot: FrameSlot[T], on_loaded: Callable[[EngineWorker[T]], None],
+        on_frame: Callable[[EngineWorker[T]], None], on_lost: Callable[[EngineWorker[T], DeviceLost], None],
+    ) -> None:  # fmt: skip
         self._load, self._slot = load, slot
         self._on_loaded, self._on_frame, self._on_lost = on_loaded, on_frame, on_lost
         self.session: Session[T] | None = None

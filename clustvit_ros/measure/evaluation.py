@@ -34,13 +34,10 @@ class LabelledSamples(Protocol):
 
 
 def evaluate(
-    engine: Engine,
-    data: LabelledSamples,
-    settings: Settings = Settings(),
+    engine: Engine, data: LabelledSamples, settings: Settings = Settings(),
     on_image: Callable[[Sample, Prediction], None] | None = None,
-    count_gflops: Callable[[tuple[int, int], int], float] | None = None,
-    details: bool = False,
-) -> dict[str, Any]:
+    count_gflops: Callable[[tuple[int, int], int], float] | None = None, details: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Segment every image and compare with its labels at the image's own size.
 
     Args:
@@ -112,12 +109,10 @@ def _record(sample: Sample, prediction: Prediction, num_classes: int, gflops: fl
     single = ConfusionMatrix(num_classes)
     single.add(sample.labels, prediction.mask[0])
     return {
-        "image": sample.stem,
-        "miou": round(100 * single.miou(), 3) if single.counts.any() else None,
-        "tokens_kept": prediction.stats.tokens_kept,
-        "gflops": None if gflops is None else round(gflops, 3),
+        "image": sample.stem, "miou": round(100 * single.miou(), 3) if single.counts.any() else None,
+        "tokens_kept": prediction.stats.tokens_kept, "gflops": None if gflops is None else round(gflops, 3),
         "latency_ms": round(prediction.stats.total_ms, 3),
-    }
+    }  # fmt: skip
 
 
 def _by_name(names: Sequence[str], values: np.ndarray) -> dict[str, float | None]:

@@ -105,12 +105,9 @@ def _setting(row: dict[str, Any], total: int) -> str:
 
 
 def write_report(
-    folder: Path,
-    data: str,
-    results: Sequence[dict[str, Any]],
-    configs: Sequence[ModelConfig],
+    folder: Path, data: str, results: Sequence[dict[str, Any]], configs: Sequence[ModelConfig],
     comparisons: Sequence[dict[str, Any]],
-) -> Path:
+) -> Path:  # fmt: skip
     """Write `report.json` and `report.html`; pictures in `pictures/` of the folder are shown.
 
     Args:

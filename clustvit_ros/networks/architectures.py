@@ -19,11 +19,9 @@ from clustvit_ros.networks.segmenter import NetworkConfig, Segmenter, initialise
 from clustvit_ros.networks.vit_config import ViTConfig
 
 _VIT_SIZES = {
-    "t": {"embed_dim": 192, "depth": 12, "num_heads": 3},
-    "s": {"embed_dim": 384, "depth": 12, "num_heads": 6},
-    "b": {"embed_dim": 768, "depth": 12, "num_heads": 12},
-    "l": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
-}
+    "t": {"embed_dim": 192, "depth": 12, "num_heads": 3}, "s": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "b": {"embed_dim": 768, "depth": 12, "num_heads": 12}, "l": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+}  # fmt: skip
 ARCHITECTURES: dict[str, NetworkConfig] = {
     f"{backbone}_{size}": from_mapping(ViTConfig, {"backbone": backbone, **shape}, f"{backbone}_{size}")
     for backbone in ("vit", "clustvit")

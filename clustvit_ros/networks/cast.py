@@ -160,16 +160,9 @@ class CASTAttention(nn.Module):
     """
 
     def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        num_clusters: int,
-        cluster_size: int,
-        assignment: Assignment = "top_k",
-        affinity: Affinity = "softmax",
-        tau_q: float = 0.0,
-        tau_k: float = 0.0,
-    ) -> None:
+        self, embed_dim: int, num_heads: int, num_clusters: int, cluster_size: int, assignment: Assignment = "top_k",
+        affinity: Affinity = "softmax", tau_q: float = 0.0, tau_k: float = 0.0,
+    ) -> None:  # fmt: skip
         super().__init__()
         for name, value in (("num_clusters", num_clusters), ("cluster_size", cluster_size)):
             if value < 1:
@@ -260,17 +253,9 @@ class CAST(VisionTransformer):
     decides = True
 
     def __init__(
-        self,
-        num_clusters: int,
-        cluster_size: int,
-        assignment: Assignment,
-        affinity: Affinity,
-        tau_q: float,
-        tau_k: float,
-        embed_dim: int,
-        num_heads: int,
-        **vit,
-    ) -> None:
+        self, num_clusters: int, cluster_size: int, assignment: Assignment, affinity: Affinity, tau_q: float,
+        tau_k: float, embed_dim: int, num_heads: int, **vit,
+    ) -> None:  # fmt: skip
         super().__init__(embed_dim=embed_dim, num_heads=num_heads, **vit)
         for block in self.blocks:
             block.attn = CASTAttention(

@@ -198,15 +198,9 @@ class ClusTRStage(nn.Module):
     """
 
     def __init__(
-        self,
-        in_dim: int,
-        embed_dim: int,
-        num_heads: int,
-        mlp_ratio: float,
-        sr_ratio: int,
-        drop_paths: Sequence[float],
+        self, in_dim: int, embed_dim: int, num_heads: int, mlp_ratio: float, sr_ratio: int, drop_paths: Sequence[float],
         is_first: bool,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.patch_embed = OverlapPatchEmbed(in_dim, embed_dim, 7 if is_first else 3, 4 if is_first else 2)
         self.blocks = nn.ModuleList(
@@ -238,16 +232,9 @@ class ClusTR(Backbone):
     decides = True
 
     def __init__(
-        self,
-        embed_dims: Sequence[int],
-        depths: Sequence[int],
-        num_heads: Sequence[int],
-        mlp_ratios: Sequence[float],
-        sr_ratios: Sequence[int],
-        window_tokens: int = 0,
-        cluster_once: bool = False,
-        drop_path: float = 0.0,
-    ) -> None:
+        self, embed_dims: Sequence[int], depths: Sequence[int], num_heads: Sequence[int], mlp_ratios: Sequence[float],
+        sr_ratios: Sequence[int], window_tokens: int = 0, cluster_once: bool = False, drop_path: float = 0.0,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.embed_dims = tuple(embed_dims)
         self.window_tokens, self.cluster_once = window_tokens, cluster_once

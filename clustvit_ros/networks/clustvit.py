@@ -89,13 +89,8 @@ class ClustViT(VisionTransformer):
     exempts = True
 
     def __init__(
-        self,
-        num_clusters: int,
-        injection_points: Sequence[int],
-        cluster_mlp_dim: int,
-        decode: str = "full",
-        **vit,
-    ) -> None:
+        self, num_clusters: int, injection_points: Sequence[int], cluster_mlp_dim: int, decode: str = "full", **vit,
+    ) -> None:  # fmt: skip
         super().__init__(**vit)
         depth = len(self.blocks)
         for point in injection_points:

@@ -28,12 +28,10 @@ _BLOCK = {
     "ffn.layers.0.0": "mlp.fc1", "ffn.layers.1": "mlp.fc2",
 }  # fmt: skip
 _BACKBONE = {
-    "backbone.ln1.": "backbone.norm.",
-    "backbone.clusterer.net.0.": "backbone.clusterer.fc1.",
-    "backbone.clusterer.net.2.": "backbone.clusterer.fc2.",
-    "backbone.expand_mlp.0.": "backbone.regenerator.fc1.",
+    "backbone.ln1.": "backbone.norm.", "backbone.clusterer.net.0.": "backbone.clusterer.fc1.",
+    "backbone.clusterer.net.2.": "backbone.clusterer.fc2.", "backbone.expand_mlp.0.": "backbone.regenerator.fc1.",
     "backbone.expand_mlp.2.": "backbone.regenerator.fc2.",
-}
+}  # fmt: skip
 _HEAD = {
     "cls_emb": "class_embed", "decoder_norm": "norm", "classes_proj": "class_proj", "conv_seg.": "classify.",
 }  # fmt: skip

@@ -195,19 +195,10 @@ class VisionTransformer(Backbone):
     """
 
     def __init__(
-        self,
-        image_size: tuple[int, int],
-        patch_size: int = 16,
-        stem: str = "patch",
-        stem_blocks: int = 0,
-        embed_dim: int = 192,
-        depth: int = 12,
-        num_heads: int = 3,
-        mlp_ratio: float = 4.0,
-        drop_path: float = 0.0,
-        level_blocks: Sequence[int] = (),
-        details: bool = False,
-    ) -> None:
+        self, image_size: tuple[int, int], patch_size: int = 16, stem: str = "patch", stem_blocks: int = 0,
+        embed_dim: int = 192, depth: int = 12, num_heads: int = 3, mlp_ratio: float = 4.0, drop_path: float = 0.0,
+        level_blocks: Sequence[int] = (), details: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.patch_size = patch_size
         self.level_blocks = frozenset(level_blocks)

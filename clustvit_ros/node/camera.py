@@ -80,12 +80,9 @@ class Outputs:
     """
 
     def __init__(
-        self,
-        create: Callable[..., Any],
-        camera: str = "",
-        events: Callable[[str], Any] = lambda topic: None,
+        self, create: Callable[..., Any], camera: str = "", events: Callable[[str], Any] = lambda topic: None,
         depth: int = 5,
-    ) -> None:
+    ) -> None:  # fmt: skip
         base = f"{camera}/segmentation" if camera else "segmentation"
 
         def make(name: str, kind: type, qos: Any) -> Any:
@@ -211,11 +208,9 @@ class Camera:
         self._prefix = f"{name}/" if name else ""
         self.parameters = parameters
         self.outputs = Outputs(
-            node.create_lifecycle_publisher,
-            name,
-            lambda topic: qos.publisher_events(node.resolve_topic_name(topic)),
+            node.create_lifecycle_publisher, name, lambda topic: qos.publisher_events(node.resolve_topic_name(topic)),
             **({} if parameters.adapts else {"depth": REPLAY_OUTPUT_DEPTH}),
-        )
+        )  # fmt: skip
         self._subscriptions: list[Any] = []
         self._on_frame: Callable[[Frame, str], None] = lambda frame, camera: None
         self._camera_info: CameraInfo | None = None

@@ -85,14 +85,9 @@ class EngineControl:
     """
 
     def __init__(
-        self,
-        node: LifecycleNode,
-        parameters: Callable[[], SegmentationParameters],
-        cameras: Mapping[str, Camera],
-        factory: EngineFactory,
-        recovery_pause_s: float,
-        on_change: Callable[[], None],
-    ) -> None:
+        self, node: LifecycleNode, parameters: Callable[[], SegmentationParameters], cameras: Mapping[str, Camera],
+        factory: EngineFactory, recovery_pause_s: float, on_change: Callable[[], None],
+    ) -> None:  # fmt: skip
         self._node, self._parameters, self._cameras = node, parameters, cameras
         self._factory, self._recovery_pause_s, self._on_change = factory, recovery_pause_s, on_change
         self.slot: FrameSlot[Frame] = FrameSlot()

@@ -70,16 +70,9 @@ class FrameSession:
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        policy: Policy,
-        cameras: Mapping[str, Camera],
-        slot: FrameSlot[Frame],
-        node_name: str,
-        logger: Any,
-        now_ns: Callable[[], int],
-        context_ok: Callable[[], bool],
-    ) -> None:
+        self, engine: Engine, policy: Policy, cameras: Mapping[str, Camera], slot: FrameSlot[Frame], node_name: str,
+        logger: Any, now_ns: Callable[[], int], context_ok: Callable[[], bool],
+    ) -> None:  # fmt: skip
         self.engine, self.policy = engine, policy
         self._cameras, self._slot = cameras, slot
         self._status_name, self._device = f"{node_name}: frame", engine.info.device

@@ -57,13 +57,9 @@ class ParameterServer(Generic[T]):
     """
 
     def __init__(
-        self,
-        node: Node,
-        table: type[T],
-        locked: Callable[[], str | None] = lambda: None,
-        check: Callable[[T, T], None] = lambda old, new: None,
-        changed: Callable[[T, T], None] = lambda old, new: None,
-    ) -> None:
+        self, node: Node, table: type[T], locked: Callable[[], str | None] = lambda: None,
+        check: Callable[[T, T], None] = lambda old, new: None, changed: Callable[[T, T], None] = lambda old, new: None,
+    ) -> None:  # fmt: skip
         self._node = node
         self._locked = locked
         self._check, self._changed = check, changed

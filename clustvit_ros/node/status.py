@@ -20,16 +20,9 @@ from clustvit_ros.policy.parameters import SegmentationParameters
 
 
 def camera_status(
-    name: str,
-    state: str,
-    fault: str,
-    loading: str,
-    info: EngineInfo | None,
-    engine_fault: str,
-    budget: BudgetStatus,
-    parameters: SegmentationParameters,
-    camera: Camera | None,
-) -> DiagnosticStatus:
+    name: str, state: str, fault: str, loading: str, info: EngineInfo | None, engine_fault: str, budget: BudgetStatus,
+    parameters: SegmentationParameters, camera: Camera | None,
+) -> DiagnosticStatus:  # fmt: skip
     """Build one camera's DiagnosticStatus.
 
     Args:

@@ -199,13 +199,11 @@ class SegmentationParameters:
         """
         size = self.output_size
         return Settings(
-            merge_threshold=self.merge_threshold,
-            token_capacity=token_capacity or self.token_capacity,
+            merge_threshold=self.merge_threshold, token_capacity=token_capacity or self.token_capacity,
             confidence_threshold=self.confidence_threshold,
             output_size=size if isinstance(size, tuple) else model_size if size == "model" else None,
-            confidence=confidence,
-            clusters=clusters,
-        )
+            confidence=confidence, clusters=clusters,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -68,12 +68,9 @@ class Policy:
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        logger: Any,
-        cache: CalibrationCache | None = None,
+        self, engine: Engine, logger: Any, cache: CalibrationCache | None = None,
         clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._engine, self._logger = engine, logger
         self._cache = cache or CalibrationCache()
         self._input_size = engine.info.input_size
@@ -114,13 +111,9 @@ class Policy:
             )
 
     def plan(
-        self,
-        images: Sequence[np.ndarray],
-        parameters: SegmentationParameters,
-        cameras: Sequence[str] = ("",),
-        confidence: bool = False,
-        clusters: bool = False,
-    ) -> Plan:
+        self, images: Sequence[np.ndarray], parameters: SegmentationParameters, cameras: Sequence[str] = ("",),
+        confidence: bool = False, clusters: bool = False,
+    ) -> Plan:  # fmt: skip
         """Decide how the next frames are segmented; warms the engine for a size that is new.
 
         Args:

@@ -153,13 +153,9 @@ def sample_frames(
 
 
 def write_dataset(
-    folder: Path,
-    count: int,
-    seed: int,
-    val_share: float = 0.1,
-    size: tuple[int, int] = (480, 640),
+    folder: Path, count: int, seed: int, val_share: float = 0.1, size: tuple[int, int] = (480, 640),
     on_frame: Callable[[], None] = lambda: None,
-) -> dict[str, int]:
+) -> dict[str, int]:  # fmt: skip
     """Write `folder`/{train,val}/{images,labels} and `folder`/dataset.json.
 
     Args:

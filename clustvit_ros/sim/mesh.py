@@ -179,10 +179,8 @@ def make_textures(rng: np.random.Generator) -> dict[str, np.ndarray]:
         "grass": _tinted(rng, 0.78 + 0.13 * noise(rng, 0.3) + 0.09 * noise(rng, 1.2), (0.05, 0.02, 0.03)),
         "soil": _tinted(rng, _furrows(rng), (0.03, 0.02, 0.02)),
         "leaves": _tinted(rng, 0.70 + 0.20 * noise(rng, 0.7) + 0.10 * noise(rng, 0.1), (0.04, 0.02, 0.03)),
-        "wall": _wall(rng),
-        "roof": _roof(rng),
-        "cloud": _cloud(rng),
-    }
+        "wall": _wall(rng), "roof": _roof(rng), "cloud": _cloud(rng),
+    }  # fmt: skip
 
 
 def noise(rng: np.random.Generator, exponent: float, size: int = SIZE_PX) -> np.ndarray:

@@ -346,13 +346,9 @@ def _draw_weather(rng: np.random.Generator) -> Weather:
 
 
 def _grid(
-    label: str,
-    texture: str,
-    points: np.ndarray,
-    colours: np.ndarray,
-    texture_m: float,
+    label: str, texture: str, points: np.ndarray, colours: np.ndarray, texture_m: float,
     metric: np.ndarray | None = None,
-) -> Mesh:
+) -> Mesh:  # fmt: skip
     """Quads between the (rows, columns, 3) points; the texture follows `metric` (rows, columns, 2), else x and y."""
 
     def cells(values: np.ndarray) -> np.ndarray:

@@ -137,12 +137,8 @@ class Augmentation:
         return images[0].round().byte().permute(1, 2, 0).numpy(), labels[0].byte().numpy()
 
     def draw(
-        self,
-        image_size: Sequence[int],
-        places: ClassPlaces,
-        input_size: tuple[int, int],
-        rng: np.random.Generator,
-    ) -> Crop:
+        self, image_size: Sequence[int], places: ClassPlaces, input_size: tuple[int, int], rng: np.random.Generator,
+    ) -> Crop:  # fmt: skip
         """Draw a crop of an image of (height, width) `image_size`; other arguments as for a call."""
         height, width = self.crop_size
         zoom = math.exp(rng.uniform(*np.log(self.scale)))
@@ -158,12 +154,10 @@ class Augmentation:
         linear = np.diag([1.0 / scale_x, 1.0 / scale_y]) @ linear
         offset = np.array([centre_x, centre_y]) - linear @ np.array([width / 2, height / 2])
         return Crop(
-            np.hstack([linear, offset[:, None]]),
-            self._draw_colour(rng),
+            np.hstack([linear, offset[:, None]]), self._draw_colour(rng),
             rng.uniform(0.0, self.blur_px) if rng.random() < 0.5 else 0.0,
-            rng.uniform(0.0, self.noise) if rng.random() < 0.5 else 0.0,
-            int(rng.integers(2**31)),
-        )
+            rng.uniform(0.0, self.noise) if rng.random() < 0.5 else 0.0, int(rng.integers(2**31)),
+        )  # fmt: skip
 
     def cut(self, images: Sequence[Tensor], labels: Sequence[Tensor], crops: Sequence[Crop]) -> tuple[Tensor, Tensor]:
         """Carry out drawn crops on the device where the images lie.
@@ -207,12 +201,8 @@ class Augmentation:
         return crop, crop_labels
 
     def _centre(
-        self,
-        image_size: Sequence[int],
-        places: ClassPlaces,
-        extent: tuple[float, float],
-        rng: np.random.Generator,
-    ) -> tuple[float, float]:
+        self, image_size: Sequence[int], places: ClassPlaces, extent: tuple[float, float], rng: np.random.Generator,
+    ) -> tuple[float, float]:  # fmt: skip
         """Centre (y, x) in image pixels of a crop that covers `extent` (height, width) of them."""
         if rng.random() < self.rare_class:
             place = places.draw(rng)

@@ -68,11 +68,8 @@ class ColourLabels:
     """
 
     def __init__(
-        self,
-        colours: Sequence[tuple[int, int, int]],
-        void: Sequence[tuple[int, int, int]] = (),
-        binary: bool = False,
-    ) -> None:
+        self, colours: Sequence[tuple[int, int, int]], void: Sequence[tuple[int, int, int]] = (), binary: bool = False,
+    ) -> None:  # fmt: skip
         self._binary = binary
         table = {int(_code(np.array(colour))): index for index, colour in enumerate(colours)}
         table.update({int(_code(np.array(colour))): IGNORE_INDEX for colour in void})

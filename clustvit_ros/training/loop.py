@@ -92,16 +92,9 @@ class TrainingLoop(abc.ABC, Generic[Network]):
     """
 
     def __init__(
-        self,
-        network: Network,
-        optimisation: Optimisation,
-        num_images: int,
-        fingerprint: dict[str, Any],
-        run_dir: Path,
-        device: torch.device,
-        processes: Processes = Processes(),
-        options: RunOptions = RunOptions(),
-    ) -> None:
+        self, network: Network, optimisation: Optimisation, num_images: int, fingerprint: dict[str, Any], run_dir: Path,
+        device: torch.device, processes: Processes = Processes(), options: RunOptions = RunOptions(),
+    ) -> None:  # fmt: skip
         if optimisation.batch_size % processes.world_size:
             raise DataError(
                 f"schedule: batch_size is {optimisation.batch_size}, which cannot be divided between "

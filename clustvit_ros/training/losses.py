@@ -38,12 +38,9 @@ def cluster_loss(cluster_logits: Tensor, targets: Tensor, weight: float = CLUSTE
 
 
 def segmentation_loss(
-    logits: Tensor,
-    labels: Tensor,
-    class_weights: Tensor | None = None,
-    hard_share: float = 1.0,
+    logits: Tensor, labels: Tensor, class_weights: Tensor | None = None, hard_share: float = 1.0,
     average: Callable[[Tensor], Tensor] = lambda total_weight: total_weight,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Cross-entropy at label resolution, void ignored.
 
     Args:

@@ -53,13 +53,9 @@ class MaskedAutoencoder(nn.Module):
     """
 
     def __init__(
-        self,
-        encoder: VisionTransformer,
-        grid_size: tuple[int, int],
-        mask_ratio: float,
-        decoder_dim: int,
+        self, encoder: VisionTransformer, grid_size: tuple[int, int], mask_ratio: float, decoder_dim: int,
         decoder_depth: int,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.encoder = encoder
         self.grid_size = grid_size
@@ -133,15 +129,9 @@ class Pretrainer(TrainingLoop[MaskedAutoencoder]):
     """
 
     def __init__(
-        self,
-        recipe: Recipe,
-        images: list[Path],
-        run_dir: Path,
-        device: torch.device,
-        processes: Processes = Processes(),
-        options: RunOptions = RunOptions(),
-        cache_bytes: int = DEFAULT_CACHE_BYTES,
-    ) -> None:
+        self, recipe: Recipe, images: list[Path], run_dir: Path, device: torch.device,
+        processes: Processes = Processes(), options: RunOptions = RunOptions(), cache_bytes: int = DEFAULT_CACHE_BYTES,
+    ) -> None:  # fmt: skip
         self.pretraining = _section(recipe)
         network_settings = recipe.model_config().network
         patch_size = network_settings.patch_size

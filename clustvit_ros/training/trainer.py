@@ -60,15 +60,9 @@ class Trainer(TrainingLoop[Segmenter]):
     """
 
     def __init__(
-        self,
-        recipe: Recipe,
-        data: LabelledImages,
-        run_dir: Path,
-        device: torch.device,
-        processes: Processes = Processes(),
-        options: RunOptions = RunOptions(),
-        cache_bytes: int = DEFAULT_CACHE_BYTES,
-    ) -> None:
+        self, recipe: Recipe, data: LabelledImages, run_dir: Path, device: torch.device,
+        processes: Processes = Processes(), options: RunOptions = RunOptions(), cache_bytes: int = DEFAULT_CACHE_BYTES,
+    ) -> None:  # fmt: skip
         self.recipe, self.schedule = recipe, recipe.schedule
         torch.manual_seed(self.schedule.seed)
         self.config = recipe.model_config()
@@ -177,13 +171,9 @@ class _TrainingStep(nn.Module):
     """Network and losses in one forward pass, which is what DistributedDataParallel can follow."""
 
     def __init__(
-        self,
-        network: Segmenter,
-        schedule: Schedule,
-        patch_size: int,
-        class_weights: Tensor | None,
+        self, network: Segmenter, schedule: Schedule, patch_size: int, class_weights: Tensor | None,
         processes: Processes,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.network = network
         self._schedule, self._patch_size, self._processes = schedule, patch_size, processes

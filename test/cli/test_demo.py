@@ -54,11 +54,9 @@ def test_masks_are_scored_against_the_labels_of_their_picture(tmp_path):
     cv2.imwrite(str(tmp_path / "labels" / "a.png"), labels)
     cv2.imwrite(str(tmp_path / "m.png"), np.zeros((4, 4), np.uint8))
     frames = [
-        {"name": "a.jpg", "mask": "m.png"},
-        {"name": "a.jpg", "mask": None},
-        {"name": "unknown.jpg", "mask": "m.png"},
+        {"name": "a.jpg", "mask": "m.png"}, {"name": "a.jpg", "mask": None}, {"name": "unknown.jpg", "mask": "m.png"},
         {"mask": "m.png"},
-    ]
+    ]  # fmt: skip
     matrix = score(frames, tmp_path, tmp_path / "labels", 2)
     assert matrix.counts.tolist() == [[8, 0, 0], [8, 0, 0]]
 

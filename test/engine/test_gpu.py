@@ -23,12 +23,10 @@ pytestmark = [
 ]
 
 SETTINGS = (
-    Settings(clusters=True),
-    Settings(merge_threshold=1.0),
-    Settings(merge_threshold=0.0, token_capacity=9, clusters=True),
-    Settings(merge_threshold=0.3, confidence=False),
+    Settings(clusters=True), Settings(merge_threshold=1.0),
+    Settings(merge_threshold=0.0, token_capacity=9, clusters=True), Settings(merge_threshold=0.3, confidence=False),
     Settings(confidence_threshold=0.3, output_size=(50, 61)),
-)
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

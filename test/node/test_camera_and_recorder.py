@@ -161,10 +161,8 @@ def test_simulated_camera_publishes_truth_with_the_stamp_of_its_image(
     assert bytes(truth.data) == expected.labels.tobytes()
     assert (cloud.height, cloud.width, cloud.point_step, cloud.row_step) == (120, 160, 12, 1920)
     assert [(field.name, field.offset, field.datatype) for field in cloud.fields] == [
-        ("x", 0, 7),
-        ("y", 4, 7),
-        ("z", 8, 7),
-    ]
+        ("x", 0, 7), ("y", 4, 7), ("z", 8, 7),
+    ]  # fmt: skip
     assert bytes(cloud.data) == expected.points.astype("<f4").tobytes() and not cloud.is_dense
     assert (info.width, info.height) == (160, 120)
     np.testing.assert_allclose(

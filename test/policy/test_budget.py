@@ -23,13 +23,9 @@ BUDGET_MS = 18.0
 
 
 def simulate(
-    load: Callable[[int], float] = lambda frame: 1.0,
-    noise: Callable[[random.Random], float] = lambda rng: 1.0,
-    frames: int = 600,
-    seed: int = 0,
-    true: LatencyTable = TABLE,
-    controller: BudgetController | None = None,
-):
+    load: Callable[[int], float] = lambda frame: 1.0, noise: Callable[[random.Random], float] = lambda rng: 1.0,
+    frames: int = 600, seed: int = 0, true: LatencyTable = TABLE, controller: BudgetController | None = None,
+):  # fmt: skip
     """(capacity, latency_ms) of each frame on a device that is `load` times slower than calibrated."""
     rng = random.Random(seed)
     controller = controller or BudgetController(TABLE, BUDGET_MS)

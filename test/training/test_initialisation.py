@@ -107,11 +107,9 @@ def test_a_model_folder_of_other_classes_leaves_the_head_random(tmp_path, write_
 
 WIDTHS = {"embed_dim": 64, "num_heads": 2}
 HEADS = {
-    "segmenter": {},
-    "linear": {"head": "linear"},
-    "detail": {"head": "detail", "stem": "conv", "stem_blocks": 1},
+    "segmenter": {}, "linear": {"head": "linear"}, "detail": {"head": "detail", "stem": "conv", "stem_blocks": 1},
     "two points": {"injection_points": [0, 1], "stem": "conv"},
-}
+}  # fmt: skip
 
 
 def write_narrow(folder, write_recipe, **overrides):

@@ -130,11 +130,9 @@ def test_dataset_file_with_ids(tmp_path):
 
 def test_dataset_file_with_colours_and_a_list(tmp_path):
     root = dataset_file(
-        tmp_path / "d",
-        labels="colours",
-        ignore=[[255, 255, 255]],
+        tmp_path / "d", labels="colours", ignore=[[255, 255, 255]],
         splits={"train": {"images": "train/rgb", "labels": "masks", "list": "train.txt"}},
-    )
+    )  # fmt: skip
     palette = np.array([[0, 0, 0], [255, 0, 0], [255, 255, 255]], np.uint8)
     put(root / "masks" / "b.png", palette[columns([1, 0, 2])])
     (root / "train.txt").write_text("b.jpg\n")
