@@ -71,8 +71,8 @@ class Groups(NamedTuple):
     leads: Tensor
 
 
-class BipartiteMergingViT(VisionTransformer):
-    """ViT that merges tokens by bipartite soft matching in every block from `injection_point` on.
+class TrainingFreeViT(VisionTransformer):
+    """ViT that merges tokens from `injection_point` on by what they look like, without parameters of its own.
 
     Args:
         injection_point: blocks that run unmerged, 0 <= injection_point < depth.
@@ -88,17 +88,31 @@ class BipartiteMergingViT(VisionTransformer):
         self.injection_point = injection_point
         self.decode_compact = decode_compact
 
-    def encode(self, images: Tensor) -> Similarity:
-        """Everything before the first merge: (B, 3, H, W) -> state, whose cost no setting changes."""
+    def unmerged(self, images: Tensor) -> tuple[Tensor, tuple[int, int], tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The blocks before the first merge.
+
+        Returns:
+            Tokens (B, 1+N, C), grid size, levels that a head asked for, and the stem's finer maps.
+        """
         x, grid_size, details = self.embed_with_details(images)
         levels = []
         for index, block in enumerate(self.blocks[: self.injection_point]):
             x = block(x)
             if self.hands_out(index):
                 levels.append(x[:, 1:])
+        return x, grid_size, tuple(levels), details
+
+
+class BipartiteMergingViT(TrainingFreeViT):
+    """ViT that merges tokens by bipartite soft matching in every block from `injection_point` on.
+    """
+
+    def encode(self, images: Tensor) -> Similarity:
+        """Everything before the first merge: (B, 3, H, W) -> state, whose cost no setting changes."""
+        x, grid_size, levels, details = self.unmerged(images)
         block = cast(Block, self.blocks[self.injection_point])
         branch, metric = _attention_and_metric(block.attn, block.norm1(x), None)
-        return Similarity(x + branch, metric, most_similar(metric), grid_size, tuple(levels), details)
+        return Similarity(x + branch, metric, most_similar(metric), grid_size, levels, details)
 
     def count_kept(self, state: Similarity, merge_threshold: float | Tensor) -> Tensor:
         """Tokens to which no other one is more similar than the threshold, by cosine similarity of their keys."""

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.networks.heads import MaskTransformer
-from clustvit_ros.networks.segmenter import NetworkConfig, Segmenter
+from clustvit_ros.networks.segmenter import NetworkConfig, Segmenter, check_transformer
 from clustvit_ros.networks.vit import VisionTransformer
 
 Assignment = Literal["top_k", "single"]
@@ -302,14 +302,7 @@ class CASTConfig(NetworkConfig):
         for name in ("tau_q", "tau_k"):
             if getattr(self, name) < 0.0:
                 raise ConfigError(f"network: {name} is {getattr(self, name)}, expected a positive number, or 0")
-        if min(self.image_size) < self.patch_size:
-            raise ConfigError(f"network: image_size {self.image_size} is below one patch of {self.patch_size} px")
-        for name in ("num_heads", "head_heads"):
-            heads = getattr(self, name) or self.num_heads
-            if self.embed_dim % heads:
-                raise ConfigError(f"network: embed_dim {self.embed_dim} is not a multiple of {name} {heads}")
-        if self.stem == "conv" and self.patch_size & (self.patch_size - 1):
-            raise ConfigError(f"network: patch_size is {self.patch_size}, a conv stem needs a power of two")
+        check_transformer(self)
 
     def build(self, num_classes: int) -> Segmenter:
         backbone = CAST(

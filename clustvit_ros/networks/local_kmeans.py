@@ -26,46 +26,29 @@ from torch import Tensor
 
 from clustvit_ros.networks.bipartite_merging import (
     Similarity,
-    check_injection_point,
+    TrainingFreeViT,
     count_dissimilar,
     group_ids,
     most_similar,
 )
 from clustvit_ros.networks.heads import pooling_matrix
 from clustvit_ros.networks.segmenter import Features
-from clustvit_ros.networks.vit import VisionTransformer
 
 _ROUNDS = 5
 _WINDOW = 2  # centres to each side that a token looks at: 5 x 5
 _SHARPNESS = 5.0
 
 
-class LocalKMeansViT(VisionTransformer):
+class LocalKMeansViT(TrainingFreeViT):
     """ViT whose blocks from `injection_point` on run on cluster centres.
 
-    Args:
-        injection_point: blocks that run on all tokens, 0 <= injection_point < depth.
-        decode_compact: leave the sequence compact for the head; each token then takes its nearest centre's scores.
-        vit: arguments of `VisionTransformer`, whose parameters are all that this has.
+    With `decode_compact`, each token takes its nearest centre's class scores.
     """
-
-    merges = True
-
-    def __init__(self, injection_point: int, decode_compact: bool = False, **vit) -> None:
-        super().__init__(**vit)
-        check_injection_point(injection_point, len(self.blocks))
-        self.injection_point = injection_point
-        self.decode_compact = decode_compact
 
     def encode(self, images: Tensor) -> Similarity:
         """Everything before the clustering: (B, 3, H, W) -> state, whose cost no setting changes."""
-        x, grid_size, details = self.embed_with_details(images)
-        levels = []
-        for index, block in enumerate(self.blocks[: self.injection_point]):
-            x = block(x)
-            if self.hands_out(index):
-                levels.append(x[:, 1:])
-        return Similarity(x, x[:, 1:], most_similar(x[:, 1:]), grid_size, tuple(levels), details)
+        x, grid_size, levels, details = self.unmerged(images)
+        return Similarity(x, x[:, 1:], most_similar(x[:, 1:]), grid_size, levels, details)
 
     def count_kept(self, state: Similarity, merge_threshold: float | Tensor) -> Tensor:
         """Tokens to which no other one is more similar than the threshold, by cosine similarity."""

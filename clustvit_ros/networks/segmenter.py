@@ -221,3 +221,22 @@ def initialise(network: Segmenter) -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+def check_transformer(config: Any) -> None:
+    """Refuse sizes that no transformer on patches can have.
+
+    Args:
+        config: hyper-parameters of a ViT's shape: image, patch, width, heads, stem.
+
+    Raises:
+        ConfigError: the sizes do not fit each other.
+    """
+    if min(config.image_size) < config.patch_size:
+        raise ConfigError(f"network: image_size {config.image_size} is below one patch of {config.patch_size} px")
+    for name in ("num_heads", "head_heads"):
+        heads = getattr(config, name) or config.num_heads
+        if config.embed_dim % heads:
+            raise ConfigError(f"network: embed_dim {config.embed_dim} is not a multiple of {name} {heads}")
+    if config.stem == "conv" and config.patch_size & (config.patch_size - 1):
+        raise ConfigError(f"network: patch_size is {config.patch_size}, a conv stem needs a power of two")

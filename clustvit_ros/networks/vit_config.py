@@ -18,7 +18,7 @@ from clustvit_ros.networks.bipartite_merging import BipartiteMergingViT
 from clustvit_ros.networks.clustvit import ClustViT
 from clustvit_ros.networks.heads import NUM_LEVELS, DetailHead, LinearHead, MaskTransformer, UPerHead
 from clustvit_ros.networks.local_kmeans import LocalKMeansViT
-from clustvit_ros.networks.segmenter import NetworkConfig, Segmenter
+from clustvit_ros.networks.segmenter import NetworkConfig, Segmenter, check_transformer
 from clustvit_ros.networks.vit import VisionTransformer, detail_dims
 
 MERGES = ("none", "clusters", "tome", "kmeans")
@@ -79,14 +79,7 @@ class ViTConfig(NetworkConfig):
         for name in ("patch_size", "embed_dim", "depth", "num_heads", "num_clusters"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"network: {name} is {getattr(self, name)}, expected at least 1")
-        if min(self.image_size) < self.patch_size:
-            raise ConfigError(f"network: image_size {self.image_size} is below one patch of {self.patch_size} px")
-        for name in ("num_heads", "head_heads"):
-            heads = getattr(self, name) or self.num_heads
-            if self.embed_dim % heads:
-                raise ConfigError(f"network: embed_dim {self.embed_dim} is not a multiple of {name} {heads}")
-        if self.stem == "conv" and self.patch_size & (self.patch_size - 1):
-            raise ConfigError(f"network: patch_size is {self.patch_size}, a conv stem needs a power of two")
+        check_transformer(self)
         if self.stem_blocks < 0 or (self.stem_blocks and (self.stem != "conv" or self.patch_size < 8)):
             raise ConfigError(
                 f"network: stem_blocks is {self.stem_blocks} with stem {self.stem!r} and patch_size {self.patch_size}; "
