@@ -183,6 +183,8 @@ def trace(model: str, frames: int, budget_ms: float, threads: int) -> list[Call]
         tracer.armed = True
         while not tracer.done.is_set() and time.monotonic() < deadline_s:
             listener.spin_once(timeout_sec=0.1)
+        if not tracer.done.is_set():
+            raise SystemExit("the traced frame did not end within four minutes")
     finally:
         camera.terminate()
         camera.wait()

@@ -88,7 +88,7 @@ if [ "$device" = cpu ]; then
   sizes=(--size 64x64 --classes 5 --warmup 1 --runs 2)
   archs=vit_t,clustvit_t
 fi
-step tests 150 "$python" -m pytest -q -p no:cacheprovider -m gpu test/runtime --junitxml "$out/tests.xml"
+step tests 150 "$python" -m pytest -q -p no:cacheprovider -m gpu test/engine --junitxml "$out/tests.xml"
 step agreement 60 "$python" scripts/gpu_check.py agreement --device "$device" --json "$out/agreement.json"
 step graphs 90 "$python" scripts/gpu_check.py graphs --device "$device" --json "$out/graphs.json"
 for precision in float16 float32; do

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from clustvit_ros.classes import ClassSet
-from clustvit_ros.engine.machine import bound_spinning
+from clustvit_ros.dds import bound_spinning
 
 # Before PyTorch is imported. Without a bound, its threads spin through whole time slices when a node under test has the
 # other core, and tests take ten times as long.

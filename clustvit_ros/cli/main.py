@@ -13,7 +13,7 @@ import importlib
 import sys
 
 from clustvit_ros import __version__
-from clustvit_ros.engine.machine import bound_spinning
+from clustvit_ros.dds import bound_spinning
 from clustvit_ros.errors import ClustvitError, ConfigError
 
 COMMANDS = {

@@ -20,8 +20,8 @@ import rclpy
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
 
-from clustvit_ros.dds import remove_leftovers
-from clustvit_ros.engine.machine import bound_spinning, keep_freed_memory
+from clustvit_ros.dds import bound_spinning, remove_leftovers
+from clustvit_ros.engine.machine import keep_freed_memory
 from clustvit_ros.errors import ClustvitError, ConfigError
 from clustvit_ros.paths import user_cache_dir
 

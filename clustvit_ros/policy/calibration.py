@@ -26,6 +26,7 @@ from clustvit_ros import __version__
 from clustvit_ros.engine.engine import Engine, EngineInfo, Settings
 from clustvit_ros.engine.machine import machine_name, power_mode
 from clustvit_ros.paths import replacing, user_cache_dir
+from clustvit_ros.policy.ledger import percentile
 
 _ROUNDS = 5
 _LIMIT_MS = 10_000.0
@@ -92,7 +93,7 @@ class Calibration:
     def latency_ms(self) -> dict[int, float]:
         """Milliseconds of every capacity on the undisturbed device."""
         timed = sorted(self._samples)
-        quartiles = [np.percentile(self._samples[capacity], 25) for capacity in timed]
+        quartiles = [percentile(self._samples[capacity], 0.25) for capacity in timed]
         return {capacity: float(np.interp(capacity, timed, quartiles)) for capacity in self.capacities}
 
 

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import builtins
+import subprocess
 import sys
 
 import pytest
@@ -22,6 +23,13 @@ def test_help_names_every_command(capsys):
     assert end.value.code == 0
     printed = capsys.readouterr().out
     assert all(name.replace("_", "-") in printed for name in COMMANDS)
+
+
+def test_the_entry_point_loads_no_package_that_can_be_missing():
+    """The doctor must be able to say which one is: without this, all commands end in a traceback."""
+    program = "import sys, clustvit_ros.cli.main; print(*{'cv2', 'numpy', 'torch', 'yaml', 'rclpy'} & set(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert loaded.stdout.strip() == ""
 
 
 def test_a_missing_package_disables_only_the_commands_that_need_it(monkeypatch, capsys):
