@@ -12,30 +12,14 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, cast
-
-import torch
+from typing import Any
 
 from clustvit_ros.classes import ClassSet, class_set_names, load_class_set
-from clustvit_ros.config import to_mapping
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.networks.architectures import ARCHITECTURES, build_network, network_config
-from clustvit_ros.networks.clustr import ClusTRConfig
-from clustvit_ros.networks.model_folder import InputConfig, ModelConfig, check_weights, save_model
-from clustvit_ros.networks.official import count_classes, network_of
-from clustvit_ros.networks.segmenter import NetworkConfig, Segmenter
-from clustvit_ros.networks.vit import grid_size_of
+from clustvit_ros.networks.architectures import network_config
+from clustvit_ros.networks.model_folder import InputConfig, ModelConfig, save_model
 from clustvit_ros.networks.vit_config import ViTConfig
-from clustvit_ros.networks.weights import (
-    Checkpoint,
-    clustr_shape,
-    import_weights,
-    is_clustr,
-    is_vit_encoder,
-    read_checkpoint,
-    read_encoder,
-    resize_positions,
-)
+from clustvit_ros.networks.weights import fill_network, network_for, read_checkpoint
 
 # Keys of a configuration file, as the reference cases name them, and ours.
 _CONFIG_KEYS = {
@@ -84,128 +68,40 @@ def run(args: argparse.Namespace) -> int:
             known[name] = getattr(args, name)
     if args.image_size:
         known["image_size"] = _size(args.image_size)
-    if is_clustr(checkpoint.weights):
-        return _import_clustr(args, checkpoint, known)
-    if is_vit_encoder(checkpoint.weights):
-        return _import_encoder(args, checkpoint, known)
-    for option in ("arch", "head"):
-        if getattr(args, option):
-            raise ConfigError(f"--{option}: is for an encoder without a head, {args.checkpoint} has one")
-    architecture, overrides = network_of(checkpoint.weights, checkpoint.model, known)
-    network_settings = cast(ViTConfig, network_config(architecture, overrides))
-    classes = _classes(args.classes, count_classes(checkpoint.weights))
-    network = build_network(network_settings, len(classes))
-    weights = import_weights(checkpoint).weights
-    check_weights(network, weights, str(args.checkpoint))
-    network.load_state_dict(weights)
-    _save(args, architecture, network_settings, overrides, classes, network)
-    return 0
-
-
-def _import_encoder(args: argparse.Namespace, checkpoint: Checkpoint, known: dict[str, Any]) -> int:
-    """An encoder's weights in a network whose other parts are fresh."""
-    encoder = read_encoder(checkpoint.weights, checkpoint.grid_size)
-    embed_dim = encoder.shapes["embed_dim"]
-    heads = known.get("num_heads", max(embed_dim // 64, 1))
-    architecture = args.arch or next(
-        (
-            name
-            for name, published in ARCHITECTURES.items()
-            if isinstance(published, ViTConfig)
-            and (published.embed_dim, published.depth) == (embed_dim, encoder.shapes["depth"])
-        ),
-        "vit_t",
-    )
-    if not isinstance(ARCHITECTURES.get(architecture), ViTConfig):
-        names = ", ".join(name for name, published in ARCHITECTURES.items() if isinstance(published, ViTConfig))
-        raise ConfigError(f"--arch: got {architecture!r}, expected one of {names}")
-    if args.classes is None:
-        raise ConfigError(f"{args.checkpoint}: is an encoder without a head; name the classes with --classes")
-    patch_size = encoder.shapes["patch_size"]
-    wanted: dict[str, Any] = {
-        "image_size": [length * patch_size for length in encoder.grid_size], "num_heads": heads,
-        **({"head": args.head} if args.head else {}), **encoder.shapes, **known,
-    }  # fmt: skip
-    published = ARCHITECTURES[architecture]
-    overrides = {name: value for name, value in wanted.items() if getattr(published, name) != value}
-    network_settings = cast(ViTConfig, network_config(architecture, overrides))
-    classes = load_class_set(args.classes)
-    torch.manual_seed(0)
-    network = build_network(network_settings, len(classes))
-    weights = dict(encoder.weights)
-    target = grid_size_of(network_settings.image_size, patch_size)
-    weights["backbone.pos_embed"] = resize_positions(weights["backbone.pos_embed"], encoder.grid_size, target)
-    fresh = [
-        name
-        for name in network.state_dict()
-        if name.startswith(("head.", "backbone.clusterer.", "backbone.regenerator.", "backbone.later_"))
-    ]
-    own = network.state_dict()
-    check_weights(network, {**{name: own[name] for name in fresh}, **weights}, str(args.checkpoint))
-    network.load_state_dict(weights, strict=False)
-    _save(args, architecture, network_settings, overrides, classes, network)
-    if encoder.left_out:
-        print(f"left out: {', '.join(encoder.left_out)}")
-    modules = sorted({".".join(name.split(".")[: 1 if name.startswith("head") else 2]) for name in fresh})
-    print(f"fresh, to be trained: {', '.join(modules)}")
-    return 0
-
-
-def _import_clustr(args: argparse.Namespace, checkpoint: Checkpoint, known: dict[str, Any]) -> int:
-    """An official ClusTR classifier's encoder in a segmentation network whose head is fresh."""
-    if args.classes is None:
-        raise ConfigError(f"{args.checkpoint}: is a ClusTR classifier; name the classes to segment with --classes")
-    shape = {**clustr_shape(checkpoint.weights), **known}
-    size = ("embed_dims", "depths")
-    architecture = args.arch or next(
-        (
-            name
-            for name, published in ARCHITECTURES.items()
-            if isinstance(published, ClusTRConfig) and all(list(getattr(published, key)) == shape[key] for key in size)
-        ),
-        "clustr_b1",
-    )
-    if not isinstance(ARCHITECTURES.get(architecture), ClusTRConfig):
-        names = ", ".join(name for name, published in ARCHITECTURES.items() if isinstance(published, ClusTRConfig))
-        raise ConfigError(f"--arch: got {architecture!r} for a ClusTR classifier, expected one of {names}")
-    published = to_mapping(ARCHITECTURES[architecture])
-    overrides = {name: value for name, value in shape.items() if published.get(name) != value}
-    network_settings = network_config(architecture, overrides)
-    classes = load_class_set(args.classes)
-    torch.manual_seed(0)
-    network = build_network(network_settings, len(classes))
-    own = network.state_dict()
-    weights = {name: x for name, x in import_weights(checkpoint).weights.items() if name.startswith("backbone.")}
-    fresh = {name: own[name] for name in own if name.startswith("head.")}
-    check_weights(network, {**fresh, **weights}, str(args.checkpoint))
-    network.load_state_dict(weights, strict=False)
-    _save_model(args, architecture, network_settings, overrides, classes, network)
-    print(f"{args.out}: {architecture}, {len(classes)} classes\nfresh, to be trained: head")
-    return 0
-
-
-def _save(
-    args: argparse.Namespace, architecture: str, network_settings: ViTConfig, overrides: dict[str, Any],
-    classes: ClassSet, network: Segmenter,
-) -> None:  # fmt: skip
-    _save_model(args, architecture, network_settings, overrides, classes, network)
-    point = f", merging after block {network_settings.injection_point}" if network_settings.merges else ""
-    print(
-        f"{args.out}: {architecture}, width {network_settings.embed_dim}, {network_settings.depth} blocks of "
-        f"{network_settings.num_heads} heads{point}, {network_settings.head} head, {len(classes)} classes"
-    )
-
-
-def _save_model(
-    args: argparse.Namespace, architecture: str, network_settings: NetworkConfig, overrides: dict[str, Any],
-    classes: ClassSet, network: Segmenter,
-) -> None:  # fmt: skip
+    architecture, overrides, num_classes = network_for(checkpoint, known, args.arch)
+    if num_classes is None:
+        if args.classes is None:
+            kind = "an encoder without a head; name the classes"
+            if "clustr" in architecture:
+                kind = "a ClusTR classifier; name the classes to segment"
+            raise ConfigError(f"{args.checkpoint}: is {kind} with --classes")
+        classes = load_class_set(args.classes)
+        overrides |= {"head": args.head} if args.head else {}
+    else:
+        for option in ("arch", "head"):
+            if getattr(args, option):
+                raise ConfigError(f"--{option}: is for an encoder without a head, {args.checkpoint} has one")
+        classes = _classes(args.classes, num_classes)
+    settings = network_config(architecture, overrides)
+    network, left_out, fresh = fill_network(settings, len(classes), checkpoint, str(args.checkpoint))
     config = ModelConfig(
-        name=args.out.name, architecture=architecture, network=network_settings, classes=classes,
-        input=dataclasses.replace(_NORMALISATIONS[args.normalisation], size=network_settings.image_size),
-        overrides=overrides, training={"data": f"imported from {args.checkpoint.name}"},
+        args.out.name, architecture, settings, classes, overrides=overrides,
+        input=dataclasses.replace(_NORMALISATIONS[args.normalisation], size=settings.image_size),
+        training={"data": f"imported from {args.checkpoint.name}"},
     )  # fmt: skip
     save_model(args.out, config, network)
+    about = ""
+    if isinstance(settings, ViTConfig):
+        about = f"width {settings.embed_dim}, {settings.depth} blocks of {settings.num_heads} heads, "
+        about += f"merging after block {settings.injection_point}, " if settings.merges else ""
+        about += f"{settings.head} head, "
+    print(f"{args.out}: {architecture}, {about}{len(classes)} classes")
+    if left_out:
+        print(f"left out: {', '.join(left_out)}")
+    if fresh:
+        modules = {".".join(name.split(".")[: 1 if name.startswith("head") else 2]) for name in fresh}
+        print(f"fresh, to be trained: {', '.join(sorted(modules))}")
+    return 0
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -4,10 +4,11 @@
 # applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
 # governing permissions and limitations under the License.
-"""The official ClustViT checkpoints (OpenMMLab layout): key names to and from ours, and what their shapes tell.
+"""Official checkpoints, of ClustViT (OpenMMLab's layout) and of ClusTR: key names to ours, and what their shapes tell.
 
-Heads: Segmenter's mask transformer, UPerNet with or without mmsegmentation's neck, and a single 1x1 convolution, which
-is our linear head. Auxiliary heads serve training only and are left out.
+Heads of the former: Segmenter's mask transformer, UPerNet with or without mmsegmentation's neck, and a single 1x1
+convolution, which is our linear head. Auxiliary heads serve training only and are left out. ClusTR's (YtongXie/ClusTR)
+are classifiers.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ _UPERNET = (
 )  # fmt: skip
 _NECK = {"lateral_convs": "lateral", "convs": "smooth"}
 _TRAINING_ONLY = ("auxiliary_head.",)
+_CLUSTR_STAGE = re.compile(r"(patch_embed|block|norm)([1-4])\.(.+)")
+# Coarse clusters stand for these many tokens, squared, in every published size; no parameter's shape tells.
+PUBLISHED_SR_RATIOS = (8, 4, 2, 1)
 
 
 def network_of(
@@ -295,3 +299,57 @@ def _fold_patch_bias(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     pos_embed = weights["backbone.pos_embed"]
     weights["backbone.pos_embed"] = torch.cat([pos_embed[:, :1], pos_embed[:, 1:] + bias], dim=1)
     return weights
+
+
+def is_clustr(weights: dict[str, Tensor]) -> bool:
+    """Whether official names look like those of a ClusTR network, with or without a detector's `backbone.` prefix."""
+    return any(name.removeprefix("backbone.") == "patch_embed1.proj.weight" for name in weights)
+
+
+def from_official_clustr(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameter names of an official ClusTR to ours; its classifier, `head.`, keeps its name.
+
+    Raises:
+        ModelError: a name of no ClusTR network.
+    """
+    weights = {}
+    for name, tensor in state_dict.items():
+        bare = name.removeprefix("backbone.")
+        found = _CLUSTR_STAGE.fullmatch(bare)
+        if found:
+            part, stage, rest = found.groups()
+            rest = rest.replace("mlp.dwconv.dwconv.", "mlp.dwconv.")
+            weights[f"backbone.stages.{int(stage) - 1}.{'blocks' if part == 'block' else part}.{rest}"] = tensor
+        elif bare in ("head.weight", "head.bias"):
+            weights[bare] = tensor
+        else:
+            raise ModelError(f"checkpoint: {name} is no parameter of a ClusTR network; expected the official layout")
+    return weights
+
+
+def clustr_shape(state_dict: dict[str, Tensor]) -> dict[str, Any]:
+    """Hyper-parameters of `ClusTR` that an official checkpoint's shapes tell.
+
+    Heads and reductions show in no shape: 64 channels per head and the published 8, 4, 2, 1 are assumed, where stages
+    with a `weight_layer` cluster and others do not.
+
+    Raises:
+        ModelError: parameters that every ClusTR has are missing.
+    """
+    weights = {name.removeprefix("backbone."): tensor for name, tensor in state_dict.items()}
+    dims, depths, ratios, sr_ratios = [], [], [], []
+    try:
+        for stage in range(1, 5):
+            dim = weights[f"patch_embed{stage}.proj.weight"].shape[0]
+            blocks = {int(m[1]) for name in weights if (m := re.match(rf"block{stage}\.(\d+)\.", name))}
+            clusters = f"block{stage}.0.attn.weight_layer.weight" in weights
+            dims.append(dim)
+            depths.append(len(blocks))
+            ratios.append(weights[f"block{stage}.0.mlp.fc1.weight"].shape[0] / dim)
+            sr_ratios.append(PUBLISHED_SR_RATIOS[stage - 1] if clusters else 1)
+    except KeyError as error:
+        raise ModelError(f"checkpoint has no {error.args[0]}; expected a ClusTR of four stages") from error
+    return {
+        "embed_dims": dims, "depths": depths, "mlp_ratios": ratios, "sr_ratios": sr_ratios,
+        "num_heads": [max(dim // 64, 1) for dim in dims],
+    }  # fmt: skip

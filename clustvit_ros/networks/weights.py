@@ -6,9 +6,9 @@
 # governing permissions and limitations under the License.
 """The one importer of weights: every known layout to this package's names, for training and for model folders alike.
 
-Layouts: our own; OpenMMLab's (see `official`); ClusTR's (YtongXie/ClusTR); and timm's `vision_transformer`, in which
-augreg (Steiner et al., arXiv 2106.10270), DeiT and DeiT III are published. Files are read with `weights_only=True`;
-nothing in them is ever executed, and a checkpoint's own configuration, Python text in the file, is read as literals.
+Layouts: our own; OpenMMLab's and ClusTR's (see `official`); and timm's `vision_transformer`, in which augreg (Steiner
+et al., arXiv 2106.10270), DeiT and DeiT III are published. Files are read with `weights_only=True`; nothing in them is
+ever executed, and a checkpoint's own configuration, Python text in the file, is read as literals.
 
 Our ViT has fewer parameters than some of them; what it lacks does the same when it is folded into what it has:
 
@@ -22,6 +22,7 @@ A class or distillation token's own head is left out, as is a distillation token
 from __future__ import annotations
 
 import ast
+import math
 import pickle
 import re
 from collections.abc import Sequence
@@ -34,30 +35,46 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from clustvit_ros.config import to_mapping
 from clustvit_ros.errors import ConfigError, ModelError
-from clustvit_ros.networks.official import from_official
+from clustvit_ros.networks.architectures import ARCHITECTURES, build_network
+from clustvit_ros.networks.clustr import ClusTRConfig
+from clustvit_ros.networks.model_folder import WEIGHTS_FILE, check_weights, load_config
+from clustvit_ros.networks.official import (
+    clustr_shape,
+    count_classes,
+    from_official,
+    from_official_clustr,
+    is_clustr,
+    network_of,
+)
+from clustvit_ros.networks.segmenter import NetworkConfig, Segmenter
+from clustvit_ros.networks.vit import grid_size_of
+from clustvit_ros.networks.vit_config import ViTConfig
+from clustvit_ros.paths import MODEL_FILE
 
+POSITIONS = "backbone.pos_embed"
 _WRAPPERS = ("state_dict", "model", "model_state", "module")
-_STAGE = re.compile(r"(patch_embed|block|norm)([1-4])\.(.+)")
-_ROOMS = {"patch_embed": "patch_embed", "block": "blocks", "norm": "norm"}
-# Coarse clusters stand for these many tokens, squared, in every published size; no parameter's shape tells.
-PUBLISHED_SR_RATIOS = (8, 4, 2, 1)
 # What belongs to classification.
-_LEFT_OUT = re.compile(r"(head|head_dist|fc_norm|pre_logits|head_drop)\.|dist_token$|backbone\.head\.")
+_LEFT_OUT = re.compile(r"(backbone\.)?((head|head_dist|fc_norm|pre_logits|head_drop)\.|dist_token$)")
+# What an encoder's weights leave to be trained.
+_FRESH = ("head.", "backbone.clusterer.", "backbone.regenerator.", "backbone.later_")
 
 
 class Checkpoint(NamedTuple):
     """A file of weights.
 
     Attributes:
-        weights: parameter names, as they are in the file, to tensors.
+        weights: parameter names to tensors; names are as in the file, without `module.` in front.
         model: the `model` section of the configuration that the file carries; empty when it carries none.
-        grid_size: (h, w) patches of the position embedding, where the file says so.
+        grid_size: (h, w) patches of the position embedding, where the file or its model folder says so.
+        others: names beside the weights of what is no tensor.
     """
 
     weights: dict[str, Tensor]
     model: dict[str, Any]
     grid_size: tuple[int, int] | None = None
+    others: Sequence[str] = ()
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -69,6 +86,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         ModelError: unreadable, or no weights in it.
+        ConfigError: the `model.yaml` beside a model folder's weights cannot be used.
     """
     grid_size = None
     try:
@@ -87,15 +105,20 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"{path}: cannot be read as weights of plain tensors ({reason}); pass a .safetensors file, or, if it is a "
             "training checkpoint with other objects in it, save its state_dict alone"
         ) from error
+    if path.name == WEIGHTS_FILE and (path.parent / MODEL_FILE).is_file():
+        network = load_config(path.parent).network
+        grid_size = grid_size_of(network.image_size, network.patch_size)
     meta = content.get("meta", {}) if isinstance(content, dict) else {}
     text = meta.get("cfg", "") if isinstance(meta, dict) else ""
     for name in _WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
-    weights = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
+    content = content if isinstance(content, dict) else {}
+    weights = {k.removeprefix("module."): v for k, v in content.items() if isinstance(v, Tensor) and isinstance(k, str)}
     if not weights:
         raise ModelError(f"{path}: holds no tensors by name; expected a state_dict of tensors")
-    return Checkpoint(weights, _model_section(text) if isinstance(text, str) else {}, grid_size)
+    others = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
+    return Checkpoint(weights, _model_section(text) if isinstance(text, str) else {}, grid_size, others)
 
 
 class Imported(NamedTuple):
@@ -103,7 +126,7 @@ class Imported(NamedTuple):
 
     Attributes:
         weights: `backbone.*` and `head.*` to tensors; names that have no place here keep theirs.
-        grid_size: (h, w) patches of the position embedding, where it is known; None else.
+        grid_size: (h, w) patches that the position embedding was trained for, where the layout or the file tells.
         left_out: names in the file that a segmentation network has no use for.
     """
 
@@ -115,173 +138,190 @@ class Imported(NamedTuple):
 def import_weights(checkpoint: Checkpoint) -> Imported:
     """Weights of any known layout by our names, what we have no parameter for folded into what does the same.
 
-    Known are our own layout, OpenMMLab's (the official ClustViT and ViT segmenters and their encoders), ClusTR's, and
-    timm's, in which augreg, DeiT and DeiT III are published.
-
     Raises:
         ModelError: a part that every network of its layout has is missing.
-        ConfigError: the position embedding fits no grid.
     """
-    weights = {name.removeprefix("module."): value for name, value in checkpoint.weights.items()}
-    if any(name.startswith(("backbone.blocks.", "backbone.stages.")) for name in weights) and not _is_timm(weights):
-        return Imported(weights, checkpoint.grid_size)
+    weights = checkpoint.weights
+    is_timm = any(name.removeprefix("backbone.") == "patch_embed.proj.weight" for name in weights)
     if is_clustr(weights):
         return Imported(from_official_clustr(weights))
-    if is_vit_encoder(weights):
-        encoder = read_encoder(weights, checkpoint.grid_size)
-        return Imported(encoder.weights, encoder.grid_size, encoder.left_out)
+    if any(name.startswith(("backbone.blocks.", "backbone.stages.")) for name in weights) and not is_timm:
+        return Imported(weights, checkpoint.grid_size)
+    if _is_vit_encoder(weights):
+        return _import_encoder(weights, is_timm)
     if any(name.startswith("backbone.layers.") for name in weights):
         return Imported(from_official(weights))
-    return Imported(weights, checkpoint.grid_size)
+    return Imported(weights)
 
 
-def _is_timm(weights: dict[str, Tensor]) -> bool:
-    return any(name.removeprefix("backbone.") == "patch_embed.proj.weight" for name in weights)
-
-
-class Encoder(NamedTuple):
-    """A ViT encoder's weights by our names.
-
-    Attributes:
-        weights: `backbone.*` to tensors; names that have no place in a ViT keep theirs.
-        shapes: `embed_dim`, `depth`, `patch_size` and `mlp_ratio` of `ViTConfig`, as the shapes tell them.
-        grid_size: (h, w) patches of the position embedding.
-        left_out: names in the file that a segmentation network has no use for.
-    """
-
-    weights: dict[str, Tensor]
-    shapes: dict[str, Any]
-    grid_size: tuple[int, int]
-    left_out: list[str]
-
-
-def is_vit_encoder(weights: dict[str, Tensor]) -> bool:
-    """Whether these are weights of a ViT encoder without a decode head."""
-    headless = not any(name.startswith("decode_head.") for name in weights)
-    return headless and any(name.removeprefix("module.").removeprefix("backbone.") == "cls_token" for name in weights)
-
-
-def read_encoder(weights: dict[str, Tensor], grid_size: tuple[int, int] | None = None) -> Encoder:
-    """Rename and fold an encoder's weights.
+def fit_positions(pos_embed: Tensor, trained: tuple[int, int] | None, grid_size: tuple[int, int]) -> Tensor:
+    """A position embedding for a network's grid, resized as the networks do it: (1, 1+N, C) -> (1, 1+h*w, C).
 
     Args:
-        weights: weights in timm's or OpenMMLab's layout, with or without the prefixes `module.` and `backbone.`.
-        grid_size: (h, w) patches of the position embedding; None is square.
+        pos_embed: as imported.
+        trained: (h, w) patches it was trained for. None is unknown: an embedding of the right length is then taken for
+            the grid's own, any other for a square.
+        grid_size: (h, w) patches of the network.
+
+    Returns:
+        `pos_embed` itself where it is the grid's own, or no grid's.
+    """
+    count = pos_embed.shape[1] - 1 if pos_embed.ndim == 3 else 0
+    if trained is None:
+        trained = grid_size if count == grid_size[0] * grid_size[1] else _square(count)
+    if trained is None or trained == grid_size or trained[0] * trained[1] != count:
+        return pos_embed
+    cls, grid = pos_embed[:, :1].float(), pos_embed[:, 1:].float()
+    grid = F.interpolate(
+        grid.transpose(1, 2).unflatten(2, trained), size=grid_size, mode="bicubic", align_corners=False
+    )
+    return torch.cat([cls, grid.flatten(2).transpose(1, 2)], dim=1)
+
+
+def network_for(
+    checkpoint: Checkpoint, known: dict[str, Any], architecture: str | None = None
+) -> tuple[str, dict[str, Any], int | None]:
+    """The network that a checkpoint's weights go into.
+
+    Args:
+        checkpoint: as read.
+        known: hyper-parameters by the names of the network's configuration.
+        architecture: name in `ARCHITECTURES` for an encoder without a decode head; None is the published one of its
+            size.
+
+    Returns:
+        Name in `ARCHITECTURES`, the overrides for `network_config`, and the number of classes, which is None for an
+        encoder.
 
     Raises:
-        ModelError: a part that every ViT has is missing.
-        ConfigError: the position embedding does not fit the grid.
+        ModelError: parameters that every network of the layout has are missing.
+        ConfigError: `known` contradicts the shapes, the architecture is of another family, or the size that the
+            position embedding was trained for is not square and was not given.
     """
-    weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
-    left_out = sorted(name for name in weights if _LEFT_OUT.match(name))
-    weights = {name: tensor for name, tensor in weights.items() if name not in set(left_out)}
-    weights = {f"backbone.{name.removeprefix('backbone.')}": tensor for name, tensor in weights.items()}
-    if "backbone.patch_embed.proj.weight" in weights:
-        weights = _fold_layer_scale(
-            {name.replace("patch_embed.proj.", "patch_embed.projection."): value for name, value in weights.items()}
+    weights = checkpoint.weights
+    if checkpoint.others:
+        names = ", ".join(checkpoint.others[:10])
+        raise ModelError(f"checkpoint: {names} are no tensors, expected a state_dict of tensors; save that alone")
+    if not is_clustr(weights) and not _is_vit_encoder(weights):
+        return *network_of(weights, checkpoint.model, known), count_classes(weights)
+    family: type[NetworkConfig]
+    if is_clustr(weights):
+        family, default, kind = ClusTRConfig, "clustr_b1", " for a ClusTR classifier"
+        wanted, size = {**clustr_shape(weights), **known}, ("embed_dims", "depths")
+    else:
+        family, default, kind = ViTConfig, "vit_t", ""
+        wanted, size = (
+            {**_encoder_shape(import_weights(checkpoint), known.get("image_size")), **known},
+            (
+                "embed_dim",
+                "depth",
+            ),
         )
+    members = {name: to_mapping(config) for name, config in ARCHITECTURES.items() if isinstance(config, family)}
+    if architecture is None:
+        alike = (name for name, config in members.items() if all(config[key] == wanted[key] for key in size))
+        architecture = next(alike, default)
+    if architecture not in members:
+        raise ConfigError(f"--arch: got {architecture!r}{kind}, expected one of {', '.join(members)}")
+    published = members[architecture]
+    return architecture, {name: value for name, value in wanted.items() if published.get(name) != value}, None
+
+
+def fill_network(
+    config: NetworkConfig, num_classes: int, checkpoint: Checkpoint, where: str
+) -> tuple[Segmenter, list[str], list[str]]:
+    """Build a network and fill it with all of a checkpoint's weights; beside an encoder's, the rest is fresh.
+
+    Args:
+        config: hyper-parameters, as `network_for` tells them.
+        num_classes: classes of the head.
+        checkpoint: as read.
+        where: what errors call the weights.
+
+    Returns:
+        The network, names in the file that it has no use for, and its own names that are to be trained.
+
+    Raises:
+        ModelError: missing, unknown or mis-shaped weights.
+    """
+    torch.manual_seed(0)
+    network = build_network(config, num_classes)
+    own = network.state_dict()
+    imported = import_weights(checkpoint)
+    weights, left_out, fresh = dict(imported.weights), list(imported.left_out), []
+    if is_clustr(checkpoint.weights) or _is_vit_encoder(checkpoint.weights):
+        left_out += [name for name in weights if name.startswith("head.")]
+        weights = {name: tensor for name, tensor in weights.items() if name not in left_out}
+        fresh = [name for name in own if name.startswith(_FRESH) and name not in weights]
+    if POSITIONS in weights:
+        grid_size = grid_size_of(config.image_size, config.patch_size)
+        weights[POSITIONS] = fit_positions(weights[POSITIONS], imported.grid_size, grid_size)
+    check_weights(network, {**{name: own[name] for name in fresh}, **weights}, where)
+    network.load_state_dict(weights, strict=False)
+    return network, sorted(left_out), fresh
+
+
+def _is_vit_encoder(weights: dict[str, Tensor]) -> bool:
+    """Whether these are weights of a ViT without a decode head of OpenMMLab's layout."""
+    headless = not any(name.startswith("decode_head.") for name in weights)
+    return headless and any(name.removeprefix("backbone.") == "cls_token" for name in weights)
+
+
+def _import_encoder(weights: dict[str, Tensor], is_timm: bool) -> Imported:
+    """Rename and fold weights of timm's layout or OpenMMLab's, with or without `backbone.` in front."""
+    left_out = sorted(name for name in weights if _LEFT_OUT.match(name))
+    weights = {
+        f"backbone.{name.removeprefix('backbone.').replace('patch_embed.proj.', 'patch_embed.projection.')}": tensor
+        for name, tensor in weights.items()
+        if name not in left_out
+    }
+    trained = None
+    if POSITIONS in weights:
+        pos_embed = weights[POSITIONS]
+        # Before the patches come the class token, and behind it a distillation token; DeiT III has neither there.
+        first = 2 if any(name.endswith("dist_token") for name in left_out) else 1
+        if first == 1 and not _square(pos_embed.shape[1] - 1) and _square(pos_embed.shape[1]):
+            first = 0
+        cls = pos_embed[:, :1] if first else torch.zeros_like(pos_embed[:, :1])
+        weights[POSITIONS] = torch.cat([cls, pos_embed[:, first:]], dim=1)
+        trained = _square(pos_embed.shape[1] - first) if is_timm else None
+    return Imported(from_official(_fold_layer_scale(weights)), trained, left_out)
+
+
+def _encoder_shape(imported: Imported, image_size: Sequence[int] | None) -> dict[str, Any]:
+    """Hyper-parameters of `ViTConfig` that an encoder's shapes tell, `image_size` where it is None."""
+    weights = imported.weights
     try:
         embed_dim = weights["backbone.cls_token"].shape[2]
-        projection = weights["backbone.patch_embed.projection.weight"]
-        num_positions = weights["backbone.pos_embed"].shape[1]
-        has_distillation = any(name.endswith("dist_token") for name in left_out)
-        grid_size, first = _find_grid(num_positions, has_distillation, grid_size)
-        pos_embed = weights["backbone.pos_embed"]
-        cls = pos_embed[:, :1] if first else torch.zeros_like(pos_embed[:, :1])
-        weights["backbone.pos_embed"] = torch.cat([cls, pos_embed[:, first:]], dim=1)
-        weights = from_official(weights)
-        shapes = {
-            "embed_dim": embed_dim,
-            "depth": 1 + max(map(int, re.findall(r"backbone\.blocks\.(\d+)\.", "\n".join(weights))), default=-1),
-            "patch_size": projection.shape[2],
-            "mlp_ratio": weights["backbone.blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
-        }
+        patch_size = weights["backbone.patch_embed.projection.weight"].shape[2]
+        count = weights[POSITIONS].shape[1] - 1
+        hidden_dim = weights["backbone.blocks.0.mlp.fc1.weight"].shape[0]
     except KeyError as error:
         raise ModelError(
             f"encoder weights have no {error.args[0]}; expected a ViT in timm's or OpenMMLab's layout"
         ) from error
-    return Encoder(weights, shapes, grid_size, left_out)
-
-
-def resize_positions(pos_embed: Tensor, grid_size: tuple[int, int], target: tuple[int, int]) -> Tensor:
-    """A position embedding for another grid, bicubic as the networks do it: (1, 1+h*w, C) -> (1, 1+h'*w', C)."""
-    if grid_size == target:
-        return pos_embed
-    cls, grid = pos_embed[:, :1].float(), pos_embed[:, 1:].float()
-    grid = F.interpolate(grid.transpose(1, 2).unflatten(2, grid_size), size=target, mode="bicubic", align_corners=False)
-    return torch.cat([cls, grid.flatten(2).transpose(1, 2)], dim=1)
-
-
-def is_clustr(weights: dict[str, Tensor]) -> bool:
-    """Whether official names look like those of a ClusTR network, with or without a detector's `backbone.` prefix."""
-    return any(name.removeprefix("backbone.") == "patch_embed1.proj.weight" for name in weights)
-
-
-def from_official_clustr(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Official parameter names to those of `ClusTRClassifier`, or, without its `head.`, of a segmenter's backbone.
-
-    Raises:
-        ModelError: a name of no ClusTR network.
-    """
-    weights = {}
-    for name, tensor in state_dict.items():
-        bare = name.removeprefix("backbone.")
-        found = _STAGE.fullmatch(bare)
-        if found:
-            room, stage, rest = found.groups()
-            rest = rest.replace("mlp.dwconv.dwconv.", "mlp.dwconv.")
-            weights[f"backbone.stages.{int(stage) - 1}.{_ROOMS[room]}.{rest}"] = tensor
-        elif bare in ("head.weight", "head.bias"):
-            weights[bare] = tensor
-        else:
-            raise ModelError(f"checkpoint: {name} is no parameter of a ClusTR network; expected the official layout")
-    return weights
-
-
-def clustr_shape(state_dict: dict[str, Tensor]) -> dict[str, Any]:
-    """Hyper-parameters of `ClusTR` that an official checkpoint's shapes tell.
-
-    Heads and reductions show in no shape: 64 channels per head and the published 8, 4, 2, 1 are assumed, where stages
-    with a `weight_layer` cluster and others do not.
-
-    Raises:
-        ModelError: parameters that every ClusTR has are missing.
-    """
-    weights = {name.removeprefix("backbone."): tensor for name, tensor in state_dict.items()}
-    dims, depths, ratios, sr_ratios = [], [], [], []
-    try:
-        for stage in range(1, 5):
-            dim = weights[f"patch_embed{stage}.proj.weight"].shape[0]
-            blocks = {int(m[1]) for name in weights if (m := re.match(rf"block{stage}\.(\d+)\.", name))}
-            clusters = f"block{stage}.0.attn.weight_layer.weight" in weights
-            dims.append(dim)
-            depths.append(len(blocks))
-            ratios.append(weights[f"block{stage}.0.mlp.fc1.weight"].shape[0] / dim)
-            sr_ratios.append(PUBLISHED_SR_RATIOS[stage - 1] if clusters else 1)
-    except KeyError as error:
-        raise ModelError(f"checkpoint has no {error.args[0]}; expected a ClusTR of four stages") from error
+    grid = imported.grid_size or _square(count)
+    if grid is None and image_size is not None:
+        grid = grid_size_of((image_size[0], image_size[1]), patch_size)
+    if grid is None or grid[0] * grid[1] != count:
+        expected = "a square grid" if image_size is None else f"{' x '.join(map(str, grid or ()))} patches"
+        raise ConfigError(
+            f"position embedding: got {count + 1} entries, expected {expected} and a class token; pass the size in "
+            "pixels that it was trained with"
+        )
     return {
-        "embed_dims": dims, "depths": depths, "mlp_ratios": ratios, "sr_ratios": sr_ratios,
-        "num_heads": [max(dim // 64, 1) for dim in dims],
-    }  # fmt: skip
+        "image_size": [length * patch_size for length in grid],
+        "num_heads": max(embed_dim // 64, 1),
+        "embed_dim": embed_dim,
+        "depth": 1 + max(map(int, re.findall(r"backbone\.blocks\.(\d+)\.", "\n".join(weights)))),
+        "patch_size": patch_size,
+        "mlp_ratio": hidden_dim / embed_dim,
+    }
 
 
-def _find_grid(
-    num_positions: int, has_distillation: bool, grid_size: tuple[int, int] | None
-) -> tuple[tuple[int, int], int]:
-    """The grid of a position embedding, and how many entries come before it."""
-    for first in (2,) if has_distillation else (1, 0):
-        count = num_positions - first
-        if grid_size is not None and grid_size[0] * grid_size[1] == count:
-            return grid_size, first
-        side = round(count**0.5)
-        if grid_size is None and side * side == count:
-            return (side, side), first
-    expected = "a square grid" if grid_size is None else f"{grid_size[0]} x {grid_size[1]} patches"
-    raise ConfigError(
-        f"position embedding: got {num_positions} entries, expected {expected} and a class token; pass the size in "
-        "pixels that it was trained with"
-    )
+def _square(count: int) -> tuple[int, int] | None:
+    side = math.isqrt(count)
+    return (side, side) if side * side == count else None
 
 
 def _fold_layer_scale(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -27,10 +27,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clustvit_ros.errors import ModelError
-from clustvit_ros.networks.model_folder import WEIGHTS_FILE, load_config
+from clustvit_ros.networks.model_folder import WEIGHTS_FILE
 from clustvit_ros.networks.segmenter import Segmenter
-from clustvit_ros.networks.vit import VisionTransformer, grid_size_of
-from clustvit_ros.networks.weights import import_weights, read_checkpoint, resize_positions
+from clustvit_ros.networks.vit import VisionTransformer
+from clustvit_ros.networks.weights import POSITIONS, fit_positions, import_weights, read_checkpoint
 from clustvit_ros.paths import MODEL_FILE, replacing, share_dir
 
 ENCODER_FILE = "encoder.safetensors"
@@ -87,26 +87,23 @@ def load_init(network: Segmenter, source: str | Path) -> InitReport:
         ModelError: unreadable, or nothing in it fits.
     """
     path = _find(source)
-    weights, grid_size, left_out = import_weights(read_checkpoint(path))
-    weights = dict(weights)
-    own = network.state_dict()
+    imported = import_weights(read_checkpoint(path))
+    weights, own, resized = dict(imported.weights), network.state_dict(), []
+    if POSITIONS in weights and isinstance(network.backbone, VisionTransformer):
+        fitted = fit_positions(weights[POSITIONS], imported.grid_size, network.backbone.grid_size)
+        resized = [] if fitted is weights[POSITIONS] else [POSITIONS]
+        weights[POSITIONS] = fitted
     times = _times_wider(network, weights)
     if times > 1:
         weights = widen(weights, {name: value.shape for name, value in own.items()}, times)
-    resized = []
-    key, grid = "backbone.pos_embed", getattr(network.backbone, "grid_size", None)
-    if key in weights and key in own and weights[key].shape != own[key].shape and grid is not None:
-        source_grid = _grid_of_folder(path) or grid_size or _square(weights[key])
-        if source_grid is not None and weights[key].shape[1] == source_grid[0] * source_grid[1] + 1:
-            weights[key] = resize_positions(weights[key], source_grid, grid)
-            resized.append(key)
     matching = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
     # The norm statistics of a stem mean nothing without its kernels, so counters alone are no fit.
     if not any(value.ndim >= 2 for value in matching.values()):
-        raise ModelError(
-            f"{path}: none of its {len(weights)} tensors fits the network; expected a ViT of width "
-            f"{network.backbone.embed_dim} or a whole part of it in the layout of this package, timm or mmsegmentation"
-        )
+        expected = "a ClusTR of the same widths in its own layout or this package's"
+        if isinstance(network.backbone, VisionTransformer):
+            width = network.backbone.embed_dim
+            expected = f"a ViT of width {width} or a whole part of it in the layout of this package, timm or mmsegmentation"
+        raise ModelError(f"{path}: none of its {len(weights)} tensors fits the network; expected {expected}")
     mismatched = [
         f"{name} {tuple(value.shape)} instead of {tuple(own[name].shape)}"
         for name, value in weights.items()
@@ -116,7 +113,7 @@ def load_init(network: Segmenter, source: str | Path) -> InitReport:
     return InitReport(
         source=str(path), loaded=sorted(matching), resized=[name for name in resized if name in matching],
         missing=[name for name in own if name not in matching],
-        unknown=sorted([*left_out, *(name for name in weights if name not in own)]), mismatched=mismatched,
+        unknown=sorted([*imported.left_out, *(name for name in weights if name not in own)]), mismatched=mismatched,
         widened=times,
     )  # fmt: skip
 
@@ -159,19 +156,6 @@ def _find(source: str | Path) -> Path:
     raise ModelError(
         f"init: {source} does not exist; expected a file of weights, a model folder or a shipped model's name"
     )
-
-
-def _grid_of_folder(path: Path) -> tuple[int, int] | None:
-    """The grid that a model folder's position embedding was made for; None for a file that stands alone."""
-    if not (path.name == WEIGHTS_FILE and (path.parent / MODEL_FILE).is_file()):
-        return None
-    network = load_config(path.parent).network
-    return grid_size_of(network.image_size, network.patch_size)
-
-
-def _square(pos_embed: Tensor) -> tuple[int, int] | None:
-    side = round((pos_embed.shape[1] - 1) ** 0.5)
-    return (side, side) if pos_embed.ndim == 3 and side * side == pos_embed.shape[1] - 1 else None
 
 
 # Weights that hold several matrices side by side: queries, keys and values along the rows; token and representative

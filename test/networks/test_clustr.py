@@ -25,7 +25,7 @@ from clustvit_ros.networks import density_peaks as density_peaks_module
 from clustvit_ros.networks.architectures import ARCHITECTURES
 from clustvit_ros.networks.clustr import ClusTRAttention, ClusTRConfig, cluster_tokens
 from clustvit_ros.networks.density_peaks import density_peaks, split_windows
-from clustvit_ros.networks.weights import clustr_shape, from_official_clustr
+from clustvit_ros.networks.official import clustr_shape, from_official_clustr
 
 TINY = {
     "embed_dims": [16, 24, 32, 48], "num_heads": [1, 2, 2, 3], "depths": [1, 2, 2, 1], "head_dim": 32,
