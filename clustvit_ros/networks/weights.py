@@ -210,13 +210,8 @@ def network_for(
         wanted, size = {**clustr_shape(weights), **known}, ("embed_dims", "depths")
     else:
         family, default, kind = ViTConfig, "vit_t", ""
-        wanted, size = (
-            {**_encoder_shape(import_weights(checkpoint), known.get("image_size")), **known},
-            (
-                "embed_dim",
-                "depth",
-            ),
-        )
+        shape = _encoder_shape(import_weights(checkpoint), known.get("image_size"))
+        wanted, size = {**shape, **known}, ("embed_dim", "depth")
     members = {name: to_mapping(config) for name, config in ARCHITECTURES.items() if isinstance(config, family)}
     if architecture is None:
         alike = (name for name, config in members.items() if all(config[key] == wanted[key] for key in size))

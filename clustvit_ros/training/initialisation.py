@@ -101,8 +101,8 @@ def load_init(network: Segmenter, source: str | Path) -> InitReport:
     if not any(value.ndim >= 2 for value in matching.values()):
         expected = "a ClusTR of the same widths in its own layout or this package's"
         if isinstance(network.backbone, VisionTransformer):
-            width = network.backbone.embed_dim
-            expected = f"a ViT of width {width} or a whole part of it in the layout of this package, timm or mmsegmentation"
+            parts = f"width {network.backbone.embed_dim} or a whole part of it"
+            expected = f"a ViT of {parts} in the layout of this package, timm or mmsegmentation"
         raise ModelError(f"{path}: none of its {len(weights)} tensors fits the network; expected {expected}")
     mismatched = [
         f"{name} {tuple(value.shape)} instead of {tuple(own[name].shape)}"

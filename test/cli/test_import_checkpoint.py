@@ -21,7 +21,7 @@ from clustvit_ros.cli.main import main
 from clustvit_ros.errors import ModelError
 from clustvit_ros.networks import ViTConfig, build_network, load_config, load_segmenter, network_config
 from clustvit_ros.networks.official import from_official, to_official
-from clustvit_ros.training.initialisation import load_init
+from clustvit_ros.training.initialisation import load_init, save_encoder
 
 IMAGE_CASES = ("a_basic", "b_batch2", "c_nonsquare_k4_ip1", "e_empty_id2", "f_vit_baseline", "l_k1_last_layer", "m_ip0")
 
@@ -286,6 +286,7 @@ def layouts(tmp_path, golden_dir):
     encoder = {name: value for name, value in official.items() if name.startswith("backbone.")}
     clustr = torch.load(golden_dir / "clustr" / "network_small.pth", weights_only=True)["state_dict"]
     headless = ("--classes", "camvid")
+    wide = (*headless, "--image-size", "32x128")  # as many patches as 64 x 64
     return {
         "timm": (timm_weights(), headless),
         "augreg": (timm_weights(**{"patch_embed.proj.bias": (64,)}), headless),
@@ -295,20 +296,26 @@ def layouts(tmp_path, golden_dir):
         "official segmenter": (official, ()),
         "openmmlab encoder": ({name.removeprefix("backbone."): value for name, value in encoder.items()}, headless),
         "clustr": (clustr, headless),
+        "clustr, module.": ({f"module.{name}": value for name, value in clustr.items()}, headless),
+        "official segmenter, module.": ({f"module.{name}": value for name, value in official.items()}, ()),
+        "deit distilled, another size": (timm_weights(**distilled), (*headless, "--image-size", "96x128")),
+        "timm, another shape": (timm_weights(), wide),
+        "openmmlab encoder, another shape": (encoder, wide),
     }
 
 
 @pytest.mark.parametrize(
     "layout",
     ["timm", "augreg", "deit distilled", "deit III", "deit III, first names", "official segmenter",
-     "openmmlab encoder", "clustr"],
+     "openmmlab encoder", "clustr", "clustr, module.", "official segmenter, module.", "deit distilled, another size",
+     "timm, another shape", "openmmlab encoder, another shape"],
 )  # fmt: skip
 @torch.no_grad()
 def test_training_starts_from_what_an_import_gives(layout, tmp_path, golden_dir):
     """`train --init` and `import-checkpoint` are one importer: the features of every layout are equal."""
     weights, options = layouts(tmp_path, golden_dir)[layout]
     torch.save({"model": weights}, tmp_path / "a.pth")
-    if layout == "clustr":
+    if "clustr" in layout:
         (tmp_path / "heads.json").write_text('{"num_heads": [1, 2, 5, 8]}')
         options = (*options, "--config", str(tmp_path / "heads.json"))
     assert import_(tmp_path / "a.pth", tmp_path / "model", *options) == 0
@@ -322,3 +329,22 @@ def test_training_starts_from_what_an_import_gives(layout, tmp_path, golden_dir)
     features = network.backbone(images).tokens
     assert (features - before).abs().max() > 0.1, "something was loaded"
     torch.testing.assert_close(features, imported.backbone(images).tokens, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_our_own_encoder_of_a_wide_grid_says_so_itself(tmp_path):
+    """A file of `pretrain` carries its grid: as many patches in another shape are resized, by both ways alike."""
+    changes = {"image_size": [32, 128], "embed_dim": 64, "num_heads": 1, "depth": 2, "head_depth": 1}
+    trained = build_network(network_config("vit_t", changes), 11).eval()
+    save_encoder(tmp_path / "encoder.safetensors", trained.backbone)
+    for size in ("32x128", "64x64"):
+        options = ("--classes", "camvid", "--image-size", size)
+        assert import_(tmp_path / "encoder.safetensors", tmp_path / size, *options) == 0
+        imported = load_segmenter(tmp_path / size)
+        network = build_network(load_config(tmp_path / size).network, 11).eval()
+        load_init(network, tmp_path / "encoder.safetensors")
+        images = torch.randn(1, 3, *load_config(tmp_path / size).network.image_size)
+        tokens = imported.backbone(images).tokens
+        torch.testing.assert_close(network.backbone(images).tokens, tokens, rtol=0, atol=1e-5)
+        same = torch.equal(imported.backbone.pos_embed, trained.backbone.pos_embed)
+        assert same == (size == "32x128")
