@@ -34,7 +34,7 @@ def percentile(values: Iterable[float], share: float) -> float:
     Raises:
         ConfigError: there is no value.
     """
-    ordered = sorted(values)
+    ordered = sorted(map(float, values))
     if not ordered:
         raise ConfigError("percentile: got no value, expected at least one")
     return ordered[max(math.ceil(round(share * len(ordered), 9)), 1) - 1]

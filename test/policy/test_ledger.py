@@ -12,6 +12,7 @@ import dataclasses
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -109,6 +110,10 @@ def test_one_definition_of_percentile():
         window.add(float(value))
     assert window.as_pairs("age") == {"age_p50_ms": "100.00", "age_p95_ms": "190.00", "age_p99_ms": "300.00"}
     assert window.as_pairs("age", {"max": 1.0}) == {"age_max_ms": "300.00"}
+
+
+def test_a_percentile_of_an_array_goes_into_json():
+    assert type(percentile(np.array([1.0, 2.0]), 0.5)) is float
 
 
 def test_the_oldest_are_forgotten_and_nonsense_is_left_out():
