@@ -49,36 +49,6 @@ from clustvit_ros.training.trainer import Trainer
 _QUANTITIES = {"latency_ms": "latency (ms)", "peak_memory_mb": "peak memory (MB)", "gflops": "GFLOPs"}
 
 
-def write_report(
-    folder: Path,
-    costs: Sequence[dict[str, Any]],
-    scores: Mapping[str, dict[str, Any]],
-    exponents: Mapping[str, Mapping[str, float]],
-    attention_shares: Mapping[int, float],
-    device: str,
-) -> str:
-    """Write `comparison.md` and `comparison.png`.
-
-    Args:
-        folder: exists.
-        costs: rows of systems and sizes.
-        scores: by system; those that were not trained are missing.
-        exponents: by system and quantity.
-        attention_shares: tokens to the share of a ViT-B block's operations that attention takes.
-        device: for people.
-
-    Returns:
-        The page, Markdown.
-
-    Raises:
-        ConfigError: matplotlib is missing.
-    """
-    text = format_report(costs, scores, exponents, attention_shares, device)
-    (folder / "comparison.md").write_text(text, encoding="utf-8")
-    draw_growth(costs, exponents, folder / "comparison.png")
-    return text
-
-
 def format_report(
     costs: Sequence[dict[str, Any]],
     scores: Mapping[str, dict[str, Any]],
@@ -86,7 +56,15 @@ def format_report(
     attention_shares: Mapping[int, float],
     device: str,
 ) -> str:
-    """The page as Markdown; arguments as of `write_report`."""
+    """The page as Markdown.
+
+    Args:
+        costs: rows of systems and sizes.
+        scores: by system; those that were not trained are missing.
+        exponents: by system and quantity.
+        attention_shares: tokens to the share of a ViT-B block's operations that attention takes.
+        device: for people.
+    """
     names = list(dict.fromkeys(row["system"] for row in costs))
     sizes = list(dict.fromkeys(row["size_px"] for row in costs))
     first = {name: next(row for row in costs if row["system"] == name) for name in names}
@@ -259,7 +237,10 @@ def run(args: argparse.Namespace) -> int:
         tokens: attention_share(768, 12, tokens)
         for tokens in sorted({(side // _PATCH_SIZE) ** 2 for side in args.sizes})
     }
-    text = write_report(args.out, costs, scores, growth_exponents(costs), shares, describe_device(device))
+    exponents = growth_exponents(costs)
+    text = format_report(costs, scores, exponents, shares, describe_device(device))
+    (args.out / "comparison.md").write_text(text, encoding="utf-8")
+    draw_growth(costs, exponents, args.out / "comparison.png")
     print(text)
     return 0
 

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from typing import ClassVar
@@ -24,8 +25,6 @@ from clustvit_ros.errors import EngineError, ImageError, ModelError
 IMAGE = np.arange(64 * 96 * 3, dtype=np.uint8).reshape(64, 96, 3)  # 24 tokens: rungs of 3
 OUT_OF_MEMORY = EngineError("cuda:0 (Fake) failed on an image of (64, 96): CUDA out of memory. Tried to allocate 2 GiB")
 LOST = RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be reported later")
-
-
 WAIT_S = 10.0
 
 
@@ -83,12 +82,10 @@ class Machine:
         self.wait_for(lambda: bool(self.ended))
 
     def start(self, model: str) -> None:
-        self.host.start(
-            EngineOrder(
-                model, self.make, lambda engine: Session(engine, self.slot, self.results), self.device, self.adapts,
-                self.ended.append,
-            )
-        )  # fmt: skip
+        def bind(engine: Engine) -> Session:
+            return Session(engine, self.slot, self.results)
+
+        self.host.start(EngineOrder(model, self.make, bind, self.device, self.adapts, self.ended.append))
 
     def make(self, device: str) -> Engine:
         self.made.append(device)
@@ -143,11 +140,14 @@ class Part(ScriptedEngine):
         self.machine.closed.append(self.info.device)
 
 
+def resilient(*failures: Exception | None) -> ResilientEngine:
+    """An engine whose calls fail with these, one after the other and then over again; None is a call that works."""
+    script = itertools.cycle(failures or (None,))
+    return ResilientEngine(ScriptedEngine(failure=lambda _call: next(script)), FallbackPolicy(steps_for(True)))
+
+
 def test_a_fault_that_passes_costs_nothing() -> None:
-    failures = iter([EngineError("hiccup")])
-    engine = ResilientEngine(
-        ScriptedEngine(failure=lambda _call: next(failures, None)), FallbackPolicy(steps_for(True))
-    )
+    engine = resilient(EngineError("hiccup"), None)
     assert engine.segment(IMAGE).mask.shape == (1, 64, 96)
     assert engine.fault == ""
 
@@ -170,8 +170,7 @@ def test_out_of_memory_at_every_capacity_ends_on_the_cpu() -> None:
     machine = Machine()
     machine.failure = OUT_OF_MEMORY
     assert machine.segment() == 24
-    assert machine.made == ["cuda", "cpu"]
-    assert machine.closed == ["cuda:0 (Fake)"]
+    assert machine.made == ["cuda", "cpu"] and machine.closed == ["cuda:0 (Fake)"]
     assert machine.device_in_use == "cpu (fake)"
     reason = machine.host.session.engine.info.device_reason  # type: ignore[union-attr]
     assert reason.startswith("fell back from cuda: cuda:0 (Fake) failed")
@@ -182,8 +181,7 @@ def test_a_lost_device_goes_to_the_cpu_at_once_and_the_frame_gets_its_mask() -> 
     machine = Machine()
     machine.failure = LOST
     machine.segment()
-    assert len(machine.results) == 1
-    assert machine.made == ["cuda", "cpu"]
+    assert len(machine.results) == 1 and machine.made == ["cuda", "cpu"]
     assert "after 2 failed calls: CUDA error: unspecified launch failure;" in machine.host.fault
 
 
@@ -263,16 +261,14 @@ def test_warming_may_fail_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_callers_mistakes_are_not_repeated() -> None:
-    engine = ResilientEngine(ScriptedEngine(), FallbackPolicy(steps_for(True)))
+    engine = resilient()
     with pytest.raises(ImageError):
         engine.segment(IMAGE.astype(np.float32))
     assert engine.fault == ""
 
 
 def test_a_call_that_fails_everywhere_raises_the_engines_error() -> None:
-    engine = ResilientEngine(
-        ScriptedEngine(failure=lambda _call: EngineError("broken")), FallbackPolicy(steps_for(True))
-    )
+    engine = resilient(EngineError("broken"))
     for _ in range(3):
         with pytest.raises(EngineError, match="broken"):
             engine.segment(IMAGE)
