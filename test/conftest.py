@@ -15,6 +15,7 @@ import pytest
 
 from clustvit_ros.classes import ClassSet
 from clustvit_ros.dds import bound_spinning
+from clustvit_ros.engine import ScriptedEngine
 
 # Before PyTorch is imported. Without a bound, its threads spin through whole time slices when a node under test has the
 # other core, and tests take ten times as long.
@@ -75,3 +76,27 @@ def vnni():
 
     if problem := int8_problem():
         pytest.skip(f"needs 8-bit products: {problem}")
+
+
+class ScriptedClock:
+    """Time that passes only when somebody sleeps."""
+
+    def __init__(self):
+        self.now_s = 0.0
+
+    def __call__(self):
+        return self.now_s
+
+    def sleep(self, seconds):
+        self.now_s += seconds
+
+
+@pytest.fixture
+def scripted_engine():
+    """Makes an engine of a given latency, and the clock that it lives by."""
+
+    def make(latency_ms):
+        clock = ScriptedClock()
+        return ScriptedEngine(latency_ms, sleep=clock.sleep, clock=clock), clock
+
+    return make

@@ -14,46 +14,28 @@ import cv2
 import numpy as np
 
 from clustvit_ros.cli.main import main
-from clustvit_ros.engine import ScriptedEngine, Settings
+from clustvit_ros.engine import Settings
 from clustvit_ros.measure.sweep import SweepRow, suggest, sweep
-
-
-class ScriptedClock:
-    """Time that passes only when somebody sleeps."""
-
-    def __init__(self):
-        self.now_s = 0.0
-
-    def __call__(self):
-        return self.now_s
-
-    def sleep(self, seconds):
-        self.now_s += seconds
-
-
-def scripted(latency_ms):
-    clock = ScriptedClock()
-    return ScriptedEngine(latency_ms, sleep=clock.sleep, clock=clock)
 
 
 def row(accuracy, p50, p95=None):
     return SweepRow(0.5, 0, accuracy, p50, p95 or p50, 10.0)
 
 
-def test_sweep_measures_every_setting():
+def test_sweep_measures_every_setting(scripted_engine):
     images = [np.full((32, 48, 3), value, np.uint8) for value in (10, 100, 200)]
     labels = [np.full((32, 48), value >> 6, np.uint8) for value in (10, 100, 200)]
     labels[0][:16] = 3  # a quarter of class 3's pixels is labelled wrongly
     settings = [Settings(t, confidence=False) for t in (0.5, 1.0)]
-    rows = sweep(scripted(lambda call, kept, total: float(kept)), images, labels, settings)
+    rows = sweep(scripted_engine(lambda call, kept, total: float(kept))[0], images, labels, settings)
     assert [r.latency_ms_p50 for r in rows] == [3.0, 6.0] and [r.tokens_kept_mean for r in rows] == [3.0, 6.0]
     assert rows[0].accuracy == rows[1].accuracy == round(100 * (0.5 + 1 + 2 / 3) / 3, 3)
     assert [r.pareto for r in rows] == [True, False]
 
 
-def test_without_labels_the_unmerged_result_is_the_reference():
+def test_without_labels_the_unmerged_result_is_the_reference(scripted_engine):
     images = [np.full((32, 48, 3), 100, np.uint8)]
-    assert sweep(scripted(1.0), images, None, [Settings(0.2)])[0].accuracy == 100.0
+    assert sweep(scripted_engine(1.0)[0], images, None, [Settings(0.2)])[0].accuracy == 100.0
 
 
 def test_suggestion_is_the_most_accurate_within_the_budget():

@@ -21,24 +21,6 @@ SIZE = (128, 128)  # 64 tokens, a rung every 8
 LATENCY_MS = {8: 4.0, 16: 8.5, 64: 30.25}
 
 
-class ScriptedClock:
-    """Time that passes only when somebody sleeps."""
-
-    def __init__(self):
-        self.now_s = 0.0
-
-    def __call__(self):
-        return self.now_s
-
-    def sleep(self, seconds):
-        self.now_s += seconds
-
-
-def scripted(latency_ms):
-    clock = ScriptedClock()
-    return ScriptedEngine(latency_ms, sleep=clock.sleep, clock=clock), clock
-
-
 @pytest.fixture
 def key():
     info = dataclasses.replace(ScriptedEngine().info, weights_sha256="1234")
@@ -53,20 +35,20 @@ def measured(engine, on_progress=lambda share: None):
     return calibration.latency_ms()
 
 
-def test_every_capacity_is_timed():
-    engine, _ = scripted(lambda call, kept, total: 2.0 + kept)
+def test_every_capacity_is_timed(scripted_engine):
+    engine, _ = scripted_engine(lambda call, kept, total: 2.0 + kept)
     shares = []
     assert measured(engine, shares.append) == pytest.approx({c: 2.0 + c for c in range(8, 65, 8)})
     assert shares == sorted(shares) and shares[-1] == 1.0
 
 
-def test_other_processes_do_not_spoil_it():
-    engine, _ = scripted(lambda call, kept, total: kept * (3.0 if call % 2 else 1.0))
+def test_other_processes_do_not_spoil_it(scripted_engine):
+    engine, _ = scripted_engine(lambda call, kept, total: kept * (3.0 if call % 2 else 1.0))
     assert measured(engine) == pytest.approx({c: float(c) for c in range(8, 65, 8)})
 
 
-def test_a_slow_engine_is_not_timed_for_minutes():
-    engine, clock = scripted(lambda call, kept, total: 60.0 * kept)
+def test_a_slow_engine_is_not_timed_for_minutes(scripted_engine):
+    engine, clock = scripted_engine(lambda call, kept, total: 60.0 * kept)
     calibration = Calibration(engine, SIZE, limit_ms=4000.0)
     while not calibration.done:
         calibration.step()
