@@ -27,7 +27,6 @@ from typing import Any, TextIO
 import cv2
 import numpy as np
 from rclpy.clock import Clock, ClockType
-from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.qos_overriding_options import QoSOverridingOptions
@@ -39,7 +38,7 @@ from clustvit_ros.demo.frame_source import FrameSource, SourceFrame, open_source
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.node.messages import image_message
 from clustvit_ros.node.parameter_server import ParameterServer
-from clustvit_ros.node.process import run_node
+from clustvit_ros.node.process import run_node, spin_until_done
 from clustvit_ros.policy.parameter_spec import parameter
 
 
@@ -347,12 +346,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         0, or 1 when the source or a parameter cannot be used or nobody subscribes in time.
     """
-    return run_node("camera", CameraNode, _spin, arguments)
-
-
-def _spin(node: CameraNode, executor: SingleThreadedExecutor) -> int:
-    executor.spin_until_future_complete(node.done)
-    return node.done.result() or 0 if node.done.done() else 0
+    return run_node("camera", CameraNode, spin_until_done, arguments)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ import cv2
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.clock import Clock, ClockType
-from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.task import Future
@@ -36,7 +35,7 @@ from clustvit_ros.demo.recording import Manifest, Recording
 from clustvit_ros.images import decode_image
 from clustvit_ros.node.messages import stamp_ns
 from clustvit_ros.node.parameter_server import ParameterServer
-from clustvit_ros.node.process import run_node
+from clustvit_ros.node.process import run_node, spin_until_done
 from clustvit_ros.policy.parameter_spec import parameter
 
 SUMMARY_NAME = "recording.json"
@@ -231,7 +230,7 @@ class RecorderNode(Node):
     def _end(self, reason: str) -> None:
         if not self.done.done():
             self._ended_by = reason
-            self.done.set_result(reason)
+            self.done.set_result(0)
 
 
 def _pixels_of(message: Image) -> np.ndarray:
@@ -246,12 +245,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         0 when at least one mask was recorded, else 1.
     """
-    return run_node("recorder", RecorderNode, _spin, arguments)
-
-
-def _spin(node: RecorderNode, executor: SingleThreadedExecutor) -> int:
-    executor.spin_until_future_complete(node.done)
-    return 0
+    return run_node("recorder", RecorderNode, spin_until_done, arguments)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import sys
 from typing import Any
 
 import cv2
-from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import QoSProfile
 from rclpy.task import Future
@@ -20,7 +19,7 @@ from sensor_msgs.msg import Image
 
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.images import decode_image
-from clustvit_ros.node.process import run_node
+from clustvit_ros.node.process import run_node, spin_until_done
 
 _TITLE = "clustvit_ros: segmentation/overlay (q closes)"
 _MAX_PIXELS = 1 << 28
@@ -53,7 +52,7 @@ class ViewerNode(Node):
     def _on_overlay(self, message: Image) -> None:
         cv2.imshow(_TITLE, cv2.cvtColor(decode_image(message, _MAX_PIXELS), cv2.COLOR_RGB2BGR))
         if cv2.waitKey(1) & 0xFF == ord("q") and not self.done.done():
-            self.done.set_result(None)
+            self.done.set_result(0)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,12 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         0, or 1 when there can be no window.
     """
-    return run_node("viewer", ViewerNode, _spin, arguments)
-
-
-def _spin(node: ViewerNode, executor: SingleThreadedExecutor) -> int:
-    executor.spin_until_future_complete(node.done)
-    return 0
+    return run_node("viewer", ViewerNode, spin_until_done, arguments)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,12 @@ def run_node(
     return code
 
 
+def spin_until_done(node: Any, executor: SingleThreadedExecutor) -> int:
+    """A `run` for nodes that end by themselves: their future `done` gets the exit code."""
+    executor.spin_until_future_complete(node.done)
+    return node.done.result() if node.done.done() else 0
+
+
 def _leave_native_threads(code: int) -> None:
     """End the process here when a thread is still in native code: loading a model, or an engine call that hangs.
 
