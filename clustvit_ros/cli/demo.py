@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
 from tqdm import tqdm
 
 from clustvit_ros.cli.arguments import parse_size
@@ -34,9 +33,8 @@ from clustvit_ros.dds import node_environment
 from clustvit_ros.demo.processes import NodeProcess
 from clustvit_ros.demo.sim_demo import DEFAULT_SEED, SIM_RATE_HZ, run_sim, window_problem
 from clustvit_ros.errors import ClustvitError, ConfigError, DataError
-from clustvit_ros.images import read_image
 from clustvit_ros.measure.metrics import ConfusionMatrix
-from clustvit_ros.measure.pictures import save_picture
+from clustvit_ros.measure.pictures import contact_sheet, save_picture
 from clustvit_ros.networks.model_folder import load_config
 from clustvit_ros.training.dataset import find_images, read_labels
 
@@ -163,16 +161,6 @@ def score(frames: Sequence[dict[str, Any]], folder: Path, labels: Path, num_clas
                 raise DataError(f"{folder / frame['mask']}: the recorded mask cannot be read; is the disk full?")
             matrix.add(read_labels(label_path, num_classes), mask)
     return matrix
-
-
-def contact_sheet(pictures: Sequence[Path], columns: int = 3, rows: int = 2, width: int = 480) -> np.ndarray:
-    """A few pictures, evenly chosen, in one: (H, W, 3) uint8 RGB."""
-    chosen = [pictures[i * len(pictures) // (columns * rows)] for i in range(min(columns * rows, len(pictures)))]
-    first = read_image(chosen[0])
-    size = (width, round(first.shape[0] * width / first.shape[1]))
-    tiles = [cv2.resize(read_image(path), size, interpolation=cv2.INTER_AREA) for path in chosen]
-    tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
-    return np.vstack([np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)])
 
 
 def _record(args: argparse.Namespace, source: DemoSource, environ: dict[str, str]) -> dict[str, Any]:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -15,7 +16,7 @@ import numpy as np
 
 from clustvit_ros.engine.engine import Prediction
 from clustvit_ros.errors import DataError
-from clustvit_ros.images import Sample
+from clustvit_ros.images import Sample, read_image
 
 _CLUSTER_COLOURS = np.array(
     [[90, 90, 90], [66, 133, 244], [244, 160, 0], [15, 157, 88], [171, 71, 188], [0, 172, 193]], np.uint8
@@ -68,3 +69,13 @@ def titled(image: np.ndarray, title: str) -> np.ndarray:
     for colour, thickness in (((0, 0, 0), 3), ((255, 255, 255), 1)):
         cv2.putText(image, title, (8, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.55, colour, thickness, cv2.LINE_AA)
     return image
+
+
+def contact_sheet(pictures: Sequence[Path], columns: int = 3, rows: int = 2, width: int = 480) -> np.ndarray:
+    """A few pictures, evenly chosen, in one: (H, W, 3) uint8 RGB."""
+    chosen = [pictures[i * len(pictures) // (columns * rows)] for i in range(min(columns * rows, len(pictures)))]
+    first = read_image(chosen[0])
+    size = (width, round(first.shape[0] * width / first.shape[1]))
+    tiles = [cv2.resize(read_image(path), size, interpolation=cv2.INTER_AREA) for path in chosen]
+    tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
+    return np.vstack([np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)])

@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 
 from clustvit_ros.classes import load_class_set
-from clustvit_ros.cli.demo import contact_sheet, find_source, score
+from clustvit_ros.cli.demo import find_source, score
 from clustvit_ros.cli.main import main
 from clustvit_ros.demo.sim_demo import window_problem
 from clustvit_ros.engine import create_engine
 from clustvit_ros.errors import ConfigError, DataError
 from clustvit_ros.measure.metrics import ConfusionMatrix
+from clustvit_ros.measure.pictures import contact_sheet
 from clustvit_ros.training.dataset import LabelledImages
 
 needs_ros = pytest.mark.skipif(importlib.util.find_spec("rclpy") is None, reason="needs rclpy (ROS 2)")
