@@ -178,8 +178,10 @@ class EngineHost(Generic[T]):
             engine = ResilientEngine(made, policy, reason)
             del made
             try:
+                self._check_wanted(order)
                 self._on_loading(engine)
                 engine.warmup(image_size)
+                self._check_wanted(order)
                 return order.assemble(engine)
             except DeviceLost:
                 engine.close()
@@ -187,6 +189,12 @@ class EngineHost(Generic[T]):
             except BaseException:
                 engine.close()
                 raise
+
+    def _check_wanted(self, order: EngineOrder[T]) -> None:
+        """End a load that was given up before it takes more time from the engine in charge."""
+        with self._lock:
+            if order is not self._wanted and order is not self._order:
+                raise EngineError("its loading was given up")
 
     def _load_again(self, order: EngineOrder[T], image_size: tuple[int, int] | None) -> Session[T]:
         """An engine on the device that was asked for, while the CPU's goes on."""

@@ -192,6 +192,7 @@ class EngineControl:
         if session is not None:
             # Until the other model takes over, classes are named as before.
             session.named = None if new.model == self._host.model else session.named or old
+        self._order = None  # what was on its way is given up, which is no failure
         if not self._host.keep(new.model):
             self._start()
 

@@ -303,7 +303,7 @@ def test_another_model_takes_over_when_it_is_warm_and_not_when_it_is_given_up() 
     machine.wait_for(lambda: machine.host.model == "d")
     machine.segment()
     machine.wait_for(lambda: machine.closed == ["cuda:0 (Fake)"] * 3)
-    assert machine.ended[-1] is None
+    assert machine.ended[-1] is None and len(machine.warmed) == 2, "what was given up costs no more"
 
 
 def test_a_model_that_fails_or_takes_too_long_changes_nothing() -> None:

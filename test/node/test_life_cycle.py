@@ -110,6 +110,11 @@ def test_a_lifecycle_manager_brings_it_up_and_down(ros_client: Any, start_node: 
     assert process.stop(signal.SIGTERM) == 0
 
 
+def names(client: Any) -> list[tuple[str, str]]:
+    """(name, namespace) of the nodes that the graph shows."""
+    return client.node.get_node_names_and_namespaces()
+
+
 @pytest.mark.parametrize(
     ("moment", "number"),
     [
@@ -154,6 +159,10 @@ def test_signals_end_it_cleanly_in_every_state(
     assert process.stop(number) == 0
     assert "Traceback" not in process.output
     assert "Error" not in process.output
+    # At once, not when its lease of 20 s ends: until then, callers of its services would wait for ever.
+    left_s = time.monotonic()
+    ros_client.spin_until(lambda: ("segmentation", namespace) not in names(ros_client), "the node's leaving")
+    assert time.monotonic() - left_s < 5.0
 
 
 def test_autostart_without_a_model_ends_with_an_error(start_node: Callable[..., Any]) -> None:

@@ -136,7 +136,7 @@ def test_groups_must_fit_the_new_model(robot: Robot, models: dict[str, Path]) ->
     assert robot.set(string("class_groups", ""))[0].successful
 
 
-def test_services_answer_while_a_model_loads_and_what_fails_then_leaves_the_old_one(ros_client: Any) -> None:
+def test_services_answer_while_a_model_loads_and_what_fails_leaves_the_old_one(ros_client: Any, capfd: Any) -> None:
     """In this process, where an engine can be made to load for as long as it takes to ask everything."""
     from lifecycle_msgs.msg import Transition
     from lifecycle_msgs.srv import ChangeState, GetState
@@ -190,6 +190,10 @@ def test_services_answer_while_a_model_loads_and_what_fails_then_leaves_the_old_
         ros_client.spin_until(activated.done, "the active node")
 
         go_on.clear()
+        for name in ("second", "first", "second", "first"):
+            assert set_model(name).results[0].successful
+        assert state() == "active" and not node._engines.loading
+        assert "cannot be used" not in capfd.readouterr().err, "to think again is no failure"
         cause.append(EngineError("no memory for it"))
         assert set_model("second").results[0].successful
         assert state() == "active" and node._engines.loading == "loading model second"
