@@ -16,6 +16,7 @@ from clustvit_ros.errors import ConfigError
 from clustvit_ros.networks.model_folder import load_config, write_variant
 from clustvit_ros.networks.vit_config import MERGES, ViTConfig
 from clustvit_ros.paths import find_model
+from clustvit_ros.policy.parameters import MOST_THREADS
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -24,6 +25,20 @@ def parse_size(text: str) -> tuple[int, int]:
     if not found:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected HEIGHTxWIDTH in pixels, e.g. 512x512")
     return int(found[1]), int(found[2])
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """Option `--threads`, in the same range as the node's parameter: what is above it ends native code."""
+    parser.add_argument(
+        "--threads", type=_parse_threads, default=0, metavar="N",
+        help=f"CPU threads, up to {MOST_THREADS}, 0 = automatic (default: 0)",
+    )  # fmt: skip
+
+
+def _parse_threads(text: str) -> int:
+    if not text.isdecimal() or int(text) > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number from 0 to {MOST_THREADS}")
+    return int(text)
 
 
 def parse_batch(text: str) -> int | None:

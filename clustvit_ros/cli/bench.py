@@ -20,6 +20,7 @@ import torch
 
 from clustvit_ros.classes import ClassSet
 from clustvit_ros.cli.arguments import (
+    add_threads,
     add_variants,
     find_variants,
     parse_counts,
@@ -64,7 +65,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--provider", choices=PROVIDERS, default="", help="ONNX Runtime's provider (default: device's)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = automatic (default: 0)")
+    add_threads(parser)
     parser.add_argument(
         "--precision", type=parse_names, default=("float32",),
         help="float32, float16, bfloat16 or int8, or several separated by commas (default: float32)",
@@ -82,7 +83,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for name, least in (("batch", 1), ("runs", 1), ("warmup", 0), ("threads", 0)):
+    for name, least in (("batch", 1), ("runs", 1), ("warmup", 0)):
         if getattr(args, name) < least:
             raise ConfigError(f"{name}: got {getattr(args, name)}, expected at least {least}")
     with tempfile.TemporaryDirectory(prefix="clustvit_bench_") as folder:

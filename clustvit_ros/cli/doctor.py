@@ -17,9 +17,11 @@ from clustvit_ros.cli import machine_checks
 from clustvit_ros.cli.compute_checks import run_isolated
 from clustvit_ros.cli.machine_checks import Finding, Level, as_json, as_text, check_camera
 from clustvit_ros.dds import remove_leftovers
+from clustvit_ros.errors import ConfigError
 
 _DEFAULT_TOPIC = "/image"
 _MAX_IMAGE_PIXELS = 16_777_216
+_MOST_SECONDS = 3600.0
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -37,6 +39,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print every finding; 1 when one of them is a failure."""
+    if not 0.0 < args.seconds <= _MOST_SECONDS:
+        raise ConfigError(f"--seconds: got {args.seconds:g}, expected more than 0 and at most {_MOST_SECONDS:g}")
     findings = examine(args)
     print(as_json(findings) if args.json else as_text(findings))
     return int(any(finding.level is Level.FAIL for finding in findings))

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from clustvit_ros.cli.arguments import add_variants, find_variants
+from clustvit_ros.cli.arguments import add_threads, add_variants, find_variants
 from clustvit_ros.cli.train import usable
 from clustvit_ros.engine import PRECISIONS, Engine, Prediction, Settings, create_engine
 from clustvit_ros.errors import ConfigError, DataError
@@ -47,7 +47,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--token-capacity", type=int, default=0, help="upper bound on kept tokens, 0 = none (default: 0)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = automatic (default: 0)")
+    add_threads(parser)
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="float32", help="what the network computes in (default: float32)"
     )

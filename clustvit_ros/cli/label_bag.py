@@ -22,7 +22,7 @@ from typing import Any
 from clustvit_ros.bags import LabelOptions, LabelReport, find_bags, label_bag
 from clustvit_ros.bags.fleet import DAMAGED, FAILED, LABELLED, BagOutcome, FleetOptions, label_bags
 from clustvit_ros.bags.labelling import COMPRESSIONS, FORMATS, OUTPUT_STORAGES
-from clustvit_ros.cli.arguments import parse_size
+from clustvit_ros.cli.arguments import add_threads, parse_size
 from clustvit_ros.engine import ENGINES, create_engine
 from clustvit_ros.errors import BagError, ConfigError
 
@@ -52,7 +52,7 @@ def add_label_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--engine", choices=ENGINES, default="torch", help="what runs the network (default: torch)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = automatic (default: 0)")
+    add_threads(parser)
     parser.add_argument("--merge-threshold", type=float, default=0.5, help="0..1, 1 merges nothing (default: 0.5)")
     parser.add_argument("--token-capacity", type=int, default=0, help="bound on kept tokens, 0 = none (default: 0)")
     parser.add_argument(

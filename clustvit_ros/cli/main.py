@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         return args.run(args)
-    except ClustvitError as error:
+    except (ClustvitError, OSError) as error:  # the latter: files and folders that cannot be read or written
         print(f"clustvit-ros: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from clustvit_ros.cli.arguments import add_threads
 from clustvit_ros.config import to_mapping
 from clustvit_ros.engine import Settings
 from clustvit_ros.engine.network_engine import select_device
@@ -59,7 +60,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     """Options of `train` and `pretrain`."""
     parser.add_argument("--epochs", type=int, help="instead of the recipe's number of epochs")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = automatic")
+    add_threads(parser)
     parser.add_argument(
         "--bad-data", choices=("strict", "skip"), default="strict",
         help="strict stops on files that cannot be used and lists them, skip goes on without them (default: strict)",
@@ -170,6 +171,8 @@ def run(args: argparse.Namespace) -> int:
     recipe = read_recipe(args.recipe)
     if args.without_merging:
         recipe = recipe.without_merging()
+    if args.init == "":
+        raise ConfigError("--init: got nothing, expected weights to start from; leave it out for the recipe's own")
     if args.init is not None:
         recipe = dataclasses.replace(recipe, init=args.init)
     if args.epochs is not None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from clustvit_ros.cli.arguments import add_threads
 from clustvit_ros.engine import Engine, Settings, create_engine
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.images import read_image
@@ -33,7 +34,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--limit", type=int, default=50, help="use so many images, evenly chosen (default: 50)")
     parser.add_argument("--engine", default="torch", help="torch or onnxruntime (default: torch)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = automatic (default: 0)")
+    add_threads(parser)
     parser.add_argument("--json", type=Path, help="write all rows to this file")
     parser.add_argument("--plot", type=Path, default=Path("tune.png"), help="the picture (default: tune.png)")
     parser.set_defaults(run=run)

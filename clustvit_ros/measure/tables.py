@@ -54,6 +54,13 @@ def new_figure(size_in: tuple[float, float], rows: int = 1, columns: int = 1, **
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure as the path's suffix says; folders are made."""
+    """Write a figure as the path's suffix says; folders are made.
+
+    Raises:
+        ConfigError: a suffix of no picture format.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120)
+    except ValueError as error:  # a suffix that matplotlib does not know
+        raise ConfigError(f"{path}: cannot be drawn ({error})") from error

@@ -17,6 +17,9 @@ from clustvit_ros.engine.masks import parse_groups
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.policy.parameter_spec import ParameterSpec, parameter, parameter_table, specs_of
 
+MOST_THREADS = 1024
+"""Native code ends the process when it is asked for very many."""
+
 REFERENCES = ("inference", "stamp")
 """What a budget covers: the engine alone, or from the frame's stamp to the publication of its mask."""
 
@@ -69,7 +72,7 @@ class SegmentationParameters:
         choices=PRECISIONS,
     )  # fmt: skip
     threads: int = parameter(
-        0, "CPU threads of the engine; 0: as many as other processes leave cores.", minimum=0, maximum=1024
+        0, "CPU threads of the engine; 0: as many as other processes leave cores.", minimum=0, maximum=MOST_THREADS
     )
     merge_threshold: float = parameter(
         0.5, "Tokens whose merge score is above this are merged; 1 merges nothing, 0 everything.",

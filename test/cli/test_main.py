@@ -15,6 +15,7 @@ import sys
 import pytest
 
 from clustvit_ros.cli.main import COMMANDS, main
+from clustvit_ros.paths import share_dir
 
 
 def test_help_names_every_command(capsys):
@@ -45,3 +46,31 @@ def test_a_missing_package_disables_only_the_commands_that_need_it(monkeypatch, 
     monkeypatch.setattr(builtins, "__import__", without_tqdm)
     assert main(["train", "recipe.yaml", "--data", "somewhere"]) == 2
     assert "'train' needs the Python package 'tqdm'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("threads", ["-1", "100000", "many"])
+@pytest.mark.parametrize("command", ["bench", "evaluate --model m --images i --labels l", "train r --data d"])
+def test_threads_beyond_what_native_code_bears_are_refused(command, threads, capsys):
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--threads", threads])
+    assert f"got '{threads}', expected a whole number from 0 to 1024" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("doctor --seconds nan", "--seconds: got nan, expected more than 0"),
+        ("doctor --seconds -1", "--seconds: got -1, expected more than 0"),
+        ("bench --arch vit_t --size 32x32 --runs 1 --warmup 0 --json /proc/x.json", "/proc/x.json"),
+        ("bench --arch vit_t --size 32x32 --runs 1 --warmup 0 --plot {tmp}/x.xyz", "x.xyz: cannot be drawn"),
+    ],
+)
+def test_what_cannot_be_used_or_written_is_one_line(command, message, capsys, tmp_path):
+    assert main(command.format(tmp=tmp_path).split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_empty_init_is_no_random_start(capsys, tmp_path):
+    recipe = share_dir() / "config" / "train" / "camvid_tiny.yaml"
+    assert main(["train", str(recipe), "--data", str(tmp_path), "--init", ""]) == 2
+    assert "--init: got nothing" in capsys.readouterr().err
