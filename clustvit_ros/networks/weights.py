@@ -99,8 +99,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
                 grid_size = height, width
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ModelError(f"{path}: does not exist; expected a file of weights, .pth or .safetensors") from error
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, pickle.UnpicklingError):
+            # PyTorch recommends to load without `weights_only`, which would execute what is in the file.
+            reason = "it is damaged or holds other objects"
         raise ModelError(
             f"{path}: cannot be read as weights of plain tensors ({reason}); pass a .safetensors file, or, if it is a "
             "training checkpoint with other objects in it, save its state_dict alone"

@@ -153,8 +153,9 @@ def _find(source: str | Path) -> Path:
     for folder in (path, share_dir() / "models" / str(source)):
         if (folder / MODEL_FILE).is_file():
             return folder / WEIGHTS_FILE
+    found = f"is a folder without {MODEL_FILE}" if path.is_dir() else "does not exist"
     raise ModelError(
-        f"init: {source} does not exist; expected a file of weights, a model folder or a shipped model's name"
+        f"init: {source} {found}; expected a file of weights, a model folder or a shipped model's name"
     )
 
 

@@ -129,6 +129,18 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path, capsys):
     assert not (tmp_path / "exploded").exists()
 
 
+def test_a_file_that_is_missing_or_damaged_says_so(tmp_path, capsys):
+    assert import_(tmp_path / "none.pth", tmp_path / "model") == 2
+    assert "none.pth: does not exist" in capsys.readouterr().err
+    official_checkpoint(tmp_path / "a.pth")
+    (tmp_path / "a.pth").write_bytes(b"no checkpoint at all")
+    assert import_(tmp_path / "a.pth", tmp_path / "model") == 2
+    error = capsys.readouterr().err
+    assert "cannot be read as weights" in error and "weights_only" not in error
+    with pytest.raises(ModelError, match="is a folder without model"):
+        load_init(build_network(ViTConfig(image_size=(64, 64), depth=4), 3), tmp_path)
+
+
 def test_a_convolutional_stem_has_no_official_name():
     network = build_network(ViTConfig(backbone="vit", image_size=(64, 64), depth=1, stem="conv"), 3)
     with pytest.raises(ModelError, match="convolutional stem"):
