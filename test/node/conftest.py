@@ -163,8 +163,9 @@ class RosClient:
         asked_s = time.monotonic()
 
         def answered() -> bool:
-            # A server that has not discovered this client yet answers into the void. What only reads is asked again.
-            if kind.__name__.startswith("Get") and time.monotonic() > asked_s + len(asked) * _ASK_AGAIN_S:
+            # A server that has not discovered this client yet answers into the void; nodes that still load answer that
+            # early. What reads, or sets a value that it may have set before, is asked again.
+            if kind.__name__.startswith(("Get", "Set")) and time.monotonic() > asked_s + len(asked) * _ASK_AGAIN_S:
                 asked.append(client.call_async(request))
             return any(future.done() for future in asked)
 
