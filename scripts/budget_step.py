@@ -40,7 +40,7 @@ from clustvit_ros.policy import percentile
 
 BUDGET_SHARE = 0.6
 SETTLE_FRAMES = 30
-"""Within so many frames a budget must be held, and a capacity regained."""
+"""Within so many frames a budget must be held, and an operating point regained."""
 
 _IMAGES = 24
 _FULL_FRAMES = 60
@@ -129,11 +129,14 @@ class Client:
                 "budget_ms": float(pairs["latency_budget_ms"]),
                 "capacity": int(pairs["token_capacity"]),
                 "ceiling": int(pairs["token_ceiling"]),
+                "input_size": pairs["input_size"],
                 "threads": int(pairs["threads"]),
                 "engine_ms": float(pairs["engine_ms"]),
                 "age_ms": float(pairs["age_ms"]),
                 "slowdown": float(pairs["slowdown"]) if self._calibrated else None,
                 "predicted_ms": float(pairs["predicted_ms"]) if self._calibrated else None,
+                # What the point costs on the idle machine: points are ordered by it, over both axes.
+                "point_ms": float(pairs["point_ms"]) if self._calibrated else None,
                 "deadline_missed": pairs["deadline_missed"] == "true",
             }
         )
@@ -160,32 +163,28 @@ def measure(client: Client, load_s: float) -> dict[str, Any]:
     client.set_budget(budget_ms)
     client.run_until(lambda: client.series[-1]["budget_ms"] == budget_ms, "the new budget")
     settled = client.run_phase("budget", SETTLE_FRAMES + _STEADY_FRAMES)[SETTLE_FRAMES:]
-    former = int(np.median(_column(settled, "capacity")))
+    former_ms = float(np.median(_column(settled, "point_ms")))
     with _burning_core():
         loaded = client.run_phase("load", 2 * SETTLE_FRAMES, load_s)
     after = client.run_phase("after", _STEADY_FRAMES)
-    regained = next((frame for frame, entry in enumerate(after) if entry["capacity"] >= former), None)
+    regained = next((frame for frame, entry in enumerate(after) if entry["point_ms"] >= former_ms), None)
 
-    smallest = min(entry["capacity"] for entry in client.series)
     loaded = loaded[SETTLE_FRAMES:]
-    needless = [entry for entry in loaded if entry["deadline_missed"] and entry["capacity"] > smallest]
-    p95_ms = percentile(_column(settled, "engine_ms"), 0.95)
+    p95_ms, load_p95_ms = (percentile(_column(entries, "engine_ms"), 0.95) for entries in (settled, loaded))
     return {
         "full_ms": full_ms,
         "budget_ms": budget_ms,
         "settled_p95_ms": p95_ms,
         "settled_miss_share": float(np.mean(_column(settled, "deadline_missed"))),
-        "former_capacity": former,
-        "load_p95_ms": percentile(_column(loaded, "engine_ms"), 0.95),
+        "former_point": _usual_point(settled),
+        "load_p95_ms": load_p95_ms,
         "load_miss_share": float(np.mean(_column(loaded, "deadline_missed"))),
-        "load_lowest_capacity": min(entry["capacity"] for entry in loaded),
+        "load_point": _usual_point(loaded),
         "frames_to_regain": regained,
         "checks": {
             f"p95 from frame {SETTLE_FRAMES} on is within the budget": p95_ms <= budget_ms,
-            "under load at most 5 % of frames miss it with more tokens than the fewest": (
-                len(needless) <= 0.05 * len(loaded)
-            ),
-            f"the former capacity is back within {SETTLE_FRAMES} frames after the load": (
+            f"p95 from frame {SETTLE_FRAMES} of the load on is within the budget": load_p95_ms <= budget_ms,
+            f"the former operating point is back within {SETTLE_FRAMES} frames after the load": (
                 regained is not None and regained <= SETTLE_FRAMES
             ),
         },
@@ -193,8 +192,16 @@ def measure(client: Client, load_s: float) -> dict[str, Any]:
     }
 
 
+def _usual_point(entries: list[dict[str, Any]]) -> str:
+    """The operating point that most frames were made at."""
+    points = [
+        f"{entry['capacity']} tokens at {entry['input_size']}, threads {entry['threads']}" for entry in entries
+    ]
+    return max(points, key=points.count)
+
+
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Draw latencies against the budget, and the capacity below them.
+    """Draw latencies against the budget, and tokens and input size below them.
 
     Args:
         result: as `measure` returns it.
@@ -212,7 +219,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
     top.legend(loc="lower right", ncol=3)
     bottom.step(time_s, _column(series, "capacity"), where="post", color="tab:green")
     bottom.set_ylim(bottom=0)
-    bottom.set_ylabel("tokens kept")
+    heights = np.array([float(entry["input_size"].partition("x")[0]) for entry in series])
+    bottom.step(time_s, heights, where="post", color="tab:purple", linewidth=0.8)
+    bottom.set_ylabel("tokens kept (green),\ninput height, px (purple)")
     bottom.set_xlabel("seconds")
     for phase in dict.fromkeys(entry["phase"] for entry in series):
         times = [at for at, entry in zip(time_s, series, strict=True) if entry["phase"] == phase]
@@ -307,7 +316,7 @@ def main() -> int:
         return 1
     for name, value in result.items():
         if name not in ("series", "checks"):
-            print(f"{name:28} {value if isinstance(value, int) or value is None else round(value, 3)}")
+            print(f"{name:28} {round(value, 3) if isinstance(value, float) else value}")
     for claim, held in result["checks"].items():
         print(f"{'held' if held else 'FAILED':8} {claim}")
     if options.json:

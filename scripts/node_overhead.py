@@ -61,7 +61,11 @@ class FixedEngine(Engine):
     def warmup(self, image_size: tuple[int, int] | None = None) -> None:
         """Nothing to warm up."""
 
-    def capacities(self, image_size: tuple[int, int]) -> tuple[int, ...]:
+    def input_size(self, image_size: tuple[int, int], input_scale: float = 1.0) -> tuple[int, int]:
+        """One: nothing is scaled."""
+        return self._info.input_size
+
+    def capacities(self, image_size: tuple[int, int], input_scale: float = 1.0) -> tuple[int, ...]:
         """One: nothing is merged."""
         return (1,)
 

@@ -35,6 +35,21 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def add_input_scale(parser: argparse.ArgumentParser) -> None:
+    """Option `--input-scale`."""
+    parser.add_argument(
+        "--input-scale", type=_parse_scale, default=1.0, metavar="SHARE",
+        help="share of the sides of the model's input at which images are seen, above 0 to 1 (default: 1)",
+    )  # fmt: skip
+
+
+def _parse_scale(text: str) -> float:
+    scales = parse_fractions(text)
+    if len(scales) != 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected one number above 0 and up to 1")
+    return scales[0]
+
+
 def _parse_threads(text: str) -> int:
     if not text.isdecimal() or int(text) > MOST_THREADS:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number from 0 to {MOST_THREADS}")

@@ -28,6 +28,7 @@ from clustvit_ros.cli.arguments import (
     parse_names,
     parse_size,
 )
+from clustvit_ros.engine.ladder import scaled_size
 from clustvit_ros.engine.network_engine import select_device
 from clustvit_ros.engine.onnx_session import PROVIDERS
 from clustvit_ros.errors import ConfigError
@@ -52,6 +53,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     network.add_argument("--model", help="a shipped model's name or a model folder instead")
     add_variants(parser)
     parser.add_argument("--size", type=parse_size, metavar="HxW", help="input size (default: 512x512, or the model's)")
+    parser.add_argument(
+        "--input-scale", type=parse_fractions, default=(1.0,), metavar="SHARE",
+        help="share of that size's sides, above 0 to 1, or several separated by commas (default: 1)",
+    )  # fmt: skip
     parser.add_argument("--classes", type=int, help=f"classes of random networks (default: {_DEFAULT_CLASSES})")
     parser.add_argument("--batch", type=int, default=1, help="images per call (default: 1)")
     kept = parser.add_mutually_exclusive_group()
@@ -118,12 +123,11 @@ def _cases(args: argparse.Namespace, folder: Path) -> Iterator[BenchCase]:
         cache_dir = folder
     for model in models:
         config = load_config(model)
-        size = args.size or config.input.size
-        grid_size = grid_size_of(size, config.network.patch_size)
-        capacities = _capacities(args, grid_size[0] * grid_size[1])
-        if not config.network.merges:
-            capacities = [0]
-        for engine in args.engine:
+        full_size, patch_size = args.size or config.input.size, config.network.patch_size
+        for engine, scale in itertools.product(args.engine, args.input_scale):
+            size = scaled_size(full_size, scale, patch_size)
+            rows, columns = grid_size_of(size, patch_size)
+            capacities = _capacities(args, rows * columns) if config.network.merges else [0]
             provider = args.provider if engine == "onnxruntime" else ""
             for precision, capacity in itertools.product(args.precision, capacities):
                 yield BenchCase(

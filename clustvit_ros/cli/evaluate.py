@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from clustvit_ros.cli.arguments import add_threads, add_variants, find_variants
+from clustvit_ros.cli.arguments import add_input_scale, add_threads, add_variants, find_variants
 from clustvit_ros.cli.train import usable
 from clustvit_ros.engine import PRECISIONS, Engine, Prediction, Settings, create_engine
 from clustvit_ros.errors import ConfigError, DataError
@@ -46,6 +46,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--token-capacity", type=int, default=0, help="upper bound on kept tokens, 0 = none (default: 0)"
     )
+    add_input_scale(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add_threads(parser)
     parser.add_argument(
@@ -68,7 +69,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     settings = Settings(
         merge_threshold=args.merge_threshold, token_capacity=args.token_capacity, confidence=False,
-        clusters=args.pictures is not None or args.report is not None,
+        clusters=args.pictures is not None or args.report is not None, input_scale=args.input_scale,
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="clustvit_evaluate_") as folder:
         models = [variant for model in args.model for variant in find_variants(args, model, Path(folder))]
@@ -151,7 +152,7 @@ def _evaluate(
     )
     result = {
         "model": config.name, "engine": info.engine, "device": info.device, "merge_threshold": settings.merge_threshold,
-        "token_capacity": settings.token_capacity, **scores,
+        "token_capacity": settings.token_capacity, "input_scale": settings.input_scale, **scores,
     }  # fmt: skip
     if args.report and not args.no_sweep:
         samples = [data[index] for index in range(len(data))]

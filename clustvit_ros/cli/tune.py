@@ -4,53 +4,81 @@
 # applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
 # governing permissions and limitations under the License.
-"""`clustvit-ros tune`: accuracy against latency for every merge setting, as a picture and as JSON."""
+"""`clustvit-ros tune`: accuracy against latency for every input size and merge setting, as a picture and as JSON."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from clustvit_ros.cli.arguments import add_threads
-from clustvit_ros.engine import Engine, Settings, create_engine
-from clustvit_ros.errors import ConfigError
+from clustvit_ros.cli.arguments import add_input_scale, add_threads
+from clustvit_ros.engine import Settings, create_engine
+from clustvit_ros.errors import ConfigError, DataError
 from clustvit_ros.images import read_image
-from clustvit_ros.measure.sweep import draw_sweep, ladder_settings, suggest, sweep, sweep_table
+from clustvit_ros.measure.sweep import (
+    SweepRow,
+    draw_sweep,
+    ladder_settings,
+    measured_points,
+    point_settings,
+    suggest,
+    sweep,
+    sweep_table,
+)
+from clustvit_ros.networks.model_folder import load_config, save_config
+from clustvit_ros.paths import find_model
 from clustvit_ros.training.dataset import LabelledImages, find_images
+from clustvit_ros.training.layouts import open_data_set
+
+_DEFAULT_LIMIT = 50
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("tune", help="what merging costs and saves on your images, drawn")
+    parser = commands.add_parser("tune", help="what smaller inputs and merging cost and save on your images, drawn")
     parser.add_argument("--model", required=True, help="a shipped model's name or a model folder")
-    parser.add_argument("--images", type=Path, required=True, help="folder of images")
-    parser.add_argument("--labels", type=Path, help="folder of labels; without it, agreement with the unmerged result")
+    parser.add_argument("--images", type=Path, help="folder of images")
+    parser.add_argument("--labels", type=Path, help="folder of labels; without it, agreement with the full result")
+    parser.add_argument("--data", type=Path, help="a data set as `train` takes it, instead of --images and --labels")
+    parser.add_argument("--split", default="val", help="split of --data (default: val)")
     parser.add_argument("--budget-ms", type=float, help="suggest a setting for this latency (p95)")
     parser.add_argument("--merge-threshold", type=float, default=0.5, help="the current setting, marked in the picture")
     parser.add_argument("--token-capacity", type=int, default=0, help="likewise (default: 0, no bound)")
-    parser.add_argument("--limit", type=int, default=50, help="use so many images, evenly chosen (default: 50)")
+    add_input_scale(parser)
+    parser.add_argument(
+        "--limit", type=int, help=f"use so many images, evenly chosen (default: {_DEFAULT_LIMIT}; with --write, all)"
+    )
     parser.add_argument("--engine", default="torch", help="torch or onnxruntime (default: torch)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add_threads(parser)
+    parser.add_argument(
+        "--write", action="store_true",
+        help="write the operating points with their accuracy into the model's model.yaml, for latency budgets to go by",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, help="write all rows to this file")
     parser.add_argument("--plot", type=Path, default=Path("tune.png"), help="the picture (default: tune.png)")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.limit < 1:
+    if args.limit is not None and args.limit < 1:
         raise ConfigError(f"--limit: got {args.limit}, expected at least 1 image")
-    current = Settings(args.merge_threshold, args.token_capacity, confidence=False)
+    if args.write and args.labels is None and args.data is None:
+        raise ConfigError("--write: expected labelled images, --data or --labels: without labels there is no accuracy")
+    current = Settings(args.merge_threshold, args.token_capacity, confidence=False, input_scale=args.input_scale)
+    config = load_config(args.model)
     engine = create_engine(args.model, args.engine, args.device, args.threads)
-    images, labels = _load(args, len(engine.info.classes))
-    settings = _settings(engine, images[0])
-    if current not in settings:
-        settings.append(current)
+    images, labels = _load(args, engine.info.classes.names)
+    image_size = (images[0].shape[0], images[0].shape[1])
+    points = point_settings(engine, image_size)
+    merging = ladder_settings(engine.capacities(image_size)[-1]) if config.network.merges else []
+    settings = list(dict.fromkeys([*merging, *points, current]))
     rows = sweep(engine, images, labels, settings)
-    measure = "mIoU" if labels is not None else "agreement with the unmerged result"
+    measure = "mIoU" if labels is not None else "agreement with the full result"
     suggestion = suggest(rows, args.budget_ms) if args.budget_ms else None
     print(sweep_table(rows, measure, suggestion, args.budget_ms))
     if args.json:
@@ -64,22 +92,44 @@ def run(args: argparse.Namespace) -> int:
     title = f"{engine.info.model} on {engine.info.device}, {len(images)} images"
     draw_sweep(rows, rows[settings.index(current)], suggestion, args.budget_ms, measure, title, args.plot)
     print(f"picture in {args.plot}")
+    if args.write:
+        print(_write(args.model, [row for row, setting in zip(rows, settings, strict=True) if setting in points]))
     return 0
 
 
-def _load(args: argparse.Namespace, num_classes: int) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
-    if args.labels is None:
+def _load(
+    args: argparse.Namespace, class_names: tuple[str, ...]
+) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
+    limit = args.limit or (None if args.write else _DEFAULT_LIMIT)
+    if args.data is not None:
+        data_set = open_data_set(args.data)
+        if data_set.classes is not None and data_set.classes.names != class_names:
+            raise DataError(
+                f"{args.data}: its class list differs from the model's: got {', '.join(data_set.classes.names)}; "
+                f"{args.model} has {', '.join(class_names)}"
+            )
+        data = data_set.open(args.split, len(class_names), True)
+    elif args.images is None:
+        raise ConfigError("tune: expected --images, with or without --labels, or --data")
+    elif args.labels is None:
         paths = list(find_images(args.images).values())
-        return [read_image(paths[i]) for i in _evenly(len(paths), args.limit)], None
-    data = LabelledImages(args.images, args.labels, num_classes)
-    samples = [data[i] for i in _evenly(len(data), args.limit)]
+        return [read_image(paths[i]) for i in _evenly(len(paths), limit)], None
+    else:
+        data = LabelledImages(args.images, args.labels, len(class_names))
+    samples = [data[i] for i in _evenly(len(data), limit)]
     return [sample.image for sample in samples], [sample.labels for sample in samples]
 
 
-def _evenly(count: int, limit: int) -> list[int]:
-    chosen = min(count, limit)
+def _evenly(count: int, limit: int | None) -> list[int]:
+    chosen = min(count, limit or count)
     return [i * count // chosen for i in range(chosen)]
 
 
-def _settings(engine: Engine, image: np.ndarray) -> list[Settings]:
-    return ladder_settings(engine.segment(image).stats.tokens_total)
+def _write(model: str, rows: list[SweepRow]) -> str:
+    """Put points into a model's configuration; says what was written."""
+    folder = find_model(model)
+    config = load_config(model)
+    config = dataclasses.replace(config, operating_points=measured_points(rows, config))
+    save_config(folder, config)
+    load_config(model)
+    return f"{len(config.operating_points)} operating points written to {folder / 'model.yaml'}"

@@ -8,7 +8,7 @@
 
 The first phase runs with the merge threshold asked for, the second merges nothing; its median is the full latency. Then
 come budgets, as shares of it. They decide alone: the threshold stays at 1. A budget that the node refuses is replaced
-by the smallest that it names.
+by the smallest that it names. Before all that, a budget that everything fits makes the node calibrate.
 """
 
 from __future__ import annotations
@@ -33,9 +33,11 @@ from clustvit_ros.errors import ClustvitError, ConfigError
 from clustvit_ros.node.messages import stamp_ns
 from clustvit_ros.node.parameter_server import ParameterServer
 from clustvit_ros.node.process import run_node
+from clustvit_ros.paths import replacing
 from clustvit_ros.policy.parameter_spec import parameter
 
 _MAX_TRIES = 4
+_EASY_BUDGET_MS = 60_000.0
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,9 @@ class ConductorParameters:
 
     output: str = parameter("phases.json", "File that gets the phases.")
     merge_threshold: float = parameter(0.5, "Of the first phase.", minimum=0.0, maximum=1.0)
-    budget_shares: str = parameter("1.0,0.6,0.4", "Budgets to try, as shares of the full latency.")
+    budget_shares: str = parameter("1.0,0.6,0.4,0.25", "Budgets to try, as shares of the full latency.")
     phase_s: float = parameter(8.0, "Length of a phase.", minimum=0.1, maximum=3600.0, unit="s")
-    settle_frames: int = parameter(8, "Frames after a change that belong to no phase.", minimum=0, maximum=1000)
+    settle_frames: int = parameter(30, "Frames after a change that belong to no phase.", minimum=0, maximum=1000)
     start_timeout_s: float = parameter(
         180.0, "Give up when the node is not calibrated by then.", minimum=1.0, maximum=3600.0, unit="s"
     )
@@ -74,6 +76,7 @@ class ConductorNode(Node):
         self._executor: SingleThreadedExecutor | None = None
         self._frames = 0
         self._engine_ms: list[float] = []
+        self._phases: list[dict[str, Any]] = []
         self._newest: dict[str, str] = {}
         self._stamp_ns = 0
         self.create_subscription(DiagnosticArray, "segmentation/stats", self._on_stats, 50)
@@ -94,25 +97,24 @@ class ConductorNode(Node):
         """
         self._executor = executor
         options = self._options
+        self._wait(lambda: self._frames > 0, "the first mask", options.start_timeout_s)
+        self._set(latency_budget_ms=_EASY_BUDGET_MS)
         self._wait(lambda: "slowdown" in self._newest, "the node's calibration", options.start_timeout_s)
         self._set(merge_threshold=options.merge_threshold, latency_budget_ms=0.0)
-        phases = [self._run_phase("default", merge_threshold=options.merge_threshold)]
+        self._run_phase("default", merge_threshold=options.merge_threshold)
         self._set(merge_threshold=1.0)
-        phases.append(self._run_phase("full", merge_threshold=1.0))
-        full_ms = phases[-1]["engine_p50_ms"]
+        full_ms = self._run_phase("full", merge_threshold=1.0)
         for share in self._shares:
             asked_ms = round(share * full_ms, 1)
             budget_ms, reason = self._set_budget(asked_ms)
-            phase = self._run_phase(
+            self._run_phase(
                 f"budget_{round(100 * share)}", share=share, asked_ms=asked_ms, budget_ms=budget_ms, refused=reason
             )
-            phases.append(phase)
         self._set(merge_threshold=options.merge_threshold, latency_budget_ms=0.0)
-        result = {"full_ms": full_ms, "phases": phases}
-        Path(options.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         return 0
 
-    def _run_phase(self, name: str, **facts: Any) -> dict[str, Any]:
+    def _run_phase(self, name: str, **facts: Any) -> float:
+        """Let frames pass and note the phase; the median of the engine's milliseconds."""
         target = self._frames + self._options.settle_frames
         self._wait(lambda: self._frames >= target, f"phase {name}", self._options.silence_timeout_s)
         first_ns, heard = self._stamp_ns, len(self._engine_ms)
@@ -123,7 +125,12 @@ class ConductorNode(Node):
         )  # fmt: skip
         median_ms = float(np.median(self._engine_ms[heard:]))
         self.get_logger().info(f"{name}: engine {median_ms:.1f} ms")
-        return {"name": name, "after_ns": first_ns, "until_ns": self._stamp_ns, "engine_p50_ms": median_ms, **facts}
+        phase = {"name": name, "after_ns": first_ns, "until_ns": self._stamp_ns, "engine_p50_ms": median_ms, **facts}
+        self._phases.append(phase)
+        # After each phase: whoever started this can tell how far it is.
+        with replacing(Path(self._options.output)) as partial:
+            partial.write_text(json.dumps({"phases": self._phases}, indent=1) + "\n", encoding="utf-8")
+        return median_ms
 
     def _set_budget(self, budget_ms: float) -> tuple[float, str]:
         """Set a budget, or the smallest that the node offers instead; and the reason of the refusal, if any."""

@@ -82,7 +82,8 @@ def write_summary(path: Path, phases: Sequence[Phase], folder: Path, classes: Cl
     for phase in phases:
         frame = min(phase.frames, key=lambda frame: abs(int(frame["name"][-6:]) - moment))
         score = "" if phase.miou is None else f", mIoU {phase.miou:.1f}"
-        rows.append(np.hstack(panels(frame, phase.title + score, folder, classes)))
+        verdict = f", {phase.verdict}" if phase.verdict else ""
+        rows.append(np.hstack(panels(frame, phase.title + score + verdict, folder, classes)))
     frames = [frame for phase in phases for frame in phase.frames]
     chart, _, _ = _chart(phases, frames, (rows[0].shape[1], 420), 120)
     save_picture(path, np.vstack([*rows, chart]))
@@ -100,7 +101,8 @@ def panels(
     )
     tinted = cv2.addWeighted(image, 0.4, classes.palette()[mask], 0.6, 0)
     cost = (
-        f"{float(stats['tokens_kept']):.0f} of {stats['tokens_total']} tokens kept, {float(stats['engine_ms']):.0f} ms"
+        f"{float(stats['tokens_kept']):.0f} of {stats['tokens_total']} tokens at {stats['input_size']}, "
+        f"{float(stats['engine_ms']):.0f} ms"
     )
     return (
         titled(image, "camera"), titled(tinted, title), titled(cluster_overlay(image, clusters), cost),
@@ -127,7 +129,7 @@ def _chart(
             axes.plot([start_s, end_s], [phase.facts["budget_ms"]] * 2, color="tab:red", label=label)
             label = ""
         name = f"{100 * phase.facts['share']:.0f} %" if "share" in phase.facts else phase.name
-        score = "" if phase.miou is None else f"\n{phase.miou:.1f}"
+        score = ("" if phase.miou is None else f"\n{phase.miou:.1f}") + f"\n{phase.verdict.partition(',')[0]}"
         axes.text((start_s + end_s) / 2, top * 0.98, name + score, ha="center", va="top", fontsize=7)
     axes.set_ylim(0, top)
     axes.set_xlim(times_s[0], times_s[-1])

@@ -27,15 +27,19 @@ class NodeProcess:
         parameters: ROS parameters.
         environ: whole environment of the process.
         log: file for its output.
+        nice: how far it stands back for others, 0 to 19, as the command `nice` has it.
     """
 
-    def __init__(self, module: str, parameters: Mapping[str, Any], environ: Mapping[str, str], log: Path) -> None:
+    def __init__(
+        self, module: str, parameters: Mapping[str, Any], environ: Mapping[str, str], log: Path, nice: int = 0
+    ) -> None:
         self.name = module.rpartition(".")[2]
         self._log = log
         arguments = [text for name, value in parameters.items() for text in ("-p", f"{name}:={_yaml(value)}")]
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", f"clustvit_ros.{module}", "--ros-args", *arguments], env=dict(environ),
+                [*(("nice", "-n", str(nice)) if nice else ()), sys.executable, "-m", f"clustvit_ros.{module}",
+                 "--ros-args", *arguments], env=dict(environ),
                 stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 

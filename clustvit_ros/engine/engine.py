@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from clustvit_ros.classes import ClassSet
+from clustvit_ros.engine.ladder import OperatingPoint
 from clustvit_ros.errors import ConfigError, ImageError
 
 PRECISIONS = ("float32", "float16", "bfloat16", "int8")
@@ -38,6 +39,9 @@ class Settings:
         merge_threshold: a token is merged when its merge score is above this; 0.5 is the paper's arg-max, 1.0 merges
             nothing, 0.0 everything.
         token_capacity: upper bound on kept tokens; 0 lets the threshold alone decide.
+        input_scale: share of the sides of the full input, above 0 to 1, at which the network sees the image, in whole
+            patches; exemptions hold at every size.
+        threads: CPU threads to compute with, one of the engine's `thread_counts`; 0 is the engine's own choice.
         confidence_threshold: pixels whose confidence (0..1) is below this get the ignore index; 0 labels every pixel.
         output_size: (height, width) of mask, confidence and cluster map; None is the input image's size.
         confidence: compute the confidence map.
@@ -65,8 +69,12 @@ class Settings:
     merge_exempt_classes: tuple[int, ...] = ()
     merge_exempt_source: str = "previous_mask"
     previous_mask: np.ndarray | None = field(default=None, compare=False, repr=False)
+    input_scale: float = 1.0
+    threads: int = 0
 
     def __post_init__(self) -> None:
+        if not 0.0 < self.input_scale <= 1.0:
+            raise ConfigError(f"input_scale: got {self.input_scale}, expected above 0.0 to 1.0")
         for name in ("merge_threshold", "confidence_threshold"):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
@@ -97,6 +105,8 @@ class Stats:
         total_ms: milliseconds from the call to its return.
         tokens_exempt: patch tokens that had to be kept, of the image that had the most.
         threads: CPU threads that computed it; 0 where the engine does not tell.
+        input_size: (height, width) at which the network saw the images.
+        input_scale: its share of the sides of the full input, as asked for.
     """
 
     tokens_total: int
@@ -107,6 +117,28 @@ class Stats:
     stages_ms: dict[str, float] = field(default_factory=dict)
     tokens_exempt: int = 0
     threads: int = 0
+    input_size: tuple[int, int] = (0, 0)
+    input_scale: float = 1.0
+
+    @property
+    def operating_point(self) -> OperatingPoint:
+        """Where the call ran."""
+        return OperatingPoint(self.input_scale, self.token_capacity, self.tokens_total)
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What an operating point was measured to be worth, on validation images.
+
+    Args:
+        input_scale: share of the sides of the full input.
+        token_share: share of that size's tokens that may be kept, 0..1.
+        miou: percent.
+    """
+
+    input_scale: float
+    token_share: float
+    miou: float
 
 
 @dataclass(frozen=True)
@@ -141,6 +173,7 @@ class EngineInfo:
         input_size: (height, width) the network sees for an image of that aspect.
         tokens_total: patch tokens at `input_size`.
         weights_sha256: hash of the weights file, so that measurements can be kept for it; empty when there is none.
+        accuracies: what the model's operating points are worth, as its folder says; empty where it says nothing.
     """
 
     model: str
@@ -152,6 +185,7 @@ class EngineInfo:
     input_size: tuple[int, int]
     tokens_total: int
     weights_sha256: str = ""
+    accuracies: tuple[Accuracy, ...] = ()
 
 
 class Engine(abc.ABC):
@@ -169,14 +203,29 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def warmup(self, image_size: tuple[int, int] | None = None) -> None:
-        """Do everything slow that a first call would do, for images of (height, width) `image_size`."""
+        """Do everything slow that a first call at full size would do, for images of (height, width) `image_size`."""
+
+    @property
+    def thread_counts(self) -> tuple[int, ...]:
+        """Numbers of CPU threads that a call may be given, most first; 0 alone where it is the engine's own choice."""
+        return (0,)
 
     @abc.abstractmethod
-    def capacities(self, image_size: tuple[int, int]) -> tuple[int, ...]:
+    def input_size(self, image_size: tuple[int, int], input_scale: float = 1.0) -> tuple[int, int]:
+        """(height, width) at which the network sees an image of (height, width) `image_size`, in whole patches.
+
+        Args:
+            image_size: (height, width) of the camera image.
+            input_scale: share of the sides of the full input.
+        """
+
+    @abc.abstractmethod
+    def capacities(self, image_size: tuple[int, int], input_scale: float = 1.0) -> tuple[int, ...]:
         """The ladder of token capacities that this engine runs with, ascending; the last one keeps every token.
 
         Args:
             image_size: (height, width) of the camera image.
+            input_scale: share of the sides of the full input.
         """
 
     @abc.abstractmethod
@@ -272,7 +321,7 @@ class FrameRecord:
             "merge_threshold": f"{self.stats.merge_threshold:g}",
             "confidence_threshold": f"{self.confidence_threshold:g}", "token_capacity": str(self.stats.token_capacity),
             "tokens_total": str(self.stats.tokens_total), "tokens_kept": f"{self.stats.tokens_kept:g}",
-            "mask_size": "{}x{}".format(*self.mask_size),
+            "input_size": "{}x{}".format(*self.stats.input_size), "mask_size": "{}x{}".format(*self.mask_size),
         }  # fmt: skip
 
     def as_pairs(self) -> dict[str, str]:
@@ -281,7 +330,8 @@ class FrameRecord:
             return {}
         return {
             **self.label_pairs(), "tokens_exempt": str(self.stats.tokens_exempt), "threads": str(self.stats.threads),
-            "image_size": "{}x{}".format(*self.image_size), "batch": str(self.batch),
+            "image_size": "{}x{}".format(*self.image_size), "input_scale": f"{self.stats.input_scale:g}",
+            "batch": str(self.batch),
             "decode_ms": f"{self.decode_ms:.3f}", "engine_ms": f"{self.stats.total_ms:.3f}",
             "publish_ms": f"{self.publish_ms:.3f}", "age_ms": f"{self.age_ms:.3f}",
             "deadline_missed": str(self.deadline_missed).lower(), "deadline_misses": str(self.deadline_misses),

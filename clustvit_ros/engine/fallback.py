@@ -245,9 +245,15 @@ class ResilientEngine(Engine):
     def fault(self) -> str:
         return self._policy.fault
 
-    def capacities(self, image_size: tuple[int, int]) -> tuple[int, ...]:
-        """The engine's ladder for images of (height, width) `image_size`."""
-        return self._engine.capacities(image_size)
+    @property
+    def thread_counts(self) -> tuple[int, ...]:
+        return self._engine.thread_counts
+
+    def input_size(self, image_size: tuple[int, int], input_scale: float = 1.0) -> tuple[int, int]:
+        return self._engine.input_size(image_size, input_scale)
+
+    def capacities(self, image_size: tuple[int, int], input_scale: float = 1.0) -> tuple[int, ...]:
+        return self._engine.capacities(image_size, input_scale)
 
     def warmup(self, image_size: tuple[int, int] | None = None) -> None:
         """Warm the engine; a device that fails here is treated as in `segment`."""
@@ -301,7 +307,7 @@ class ResilientEngine(Engine):
         if share >= 1.0:
             return settings
         height, width = images.shape[-3:-1] if isinstance(images, np.ndarray) else images[0].shape[:2]
-        ladder = self._engine.capacities((height, width))
+        ladder = self._engine.capacities((height, width), settings.input_scale)
         rung = ladder[max(round(len(ladder) * share) - 1, 0)]
         return replace(settings, token_capacity=min(rung, settings.token_capacity or rung))
 

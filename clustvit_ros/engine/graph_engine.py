@@ -35,9 +35,9 @@ from clustvit_ros.networks.vit import grid_size_of
 
 T = TypeVar("T")
 
-# Of each kind; a ladder has eight capacities, and a camera one size.
+# Of each kind; a ladder has eight capacities, and a camera as many sizes as the ladder of input sizes has.
 _MOST_GRAPHS = 16
-_MOST_SIZES = 4
+_MOST_SIZES = 16
 
 
 class CaptureError(EngineError):

@@ -4,18 +4,62 @@
 # applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
 # governing permissions and limitations under the License.
-"""The capacity ladder: the few token counts that a network runs with."""
+"""The ladders of operating points: the few input sizes, and the few token counts at each, that a network runs with."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 _RUNGS = 8
+INPUT_SCALES = (0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
+"""Shares of the input's sides that a budget chooses among, ascending."""
+
+
+class OperatingPoint(NamedTuple):
+    """How large the network sees an image, and how many tokens it may keep.
+
+    Attributes:
+        input_scale: share of the sides of the model's full input, above 0 to 1.
+        capacity: most tokens kept at that size.
+        tokens_total: tokens at that size.
+    """
+
+    input_scale: float
+    capacity: int
+    tokens_total: int
+
+    @property
+    def share(self) -> float:
+        """The share of that size's tokens that may be kept, above 0 to 1."""
+        return self.capacity / self.tokens_total
+
+
+def input_scales(smallest: float, largest: float) -> tuple[float, ...]:
+    """The rungs of the size ladder from `smallest` to `largest`, both included, ascending."""
+    return tuple(sorted({smallest, *(scale for scale in INPUT_SCALES if smallest < scale < largest), largest}))
 
 
 def default_ladder(tokens_total: int) -> tuple[int, ...]:
     """Capacities for `tokens_total` patch tokens: every eighth up to all of them, ascending."""
     return tuple(sorted({max(tokens_total * rung // _RUNGS, 1) for rung in range(1, _RUNGS + 1)}))
+
+
+def scaled_size(size: tuple[int, int], input_scale: float, patch_size: int) -> tuple[int, int]:
+    """A smaller input of the same aspect, in whole patches.
+
+    Args:
+        size: (height, width) of the full input.
+        input_scale: its sides' share, above 0 to 1.
+        patch_size: side of a patch in pixels.
+
+    Returns:
+        (height, width), at least one patch each; `size` itself at a scale of 1.
+    """
+    if input_scale == 1.0:
+        return size
+    height, width = (max(round(side * input_scale / patch_size), 1) * patch_size for side in size)
+    return height, width
 
 
 def choose_capacity(ladder: Sequence[int], tokens_below_threshold: int, ceiling: int = 0, exempt: int = 0) -> int:

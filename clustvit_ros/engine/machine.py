@@ -77,6 +77,12 @@ def busy_seconds(root: Path = _ROOT) -> float | None:
     return ticks / os.sysconf("SC_CLK_TCK") if found else None
 
 
+def others_seconds() -> float | None:
+    """Seconds that these processors have computed for other processes; None where the system does not tell."""
+    busy_s = busy_seconds()
+    return None if busy_s is None else busy_s - time.process_time()
+
+
 def _affinity() -> set[int]:
     try:
         return os.sched_getaffinity(0)
@@ -163,6 +169,32 @@ _LONG_S, _AT_WORK = 3.0, 0.5
 # A core of which others use more than the first share is left to them; when they use less than the second, it is taken
 # back. Waiting costs several times what a thread brings, so a third is enough.
 _LEAVE, _TAKE_BACK = 0.35, 0.2
+
+
+class OthersMeter:
+    """How many cores other processes use.
+
+    Args:
+        others_s: seconds that they have computed; None where the system does not tell.
+        clock: gives monotonic seconds.
+    """
+
+    def __init__(
+        self, others_s: Callable[[], float | None] = others_seconds, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._others_s, self._clock = others_s, clock
+        self._start = clock(), others_s()
+        self._cores: float | None = None
+
+    def cores(self) -> float | None:
+        """Cores that they used on average in the last window of a second or more; None while nobody knows."""
+        (start_s, before_s), now_s = self._start, self._clock()
+        if now_s - start_s >= WINDOW_S:
+            after_s = self._others_s()
+            self._start = now_s, after_s
+            known = before_s is not None and after_s is not None
+            self._cores = max(after_s - before_s, 0.0) / (now_s - start_s) if known else None  # type: ignore[operator]
+        return self._cores
 
 
 class CoreShare:

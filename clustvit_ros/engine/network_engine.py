@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import abc
+import math
 import platform
 import re
 import time
@@ -19,14 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clustvit_ros.engine.engine import Engine, EngineInfo, Prediction, Settings, Stats, as_batch
+from clustvit_ros.engine.engine import Accuracy, Engine, EngineInfo, Prediction, Settings, Stats, as_batch
 from clustvit_ros.engine.exemption import exempt_tokens
 from clustvit_ros.engine.labels import cluster_map, label_maps
-from clustvit_ros.engine.ladder import default_ladder
+from clustvit_ros.engine.ladder import INPUT_SCALES, default_ladder, scaled_size
 from clustvit_ros.engine.machine import keep_freed_memory
 from clustvit_ros.engine.pixels import network_size, to_input
 from clustvit_ros.errors import ConfigError, EngineError
-from clustvit_ros.networks.model_folder import ModelConfig
+from clustvit_ros.networks.model_folder import MeasuredPoint, ModelConfig
 from clustvit_ros.networks.vit import grid_size_of
 
 
@@ -73,6 +74,15 @@ def _gpu_problem(name: str) -> str:
         return "a test kernel gave a wrong result"
     except (RuntimeError, AssertionError) as error:
         return f"a test kernel failed ({str(error).splitlines()[0]})"
+
+
+def _accuracy_of(point: MeasuredPoint, config: ModelConfig) -> Accuracy:
+    """A measured point by shares, which hold for images of any size."""
+    full, patch_size = config.input.size, config.network.patch_size
+    rungs = (scale for scale in INPUT_SCALES if scaled_size(full, scale, patch_size) == point.size)
+    scale = next(rungs, math.sqrt(point.size[0] * point.size[1] / (full[0] * full[1])))
+    rows, columns = grid_size_of(point.size, patch_size)
+    return Accuracy(scale, point.capacity / (rows * columns), point.miou)
 
 
 Lap = Callable[[str], None]
@@ -143,6 +153,7 @@ class NetworkEngine(Engine):
             model=config.name, engine=engine, device=device_name, device_reason=device_reason, precision=precision,
             classes=config.classes, input_size=config.input.size, tokens_total=grid_size[0] * grid_size[1],
             weights_sha256=weights_sha256,
+            accuracies=tuple(_accuracy_of(point, config) for point in config.operating_points),
         )  # fmt: skip
 
     @abc.abstractmethod
@@ -196,18 +207,20 @@ class NetworkEngine(Engine):
         image = np.zeros((*size, 3), np.uint8)
         self.segment(image)
         # Cameras of one aspect end in one network size: once is enough, and a node waits for this.
-        warm = network_size(size, self._config.input.size, self._config.network.patch_size)
+        warm = self.input_size(size)
         if warm in self._warm_sizes:
             return
         self._warm_sizes.add(warm)
         for capacity in self.capacities(size):
             self.segment(image, Settings(merge_threshold=1.0, token_capacity=capacity))
 
-    def capacities(self, image_size: tuple[int, int]) -> tuple[int, ...]:
-        """The ladder for images of (height, width) `image_size`; a network that does not merge keeps all tokens."""
+    def input_size(self, image_size: tuple[int, int], input_scale: float = 1.0) -> tuple[int, int]:
         patch_size = self._config.network.patch_size
-        size = network_size(image_size, self._config.input.size, patch_size)
-        grid_size = grid_size_of(size, patch_size)
+        return scaled_size(network_size(image_size, self._config.input.size, patch_size), input_scale, patch_size)
+
+    def capacities(self, image_size: tuple[int, int], input_scale: float = 1.0) -> tuple[int, ...]:
+        """The ladder for images of (height, width) `image_size`; a network that does not merge keeps all tokens."""
+        grid_size = grid_size_of(self.input_size(image_size, input_scale), self._config.network.patch_size)
         tokens_total = grid_size[0] * grid_size[1]
         return default_ladder(tokens_total) if self._config.network.merges else (tokens_total,)
 
@@ -221,7 +234,7 @@ class NetworkEngine(Engine):
             raise EngineError(f"{self._info.device} failed on an image of {batch.shape[1:3]}: {error}") from error
 
     def _segment(self, batch: np.ndarray, settings: Settings, timer: StageTimer) -> Prediction:
-        size = network_size(batch.shape[1:3], self._config.input.size, self._config.network.patch_size)
+        size = self.input_size(batch.shape[1:3], settings.input_scale)
         x = self.preprocess(batch, size)
         timer.lap("preprocess")
         exempt = self._exempt(x, settings, timer.lap)
@@ -236,7 +249,8 @@ class NetworkEngine(Engine):
             tokens_total=output.grid_size[0] * output.grid_size[1], tokens_kept=tokens_kept,
             token_capacity=output.token_capacity, merge_threshold=settings.merge_threshold, total_ms=timer.total_ms,
             stages_ms=timer.stages_ms, tokens_exempt=most_exempt(exempt),
-            threads=torch.get_num_threads() if self._device.type == "cpu" else 0,
+            threads=torch.get_num_threads() if self._device.type == "cpu" else 0, input_size=size,
+            input_scale=settings.input_scale,
         )  # fmt: skip
         return Prediction(mask, confidence, clusters, stats)
 

@@ -29,13 +29,15 @@ from clustvit_ros.networks.vit import grid_size_of
 from clustvit_ros.paths import find_model, user_cache_dir
 
 ONNX_FILE = "model.onnx"
+# One for each rung of the ladder of input sizes, for two cameras of different aspects.
+_MOST_SESSIONS = 12
 _LOG = logging.getLogger(__name__)
 
 
 class OnnxEngine(NetworkEngine):
     """Runs a model's ONNX file; makes the file when the model has none for the size at hand.
 
-    A file is for one size of the network's input. The session of the last size stays open; a camera has one size.
+    A file is for one size of the network's input; the sessions of the sizes used last stay open.
 
     Args:
         model: a shipped model's name or a model folder's path. Its `model.onnx` is used when it was made from its
@@ -81,8 +83,7 @@ class OnnxEngine(NetworkEngine):
         super().__init__(
             "onnxruntime", config, selected, describe_device(selected), reason, self._weights_sha256, precision
         )
-        self._session, self._session_size = session, config.input.size
-        self._logits_size = _logits_size(session)
+        self._sessions: dict[tuple[int, int], Any] = {config.input.size: session}
 
     def infer(
         self, x: Tensor, settings: Settings, lap: Lap = lambda stage: None, exempt: Tensor | None = None
@@ -103,21 +104,17 @@ class OnnxEngine(NetworkEngine):
 
     def _run(self, x: Tensor, merge_threshold: float, token_capacity: int, exempt: Tensor | None) -> NetworkOutput:
         size = (x.shape[2], x.shape[3])
-        if size != self._session_size:
-            self._session, problem = self._open(self._config, size, self._device)
-            if problem:
-                raise EngineError(f"{self._info.device}: {problem}")
-            self._session_size, self._logits_size = size, _logits_size(self._session)
+        session = self._session(size)
         grid_size = grid_size_of(size, self._config.network.patch_size)
         B, N = x.shape[0], grid_size[0] * grid_size[1]
         x = x.contiguous()
-        logits = torch.empty(B, len(self._config.classes), *self._logits_size, device=self._device)
+        logits = torch.empty(B, len(self._config.classes), *_logits_size(session), device=self._device)
         cluster_ids = torch.empty(B, N, dtype=torch.int64, device=self._device)
         capacity = np.empty((), np.int64)
 
         if exempt is not None:
-            return self._run_exempt(x, merge_threshold, token_capacity, exempt)
-        binding = self._session.io_binding()
+            return self._run_exempt(session, x, merge_threshold, token_capacity, exempt)
+        binding = session.io_binding()
         binding.bind_cpu_input("merge_threshold", np.array(merge_threshold, np.float32))
         binding.bind_cpu_input("token_capacity", np.array(token_capacity, np.int64))
         device = {"device_type": self._device.type, "device_id": self._device.index or 0}
@@ -129,15 +126,17 @@ class OnnxEngine(NetworkEngine):
             # ONNX Runtime has a stream of its own, which does not wait for the one that fills x.
             torch.cuda.current_stream(self._device).synchronize()
         try:
-            self._session.run_with_iobinding(binding)
+            session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
             raise EngineError(f"{self._info.device} failed on a batch of shape {tuple(x.shape)}: {error}") from error
         merges = self._config.network.merges
         return NetworkOutput(logits, cluster_ids if merges else None, grid_size, int(capacity))
 
-    def _run_exempt(self, x: Tensor, merge_threshold: float, token_capacity: int, exempt: Tensor) -> NetworkOutput:
+    def _run_exempt(
+        self, session: Any, x: Tensor, merge_threshold: float, token_capacity: int, exempt: Tensor
+    ) -> NetworkOutput:
         """As `_run`, through host memory: optional inputs cannot be bound."""
-        if EXEMPT_NAME not in {value.name for value in self._session.get_overridable_initializers()}:
+        if EXEMPT_NAME not in {value.name for value in session.get_overridable_initializers()}:
             raise ConfigError(
                 "this network's way to merge cannot exempt single tokens; leave merge_exempt_classes and "
                 "merge_exempt_region empty"
@@ -148,12 +147,24 @@ class OnnxEngine(NetworkEngine):
             "token_capacity": np.array(token_capacity, np.int64), EXEMPT_NAME: shared.numpy(),
         }  # fmt: skip
         try:
-            logits, cluster_ids, capacity = self._session.run(None, feed)
+            logits, cluster_ids, capacity = session.run(None, feed)
         except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
             raise EngineError(f"{self._info.device} failed on a batch of shape {tuple(x.shape)}: {error}") from error
         grid_size = grid_size_of((x.shape[2], x.shape[3]), self._config.network.patch_size)
         ids = torch.from_numpy(cluster_ids).to(self._device)
         return NetworkOutput(torch.from_numpy(logits).to(self._device), ids, grid_size, int(capacity))
+
+    def _session(self, size: tuple[int, int]) -> Any:
+        """The session for a size of the network's input, made first if need be."""
+        session = self._sessions.pop(size, None)
+        if session is None:
+            session, problem = self._open(self._config, size, self._device)
+            if problem:
+                raise EngineError(f"{self._info.device}: {problem}")
+        while len(self._sessions) >= _MOST_SESSIONS:
+            del self._sessions[next(iter(self._sessions))]
+        self._sessions[size] = session  # the last one now
+        return session
 
     def _open(self, config: ModelConfig, size: tuple[int, int], device: torch.device) -> tuple[Any, str]:
         """A session for a size of the network's input, and why it is not on the wanted provider."""

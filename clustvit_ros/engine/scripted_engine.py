@@ -16,7 +16,7 @@ import numpy as np
 
 from clustvit_ros.classes import IGNORE_INDEX, ClassSet
 from clustvit_ros.engine.engine import Engine, EngineInfo, Prediction, Settings, Stats, as_batch
-from clustvit_ros.engine.ladder import choose_capacity, default_ladder
+from clustvit_ros.engine.ladder import choose_capacity, default_ladder, scaled_size
 
 _PATCH_PX = 16
 _FIXED_SHARE = 0.25
@@ -40,7 +40,8 @@ class ScriptedEngine(Engine):
     network, the capacity is the smallest rung of the ladder that has room for those.
 
     Args:
-        latency_ms: milliseconds of a call; a number, or a function of (call index, kept tokens, total tokens).
+        latency_ms: milliseconds of a call; a number, or a function of (call index, kept tokens, total tokens). At a
+            smaller input, as much less as there are fewer tokens.
         failure: called with the call's index; what it returns is raised instead of a prediction, None is none.
         device: what `info` calls the device.
         sleep: waits that many seconds; replace it to script time.
@@ -67,8 +68,11 @@ class ScriptedEngine(Engine):
     def warmup(self, image_size: tuple[int, int] | None = None) -> None:
         """Nothing to warm up."""
 
-    def capacities(self, image_size: tuple[int, int]) -> tuple[int, ...]:
-        return default_ladder(_count_tokens(image_size))
+    def input_size(self, image_size: tuple[int, int], input_scale: float = 1.0) -> tuple[int, int]:
+        return scaled_size(image_size, input_scale, _PATCH_PX)
+
+    def capacities(self, image_size: tuple[int, int], input_scale: float = 1.0) -> tuple[int, ...]:
+        return default_ladder(_count_tokens(self.input_size(image_size, input_scale)))
 
     def segment(self, images: np.ndarray | Sequence[np.ndarray], settings: Settings = Settings()) -> Prediction:
         start = self._clock()
@@ -78,22 +82,29 @@ class ScriptedEngine(Engine):
             self._calls += 1
             raise failure
         size = settings.output_size or batch.shape[1:3]
-        green = np.stack([cv2.resize(i[..., 1], size[::-1], interpolation=cv2.INTER_NEAREST) for i in batch])
+        input_size = self.input_size(batch.shape[1:3], settings.input_scale)
+        seen = [i[..., 1] for i in batch]
+        if input_size != batch.shape[1:3]:
+            seen = [cv2.resize(plane, input_size[::-1], interpolation=cv2.INTER_AREA) for plane in seen]
+        green = np.stack([cv2.resize(plane, size[::-1], interpolation=cv2.INTER_NEAREST) for plane in seen])
         mask, within = green >> 6, green & 63
         confidence = 128 + 2 * np.minimum(within, 63 - within)
         mask = np.where(confidence < settings.confidence_threshold * 255, np.uint8(IGNORE_INDEX), mask)
         confidence = np.where(mask == IGNORE_INDEX, np.uint8(0), confidence)
 
-        total = _count_tokens(batch.shape[1:3])
+        total, full = _count_tokens(input_size), _count_tokens(batch.shape[1:3])
         capacity = choose_capacity(
             default_ladder(total),
             max(round(total * settings.merge_threshold), settings.min_tokens),
             settings.token_capacity,
         )
-        self._sleep(self._latency_ms(self._calls, capacity, total) / 1000.0)
+        self._sleep(self._latency_ms(self._calls, capacity, total) * total / full / 1000.0)
         self._calls += 1
         total_ms = (self._clock() - start) * 1000.0
-        stats = Stats(total, capacity, capacity, settings.merge_threshold, total_ms, {"scripted": total_ms})
+        stats = Stats(
+            total, capacity, capacity, settings.merge_threshold, total_ms, {"scripted": total_ms},
+            input_size=input_size, input_scale=settings.input_scale,
+        )  # fmt: skip
         cluster_map = (green > 255 * settings.merge_threshold).astype(np.uint8)
         return Prediction(
             mask, confidence if settings.confidence else None, cluster_map if settings.clusters else None, stats

@@ -121,9 +121,16 @@ class TorchEngine(NetworkEngine):
             problem = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise EngineError(f"torch.compile failed ({problem}); leave compilation off") from error
 
+    @property
+    def thread_counts(self) -> tuple[int, ...]:
+        """All that PyTorch takes, half of them and one, where cores are shared; else what was asked for."""
+        if self._core_share is None:
+            return (0,)
+        return tuple(sorted({_ALL_THREADS, max(_ALL_THREADS // 2, 1), 1}, reverse=True))
+
     def segment(self, images: np.ndarray | Sequence[np.ndarray], settings: Settings = Settings()) -> Prediction:
         if self._core_share is not None:
-            threads = self._core_share.threads()
+            threads = settings.threads or self._core_share.threads()
             if threads != torch.get_num_threads():
                 torch.set_num_threads(threads)
         return super().segment(images, settings)

@@ -230,7 +230,7 @@ def format_table(rows: Sequence[dict[str, Any]], bounds_ms: Sequence[float] | No
         bounds_ms: per row the time that the device would allow, shown beside the measured one.
     """
     header = [
-        "arch", "engine", "precision", "kept", "p50 ms", "p95 ms", "p99 ms", "vs first", "GFLOPs",
+        "arch", "engine", "precision", "size", "kept", "p50 ms", "p95 ms", "p99 ms", "vs first", "GFLOPs",
         "M params", "peak MB",
     ]  # fmt: skip
     measured = {stage for row in rows for stage in row["stages_ms"]}
@@ -238,7 +238,7 @@ def format_table(rows: Sequence[dict[str, Any]], bounds_ms: Sequence[float] | No
     lines = [header + (["roofline ms", "x roofline"] if bounds_ms else []) + stages]
     for index, row in enumerate(rows):
         cells = [
-            row["arch"], row["engine"], row["precision"], f"{row['tokens_kept']}/{row['tokens_total']}",
+            row["arch"], row["engine"], row["precision"], row["size"], f"{row['tokens_kept']}/{row['tokens_total']}",
             *(f"{row[name]:.1f}" for name in ("p50_ms", "p95_ms", "p99_ms")),
             f"{rows[0]['p50_ms'] / row['p50_ms']:.2f}x", f"{row['gflops']:.1f}", f"{row['parameters'] / 1e6:.1f}",
             f"{row['peak_memory_mb']:.0f}",
@@ -248,7 +248,7 @@ def format_table(rows: Sequence[dict[str, Any]], bounds_ms: Sequence[float] | No
         cells += [f"{row['stages_ms'][stage]:.1f}" if stage in row["stages_ms"] else "-" for stage in stages]
         lines.append(cells)
     first = rows[0]
-    title = f"{first['device']}, {first['size']}, batch {first['batch']}, {first['classes']} classes"
+    title = f"{first['device']}, batch {first['batch']}, {first['classes']} classes"
     return "\n".join([title, "", *markdown_table(lines)])
 
 
@@ -259,11 +259,12 @@ def draw_plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         ConfigError: matplotlib is missing.
     """
     figure, ((axes,),) = new_figure((7, 4.5))
-    for key in dict.fromkeys((row["arch"], row["engine"], row["precision"]) for row in rows):
+    names = ("arch", "engine", "precision", "size")
+    for key in dict.fromkeys(tuple(row[name] for name in names) for row in rows):
         points = sorted(
-            (row["tokens_kept"], row["p50_ms"]) for row in rows if (row["arch"], row["engine"], row["precision"]) == key
+            (row["tokens_kept"], row["p50_ms"]) for row in rows if tuple(row[name] for name in names) == key
         )
-        label = f"{key[0]} ({key[1]}, {key[2]})"
+        label = f"{key[0]} ({', '.join(key[1:])})"
         if len(points) == 1 and points[0][0] == rows[0]["tokens_total"]:
             axes.axhline(points[0][1], linestyle="--", color=axes.plot([], [])[0].get_color(), label=label)
         else:

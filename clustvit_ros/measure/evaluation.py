@@ -17,12 +17,14 @@ import numpy as np
 from tqdm import tqdm
 
 from clustvit_ros.engine.engine import Engine, Prediction, Settings
-from clustvit_ros.engine.pixels import network_size
 from clustvit_ros.images import Sample
 from clustvit_ros.measure.flops import count_cost
 from clustvit_ros.measure.metrics import BoundaryIoU, ConfusionMatrix
 from clustvit_ros.networks.model_folder import ModelConfig
 from clustvit_ros.policy import percentile
+
+GflopsCounter = Callable[[tuple[int, int], int], float]
+"""(height, width) at which the network sees an image, and token capacity -> 1e9 operations of a call."""
 
 
 class LabelledSamples(Protocol):
@@ -36,7 +38,7 @@ class LabelledSamples(Protocol):
 def evaluate(
     engine: Engine, data: LabelledSamples, settings: Settings = Settings(),
     on_image: Callable[[Sample, Prediction], None] | None = None,
-    count_gflops: Callable[[tuple[int, int], int], float] | None = None, details: bool = False,
+    count_gflops: GflopsCounter | None = None, details: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Segment every image and compare with its labels at the image's own size.
 
@@ -45,7 +47,7 @@ def evaluate(
         data: images with labels of the engine's classes.
         settings: settings of every call; the confidence map is computed as asked for there.
         on_image: called with each sample and its prediction.
-        count_gflops: (image size, token capacity) to 1e9 operations of a call; None leaves them out.
+        count_gflops: counts operations; None leaves them out.
         details: boundary IoU, confusion matrix and a record for each image as well.
 
     Returns:
@@ -70,7 +72,7 @@ def evaluate(
         kept.append(prediction.stats.tokens_kept / prediction.stats.tokens_total)
         total = prediction.stats.tokens_total
         if count_gflops:
-            gflops.append(count_gflops(sample.labels.shape, prediction.stats.token_capacity))
+            gflops.append(count_gflops(prediction.stats.input_size, prediction.stats.token_capacity))
         if boundaries:
             boundaries.add(sample.labels, prediction.mask[0])
             records.append(_record(sample, prediction, len(names), gflops[-1] if gflops else None))
@@ -94,13 +96,12 @@ def evaluate(
     return scores
 
 
-def gflops_counter(config: ModelConfig) -> Callable[[tuple[int, int], int], float]:
-    """Counts 1e9 operations of a call with an image of (height, width) and a token capacity; each is counted once."""
+def gflops_counter(config: ModelConfig) -> GflopsCounter:
+    """Counts each pair of size and capacity once."""
 
     @functools.cache
-    def count(image_size: tuple[int, int], token_capacity: int) -> float:
-        size = network_size(image_size, config.input.size, config.network.patch_size)
-        return count_cost(config.network, len(config.classes), size, 1, token_capacity).flops / 1e9
+    def count(input_size: tuple[int, int], token_capacity: int) -> float:
+        return count_cost(config.network, len(config.classes), input_size, 1, token_capacity).flops / 1e9
 
     return count
 

@@ -4,25 +4,29 @@
 # applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
 # governing permissions and limitations under the License.
-"""Sweeps over merge settings: what each costs in milliseconds, and what in accuracy."""
+"""Sweeps over operating points and merge thresholds: what each costs in milliseconds, and what in accuracy."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from clustvit_ros.engine.engine import Engine, Settings
-from clustvit_ros.engine.ladder import default_ladder
+from clustvit_ros.engine.ladder import INPUT_SCALES, default_ladder, scaled_size
+from clustvit_ros.measure.evaluation import GflopsCounter
 from clustvit_ros.measure.metrics import ConfusionMatrix
 from clustvit_ros.measure.tables import new_figure, save_figure
+from clustvit_ros.networks.model_folder import MeasuredPoint, ModelConfig
+from clustvit_ros.networks.vit import grid_size_of
 from clustvit_ros.policy import percentile
 
 _THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+_SHARES = (0.125, 0.25, 0.5, 1.0)
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,13 @@ class SweepRow:
     """One setting, measured.
 
     Args:
-        merge_threshold, token_capacity: the setting.
-        accuracy: percent; mIoU against labels, else agreement with the unmerged result.
+        merge_threshold, token_capacity, input_scale: the setting.
+        accuracy: percent; mIoU against labels, else agreement with the full result.
         latency_ms_p50, latency_ms_p95: milliseconds of an engine call.
         tokens_kept_mean: per image.
+        input_size: (height, width) at which the network saw the last image.
+        tokens_total: tokens of that size.
+        agreement: share of pixels that equal the full network's (full size, unmerged), 0..1.
         pareto: no other setting is both faster (p50) and at least as accurate.
         gflops_mean: per image, where they were counted.
     """
@@ -44,66 +51,86 @@ class SweepRow:
     latency_ms_p50: float
     latency_ms_p95: float
     tokens_kept_mean: float
+    input_scale: float = 1.0
+    input_size: tuple[int, int] = (0, 0)
+    tokens_total: int = 0
+    agreement: float = 1.0
     pareto: bool = False
     gflops_mean: float | None = None
 
+    @property
+    def text(self) -> str:
+        """The setting in words."""
+        capacity = f", token_capacity {self.token_capacity}" if self.token_capacity else ""
+        scale = f", input_scale {self.input_scale:g}" if self.input_scale != 1.0 else ""
+        return f"merge_threshold {self.merge_threshold:g}{capacity}{scale}"
+
+
+class _Tally:
+    """What one setting showed so far."""
+
+    def __init__(self, num_classes: int) -> None:
+        self.matrix = ConfusionMatrix(num_classes)
+        self.agreements: list[float] = []
+        self.latencies_ms: list[float] = []
+        self.kept: list[float] = []
+        self.gflops: list[float] = []
+        self.input_size, self.tokens_total = (0, 0), 0
+
+    def row(self, setting: Settings, labelled: bool) -> SweepRow:
+        """Everything in figures."""
+        agreement = statistics.fmean(self.agreements)
+        return SweepRow(
+            setting.merge_threshold, setting.token_capacity,
+            accuracy=round(100 * (self.matrix.miou() if labelled else agreement), 3),
+            latency_ms_p50=round(statistics.median(self.latencies_ms), 3),
+            latency_ms_p95=round(percentile(self.latencies_ms, 0.95), 3),
+            tokens_kept_mean=round(statistics.fmean(self.kept), 1), input_scale=setting.input_scale,
+            input_size=self.input_size, tokens_total=self.tokens_total, agreement=round(agreement, 5),
+            gflops_mean=round(statistics.fmean(self.gflops), 3) if self.gflops else None,
+        )  # fmt: skip
+
 
 def sweep(
-    engine: Engine,
-    images: Sequence[np.ndarray],
-    labels: Sequence[np.ndarray] | None,
-    settings: Sequence[Settings],
-    count_gflops: Callable[[tuple[int, int], int], float] | None = None,
-) -> list[SweepRow]:
+    engine: Engine, images: Sequence[np.ndarray], labels: Sequence[np.ndarray] | None, settings: Sequence[Settings],
+    count_gflops: GflopsCounter | None = None,
+) -> list[SweepRow]:  # fmt: skip
     """Measure every setting on every image.
 
     Settings take turns on each image, so that a machine that slows down meanwhile slows all of them.
 
     Args:
+        engine: warmed up inside, at every size.
         images: (H, W, 3) uint8 RGB.
-        labels: (H, W) class ids for each image; None compares with the engine's own result without merging.
+        labels: (H, W) class ids for each image; None compares with the engine's own full result.
         settings: what to compare.
-        count_gflops: (image size, token capacity) to 1e9 operations of a call; None leaves them out.
+        count_gflops: counts operations; None leaves them out.
 
     Returns:
         One row per setting, in the same order, the Pareto front marked.
     """
-    num_classes = len(engine.info.classes)
-    matrices = [ConfusionMatrix(num_classes) for _ in settings]
-    agreements: list[list[float]] = [[] for _ in settings]
-    latencies_ms: list[list[float]] = [[] for _ in settings]
-    kept: list[list[float]] = [[] for _ in settings]
-    gflops: list[list[float]] = [[] for _ in settings]
+    tallies = [_Tally(len(engine.info.classes)) for _ in settings]
+    full = Settings(merge_threshold=1.0, confidence=False)
     for size in {image.shape[:2] for image in images}:
         engine.warmup((size[0], size[1]))
+        for setting in settings:
+            engine.segment(np.zeros((*size, 3), np.uint8), setting)
     for index in tqdm(range(len(images)), desc="sweep", leave=False, mininterval=1.0):
         image = images[index]
-        reference = None if labels is not None else engine.segment(image, Settings(merge_threshold=1.0)).mask[0]
-        for row, setting in enumerate(settings):
+        reference = engine.segment(image, full).mask[0]
+        for tally, setting in zip(tallies, settings, strict=True):
             prediction = engine.segment(image, setting)
-            latencies_ms[row].append(prediction.stats.total_ms)
-            kept[row].append(prediction.stats.tokens_kept)
+            stats = prediction.stats
+            tally.latencies_ms.append(stats.total_ms)
+            tally.kept.append(stats.tokens_kept)
+            tally.input_size, tally.tokens_total = stats.input_size, stats.tokens_total
+            tally.agreements.append(float((prediction.mask[0] == reference).mean()))
             if count_gflops:
-                gflops[row].append(count_gflops(image.shape[:2], prediction.stats.token_capacity))
+                tally.gflops.append(count_gflops(stats.input_size, stats.token_capacity))
             if labels is not None:
-                matrices[row].add(labels[index], prediction.mask[0])
-            else:
-                agreements[row].append(float((prediction.mask[0] == reference).mean()))
-    rows = []
-    for row, setting in enumerate(settings):
-        accuracy = matrices[row].miou() if labels is not None else statistics.fmean(agreements[row])
-        rows.append(
-            SweepRow(
-                merge_threshold=setting.merge_threshold,
-                token_capacity=setting.token_capacity,
-                accuracy=round(100 * accuracy, 3),
-                latency_ms_p50=round(statistics.median(latencies_ms[row]), 3),
-                latency_ms_p95=round(percentile(latencies_ms[row], 0.95), 3),
-                tokens_kept_mean=round(statistics.fmean(kept[row]), 1),
-                gflops_mean=round(statistics.fmean(gflops[row]), 3) if count_gflops else None,
-            )
-        )
-    return [SweepRow(**{**asdict(row), "pareto": _on_front(row, rows)}) for row in rows]
+                tally.matrix.add(labels[index], prediction.mask[0])
+    rows = [tally.row(setting, labels is not None) for tally, setting in zip(tallies, settings, strict=True)]
+    return [replace(row, pareto=_on_front(row, rows)) for row in rows]
 
 
 def suggest(rows: Sequence[SweepRow], budget_ms: float) -> SweepRow | None:
@@ -121,35 +148,74 @@ def _on_front(row: SweepRow, rows: Sequence[SweepRow]) -> bool:
 
 
 def ladder_settings(tokens_total: int) -> list[Settings]:
-    """What a sweep compares: thresholds from 0.1 to 1, and every rung of the capacity ladder below all tokens."""
+    """Merging alone: thresholds from 0.1 to 1, and every rung of the capacity ladder below all tokens."""
     by_threshold = [Settings(threshold, confidence=False) for threshold in _THRESHOLDS]
     by_capacity = [Settings(1.0, capacity, confidence=False) for capacity in default_ladder(tokens_total)[:-1]]
     return by_threshold + by_capacity
 
 
+def point_settings(engine: Engine, image_size: tuple[int, int]) -> list[Settings]:
+    """Operating points: every rung of the ladder of sizes, with an eighth, a quarter, half and all of its tokens.
+
+    Args:
+        engine: runs them.
+        image_size: (height, width) of the images.
+    """
+    points = []
+    for scale in reversed(INPUT_SCALES):
+        ladder = engine.capacities(image_size, scale)
+        chosen = sorted({ladder[max(round(len(ladder) * share) - 1, 0)] for share in _SHARES})
+        points += [Settings(1.0, capacity, confidence=False, input_scale=scale) for capacity in chosen]
+    return points
+
+
+def measured_points(rows: Sequence[SweepRow], config: ModelConfig) -> tuple[MeasuredPoint, ...]:
+    """What `model.yaml` keeps of rows that were measured on labels: sizes and capacities of the model's own input.
+
+    Args:
+        rows: of `point_settings`, whatever the images' aspect.
+        config: the model.
+    """
+    points = []
+    for row in rows:
+        patch_size = config.network.patch_size
+        size = scaled_size(config.input.size, row.input_scale, patch_size)
+        rows_of_patches, columns = grid_size_of(size, patch_size)
+        capacity = max(round(rows_of_patches * columns * row.token_capacity / row.tokens_total), 1)
+        points.append(MeasuredPoint(size, capacity, row.accuracy, row.agreement))
+    return tuple(points)
+
+
 def draw_sweep(
-    rows: Sequence[SweepRow],
-    current: SweepRow,
-    suggestion: SweepRow | None,
-    budget_ms: float | None,
-    measure: str,
-    title: str,
-    path: Path,
-) -> None:
-    """Draw accuracy against latency as PNG (or whatever the path's suffix says)."""
-    figure, ((axes,),) = new_figure((8, 5))
-    for label, marker, chosen in (
-        ("merge_threshold", "o", [row for row in rows if row.token_capacity == 0]),
-        ("token_capacity", "s", [row for row in rows if row.token_capacity > 0]),
-    ):
-        axes.scatter([r.latency_ms_p50 for r in chosen], [r.accuracy for r in chosen], marker=marker, s=30, label=label)
-        for row in chosen:
-            text = f"{row.token_capacity}" if row.token_capacity else f"{row.merge_threshold:g}"
-            axes.annotate(text, (row.latency_ms_p50, row.accuracy), (4, -10), textcoords="offset points", fontsize=7)
+    rows: Sequence[SweepRow], current: SweepRow, suggestion: SweepRow | None, budget_ms: float | None, measure: str,
+    title: str, path: Path,
+) -> None:  # fmt: skip
+    """Draw accuracy against latency as PNG (or whatever the path's suffix says), a line for each input size."""
+    figure, ((axes,),) = new_figure((9, 6))
+    by_threshold = [row for row in rows if row.token_capacity == 0]
+    axes.scatter(
+        [r.latency_ms_p50 for r in by_threshold], [r.accuracy for r in by_threshold], marker="x", s=22, color="0.45",
+        label="merge_threshold, full size",
+    )  # fmt: skip
+    for scale in sorted({row.input_scale for row in rows if row.token_capacity}, reverse=True):
+        of_size = sorted(
+            (row for row in rows if row.token_capacity and row.input_scale == scale), key=lambda r: r.token_capacity
+        )
+        size = "{}x{}".format(*of_size[0].input_size)
+        axes.plot(
+            [r.latency_ms_p50 for r in of_size], [r.accuracy for r in of_size], "o-", ms=4, lw=0.8, alpha=0.8,
+            label=f"input {scale:g}: {size}",
+        )  # fmt: skip
+        for row in (of_size[0], of_size[-1]):
+            axes.annotate(
+                f"{row.token_capacity}", (row.latency_ms_p50, row.accuracy), (3, -9), textcoords="offset points",
+                fontsize=7,
+            )  # fmt: skip
     front = sorted((row for row in rows if row.pareto), key=lambda row: row.latency_ms_p50)
     axes.plot(
-        [r.latency_ms_p50 for r in front], [r.accuracy for r in front], "-", lw=1, color="grey", label="Pareto front"
-    )
+        [r.latency_ms_p50 for r in front], [r.accuracy for r in front], "-", lw=4, alpha=0.25, color="black",
+        label="Pareto front", zorder=0,
+    )  # fmt: skip
     axes.plot(current.latency_ms_p50, current.accuracy, "*", ms=15, mfc="none", mec="black", label="current setting")
     if suggestion:
         axes.plot(suggestion.latency_ms_p50, suggestion.accuracy, "D", ms=11, mfc="none", mec="red", label="suggested")
@@ -157,27 +223,30 @@ def draw_sweep(
         axes.axvline(budget_ms, ls="--", lw=1, color="red", label=f"budget {budget_ms:g} ms")
     axes.set_xlabel("latency p50 (ms)")
     axes.set_ylabel(f"{measure} (%)")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(f"{title}; small figures: tokens kept", fontsize=9)
+    axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="lower right")
     save_figure(figure, path)
 
 
 def sweep_table(rows: Sequence[SweepRow], measure: str, suggestion: SweepRow | None, budget_ms: float | None) -> str:
     """The rows as text, and what is suggested for a budget in milliseconds (p95), where there is one."""
     lines = [
-        f"{'threshold':>9} {'capacity':>8} {'kept':>7} {'p50 ms':>8} {'p95 ms':>8} {'accuracy %':>10}   ({measure})"
+        f"{'input':>9} {'threshold':>9} {'capacity':>8} {'kept':>7} {'p50 ms':>8} {'p95 ms':>8} {'accuracy %':>10} "
+        f"{'equal %':>8}   ({measure}; equal: pixels as the full network's)"
     ]
     for row in rows:
         front = "  Pareto" if row.pareto else ""
+        size = "{}x{}".format(*row.input_size)
         lines.append(
-            f"{row.merge_threshold:9.2f} {row.token_capacity or '-':>8} {row.tokens_kept_mean:7.0f} "
-            f"{row.latency_ms_p50:8.1f} {row.latency_ms_p95:8.1f} {row.accuracy:10.2f}{front}"
+            f"{size:>9} {row.merge_threshold:9.2f} {row.token_capacity or '-':>8} {row.tokens_kept_mean:7.0f} "
+            f"{row.latency_ms_p50:8.1f} {row.latency_ms_p95:8.1f} {row.accuracy:10.2f} {100 * row.agreement:8.2f}"
+            f"{front}"
         )
     if budget_ms and suggestion:
-        capacity = f", token_capacity {suggestion.token_capacity}" if suggestion.token_capacity else ""
         lines.append(
-            f"within {budget_ms:g} ms: merge_threshold {suggestion.merge_threshold:g}{capacity} "
+            f"within {budget_ms:g} ms: {suggestion.text} "
             f"({suggestion.accuracy:.2f} %, p95 {suggestion.latency_ms_p95:.1f} ms)"
         )
     elif budget_ms:

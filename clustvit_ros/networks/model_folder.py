@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from clustvit_ros.classes import ClassEntry, ClassSet
-from clustvit_ros.config import from_mapping, read_yaml
+from clustvit_ros.config import from_mapping, read_yaml, to_mapping
 from clustvit_ros.errors import ConfigError, ModelError
 from clustvit_ros.networks.architectures import build_network, network_config
 from clustvit_ros.networks.segmenter import NetworkConfig, Segmenter
@@ -55,6 +55,23 @@ class InputConfig:
 
 
 @dataclass(frozen=True)
+class MeasuredPoint:
+    """An operating point and what it is worth, measured on labelled images.
+
+    Args:
+        size: (height, width) of the network's input, in whole patches.
+        capacity: most tokens kept of those at that size.
+        miou: percent.
+        agreement: share of pixels that equal the full network's, 0..1.
+    """
+
+    size: tuple[int, int]
+    capacity: int
+    miou: float
+    agreement: float
+
+
+@dataclass(frozen=True)
 class _ModelFile:
     """What `model.yaml` may hold; `training`, `scores` and `licence` are for people and are passed through."""
 
@@ -66,6 +83,7 @@ class _ModelFile:
     training: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, Any] = field(default_factory=dict)
     licence: str = ""
+    operating_points: tuple[MeasuredPoint, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,6 +98,7 @@ class ModelConfig:
         input: size and normalisation.
         overrides: what `network` states beyond the architecture, as written.
         training, scores, licence: provenance, free form.
+        operating_points: input sizes and capacities, and what they are worth; empty where nobody measured.
     """
 
     name: str
@@ -91,6 +110,7 @@ class ModelConfig:
     training: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, Any] = field(default_factory=dict)
     licence: str = ""
+    operating_points: tuple[MeasuredPoint, ...] = ()
 
 
 def load_config(model: str | Path) -> ModelConfig:
@@ -106,12 +126,33 @@ def load_config(model: str | Path) -> ModelConfig:
     if len(content.classes) > _MOST_CLASSES:
         raise ConfigError(f"{where}: got {len(content.classes)} classes, expected at most {_MOST_CLASSES}")
     _check_sizes(content.network, f"{where}: network")
+    network = network_config(content.architecture, content.network, f"{where}: network")
+    for point in content.operating_points:
+        _check_point(point, content.input.size, network, where)
     return ModelConfig(
-        name=folder.resolve().name, architecture=content.architecture,
-        network=network_config(content.architecture, content.network, f"{where}: network"),
+        name=folder.resolve().name, architecture=content.architecture, network=network,
         classes=ClassSet.of(content.classes), input=content.input, overrides=content.network, training=content.training,
-        scores=content.scores, licence=content.licence,
+        scores=content.scores, licence=content.licence, operating_points=content.operating_points,
     )  # fmt: skip
+
+
+def _check_point(point: MeasuredPoint, full_size: tuple[int, int], network: NetworkConfig, where: str) -> None:
+    """Refuse an operating point that the network cannot run, or that nobody can have measured."""
+    where = f"{where}: operating_points: {point.size[0]}x{point.size[1]} with {point.capacity} tokens"
+    patch_size = network.patch_size
+    if min(point.size) < 1 or any(point.size[axis] > full_size[axis] for axis in (0, 1)):
+        raise ConfigError(f"{where}: expected a size of at most the input's, {full_size[0]}x{full_size[1]}")
+    if point.size != full_size and any(side % patch_size for side in point.size):
+        raise ConfigError(f"{where}: expected sides that are multiples of the patch size, {patch_size}")
+    tokens_total = -(-point.size[0] // patch_size) * -(-point.size[1] // patch_size)
+    if not (1 if network.merges else tokens_total) <= point.capacity <= tokens_total:
+        expected = f"1 to {tokens_total}" if network.merges else f"{tokens_total}, all of them: the network merges none"
+        raise ConfigError(f"{where}: expected {expected}")
+    if not (0.0 <= point.miou <= 100.0 and 0.0 <= point.agreement <= 1.0):
+        raise ConfigError(
+            f"{where}: got miou {point.miou:g} and agreement {point.agreement:g}, expected percent from 0 to 100 and a "
+            "share from 0 to 1"
+        )
 
 
 def check_folder(model: str | Path) -> tuple[ClassSet, int]:
@@ -296,7 +337,12 @@ def save_model(folder: Path, config: ModelConfig, network: Segmenter, dtype: tor
     with replacing(folder / WEIGHTS_FILE) as partial:
         save_file(weights, partial)
         partial.chmod(0o644)  # safetensors writes for the owner alone, and an installed model is read by others
-    content = {
+    save_config(folder, config)
+
+
+def save_config(folder: Path, config: ModelConfig) -> None:
+    """Write `model.yaml`; readers see the old file or the new one, never half of it."""
+    content: dict[str, Any] = {
         "format": 1,
         "architecture": config.architecture,
         "network": config.overrides,
@@ -309,5 +355,8 @@ def save_model(folder: Path, config: ModelConfig, network: Segmenter, dtype: tor
         "scores": config.scores,
         "licence": config.licence,
     }
+    if config.operating_points:
+        content["operating_points"] = [to_mapping(point) for point in config.operating_points]
     text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
-    (folder / MODEL_FILE).write_text(text, encoding="utf-8")
+    with replacing(folder / MODEL_FILE, shared=True) as partial:
+        partial.write_text(text, encoding="utf-8")

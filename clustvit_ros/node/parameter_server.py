@@ -134,8 +134,8 @@ class ParameterServer(Generic[T]):
                     return _refused(f"{item.name}: {reason}")
             changes.setdefault(prefix, {})[field] = value
         old = self._values
-        new = {**old, **{prefix: dataclasses.replace(old[prefix], **values) for prefix, values in changes.items()}}
         try:
+            new = {**old, **{prefix: dataclasses.replace(old[prefix], **values) for prefix, values in changes.items()}}
             self._check(old[""], new[""])
         except ConfigError as error:
             return _refused(str(error))

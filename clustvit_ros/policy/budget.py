@@ -4,84 +4,101 @@
 # applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
 # governing permissions and limitations under the License.
-"""Holding a latency budget by bounding the token capacity.
+"""Holding a latency budget by choosing an operating point: input size and token capacity.
 
-Feed-forward from a calibrated table (what a capacity costs on this device when nothing else runs), corrected by
-feedback (how much slower frames are just now). The correction is an upper estimate over recent frames, so that noise is
-paid for in advance; a lasting change of load replaces those frames at once instead of fading in.
+Feed-forward from a calibrated table (what a point costs on this device when nothing else runs), corrected by feedback
+(how much slower frames are just now). The correction is an upper estimate over recent frames, so that noise is paid for
+in advance; a lasting change of load replaces those frames at once instead of fading in.
 """
 
 from __future__ import annotations
 
-import bisect
+import functools
+import itertools
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from clustvit_ros.engine.engine import Accuracy
+from clustvit_ros.engine.ladder import OperatingPoint
 from clustvit_ros.errors import ConfigError
+from clustvit_ros.policy.calibration import LatencyTable
 
 # Frames that the slowdown is estimated from.
 _WINDOW = 24
 # So many frames in a row beyond the estimate are no spikes any more: the load has changed.
 _RISEN_FRAMES = 3
 _FALLEN_FRAMES = 6
-# A larger capacity must fit with this to spare, for so many frames in a row, before it is taken.
+# A better point must fit with this to spare, for so many frames in a row, before it is taken.
 _HEADROOM = 0.05
 _STEADY_FRAMES = 6
-# Of so many frames, one in twenty may be above the estimate, however seldom and wild spikes are; with fewer frames than
-# the second number, a share says nothing.
-_TAIL_WINDOW = 60
-_MIN_TAIL_FRAMES = 40
-_TAIL_SHARE = 0.05
+# Of so many frames, one in fifty may be above the estimate, however seldom and wild spikes are, and what was seen is not
+# the worst that comes; with fewer frames than the second number, a share says nothing.
+_TAIL_WINDOW = 100
+_MIN_TAIL_FRAMES = 25
+_TAIL_SHARE = 0.02
+_BEYOND_TAIL = 0.25
 # A spread over fewer frames than this is a guess; what was seen bounds it.
 _FEW_FRAMES = 8
 _BEYOND_SEEN = 1.1
+# Cores that others must use less than they did when a count of threads was found slow, for it to be tried again.
+_LOAD_FELL = 0.5
 # Noise is assumed to be at least this much, relative.
 _MIN_SPREAD = 0.01
 # Spreads above the median that the estimate covers: under normal noise it is exceeded by 6 frames in 1,000.
 _SPREADS = 2.5
-# A capacity that was left soon after it was taken is not tried again for so many frames, doubled each time.
+# A point that was left soon after it was taken is not tried again for so many frames, doubled each time.
 _RETRY_FRAMES = 60
 _MAX_RETRY_FRAMES = 3840
 
 
-class LatencyTable:
-    """Calibrated latency per token capacity.
+Worth = tuple[float, float, float]
+"""Orders operating points by what they are worth: percent mIoU (0 where it is unknown), input scale, token share."""
 
-    Measured noise must not make a larger capacity look cheaper than a smaller one: the table is made to rise by
-    pooling neighbours that do not (isotonic regression).
+
+class WorthOrder:
+    """How accurate an operating point is, compared with others.
+
+    By the mIoU that the model's folder states, interpolated between its points; without any, by size first and by
+    capacity among equal sizes.
 
     Args:
-        latency_ms: capacity (tokens) -> milliseconds, at least one entry.
-
-    Raises:
-        ConfigError: no entry, or one that is not positive.
+        accuracies: as `EngineInfo` has them.
     """
 
-    def __init__(self, latency_ms: Mapping[int, float]) -> None:
-        if not latency_ms:
-            raise ConfigError("latency table: got no capacity, expected at least one")
-        if any(capacity < 1 or not 0.0 < value < math.inf for capacity, value in latency_ms.items()):
-            raise ConfigError(f"latency table: got {dict(latency_ms)}, expected positive capacities and milliseconds")
-        self.capacities = tuple(sorted(latency_ms))
-        self._latency_ms = _rising([latency_ms[capacity] for capacity in self.capacities])
+    def __init__(self, accuracies: Sequence[Accuracy] = ()) -> None:
+        self._curves: dict[float, tuple[list[float], list[float]]] = {}
+        for scale in sorted({each.input_scale for each in accuracies}):
+            of_size = sorted((each.token_share, each.miou) for each in accuracies if each.input_scale == scale)
+            # Keeping more tokens is never worth less: a measured gain from merging is chance, or too small to matter.
+            best = itertools.accumulate((miou for _, miou in of_size), max)
+            self._curves[scale] = [share for share, _ in of_size], list(best)
+        self._known = functools.lru_cache(4096)(self._of)  # asked for at every frame
 
-    def __getitem__(self, capacity: int) -> float:
-        """Milliseconds at a capacity; between two rungs interpolated, beyond them the nearest."""
-        index = bisect.bisect_left(self.capacities, capacity)
-        if index == 0:
-            return self._latency_ms[0]
-        if index == len(self.capacities):
-            return self._latency_ms[-1]
-        low, high = self.capacities[index - 1 : index + 1]
-        share = (capacity - low) / (high - low)
-        return self._latency_ms[index - 1] * (1.0 - share) + self._latency_ms[index] * share
+    def __call__(self, point: OperatingPoint) -> Worth:
+        """The point's worth."""
+        return self._known(point)
 
-    def items(self) -> Iterable[tuple[int, float]]:
-        """(capacity, milliseconds), ascending."""
-        return zip(self.capacities, self._latency_ms, strict=True)
+    def _of(self, point: OperatingPoint) -> Worth:
+        if not self._curves:
+            return 0.0, point.input_scale, point.share
+        values = [float(np.interp(point.share, *curve)) for curve in self._curves.values()]
+        return float(np.interp(point.input_scale, list(self._curves), values)), point.input_scale, point.share
+
+
+def front_of(
+    points: Iterable[OperatingPoint], table: LatencyTable, worth: Callable[[OperatingPoint], Worth]
+) -> list[OperatingPoint]:
+    """The points that none beats in both latency and worth, fastest and least accurate first."""
+    front: list[OperatingPoint] = []
+    for point in sorted(points, key=worth, reverse=True):
+        if not front or table[point] < table[front[-1]]:
+            front.append(point)
+    return front[::-1]
 
 
 @dataclass(frozen=True)
@@ -89,167 +106,206 @@ class Decision:
     """What the controller allows for the next frame, and why.
 
     Args:
-        capacity: largest token capacity to use.
+        point: input size, and largest token capacity to use.
+        threads: CPU threads to use; 0 is the engine's own choice.
         budget_ms: the budget in force.
         engine_budget_ms: what is left of it for the engine.
-        slowdown: upper estimate of measured over calibrated latency.
+        slowdown: upper estimate of measured over calibrated latency, with so many threads.
         overhead_ms: upper estimate of everything outside the engine that counts against the budget.
-        predicted_ms: upper estimate of the engine's latency at `capacity`.
-        feasible: False when even the smallest capacity is expected to miss the budget.
+        point_ms: latency at `point` on the undisturbed device, with as many threads as are best there.
+        predicted_ms: upper estimate of the engine's latency at `point`.
+        least_ms: upper estimate of the latency that counts at the fastest point allowed: the least budget that holds.
+        feasible: False when even that point is expected to miss the budget.
     """
 
-    capacity: int
+    point: OperatingPoint
+    threads: int
     budget_ms: float
     engine_budget_ms: float
     slowdown: float
     overhead_ms: float
+    point_ms: float
     predicted_ms: float
+    least_ms: float
     feasible: bool
 
 
 class BudgetController:
-    """Chooses the largest token capacity whose predicted latency fits the budget.
+    """Chooses the most accurate operating point whose predicted latency fits the budget.
 
     Call `decide` before a frame and `observe` after it. Deterministic: the same observations give the same decisions.
-    A budget that cannot be held gets the smallest capacity allowed, and `Decision.feasible` says so; `check_budget`
-    refuses it beforehand.
+    Where threads can be chosen, each count has an estimate of its own, and the one with the lowest prediction is used:
+    threads of one operation wait for each other, and with every core that others use, more of them lose more.
+    A budget that cannot be held gets the fastest point allowed, and `Decision.feasible` says so; `check_budget` refuses
+    it beforehand.
 
     Args:
         table: calibrated latencies.
+        points: those that may be chosen, fastest and least accurate first, as `front_of` gives them; at least one.
         budget_ms: milliseconds a frame may take; infinity is no budget.
-        min_tokens: smallest capacity that may be chosen, whatever the budget.
         counts_overhead: milliseconds outside the engine count against the budget.
     """
 
     def __init__(
-        self, table: LatencyTable, budget_ms: float = math.inf, min_tokens: int = 0, counts_overhead: bool = True
-    ) -> None:
+        self, table: LatencyTable, points: Sequence[OperatingPoint], budget_ms: float = math.inf,
+        counts_overhead: bool = True,
+    ) -> None:  # fmt: skip
         self._table = table
-        self._slowdowns = _Estimate()
+        self._slowdowns = {threads: _Estimate() for threads in table.thread_counts}
+        self._uppers = dict.fromkeys(table.thread_counts, 1.0)
+        self._learnt_with: dict[int, float | None] = dict.fromkeys(table.thread_counts)
         self._overheads = _Estimate()
         self._frame = 0
-        self._target: tuple[float, int, bool] | None = None
-        self.retarget(budget_ms, min_tokens, counts_overhead)
+        self._target: tuple[float, tuple[OperatingPoint, ...], bool] | None = None
+        self.retarget(budget_ms, points, counts_overhead)
 
-    def retarget(self, budget_ms: float, min_tokens: int = 0, counts_overhead: bool = True) -> None:
+    def retarget(self, budget_ms: float, points: Sequence[OperatingPoint], counts_overhead: bool = True) -> None:
         """Hold another budget from the next frame on; what was learnt about the device's load stays."""
-        if self._target == (budget_ms, min_tokens, counts_overhead):
+        target = budget_ms, tuple(points), counts_overhead
+        if self._target == target:
             return
-        self._target = (budget_ms, min_tokens, counts_overhead)
-        self._budget_ms, self._counts_overhead = budget_ms, counts_overhead
-        self._capacities = _allowed(self._table, min_tokens)
+        self._target = target
+        self._budget_ms, self._points, self._counts_overhead = target
         self._raised_at = self._frame - _RETRY_FRAMES
-        self._retry_at: dict[int, int] = {}
-        self._retry_frames: dict[int, int] = {}
+        self._retry_at: dict[OperatingPoint, int] = {}
+        self._retry_frames: dict[OperatingPoint, int] = {}
         self._wanted_larger = 0
-        self._capacity = self._fitting()[0]
+        self._index = 0
+        self._index = self._fitting()[0]
 
     @property
-    def typical_slowdown(self) -> float:
-        """Measured over calibrated latency of recent frames, without the margin for noise; 1 before any frame."""
-        return self._slowdowns.median(1.0)
+    def slowdown(self) -> float:
+        """Upper estimate of measured over calibrated latency at the fastest point; 1 before any frame."""
+        return self._predict(self._points[0])[0] / self._table[self._points[0]]
 
     @property
-    def typical_overhead_ms(self) -> float:
-        """Milliseconds outside the engine of recent frames, without the margin; 0 before any frame."""
-        return self._overheads.median(0.0)
+    def overhead_ms(self) -> float:
+        """Upper estimate of the milliseconds outside the engine, counted or not; 0 before any frame."""
+        return self._overheads.upper(0.0)
 
     def decide(self) -> Decision:
-        """The largest capacity allowed for the next frame."""
-        slowdown, overhead_ms = self._slowdowns.upper(1.0), self._overhead_ms()
+        """The most accurate point allowed for the next frame."""
+        overhead_ms = self.overhead_ms if self._counts_overhead else 0.0
         engine_budget_ms = self._budget_ms - overhead_ms
+        point, (least_ms, _) = self._points[self._index], self._predict(self._points[0])
+        predicted_ms, threads = self._predict(point)
         return Decision(
-            capacity=self._capacity, budget_ms=self._budget_ms, engine_budget_ms=engine_budget_ms, slowdown=slowdown,
-            overhead_ms=overhead_ms, predicted_ms=self._table[self._capacity] * slowdown,
-            feasible=self._table[self._capacities[0]] * slowdown <= engine_budget_ms,
+            point=point, threads=threads, budget_ms=self._budget_ms, engine_budget_ms=engine_budget_ms,
+            slowdown=predicted_ms / self._table.at(point, threads), overhead_ms=overhead_ms,
+            point_ms=self._table[point], predicted_ms=predicted_ms,
+            least_ms=least_ms + overhead_ms, feasible=least_ms <= engine_budget_ms,
         )  # fmt: skip
 
-    def observe(self, capacity: int, engine_ms: float, overhead_ms: float = 0.0) -> None:
+    def _predict(self, point: OperatingPoint) -> tuple[float, int]:
+        """The lowest upper estimate of a point's latency, and the threads that it is for."""
+        return min((self._table.at(point, threads) * upper, threads) for threads, upper in self._uppers.items())
+
+    def observe(
+        self, point: OperatingPoint, engine_ms: float, overhead_ms: float = 0.0, threads: int = 0,
+        others: float | None = None,
+    ) -> None:  # fmt: skip
         """Learn from a frame.
 
         Args:
-            capacity: that it was processed with; it may be below the one allowed.
+            point: where it was processed; its capacity may be below the one allowed.
             engine_ms: milliseconds in the engine.
             overhead_ms: milliseconds outside it; learnt even while they do not count.
+            threads: CPU threads that it was processed with.
+            others: cores that other processes use now; None where nobody knows.
         """
         self._frame += 1
-        if self._slowdowns.add(engine_ms / self._table[capacity]) < 0:
+        if threads not in self._slowdowns:
+            threads = next(iter(self._slowdowns))
+        self._forget_other_loads(threads, others)
+        if self._slowdowns[threads].add(engine_ms / self._table.at(point, threads)) < 0:
             # The load went away: what failed under it says nothing about now.
             self._retry_at.clear()
             self._retry_frames.clear()
+        self._uppers = {count: estimate.upper(1.0) for count, estimate in self._slowdowns.items()}
         self._overheads.add(overhead_ms)
         fitting, roomy = self._fitting()
-        if fitting < self._capacity:
+        if fitting < self._index:
             self._lower(fitting)
-        elif roomy > self._capacity:
+        elif roomy > self._index:
             self._wanted_larger += 1
             if self._wanted_larger >= _STEADY_FRAMES:
                 self._raise(roomy)
         else:
             self._wanted_larger = 0
 
-    def _overhead_ms(self) -> float:
-        return self._overheads.upper(0.0) if self._counts_overhead else 0.0
+    def _forget_other_loads(self, threads: int, others: float | None) -> None:
+        """What was learnt with other counts of threads says nothing once others use clearly fewer cores."""
+        self._learnt_with[threads] = others
+        for count, estimate in self._slowdowns.items():
+            before = self._learnt_with[count]
+            if count != threads and before is not None and others is not None and others < before - _LOAD_FELL:
+                estimate.forget()
+                self._learnt_with[count] = None
 
     def _fitting(self) -> tuple[int, int]:
-        """The largest capacity that fits, and the largest allowed one that fits with headroom."""
-        budget_ms = (self._budget_ms - self._overhead_ms()) / self._slowdowns.upper(1.0)
-        fitting = roomy = self._capacities[0]
-        for capacity in self._capacities:
-            if self._table[capacity] <= budget_ms:
-                fitting = capacity
-            fits_with_headroom = self._table[capacity] <= budget_ms * (1.0 - _HEADROOM)
-            if fits_with_headroom and self._retry_at.get(capacity, 0) <= self._frame:
-                roomy = capacity
+        """Indices of the most accurate point that fits, and of the most accurate allowed one with headroom."""
+        budget_ms = self._budget_ms - (self.overhead_ms if self._counts_overhead else 0.0)
+        fitting = roomy = 0
+        for index, point in enumerate(self._points):
+            predicted_ms, _ = self._predict(point)
+            if predicted_ms <= budget_ms:
+                fitting = index
+            fits_with_headroom = predicted_ms <= budget_ms * (1.0 - _HEADROOM)
+            if fits_with_headroom and self._retry_at.get(point, 0) <= self._frame:
+                roomy = index
         return fitting, roomy
 
-    def _lower(self, capacity: int) -> None:
+    def _lower(self, index: int) -> None:
         if self._frame - self._raised_at < _RETRY_FRAMES:
-            # Taken and left again: the estimate is at odds with this capacity, and trying on would oscillate.
-            frames = min(self._retry_frames.get(self._capacity, _RETRY_FRAMES // 2) * 2, _MAX_RETRY_FRAMES)
-            self._retry_frames[self._capacity] = frames
-            for larger in self._capacities[self._capacities.index(self._capacity) :]:
-                self._retry_at[larger] = self._frame + frames
-        self._capacity = capacity
+            # Taken and left again: the estimate is at odds with this point, and trying on would oscillate.
+            left = self._points[self._index]
+            frames = min(self._retry_frames.get(left, _RETRY_FRAMES // 2) * 2, _MAX_RETRY_FRAMES)
+            self._retry_frames[left] = frames
+            for better in self._points[self._index :]:
+                self._retry_at[better] = self._frame + frames
+        self._index = index
         self._wanted_larger = 0
 
-    def _raise(self, capacity: int) -> None:
-        self._capacity = capacity
+    def _raise(self, index: int) -> None:
+        self._index = index
         self._raised_at = self._frame
         self._wanted_larger = 0
 
 
 def check_budget(
-    table: LatencyTable, budget_ms: float, min_tokens: int = 0, slowdown: float = 1.0, overhead_ms: float = 0.0
-) -> None:
-    """Refuse a budget that cannot be held.
+    table: LatencyTable, points: Sequence[OperatingPoint], budget_ms: float, slowdown: float = 1.0,
+    overhead_ms: float = 0.0,
+) -> None:  # fmt: skip
+    """Refuse a budget that cannot be held now.
 
     Args:
         table: calibrated latencies.
+        points: those that may be chosen, fastest first.
         budget_ms: the budget.
-        min_tokens: smallest capacity that may be chosen.
-        slowdown: measured over calibrated latency; only a device that turned out faster than calibrated counts, since
-            a load may go away.
-        overhead_ms: milliseconds outside the engine that count against the budget.
+        slowdown: upper estimate of measured over calibrated latency, as frames run now.
+        overhead_ms: upper estimate of the milliseconds outside the engine that count against the budget.
 
     Raises:
-        ConfigError: naming the feasible minimum.
+        ConfigError: naming the smallest budget that holds.
     """
-    smallest = _allowed(table, min_tokens)[0]
-    engine_ms = table[smallest] * min(slowdown, 1.0)
+    fastest = points[0]
+    engine_ms = table[fastest] * slowdown
     if budget_ms >= engine_ms + overhead_ms:
         return
     # With the margin that the controller takes: what is named here will be held.
     minimum_ms = (engine_ms + overhead_ms) * (1.0 + _SPREADS * _MIN_SPREAD)
     outside = f" and {overhead_ms:.1f} ms pass outside the engine" if overhead_ms else ""
     raise ConfigError(
-        f"latency_budget_ms: got {budget_ms:g}, but {smallest} tokens already take {engine_ms:.1f} ms here{outside}; "
-        f"expected 0 (off) or at least {math.ceil(round(minimum_ms * 10, 6)) / 10:.1f}"
+        f"latency_budget_ms: got {budget_ms:g}, but {point_text(fastest)}, the fastest allowed, take up to "
+        f"{engine_ms:.1f} ms here as frames run now{outside}; expected 0 (off) or at least "
+        f"{math.ceil(round(minimum_ms * 10, 6)) / 10:.1f}"
     )
 
 
-def _allowed(table: LatencyTable, min_tokens: int) -> list[int]:
-    return [capacity for capacity in table.capacities if capacity >= min_tokens] or [table.capacities[-1]]
+def point_text(point: OperatingPoint) -> str:
+    """A point in words."""
+    at = "" if point.input_scale == 1.0 else f" at {point.input_scale:g} of the input's sides"
+    return f"{point.capacity} of {point.tokens_total} tokens{at}"
 
 
 class _Estimate:
@@ -278,22 +334,26 @@ class _Estimate:
         self._tail.append(value)
         return int(risen) - int(fallen)
 
-    def median(self, default: float) -> float:
-        """The middle of the recent values; `default` before any value."""
-        return statistics.median(self._recent) if self._recent else default
+    def forget(self) -> None:
+        """Know nothing again."""
+        self._recent.clear()
+        self._tail.clear()
 
     def upper(self, default: float) -> float:
-        """Median plus spread, or what one frame in twenty exceeds: a single spike moves neither.
+        """Median plus spread, or what one frame in fifty exceeds: a single spike moves neither.
 
         `default` before any value.
         """
         if not self._recent:
             return default
-        upper = statistics.median(self._recent) + _SPREADS * _spread(self._recent)
+        median = statistics.median(self._recent)
+        upper = median + _SPREADS * _spread(self._recent)
         if len(self._recent) < _FEW_FRAMES:
             upper = min(upper, _BEYOND_SEEN * max(self._recent))
         if len(self._tail) >= _MIN_TAIL_FRAMES:
-            upper = max(upper, sorted(self._tail)[math.ceil((1.0 - _TAIL_SHARE) * len(self._tail)) - 1])
+            rank = min(math.ceil((1.0 - _TAIL_SHARE) * len(self._tail)), len(self._tail) - 1)
+            tail = sorted(self._tail)[rank - 1]
+            upper = max(upper, tail + _BEYOND_TAIL * (tail - median))
         return upper
 
     def _outside(self, count: int, value: float, above: bool) -> bool:
@@ -311,15 +371,3 @@ def _spread(values: deque[float] | list[float]) -> float:
     median = statistics.median(values)
     deviation = statistics.median(abs(value - median) for value in values)
     return max(1.4826 * deviation, _MIN_SPREAD * abs(median))
-
-
-def _rising(values: list[float]) -> list[float]:
-    """The closest non-decreasing sequence (pool adjacent violators)."""
-    pools: list[tuple[float, int]] = []
-    for value in values:
-        total, count = value, 1
-        while pools and pools[-1][0] / pools[-1][1] > total / count:
-            before_total, before_count = pools.pop()
-            total, count = total + before_total, count + before_count
-        pools.append((total, count))
-    return [total / count for total, count in pools for _ in range(count)]

@@ -6,10 +6,11 @@
 # governing permissions and limitations under the License.
 """What keeps merging from doing harm: exempt classes and regions, and a check of accuracy now and then.
 
-Now and then a frame is segmented unmerged as well, between frames. Agreement with that mask says what merging costs,
-without labels. When it falls below what is asked for, the fewest tokens that may be kept rise by one rung of the
-capacity ladder; they fall again, one rung at a time, once several checks in a row leave room. A floor that had to be
-raised again soon is tried for longer each time, so that a scene at the border does not make it swing.
+Now and then a frame is segmented at full size and unmerged as well, between frames. Agreement with that mask says what
+merging and shrinking cost, without labels. When it falls below what is asked for, the least operating point that may be
+used rises by one along those that frames move on; it falls again, one at a time, once several checks in a row leave
+room. A floor that had to be raised again soon is tried for longer each time, so that a scene at the border does not
+make it swing.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from clustvit_ros.classes import IGNORE_INDEX
 from clustvit_ros.engine import Engine, Prediction, Settings
 from clustvit_ros.engine.exemption import exempt_class_ids
+from clustvit_ros.engine.ladder import OperatingPoint
 from clustvit_ros.policy.parameters import SegmentationParameters
 
 # Agreement must be above the bound by this share of what is left to 1 before the floor falls.
@@ -46,15 +49,17 @@ class Agreement:
 
 
 class AccuracyGuard:
-    """Decides when a check is due and how far merging must back off.
+    """Decides when a check is due and how far merging and shrinking must back off.
 
     Args:
         now_s: monotonic seconds at the start; the first check is due one period later.
+        worth: orders operating points, of whatever image size, by what they are worth.
     """
 
-    def __init__(self, now_s: float) -> None:
-        self._checked_s = now_s
-        self._rung = 0
+    def __init__(self, now_s: float, worth: Callable[[OperatingPoint], Any]) -> None:
+        self._checked_s, self._worth = now_s, worth
+        self.floor: OperatingPoint | None = None
+        """What is worth less must not be used; None is no bound."""
         self._good = 0
         self._needed = _GOOD_CHECKS
         self._lowered = False
@@ -69,35 +74,30 @@ class AccuracyGuard:
         """Whether it can wait no longer for a moment in which nothing else is to be done."""
         return period_s > 0.0 and now_s - self._checked_s >= 2.0 * period_s
 
-    def floor(self, capacities: Sequence[int]) -> int:
-        """The fewest tokens that may be kept; 0 is no bound.
-
-        Args:
-            capacities: the engine's ladder, ascending.
-        """
-        return capacities[min(self._rung, len(capacities) - 1)] if self._rung else 0
-
     def observe(
-        self, agreement: Agreement, now_s: float, min_agreement: float, used: int, capacities: Sequence[int]
-    ) -> None:
+        self, agreement: Agreement, now_s: float, min_agreement: float, used: OperatingPoint,
+        ladder: Sequence[OperatingPoint],
+    ) -> None:  # fmt: skip
         """Learn from a check.
 
         Args:
             agreement: what the check found.
             now_s: monotonic seconds of the check.
             min_agreement: agreement that is asked for, 0..1; 0 asks for nothing.
-            used: token capacity that the compared mask was made with.
-            capacities: the engine's ladder, ascending.
+            used: operating point that the compared mask was made at.
+            ladder: the points that frames move on, the least accurate first.
         """
         self.latest, self._checked_s, self.checks = agreement, now_s, self.checks + 1
         if min_agreement <= 0.0:
-            self._rung, self._good, self._needed, self._lowered = 0, 0, _GOOD_CHECKS, False
+            self.floor, self._good, self._needed, self._lowered = None, 0, _GOOD_CHECKS, False
         elif agreement.overall < min_agreement:
-            self._raise(used, capacities)
+            self._raise(used, ladder)
         elif agreement.overall >= min_agreement + _HEADROOM * (1.0 - min_agreement):
             self._good += 1
-            if self._rung and self._good >= self._needed:
-                self._rung, self._good, self._lowered = self._rung - 1, 0, True
+            if self.floor is not None and self._good >= self._needed:
+                self._good, self._lowered = 0, True
+                below = [point for point in ladder[1:] if self._worth(point) < self._worth(self.floor)]
+                self.floor = below[-1] if below else None
         else:
             self._good = 0
 
@@ -105,15 +105,15 @@ class AccuracyGuard:
         """A check failed or made no sense: wait for the next period."""
         self._checked_s = now_s
 
-    def _raise(self, used: int, capacities: Sequence[int]) -> None:
+    def _raise(self, used: OperatingPoint, ladder: Sequence[OperatingPoint]) -> None:
         if self._lowered:
             # It was lowered and had to come back: longer patience the next time.
             self._needed = min(self._needed * 2, _MOST_GOOD_CHECKS)
             self._lowered = False
         self._good = 0
-        # One rung above what was found wanting, whether the floor or the threshold had chosen that.
-        above = next((i for i, capacity in enumerate(capacities) if capacity > used), len(capacities) - 1)
-        self._rung = max(above, min(self._rung, len(capacities) - 1))
+        # One above what was found wanting, whether the floor or the threshold had chosen that.
+        above = next((point for point in ladder if self._worth(point) > self._worth(used)), ladder[-1])
+        self.floor = above if self.floor is None else max(above, self.floor, key=self._worth)
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class _Sample:
     image: np.ndarray
     settings: Settings
     mask: np.ndarray
-    token_capacity: int
+    point: OperatingPoint
 
 
 class MergeGuard:
@@ -133,35 +133,42 @@ class MergeGuard:
 
     Args:
         engine: what segments.
+        worth: orders operating points by what they are worth.
         clock: gives monotonic seconds.
     """
 
-    def __init__(self, engine: Engine, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, engine: Engine, worth: Callable[[OperatingPoint], Any], clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._engine, self._clock = engine, clock
         self._names = engine.info.classes.names
         self._masks: dict[str, np.ndarray] = {}
-        self._guard = AccuracyGuard(clock())
+        self._guard = AccuracyGuard(clock(), worth)
+        self._ladder: Sequence[OperatingPoint] = ()
         self._sample: _Sample | None = None
         self._parameters = SegmentationParameters()
         self.pairs: Mapping[str, str] = {}
         """What the checks found, as keys and values of stats and diagnostics; any thread may read it."""
 
-    def floor(self, image_size: tuple[int, int]) -> int:
-        """The fewest tokens that the latest checks allow for images of (height, width) `image_size`; 0 is no bound."""
-        return self._guard.floor(self._engine.capacities(image_size))
+    @property
+    def floor(self) -> OperatingPoint | None:
+        """The least accurate operating point that the latest checks allow; None is no bound."""
+        return self._guard.floor
 
     def protect(
-        self, settings: Settings, parameters: SegmentationParameters, cameras: Sequence[str], floor: int
-    ) -> Settings:
+        self, settings: Settings, parameters: SegmentationParameters, cameras: Sequence[str], floor: int,
+        ladder: Sequence[OperatingPoint],
+    ) -> Settings:  # fmt: skip
         """Add a call's exemptions and the checks' floor to its settings.
 
         Args:
             settings: what the engine would get without guards.
             parameters: values in force for the call.
             cameras: name of the camera that each image of the call is from.
-            floor: fewest tokens that the checks allow.
+            floor: fewest tokens that the checks allow at that size.
+            ladder: the points that frames move on, the least accurate first; what a check finds moves along it.
         """
-        self._parameters = parameters
+        self._parameters, self._ladder = parameters, ladder
         class_ids = exempt_class_ids(self._names, parameters.merge_exempt_classes)
         if not (floor or class_ids or parameters.merge_exempt_region):
             return settings
@@ -193,8 +200,7 @@ class MergeGuard:
         # A replay must not depend on the clock.
         period_s = self._parameters.accuracy_check_period_s
         if period_s and self._parameters.adapts and self._guard.due(self._clock(), period_s):
-            stats = result.stats
-            self._sample = _Sample(images[0], settings, result.mask[0], stats.token_capacity)
+            self._sample = _Sample(images[0], settings, result.mask[0], result.stats.operating_point)
 
     def forget(self) -> None:
         """Nothing is guarded any more: what was seen says nothing about later."""
@@ -202,7 +208,7 @@ class MergeGuard:
         self._sample = None
 
     def use_idle_time(self, is_free: Callable[[], bool]) -> None:
-        """Compare the latest frame with its unmerged mask, if a check is due and nothing waits, or it is overdue.
+        """Compare the latest frame with its full mask, if a check is due and nothing waits, or it is overdue.
 
         Args:
             is_free: says whether no frame waits.
@@ -222,18 +228,17 @@ class MergeGuard:
             self._guard.skip(self._clock())
             return
         agreement = compare(sample.mask, reference, self._names, sample.settings.merge_exempt_classes)
-        image_size = (sample.image.shape[0], sample.image.shape[1])
-        capacities = self._engine.capacities(image_size)
-        self._guard.observe(agreement, self._clock(), parameters.min_agreement, sample.token_capacity, capacities)
-        self._tell(agreement, self._guard.floor(capacities))
+        self._guard.observe(agreement, self._clock(), parameters.min_agreement, sample.point, self._ladder)
+        self._tell(agreement, self._guard.floor)
 
-    def _tell(self, agreement: Agreement, floor: int) -> None:
+    def _tell(self, agreement: Agreement, floor: OperatingPoint | None) -> None:
         self.pairs = {
             "agreement": f"{agreement.overall:.4f}",
             **{f"agreement.{name}": f"{share:.4f}" for name, share in agreement.per_class.items()},
             "min_agreement": f"{self._parameters.min_agreement:g}",
             "accuracy_checks": str(self._guard.checks),
-            "accuracy_min_tokens": str(floor),
+            "accuracy_min_tokens": str(floor.capacity if floor else 0),
+            "accuracy_min_input_scale": f"{floor.input_scale if floor else 0.0:g}",
         }
 
 

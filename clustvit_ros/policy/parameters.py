@@ -82,8 +82,12 @@ class SegmentationParameters:
         0, "Upper bound on the tokens kept after merging; 0 lets the threshold alone decide.",
         minimum=0, maximum=1_048_576, unit="tokens", live=True,
     )  # fmt: skip
+    input_scale: float = parameter(
+        1.0, "Share of the sides of the model's input at which images are segmented; a budget goes no higher.",
+        minimum=0.25, maximum=1.0, live=True,
+    )  # fmt: skip
     latency_budget_ms: float = parameter(
-        0.0, "What a frame may take; as many tokens are merged as it needs. 0 is no budget.",
+        0.0, "What a frame may take; the input shrinks and tokens are merged as it needs. 0 is no budget.",
         minimum=0.0, maximum=60_000.0, unit="ms", live=True,
     )  # fmt: skip
     budget_reference: str = parameter(
@@ -97,6 +101,9 @@ class SegmentationParameters:
     min_tokens: int = parameter(
         0, "The budget keeps at least so many tokens, even if it is missed; `token_capacity` comes first.",
         minimum=0, maximum=1_048_576, unit="tokens", live=True,
+    )  # fmt: skip
+    min_input_scale: float = parameter(
+        0.375, "How far a budget may shrink the input; 1 lets it merge only.", minimum=0.25, maximum=1.0, live=True,
     )  # fmt: skip
     merge_exempt_classes: tuple[str, ...] = parameter(
         "", "Classes whose tokens, as the camera's previous mask shows them, are never merged, nor those beside them.",
@@ -112,11 +119,11 @@ class SegmentationParameters:
         choices=EXEMPT_SOURCES, live=True,
     )  # fmt: skip
     min_agreement: float = parameter(
-        0.0, "Merging backs off while fewer pixels than this share equal the unmerged mask's; 0 asks for nothing.",
+        0.0, "Merging and shrinking back off while a smaller share of pixels equals the full mask's; 0 asks nothing.",
         minimum=0.0, maximum=1.0, live=True,
     )  # fmt: skip
     accuracy_check_period_s: float = parameter(
-        0.0, "How often a frame is segmented unmerged as well and compared, between frames; 0 is never.",
+        0.0, "How often a frame is segmented unmerged at full size and compared, between frames; 0 is never.",
         minimum=0.0, maximum=3600.0, unit="s", live=True,
     )  # fmt: skip
     recalibrate: bool = parameter(
@@ -174,6 +181,13 @@ class SegmentationParameters:
         minimum=0.0, maximum=60_000.0, unit="ms",
     )  # fmt: skip
 
+    def __post_init__(self) -> None:
+        if self.min_input_scale > self.input_scale:
+            raise ConfigError(
+                f"min_input_scale: got {self.min_input_scale:g} with input_scale {self.input_scale:g}, expected 0.25 "
+                f"to {self.input_scale:g}; set both in one request"
+            )
+
     @property
     def adapts(self) -> bool:
         """Whether latency, load and faults may change how a frame is segmented; never in a replay."""
@@ -190,8 +204,9 @@ class SegmentationParameters:
         return bool(self.merge_exempt_classes or self.merge_exempt_region or self.accuracy_check_period_s)
 
     def settings(
-        self, model_size: tuple[int, int], confidence: bool, clusters: bool, token_capacity: int = 0
-    ) -> Settings:
+        self, model_size: tuple[int, int], confidence: bool, clusters: bool, token_capacity: int = 0,
+        input_scale: float = 0.0,
+    ) -> Settings:  # fmt: skip
         """What one engine call gets.
 
         Args:
@@ -199,13 +214,14 @@ class SegmentationParameters:
             confidence: whether somebody wants the confidence map.
             clusters: whether somebody wants the cluster map.
             token_capacity: most tokens that may be kept; 0 is what the user set.
+            input_scale: size that the network sees; 0 is what the user set.
         """
         size = self.output_size
         return Settings(
             merge_threshold=self.merge_threshold, token_capacity=token_capacity or self.token_capacity,
             confidence_threshold=self.confidence_threshold,
             output_size=size if isinstance(size, tuple) else model_size if size == "model" else None,
-            confidence=confidence, clusters=clusters,
+            confidence=confidence, clusters=clusters, input_scale=input_scale or self.input_scale,
         )  # fmt: skip
 
 

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from clustvit_ros.engine import Settings
-from clustvit_ros.policy.budget import Decision, LatencyTable, check_budget
+from clustvit_ros.policy.budget import Decision, point_text
+from clustvit_ros.policy.calibration import LatencyTable
 from clustvit_ros.policy.parameters import SegmentationParameters
 
 TOLERATED_MISSES = 0.02
@@ -37,8 +39,8 @@ class Plan:
         settings: what the engine is asked for.
         input_size: (height, width) that the network works at.
         min_tokens: fewest tokens that a budget must leave, from the user or the accuracy checks.
-        budget_state: `off`; `calibrating` or `uncalibrated` (calibration failed), both with the smallest capacity;
-            `held`; `infeasible` when even the smallest capacity is expected to miss the budget.
+        budget_state: `off`; `calibrating` or `uncalibrated` (calibration failed), both at the fastest point allowed;
+            `held`; `infeasible` when even that point is expected to miss the budget.
         decision: what the budget controller decided; None before calibration.
         accuracy: what the accuracy checks found, as keys and values.
     """
@@ -73,12 +75,15 @@ class Plan:
             "latency_budget_ms": f"{self.budget_ms:g}", "budget_reference": self.parameters.budget_reference,
             "deadline_policy": self.parameters.deadline_policy, "min_tokens": str(self.min_tokens),
             "token_ceiling": str(self.settings.token_capacity), "budget_state": self.budget_state,
+            "input_scale_ceiling": f"{self.parameters.input_scale:g}",
         }  # fmt: skip
         if self.decision is not None:
             pairs["budget_feasible"] = str(self.decision.feasible).lower()
             pairs["slowdown"] = f"{self.decision.slowdown:.3f}"
+            pairs["point_ms"] = f"{self.decision.point_ms:.3f}"
             pairs["predicted_ms"] = f"{self.decision.predicted_ms:.3f}"
             pairs["overhead_ms"] = f"{self.decision.overhead_ms:.3f}"
+            pairs["least_budget_ms"] = f"{self.decision.least_ms:.3f}"
         return {**pairs, **self.accuracy}
 
 
@@ -128,8 +133,9 @@ class BudgetStatus:
         misses: deadline misses so far.
         recent: misses among the latest frames, and how many frames these are.
         table: calibrated latencies for the newest frame's size; None when there are none yet.
-        slowdown: measured over calibrated latency, typical of recent frames.
-        overhead_ms: milliseconds outside the engine, typical of recent frames.
+        image_size: (height, width) of the newest frame; None before the first.
+        slowdown: measured over calibrated latency of recent frames, its upper estimate.
+        overhead_ms: milliseconds outside the engine of recent frames, their upper estimate.
         failure: why there is no calibration; empty when there is one, or none was tried.
         recalibrated: whether what `recalibrate` asked for is done.
     """
@@ -138,22 +144,11 @@ class BudgetStatus:
     misses: int = 0
     recent: tuple[int, int] = (0, 0)
     table: LatencyTable | None = None
+    image_size: tuple[int, int] | None = None
     slowdown: float = 1.0
     overhead_ms: float = 0.0
     failure: str = ""
     recalibrated: bool = False
-
-    def check(self, parameters: SegmentationParameters) -> None:
-        """Refuse a budget that cannot be held; every budget is accepted before calibration.
-
-        Raises:
-            ConfigError: naming the feasible minimum.
-        """
-        if parameters.latency_budget_ms > 0.0 and self.table is not None:
-            overhead_ms = max(self.overhead_ms, 0.0) if parameters.budget_reference == "stamp" else 0.0
-            check_budget(
-                self.table, parameters.latency_budget_ms, parameters.fewest_tokens, self.slowdown, overhead_ms
-            )
 
     def problem(self) -> str:
         """What keeps the budget from being held, in a sentence; empty when nothing does."""
@@ -162,13 +157,14 @@ class BudgetStatus:
             return ""
         budget = f"latency_budget_ms {plan.budget_ms:g}"
         if plan.budget_state == "uncalibrated":
-            return f"{budget} is held with the fewest tokens only: calibration failed ({self.failure})"
+            return f"{budget} gets the fastest operating point only: calibration failed ({self.failure})"
         decision = plan.decision
         if decision is not None and plan.budget_state == "infeasible":
             outside = f" and {decision.overhead_ms:.1f} ms pass outside the engine" if decision.overhead_ms else ""
             return (
-                f"{budget} cannot be held now: {decision.capacity} tokens, the fewest allowed, take up to "
-                f"{decision.predicted_ms:.1f} ms, {decision.slowdown:.2f} times the calibrated latency{outside}"
+                f"{budget} cannot be held now: {point_text(decision.point)}, the fastest allowed, take up to "
+                f"{decision.predicted_ms:.1f} ms, {decision.slowdown:.2f} times the calibrated latency{outside}; the "
+                f"smallest budget that holds now is {math.ceil(decision.least_ms * 10) / 10:.1f}"
             )
         missed, frames = self.recent
         if missed > TOLERATED_MISSES * max(frames, _MIN_FRAMES):
@@ -181,5 +177,7 @@ class BudgetStatus:
         pairs["deadline_misses"] = str(self.misses)
         pairs["deadline_misses_recent"] = "{} of {}".format(*self.recent)
         if self.table is not None:
-            pairs.update({f"calibrated.{tokens}_tokens_ms": f"{value:.2f}" for tokens, value in self.table.items()})
+            for threads, (total, kept), value in self.table.items():
+                by = f"_{threads}_threads" if threads else ""
+                pairs[f"calibrated.{kept}_of_{total}_tokens{by}_ms"] = f"{value:.2f}"
         return pairs

@@ -4,11 +4,11 @@
 # applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
 # governing permissions and limitations under the License.
-"""What to do with a frame: how many tokens it may keep so that budget, guards and the user's bounds hold.
+"""What to do with a frame: at which size and with how many tokens, so that budget, guards and the user's bounds hold.
 
 `plan` before an engine call, `learn` after it, `use_idle_time` between frames: these three see everything, and nothing
-else has to be called in order. Each image size is calibrated between frames, by one measurement after each and by more
-while no frame waits, so masks keep coming; until it is done, a budget gets the smallest capacity that may be used.
+else has to be called in order. With a budget, each image size is calibrated between frames, by one measurement after
+each and by more while no frame waits, so masks keep coming; until it is done, the fastest point that may be used is.
 Everything but `check` and `status` belongs to the thread that owns the engine.
 """
 
@@ -23,9 +23,19 @@ from typing import Any
 import numpy as np
 
 from clustvit_ros.engine import Engine, Prediction
+from clustvit_ros.engine.ladder import OperatingPoint, input_scales
+from clustvit_ros.engine.machine import OthersMeter, others_seconds
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.policy.budget import BudgetController, Decision, LatencyTable
-from clustvit_ros.policy.calibration import Calibration, CalibrationCache, CalibrationKey
+from clustvit_ros.policy.budget import BudgetController, Decision, WorthOrder, check_budget, front_of
+from clustvit_ros.policy.calibration import (
+    Calibration,
+    CalibrationCache,
+    CalibrationKey,
+    LatencyTable,
+    anchors,
+    points_of,
+    settings_at,
+)
 from clustvit_ros.policy.merge_guard import MergeGuard
 from clustvit_ros.policy.parameters import SegmentationParameters
 from clustvit_ros.policy.plan import BudgetStatus, Lesson, Misses, Plan
@@ -39,22 +49,37 @@ class _ImageSize:
     """What is known about images of one size.
 
     Args:
-        capacities: the engine's ladder for it.
+        worth: orders operating points by what they are worth.
     """
 
-    def __init__(self, capacities: tuple[int, ...]) -> None:
-        self.capacities = capacities
+    def __init__(self, worth: WorthOrder) -> None:
+        self._worth = worth
         self.calibration: Calibration | None = None
         self.controller: BudgetController | None = None
         self.table: LatencyTable | None = None
         self.failure = ""
         # The next frame is no example: it waited for the warm-up or for a measurement.
         self.unsettled = True
+        # Points and threads that a budget may choose and that never ran: what they need is made between frames.
+        self.cold: list[tuple[OperatingPoint, int]] = []
+        self.limits: tuple[Any, ...] = ()
+        self.points: list[OperatingPoint] = []
+        """All points within the user's limits, by size and capacity."""
+        self.front: list[OperatingPoint] = []
+        """Those of them that none beats in both latency and worth, fastest first; all while nothing is calibrated."""
 
-    def use(self, latency_ms: dict[int, float]) -> None:
-        """Decide by calibrated milliseconds per capacity from now on."""
-        self.table = LatencyTable(latency_ms)
-        self.controller = BudgetController(self.table)
+    def bound(self, limits: tuple[Any, ...], points: list[OperatingPoint]) -> None:
+        """Take other limits, and the points within them."""
+        self.limits, self.points = limits, points
+        ordered = sorted(points, key=self._worth)
+        self.front = ordered if self.table is None else front_of(points, self.table, self._worth)
+
+    def use(self, table: LatencyTable) -> None:
+        """Decide by a table from now on."""
+        self.table = table
+        self.bound(self.limits, self.points)
+        self.controller = BudgetController(table, self.front)
+        self.cold = [(point, threads) for point in self.front for threads in table.thread_counts]
 
 
 class Policy:
@@ -65,16 +90,19 @@ class Policy:
         logger: takes `info`, `warning` and `error`, as rclpy's loggers do.
         cache: keeps calibrations from start to start.
         clock: gives monotonic seconds.
+        others_s: seconds that other processes have computed here; None where the system does not tell.
     """
 
     def __init__(
         self, engine: Engine, logger: Any, cache: CalibrationCache | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.monotonic, others_s: Callable[[], float | None] = others_seconds,
     ) -> None:  # fmt: skip
-        self._engine, self._logger = engine, logger
+        self._engine, self._logger, self._clock, self._others_s = engine, logger, clock, others_s
+        self._others = OthersMeter(others_s, clock)
         self._cache = cache or CalibrationCache()
         self._input_size = engine.info.input_size
-        self._guard = MergeGuard(engine, clock)
+        self._worth = WorthOrder(engine.info.accuracies)
+        self._guard = MergeGuard(engine, self._worth, clock)
         self._guarded = False
         self._sizes: dict[tuple[int, int], _ImageSize] = {}
         self._newest: tuple[int, int] | None = None
@@ -103,12 +131,19 @@ class Policy:
                 "nothing may adapt; set token_capacity, or use processing live"
             )
         status = self._status
-        status.check(new)
-        if status.table is None:
-            self._logger.info(
-                f"latency_budget_ms {new.latency_budget_ms:g} is accepted unchecked: what is feasible will be known "
-                "after calibration"
-            )
+        if status.image_size is not None and status.table is not None:
+            points = self._make_points(status.image_size, new)
+            if status.table.covers(points):
+                counts = new.budget_reference == "stamp"
+                check_budget(
+                    status.table, front_of(points, status.table, self._worth), new.latency_budget_ms, status.slowdown,
+                    status.overhead_ms if counts else 0.0,
+                )
+                return
+        self._logger.info(
+            f"latency_budget_ms {new.latency_budget_ms:g} is accepted unchecked: what is feasible will be known "
+            "after calibration"
+        )
 
     def plan(
         self, images: Sequence[np.ndarray], parameters: SegmentationParameters, cameras: Sequence[str] = ("",),
@@ -129,16 +164,24 @@ class Policy:
         if self._guarded and not guarded:
             self._guard.forget()
         self._guarded = guarded
-        floor = self._guard.floor(size) if guarded and parameters.min_agreement else 0
-        min_tokens = max(parameters.min_tokens, floor)
-        raised = parameters if min_tokens == parameters.min_tokens else replace(parameters, min_tokens=min_tokens)
-        ceiling, state, decision = self._bound(entry, raised)
-        settings = parameters.settings(self._input_size, confidence, clusters, ceiling)
-        if guarded:
-            settings = self._guard.protect(settings, parameters, cameras, floor)
-        return Plan(
-            parameters, cameras, images, settings, self._input_size, min_tokens, state, decision, self._guard.pairs
+        floor = self._guard.floor if guarded and parameters.min_agreement else None
+        point, state, decision = self._choose(entry, parameters, floor)
+        scale = parameters.input_scale if point is None else point.input_scale
+        # What the checks found wanting must not come back by the threshold.
+        of_size = [each for each in entry.points if each.input_scale == scale]
+        fewest = 0 if floor is None else (self._above(floor, of_size) or of_size[-1:])[0].capacity
+        settings = parameters.settings(
+            self._input_size, confidence, clusters, 0 if point is None else point.capacity, scale
         )
+        if decision is not None and state != "off":
+            settings = replace(settings, threads=decision.threads)
+        if guarded:
+            ladder = of_size if point is None else entry.front
+            settings = self._guard.protect(settings, parameters, cameras, fewest, ladder)
+        return Plan(
+            parameters, cameras, images, settings, self._engine.input_size(size, scale),
+            max(parameters.min_tokens, fewest), state, decision, self._guard.pairs,
+        )  # fmt: skip
 
     def learn(self, plan: Plan, result: Prediction, ages_ms: Sequence[float]) -> Lesson:
         """Learn from the call that `plan` was for.
@@ -165,7 +208,9 @@ class Policy:
         settled = entry.calibration is None and not entry.unsettled and len(ages_ms) == 1
         if entry.controller is not None and settled:
             overhead_ms = max(ages_ms[0] - stats.total_ms, 0.0)
-            entry.controller.observe(stats.token_capacity, stats.total_ms, overhead_ms)
+            entry.controller.observe(
+                stats.operating_point, stats.total_ms, overhead_ms, stats.threads, self._others.cores()
+            )
         entry.unsettled = False
         self._publish_status(entry)
         return Lesson(missed, self._misses.total, facts)
@@ -174,14 +219,12 @@ class Policy:
         """Do what can wait: an accuracy check that is due, and a calibration by one step, by more while `is_free()`."""
         self._guard.use_idle_time(is_free)
         entry = self._sizes.get(self._newest) if self._newest is not None else None
-        while entry is not None and entry.calibration is not None:
+        while entry is not None and (entry.calibration is not None or entry.cold):
             entry.unsettled = True
             try:
-                entry.calibration.step()
-                if entry.calibration.done:
-                    self._finish(entry, entry.calibration)
+                self._prepare_further(entry)
             except Exception as error:  # whatever an engine raises; frames go on without a calibration
-                entry.calibration, entry.failure = None, str(error) or type(error).__name__
+                entry.calibration, entry.cold, entry.failure = None, [], str(error) or type(error).__name__
                 self._recalibrated = True
                 self._logger.error(f"calibration failed: {entry.failure}")
             if entry.calibration is not None:
@@ -192,19 +235,35 @@ class Policy:
             if not is_free():
                 return
 
-    def _bound(self, entry: _ImageSize, parameters: SegmentationParameters) -> tuple[int, str, Decision | None]:
-        """Most tokens that may be kept (0 is no bound), the budget's state, and the controller's decision."""
+    def _choose(
+        self, entry: _ImageSize, parameters: SegmentationParameters, floor: OperatingPoint | None
+    ) -> tuple[OperatingPoint | None, str, Decision | None]:
+        """The operating point to use (None: the user's own), the budget's state, and the controller's decision."""
         budget_ms = parameters.latency_budget_ms if parameters.adapts else 0.0
-        fewest = parameters.fewest_tokens
-        decision = None
-        ceiling = next((c for c in entry.capacities if c >= fewest), entry.capacities[-1])
-        state = "calibrating" if entry.calibration is not None else "uncalibrated"
-        if entry.controller is not None:
-            entry.controller.retarget(budget_ms or math.inf, fewest, parameters.budget_reference == "stamp")
-            decision = entry.controller.decide()
-            ceiling, state = decision.capacity, "held" if decision.feasible else "infeasible"
-        bounds = [bound for bound in (parameters.token_capacity, ceiling if budget_ms else 0) if bound]
-        return min(bounds, default=0), state if budget_ms else "off", decision
+        allowed = self._above(floor, entry.front) or entry.front[-1:]
+        if entry.controller is None:
+            if not budget_ms:
+                return None, "off", None
+            state = "calibrating" if entry.calibration is not None else "uncalibrated"
+            return min(allowed, key=lambda point: (point.tokens_total, point.capacity)), state, None
+        entry.controller.retarget(budget_ms or math.inf, allowed, parameters.budget_reference == "stamp")
+        decision = entry.controller.decide()
+        if not budget_ms:
+            return None, "off", decision
+        return decision.point, "held" if decision.feasible else "infeasible", decision
+
+    def _above(self, floor: OperatingPoint | None, points: Sequence[OperatingPoint]) -> Sequence[OperatingPoint]:
+        """The points that are worth at least what the accuracy checks ask for."""
+        if floor is None:
+            return points
+        return [point for point in points if self._worth(point) >= self._worth(floor)]
+
+    def _make_points(self, image_size: tuple[int, int], parameters: SegmentationParameters) -> list[OperatingPoint]:
+        """The points that the user's bounds leave, ascending; never none."""
+        most, fewest = parameters.token_capacity or math.inf, parameters.fewest_tokens
+        points = points_of(self._engine, image_size, _scales_of(parameters))
+        bounded = dict.fromkeys(point._replace(capacity=int(min(point.capacity, most))) for point in points)
+        return [point for point in bounded if point.capacity >= fewest] or [list(bounded)[-1]]
 
     def _prepare(self, image_size: tuple[int, int], parameters: SegmentationParameters) -> _ImageSize:
         if _target_of(parameters) != _target_of(self._parameters):
@@ -217,58 +276,88 @@ class Policy:
             self._engine.warmup(image_size)
             if len(self._sizes) >= _REMEMBERED_SIZES:
                 self._sizes.clear()
-            entry = self._sizes[image_size] = _ImageSize(self._engine.capacities(image_size))
-            kept = None
-            if parameters.adapts and not again:
-                kept = self._cache.load(self._key(entry, image_size, parameters.threads))
-            if kept is not None:
-                entry.use(kept)
-                self._logger.info(f"latency of {_text(image_size)} images as measured earlier: {_describe(kept)}")
-                self._tell_infeasible(entry, parameters)
-        start = again or (entry.table is None and not entry.failure)
-        if parameters.adapts and start and entry.calibration is None:
-            entry.calibration, entry.failure = Calibration(self._engine, image_size), ""
+            entry = self._sizes[image_size] = _ImageSize(self._worth)
+        limits = (
+            parameters.input_scale, parameters.min_input_scale, parameters.fewest_tokens, parameters.token_capacity,
+        )  # fmt: skip
+        if limits != entry.limits:
+            entry.bound(limits, self._make_points(image_size, parameters))
+        if entry.calibration is not None or not parameters.adapts or not (parameters.latency_budget_ms or again):
+            return entry
+        if entry.table is not None and not again and entry.table.covers(entry.points):
+            return entry
+        wanted = anchors(self._engine, image_size, _scales_of(parameters))
+        key = self._key(image_size, parameters, wanted)
+        kept = None if again else self._cache.load(key)
+        if kept is not None:
+            self._logger.info(f"latency of {_text(image_size)} images as measured earlier: {_describe(kept)}")
+            self._use(entry, parameters, kept)
+        elif again or not entry.failure:
+            scales = _scales_of(parameters)
+            entry.calibration = Calibration(
+                self._engine, image_size, scales, others_s=self._others_s, clock=self._clock
+            )
+            entry.failure = ""
             self._logger.info(
-                f"calibrating {len(entry.capacities)} token capacities for {_text(image_size)} images between frames, "
-                "for a few seconds"
+                f"calibrating {len(wanted)} operating points for {_text(image_size)} images between frames, for a few "
+                "seconds"
             )
         return entry
 
-    def _finish(self, entry: _ImageSize, calibration: Calibration) -> None:
-        latency_ms = calibration.latency_ms()
-        entry.use(latency_ms)
-        entry.calibration = None
-        self._recalibrated = self._parameters.recalibrate
+    def _prepare_further(self, entry: _ImageSize) -> None:
+        """Take one step towards points that are timed and ready to run."""
         assert self._newest is not None  # a calibration belongs to a frame's size
-        self._logger.info(f"latency of {_text(self._newest)} images: {_describe(latency_ms)}")
-        self._tell_infeasible(entry, self._parameters)
+        calibration = entry.calibration
+        if calibration is None:
+            self._engine.segment(np.zeros((*self._newest, 3), np.uint8), settings_at(*entry.cold.pop(0)))
+            return
+        calibration.step()
+        if not calibration.done:
+            return
+        table, entry.calibration = calibration.table(), None
+        self._recalibrated = self._parameters.recalibrate
+        self._logger.info(f"latency of {_text(self._newest)} images: {_describe(table)}")
+        self._use(entry, self._parameters, table)
+        if calibration.disturbed:
+            self._logger.info("other processes computed meanwhile: this calibration is not kept for the next start")
+            return
         try:
-            self._cache.store(self._key(entry, self._newest, self._parameters.threads), latency_ms)
+            self._cache.store(self._key(self._newest, self._parameters, calibration.points), table)
         except OSError as error:
             self._logger.warning(f"calibration cannot be kept for the next start: {error}")
 
-    def _tell_infeasible(self, entry: _ImageSize, parameters: SegmentationParameters) -> None:
-        try:
-            BudgetStatus(table=entry.table).check(parameters)
-        except ConfigError as error:
-            self._logger.error(f"{error}; until then frames are segmented with the fewest tokens allowed")
+    def _use(self, entry: _ImageSize, parameters: SegmentationParameters, table: LatencyTable) -> None:
+        """Decide by a table from now on."""
+        entry.use(table)
+        if parameters.latency_budget_ms:
+            try:
+                check_budget(table, entry.front, parameters.latency_budget_ms)
+            except ConfigError as error:
+                self._logger.error(f"{error}; until then frames are segmented at that point")
 
-    def _key(self, entry: _ImageSize, image_size: tuple[int, int], threads: int) -> CalibrationKey:
-        return CalibrationKey.of(self._engine.info, threads, image_size, entry.capacities)
+    def _key(
+        self, image_size: tuple[int, int], parameters: SegmentationParameters, points: Sequence[OperatingPoint]
+    ) -> CalibrationKey:
+        return CalibrationKey.of(self._engine, parameters.threads, image_size, points)
 
     def _publish_status(self, entry: _ImageSize) -> None:
         controller = entry.controller
         self._status = BudgetStatus(
             plan=None if self._plan is None else replace(self._plan, images=self._plan.images[:0]),
-            misses=self._misses.total, recent=self._misses.recent, table=entry.table,
-            slowdown=controller.typical_slowdown if controller is not None else 1.0,
-            overhead_ms=controller.typical_overhead_ms if controller is not None else 0.0, failure=entry.failure,
+            misses=self._misses.total, recent=self._misses.recent, table=entry.table, image_size=self._newest,
+            slowdown=controller.slowdown if controller is not None else 1.0,
+            overhead_ms=controller.overhead_ms if controller is not None else 0.0, failure=entry.failure,
             recalibrated=self._recalibrated,
         )  # fmt: skip
 
 
-def _budget_of(parameters: SegmentationParameters) -> tuple[float, str, int]:
-    return *_target_of(parameters), parameters.fewest_tokens
+def _scales_of(parameters: SegmentationParameters) -> tuple[float, ...]:
+    return input_scales(parameters.min_input_scale, parameters.input_scale)
+
+
+def _budget_of(parameters: SegmentationParameters) -> tuple[float, str, int, float, float]:
+    scales = parameters.min_input_scale, parameters.input_scale
+    return *_target_of(parameters), parameters.fewest_tokens, *scales
 
 
 def _target_of(parameters: SegmentationParameters) -> tuple[float, str]:
@@ -279,5 +368,9 @@ def _text(image_size: tuple[int, int]) -> str:
     return f"{image_size[1]}x{image_size[0]}"
 
 
-def _describe(latency_ms: dict[int, float]) -> str:
-    return ", ".join(f"{tokens} tokens {value:.1f} ms" for tokens, value in sorted(latency_ms.items()))
+def _describe(table: LatencyTable) -> str:
+    texts = []
+    for threads, (total, kept), value in table.items():
+        by = f" on {threads} thread{'s' if threads > 1 else ''}" if threads else ""
+        texts.append(f"{kept} of {total} tokens{by} {value:.1f} ms")
+    return ", ".join(texts)

@@ -105,8 +105,8 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
     """Kullback-Leibler divergence of class distributions, mean over patches (Hinton et al., arXiv 1503.02531).
 
     Args:
-        student: (B, Q, h, w) logits of the merged pass.
-        teacher: (B, Q, h, w) logits of the same network without merging; no gradient flows into it.
+        student: (B, Q, h, w) logits of the cheaper pass.
+        teacher: (B, Q, h, w) logits of the full network; no gradient flows into it.
         temperature: both are divided by it, the loss multiplied by its square.
     """
     log_student = (student / temperature).log_softmax(dim=1)

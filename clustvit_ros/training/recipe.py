@@ -76,10 +76,15 @@ class Schedule(Optimisation):
         lovasz_weight: weight of the Lovász-Softmax loss, which optimises IoU itself; 0 turns it off.
         kept_fractions: share of tokens kept in a step, drawn anew each step, so that one model serves the whole ladder.
         merge_thresholds: thresholds that are drawn as well; such a step merges what the Clusterer wants merged.
+        input_scales: side of the network's input relative to the crop, drawn anew each step, so that one model serves
+            several input sizes; repeat a value to draw it more often.
         merge_after: share of all steps that run unmerged first, until the Clusterer knows something.
-        distillation_weight: weight of the divergence between merged result and the same network's unmerged one, which
-            is then computed and supervised in the same step; 0 turns it off.
+        distillation_weight: weight of the divergence between the result of a step that merges or sees a smaller input,
+            and the same network's unmerged one at full size, which is then computed and supervised in the same step; 0
+            turns it off.
         distillation_temperature: softens both sides of that divergence.
+        teacher: whose unmerged result at full size that is: "self", the network's own; or "init", that of the weights
+            which training starts from, as they were, so that other sizes are learnt and the full one does not change.
         trains: "all", or "merging": Clusterers and Regenerators alone, while the plain ViT around them stays as it is.
         validate_every: epochs between validations.
     """
@@ -89,9 +94,11 @@ class Schedule(Optimisation):
     lovasz_weight: float = 0.0
     kept_fractions: tuple[float, ...] = (1.0, 0.75, 0.5, 0.375, 0.25)
     merge_thresholds: tuple[float, ...] = ()
+    input_scales: tuple[float, ...] = (1.0,)
     merge_after: float = 0.05
     distillation_weight: float = 0.0
     distillation_temperature: float = 2.0
+    teacher: Literal["self", "init"] = "self"
     trains: Literal["all", "merging"] = "all"
     validate_every: int = 5
 
@@ -107,6 +114,18 @@ class Schedule(Optimisation):
         if not all(0.0 <= threshold <= 1.0 for threshold in self.merge_thresholds):
             raise ConfigError(
                 f"schedule: merge_thresholds is {list(self.merge_thresholds)}, expected numbers in [0, 1]"
+            )
+        if not self.input_scales or not all(0.0 < scale <= 1.0 for scale in self.input_scales):
+            raise ConfigError(f"schedule: input_scales is {list(self.input_scales)}, expected numbers in (0, 1]")
+        if self.teacher == "init" and (self.distillation_weight == 0 or self.trains == "merging"):
+            raise ConfigError(
+                "schedule: teacher is 'init', expected a distillation_weight above 0, and trains 'all': else nothing "
+                "is learnt from it"
+            )
+        if self.trains == "merging" and self.input_scales != (1.0,):
+            raise ConfigError(
+                f"schedule: input_scales is {list(self.input_scales)} where trains is 'merging', expected [1]: what "
+                "sees the input is frozen"
             )
 
 
@@ -171,6 +190,10 @@ class Recipe:
     data: str = ""
     licence: str = ""
 
+    def __post_init__(self) -> None:
+        if self.schedule.teacher == "init" and not self.init:
+            raise ConfigError(f"recipe {self.name}: teacher is 'init', and there is none; name weights to start from")
+
     def with_classes(self, classes: ClassSet | None) -> Recipe:
         """This recipe with the class list of its data.
 
@@ -209,8 +232,10 @@ class Recipe:
                 f"recipe {self.name}: trains is 'merging', which leaves its plain ViT twin nothing to learn; it is the "
                 f"model that this one starts from ({self.init or 'no init'})"
             )
-        # What is distilled is the merged pass, and there is none.
-        schedule = dataclasses.replace(self.schedule, distillation_weight=0.0)
+        schedule = self.schedule
+        if schedule.teacher == "self" and schedule.input_scales == (1.0,):
+            # What is distilled is the merged pass, and there is none.
+            schedule = dataclasses.replace(schedule, distillation_weight=0.0)
         return dataclasses.replace(
             self, name=f"{self.name}_vit", architecture=architecture, network=network, schedule=schedule
         )

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from clustvit_ros.config import to_mapping
+from clustvit_ros.engine.ladder import scaled_size
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.networks.architectures import build_network
 from clustvit_ros.networks.clustering import Clusterer, Regenerator
@@ -70,6 +72,12 @@ class Trainer(TrainingLoop[Segmenter]):
         self.init_report: InitReport | None = None
         if recipe.init and not (Path(run_dir) / CHECKPOINT).exists():
             self.init_report = load_init(network, recipe.init)
+        self._teacher: Segmenter | None = None
+        if self.schedule.teacher == "init":
+            # Loaded for itself: a run that is continued has other weights by now.
+            self._teacher = build_network(self.config.network, len(self.config.classes))
+            load_init(self._teacher, recipe.init)
+            self._teacher = self._teacher.requires_grad_(False).eval().to(device)
         if self.schedule.trains == "merging":
             _freeze_all_but_merging(network, recipe.name)
         self.crops = Crops(
@@ -128,26 +136,31 @@ class Trainer(TrainingLoop[Segmenter]):
 
     def _step_module(self) -> nn.Module:
         patch_size = self.config.network.patch_size
-        return _TrainingStep(self.network, self.schedule, patch_size, self._class_weights, self.processes)
+        return _TrainingStep(
+            self.network, self.schedule, patch_size, self._class_weights, self.processes, self._teacher
+        )
 
     def _batches(self, epoch: int, batches: list[list[Place]]) -> Iterator[Batch]:
         return self.crops.batches(epoch, [self.processes.share(batch) for batch in batches])
 
     def _inputs(self, step: int, batch: Batch) -> tuple[Any, ...]:
         images = (batch.images - self._mean) / self._std
-        return images, batch.labels, *self._merging(step)
+        return images, batch.labels, *self._setting(step)
 
-    def _merging(self, step: int) -> tuple[float, int | None]:
-        """Merge threshold and token capacity of a step: all tokens at first, then a drawn setting."""
-        schedule = self.schedule
-        rows, columns = grid_size_of(self.recipe.augmentation.crop_size, self.config.network.patch_size)
-        if step < schedule.merge_after * self.total_steps:
-            return 1.0, rows * columns
+    def _setting(self, step: int) -> tuple[tuple[int, int], float, int | None]:
+        """Input size, merge threshold and token capacity of a step: all tokens at first, then a drawn setting."""
+        schedule, patch_size = self.schedule, self.config.network.patch_size
+        generator = seeded_generator(schedule.seed, -1 - step)
         count = len(schedule.kept_fractions) + len(schedule.merge_thresholds)
-        pick = int(torch.randint(count, (), generator=seeded_generator(schedule.seed, -1 - step)))
+        pick = int(torch.randint(count, (), generator=generator))
+        scale = schedule.input_scales[int(torch.randint(len(schedule.input_scales), (), generator=generator))]
+        size = scaled_size(self.recipe.augmentation.crop_size, scale, patch_size)
+        rows, columns = grid_size_of(size, patch_size)
+        if step < schedule.merge_after * self.total_steps:
+            return size, 1.0, rows * columns
         if pick < len(schedule.kept_fractions):
-            return 1.0, max(round(rows * columns * schedule.kept_fractions[pick]), 1)
-        return schedule.merge_thresholds[pick - len(schedule.kept_fractions)], None
+            return size, 1.0, max(round(rows * columns * schedule.kept_fractions[pick]), 1)
+        return size, schedule.merge_thresholds[pick - len(schedule.kept_fractions)], None
 
 
 def _freeze_all_but_merging(network: Segmenter, name: str) -> None:
@@ -172,48 +185,71 @@ class _TrainingStep(nn.Module):
 
     def __init__(
         self, network: Segmenter, schedule: Schedule, patch_size: int, class_weights: Tensor | None,
-        processes: Processes,
+        processes: Processes, teacher: Segmenter | None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.network = network
+        self._teacher = [teacher] if teacher is not None else []  # in a list: no part of what is trained
         self._schedule, self._patch_size, self._processes = schedule, patch_size, processes
         # Not a buffer: the weights of every process are the same and need no broadcast.
         self._class_weights = class_weights
 
-    def forward(self, images: Tensor, labels: Tensor, merge_threshold: float, token_capacity: int | None) -> Losses:
+    def forward(
+        self, images: Tensor, labels: Tensor, input_size: tuple[int, int], merge_threshold: float,
+        token_capacity: int | None,
+    ) -> Losses:  # fmt: skip
         weight = self._schedule.distillation_weight
         backbone = cast(Backbone, self.network.backbone)
-        # What no setting changes, stem and first blocks, is computed once for both passes.
-        state = backbone.encode(images)
+        full_size = (images.shape[2], images.shape[3])
+        # What no setting but the size changes, stem and first blocks, is computed once for both passes.
+        state = backbone.encode(resized(images, input_size))
         merged = self.network.decode(backbone.finish(state, merge_threshold, token_capacity))
         losses = self._supervise(merged.logits.float(), labels)
         measures: dict[str, Tensor] = {}
         # Heads may answer on a finer grid than the patches'.
         num_tokens = 0 if merged.cluster_logits is None else merged.cluster_logits.shape[1]
-        if merged.cluster_logits is not None and weight > 0 and token_capacity != num_tokens:
-            # Both passes learn from the labels, the merged one from the other as well (as slimmable networks are
-            # trained; Yu, Huang, arXiv 1903.05134), so that full capacity is as good as a plain ViT's.
-            # Where merging alone is trained, the unmerged pass has nothing to learn.
+        merges = merged.cluster_logits is not None and token_capacity != num_tokens
+        if self._teacher:
+            with torch.no_grad():
+                full_logits = self._full(self._teacher[0], images)
+            losses["distillation_loss"] = weight * self._divergence(merged.logits, full_logits)
+        elif weight > 0 and (merges or input_size != full_size):
+            # Both passes learn from the labels, the cheaper one from the other as well (as slimmable networks are
+            # trained; Yu, Huang, arXiv 1903.05134), so that the full network is as good as a plain ViT.
+            # Where merging alone is trained, the full pass has nothing to learn.
             fixed = self._schedule.trains == "merging"
             with torch.set_grad_enabled(not fixed):
-                full = self.network.decode(backbone.finish(state, 1.0, num_tokens))
+                full_logits = self._full(self.network, images, state if input_size == full_size else None)
             if not fixed:
-                full_losses = self._supervise(full.logits.float(), labels)
+                full_losses = self._supervise(full_logits.float(), labels)
                 losses = {name: (losses[name] + full_losses[name]) / 2 for name in losses}
-            temperature = self._schedule.distillation_temperature
-            divergence = distillation_loss(merged.logits.float(), full.logits.float(), temperature)
-            losses["distillation_loss"] = weight * divergence
+            losses["distillation_loss"] = weight * self._divergence(merged.logits, full_logits)
         else:
             measures["distillation_loss"] = losses["segmentation_loss"].new_zeros(())
         if merged.cluster_logits is not None:
             cluster_logits = merged.cluster_logits.float()
-            targets = pseudo_clusters(labels, self._patch_size, cluster_logits.shape[2] - 1).flatten(1)
+            small = labels
+            if input_size != full_size:
+                small = F.interpolate(labels[:, None].float(), input_size, mode="nearest-exact")[:, 0].long()
+            targets = pseudo_clusters(small, self._patch_size, cluster_logits.shape[2] - 1).flatten(1)
             if merged.cluster_positions is not None:
                 targets = targets.gather(1, merged.cluster_positions)
             losses["cluster_loss"] = cluster_loss(cluster_logits, targets)
             right = cluster_logits.detach().argmax(2) == targets
             measures["cluster_accuracy"] = right.float().mean()
         return Losses(losses, measures)
+
+    def _full(self, network: Segmenter, images: Tensor, state: Any = None) -> Tensor:
+        """Logits of the unmerged pass over images at full size, whose `encode` may be done already."""
+        backbone = cast(Backbone, network.backbone)
+        rows, columns = grid_size_of((images.shape[2], images.shape[3]), self._patch_size)
+        state = backbone.encode(images) if state is None else state
+        return network.decode(backbone.finish(state, 1.0, rows * columns)).logits
+
+    def _divergence(self, logits: Tensor, full_logits: Tensor) -> Tensor:
+        size = (full_logits.shape[2], full_logits.shape[3])
+        temperature = self._schedule.distillation_temperature
+        return distillation_loss(resized(logits.float(), size), full_logits.float(), temperature)
 
     def _supervise(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         schedule = self._schedule
@@ -225,3 +261,11 @@ class _TrainingStep(nn.Module):
         if schedule.lovasz_weight > 0:
             losses["lovasz_loss"] = schedule.lovasz_weight * lovasz_softmax(logits, labels)
         return losses
+
+
+def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps (B, C, H, W) at another size, (B, C, *size); shrinking averages, as an engine's input does."""
+    if maps.shape[2:] == size:
+        return maps
+    shrinks = size[0] < maps.shape[2]
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False, antialias=shrinks)

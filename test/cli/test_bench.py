@@ -39,7 +39,7 @@ def test_architectures_are_measured_side_by_side_and_reported(tmp_path, capsys, 
     assert (
         "GFLOP/s in matrix products" in printed
         and "x roofline" in printed
-        and "| clustvit_t | torch  | float32   | 6/24" in printed
+        and "| clustvit_t | torch  | float32   | 64x96 | 6/24" in printed
     )
 
 
@@ -93,7 +93,8 @@ def test_shares_and_counts_out_of_range_are_refused(arguments, capsys):
 
 
 def test_the_table_shows_every_row_and_stage():
-    row = dict.fromkeys(ROW_KEYS, 1.0) | {"arch": "net", "engine": "torch", "device": "cpu", "precision": "float32"}
+    names = {"arch": "net", "engine": "torch", "device": "cpu", "precision": "float32", "size": "8x8"}
+    row = dict.fromkeys(ROW_KEYS, 1.0) | names
     rows = [row | {"stages_ms": {"decode": 2.0, "encode": 3.0}}, row | {"stages_ms": {"network": 4.0}}]
     lines = format_table(rows, [0.5, 0.5]).splitlines()
     assert len(lines) == 6 and len({len(line) for line in lines[2:]}) == 1

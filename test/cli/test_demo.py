@@ -128,7 +128,7 @@ def test_simulated_drive_is_scored_under_every_budget(make_toy_model, tmp_path, 
     assert main([*arguments, "--device", "cpu", "--frames", "12", "--rate", "10"]) == 0
     report = json.loads((out / "summary.json").read_text())
     phases = {phase["name"]: phase for phase in report["phases"]}
-    assert list(phases) == ["default", "full", "budget_100", "budget_60", "budget_40"]
+    assert list(phases) == ["default", "full", "budget_100", "budget_60", "budget_40", "budget_25"]
     assert phases["full"]["tokens_kept_mean"] == phases["full"]["tokens_total"]
     assert report["miou"] == pytest.approx(phases["default"]["miou"], abs=1e-3)
     # The published truth is the renderer's, and the score is of the published masks.

@@ -9,13 +9,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import cv2
 import numpy as np
+import pytest
+import yaml
 
 from clustvit_ros.cli.main import main
-from clustvit_ros.engine import Settings
+from clustvit_ros.engine import Settings, create_engine
+from clustvit_ros.engine.ladder import OperatingPoint
+from clustvit_ros.errors import ConfigError
 from clustvit_ros.measure.sweep import SweepRow, suggest, sweep
+from clustvit_ros.networks.model_folder import load_config
+from clustvit_ros.policy.budget import WorthOrder
 
 
 def row(accuracy, p50, p95=None):
@@ -53,9 +60,12 @@ def test_command_writes_picture_and_rows(model_dir, labelled_dir, tmp_path, caps
     report = json.loads((tmp_path / "a" / "t.json").read_text())
     assert report["images"] == 2 and report["measure"] == "mIoU"
     assert report["suggestion"] in report["rows"] and any(r["pareto"] for r in report["rows"])
-    kept = [r["tokens_kept_mean"] for r in report["rows"] if r["token_capacity"]]
-    assert kept == [6, 12, 18, 24, 30, 36, 42]
-    assert cv2.imread(str(tmp_path / "b" / "t.png")).shape[:2] == (600, 960)
+    kept = [r["tokens_kept_mean"] for r in report["rows"] if r["token_capacity"] and r["input_scale"] == 1]
+    assert sorted(kept) == [6, 12, 18, 24, 30, 36, 42, 48]
+    sizes = {r["input_scale"]: (tuple(r["input_size"]), r["tokens_total"]) for r in report["rows"]}
+    assert len(sizes) == 6 and sizes[1.0][1] == 48 and sizes[0.5][1] < 16
+    assert all(0 <= r["agreement"] <= 1 for r in report["rows"])
+    assert cv2.imread(str(tmp_path / "b" / "t.png")).shape[2] == 3
     assert "within 100000 ms: merge_threshold" in capsys.readouterr().out
 
 
@@ -63,5 +73,51 @@ def test_command_without_labels_and_with_a_budget_that_nothing_meets(model_dir, 
     arguments = ["tune", "--model", str(model_dir), "--images", str(labelled_dir / "images"), "--device", "cpu"]
     assert main([*arguments, "--plot", str(tmp_path / "t.png"), "--budget-ms", "0.001"]) == 0
     printed = capsys.readouterr().out
-    assert "agreement with the unmerged result" in printed and "nothing stays within 0.001 ms" in printed
+    assert "agreement with the full result" in printed and "nothing stays within 0.001 ms" in printed
     assert main([*arguments, "--limit", "0"]) == 2
+
+
+def test_points_are_written_and_what_decides_on_a_budget_knows_them(model_dir, labelled_dir, tmp_path, capsys):
+    model = tmp_path / "toy"
+    shutil.copytree(model_dir, model)
+    labelled = ["--images", str(labelled_dir / "images"), "--labels", str(labelled_dir / "labels")]
+    command = ["tune", "--model", str(model), *labelled, "--device", "cpu", "--plot", str(tmp_path / "t.png")]
+    assert main([*command, "--write", "--input-scale", "0.5"]) == 0
+    assert "operating points written to" in capsys.readouterr().out
+    points = load_config(model).operating_points
+    assert {point.size for point in points} >= {load_config(model).input.size} and len(points) > 12
+    full = next(p for p in points if p.size == load_config(model).input.size and p.capacity == 48)
+    assert full.agreement == 1.0
+    worth = WorthOrder(create_engine(str(model), "torch", "cpu").info.accuracies)
+    assert worth(OperatingPoint(1.0, 48, 48))[0] == pytest.approx(max(p.miou for p in points if p.size == full.size))
+    content = yaml.safe_load((model / "model.yaml").read_text())
+    before = yaml.safe_load((model_dir / "model.yaml").read_text())
+    assert {key: value for key, value in content.items() if key != "operating_points"} == before
+
+
+def test_points_without_labels_are_not_written(model_dir, labelled_dir, capsys):
+    assert main(["tune", "--model", str(model_dir), "--images", str(labelled_dir / "images"), "--write"]) == 2
+    assert "--write: expected labelled images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("point", "message"),
+    [
+        ({"size": [50, 64]}, "50x64 with 6 tokens: expected sides that are multiples of the patch size"),
+        ({"size": [9999, 64]}, "9999x64 with 6 tokens: expected a size of at most the input's"),
+        ({"capacity": 0}, "with 0 tokens: expected 1 to"),
+        ({"capacity": 999}, "with 999 tokens: expected 1 to"),
+        ({"miou": 101.0}, "got miou 101"),
+        ({"agreement": -0.5}, "agreement -0.5"),
+        ({"size": "large"}, "operating_points"),
+    ],
+)
+def test_points_that_the_network_cannot_run_are_refused(point, message, model_dir, tmp_path):
+    model = tmp_path / "toy"
+    shutil.copytree(model_dir, model)
+    content = yaml.safe_load((model / "model.yaml").read_text())
+    content["operating_points"] = [{"size": [64, 64], "capacity": 6, "miou": 50.0, "agreement": 0.9, **point}]
+    (model / "model.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError) as error:
+        load_config(model)
+    assert message in str(error.value)

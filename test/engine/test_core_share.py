@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from clustvit_ros.engine import create_engine
-from clustvit_ros.engine.machine import WINDOW_S, CoreShare
+from clustvit_ros.engine.machine import WINDOW_S, CoreShare, OthersMeter
 
 
 class Machine:
@@ -146,3 +146,22 @@ def wait_for_one_thread(engine, image):
         assert time.monotonic() < deadline_s, f"still {prediction.stats.threads} threads"
         time.sleep(0.02)
     return prediction
+
+
+def test_the_meter_tells_what_others_used_in_the_last_second():
+    now_s, others_s = [0.0], [0.0]
+    meter = OthersMeter(lambda: others_s[0], lambda: now_s[0])
+    assert meter.cores() is None
+    for expected in (0.5, 1.5, 0.0):
+        now_s[0], others_s[0] = now_s[0] + 2 * WINDOW_S, others_s[0] + 2 * WINDOW_S * expected
+        assert meter.cores() == pytest.approx(expected)
+        now_s[0] += 0.5 * WINDOW_S
+        assert meter.cores() == pytest.approx(expected)  # until a window is over
+        now_s[0] -= 0.5 * WINDOW_S
+
+
+def test_where_the_system_tells_nothing_the_meter_does_not_either():
+    now_s = [0.0]
+    meter = OthersMeter(lambda: None, lambda: now_s[0])
+    now_s[0] = 5.0
+    assert meter.cores() is None

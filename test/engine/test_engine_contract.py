@@ -101,6 +101,32 @@ def test_capacities_are_what_it_runs_with(engine, image):
     assert engine.segment(image, Settings(merge_threshold=0.5)).stats.token_capacity in ladder
 
 
+@pytest.mark.parametrize("input_scale", [1.0, 0.75, 0.5])
+def test_every_operating_point_runs_as_asked(engine, image, input_scale):
+    ladder = engine.capacities(image.shape[:2], input_scale)
+    for capacity in (ladder[0], ladder[len(ladder) // 2], ladder[-1]):
+        prediction = engine.segment(image, Settings(1.0, capacity, input_scale=input_scale, clusters=True))
+        stats = prediction.stats
+        assert stats.operating_point == (input_scale, capacity, ladder[-1])
+        assert stats.input_size == engine.input_size(image.shape[:2], input_scale)
+        assert prediction.mask.shape == prediction.cluster_map.shape == (1, 120, 160)
+        assert stats.tokens_kept <= capacity
+
+
+def test_a_smaller_input_keeps_aspect_and_whole_patches(engine, image):
+    full = engine.input_size(image.shape[:2])
+    for input_scale in (0.25, 0.4, 0.75):
+        size = engine.input_size(image.shape[:2], input_scale)
+        assert all(abs(small - input_scale * side) <= 8 for small, side in zip(size, full, strict=True))
+        assert len(engine.capacities(image.shape[:2], input_scale)) >= 1
+
+
+def test_a_size_leaves_nothing_behind_for_the_next(engine, image):
+    full, small = engine.segment(image, Settings(1.0)), engine.segment(image, Settings(1.0, input_scale=0.5))
+    assert np.array_equal(engine.segment(image, Settings(1.0)).mask, full.mask)
+    assert np.array_equal(engine.segment(image, Settings(1.0, input_scale=0.5)).mask, small.mask)
+
+
 def test_fewer_tokens_are_kept_as_the_threshold_falls(engine, image):
     kept = [engine.segment(image, Settings(merge_threshold=t)).stats.tokens_kept for t in (0.0, 0.2, 0.5, 0.8, 1.0)]
     assert kept == sorted(kept) and kept[0] < kept[-1]
@@ -151,6 +177,8 @@ def test_info_describes_the_engine(engine):
         ({"confidence_threshold": -0.1}, "confidence_threshold"),
         ({"token_capacity": -1}, "token_capacity: got -1"),
         ({"output_size": (0, 5)}, "output_size"),
+        ({"input_scale": 0.0}, "input_scale: got 0.0, expected above 0.0 to 1.0"),
+        ({"input_scale": 1.25}, "input_scale: got 1.25"),
     ],
 )
 def test_settings_out_of_range_are_refused(values, message):

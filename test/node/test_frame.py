@@ -63,8 +63,11 @@ class SpyEngine(Engine):
     def warmup(self, image_size: tuple[int, int] | None = None) -> None:
         self.warmed.append(image_size)
 
-    def capacities(self, image_size: tuple[int, int]) -> tuple[int, ...]:
-        return self._engine.capacities(image_size)
+    def input_size(self, image_size: tuple[int, int], input_scale: float = 1.0) -> tuple[int, int]:
+        return self._engine.input_size(image_size, input_scale)
+
+    def capacities(self, image_size: tuple[int, int], input_scale: float = 1.0) -> tuple[int, ...]:
+        return self._engine.capacities(image_size, input_scale)
 
     def segment(self, images: Any, settings: Settings = Settings()) -> Prediction:
         self.settings.append(settings)

@@ -42,13 +42,28 @@ def wait_for_calibration(robot: Robot) -> None:
         pass
 
 
-@pytest.fixture(scope="module")
-def robot(ros_client: Any, start_node: Callable[..., Any]) -> Robot:
-    """A calibrated node that would keep every token."""
-    arguments = ("-p", f"scripted_latency_ms:={FULL_MS}", "-p", "merge_threshold:=1.0")
-    robot = Robot(ros_client, start_node, "/budget", *arguments)
+def calibrated(ros_client: Any, start_node: Callable[..., Any], namespace: str, *arguments: str) -> Robot:
+    """A node that would keep every token, and has calibrated because of a budget that everything fits."""
+    robot = Robot(
+        ros_client, start_node, namespace, "-p", f"scripted_latency_ms:={FULL_MS}", "-p", "merge_threshold:=1.0",
+        *arguments,
+    )  # fmt: skip
+    assert "slowdown" not in robot.stream(PIXELS, 5)[-1] and "calibrating" not in robot.process.output
+    assert robot.set(double("latency_budget_ms", 60_000.0))[0].successful
     wait_for_calibration(robot)
     return robot
+
+
+@pytest.fixture(scope="module")
+def robot(ros_client: Any, start_node: Callable[..., Any]) -> Robot:
+    """One whose budget may only merge."""
+    return calibrated(ros_client, start_node, "/budget", "-p", "min_input_scale:=1.0")
+
+
+@pytest.fixture(scope="module")
+def wide(ros_client: Any, start_node: Callable[..., Any]) -> Robot:
+    """One whose budget may shrink the input as well."""
+    return calibrated(ros_client, start_node, "/wide")
 
 
 @pytest.fixture(autouse=True)
@@ -97,10 +112,13 @@ def test_budget_from_stamp_counts_what_passes_outside_the_engine(robot: Robot) -
 @pytest.mark.parametrize(
     ("parameters", "words"),
     [
-        ([double("latency_budget_ms", 5.0)], ["latency_budget_ms: got 5, but 1 tokens already take 1", "at least 1"]),
+        (
+            [double("latency_budget_ms", 5.0)],
+            ["latency_budget_ms: got 5, but 1 of 12 tokens, the fastest", "at least 1"],
+        ),
         (
             [integer("min_tokens", 9), double("latency_budget_ms", 20.0)],
-            ["latency_budget_ms: got 20, but 9 tokens already take 3", "expected 0 (off) or at least 3"],
+            ["latency_budget_ms: got 20, but 9 of 12 tokens, the fastest", "expected 0 (off) or at least 3"],
         ),
         ([double("latency_budget_ms", float("nan"))], ["latency_budget_ms", "0.0", "60000.0", "nan"]),
         ([integer("latency_budget_ms", -1)], ["latency_budget_ms: got -1", "0.0 to 60000.0 ms"]),
@@ -175,18 +193,19 @@ def test_a_storm_of_changes_loses_no_frame_and_mixes_no_settings(robot: Robot) -
 
 
 def test_recalibration_on_demand_ends_by_itself(robot: Robot) -> None:
-    assert robot.process.output.count("calibrating 8 token capacities for 64x48 images") == 1
+    assert robot.process.output.count("calibrating 8 operating points for 64x48 images") == 1
     assert robot.set(boolean("recalibrate", True))[0].successful
     while robot.get("recalibrate").bool_value:
         robot.stream(PIXELS, 5)
-    assert robot.process.output.count("calibrating 8 token capacities for 64x48 images") == 2
-    assert robot.process.output.count("latency of 64x48 images: 1 tokens 1") == 2
+    assert robot.process.output.count("calibrating 8 operating points for 64x48 images") == 2
+    assert robot.process.output.count("latency of 64x48 images: 1 of 12 tokens 1") == 2
 
 
 def test_an_infeasible_start_value_is_reported_with_the_minimum(
     ros_client: Any, start_node: Callable[..., Any]
 ) -> None:
     arguments = ("-p", f"scripted_latency_ms:={FULL_MS}", "-p", "merge_threshold:=1.0", "-p", "latency_budget_ms:=2")
+    arguments += ("-p", "min_input_scale:=1.0")
     robot = Robot(ros_client, start_node, "/tight", *arguments)
     diagnostics = ros_client.collect(DiagnosticArray, "/diagnostics")
     first = robot.stream(PIXELS, 1)[0]
@@ -194,7 +213,7 @@ def test_an_infeasible_start_value_is_reported_with_the_minimum(
     wait_for_calibration(robot)
     last = robot.stream(PIXELS, 1)[0]
     assert (last["budget_state"], last["budget_feasible"], last["token_ceiling"]) == ("infeasible", "false", "1")
-    robot.process.wait_for_output("latency_budget_ms: got 2, but 1 tokens already take 1")
+    robot.process.wait_for_output("latency_budget_ms: got 2, but 1 of 12 tokens, the fastest allowed, take up to 1")
 
     def told() -> bool:
         statuses = [status for array in diagnostics for status in array.status if status.name.startswith("tight")]
@@ -203,3 +222,35 @@ def test_an_infeasible_start_value_is_reported_with_the_minimum(
     ros_client.spin_until(told, "diagnostics of an infeasible budget")
     pairs = {pair.key: pair.value for status in diagnostics[-1].status for pair in status.values}
     assert int(pairs["deadline_misses"]) > 0 or int(last["deadline_misses"]) > 0
+
+
+def test_a_budget_far_below_what_merging_saves_is_held_by_smaller_inputs(wide: Robot) -> None:
+    assert wide.set(double("latency_budget_ms", 8.0))[0].successful  # a fifth; one token at full size takes 12.5
+    stats = wide.stream(PIXELS, 60, latency_budget_ms="8")[30:]
+    assert p95(stats) <= 8.0 and {pairs["budget_state"] for pairs in stats} == {"held"}
+    assert all(float(pairs["input_scale"]) < 1.0 and pairs["input_size"] != "48x64" for pairs in stats)
+    assert {pairs["mask_size"] for pairs in stats} == {"48x64"}
+    assert wide.set(double("latency_budget_ms", 60.0))[0].successful
+    assert {pairs["input_size"] for pairs in wide.stream(PIXELS, 20, latency_budget_ms="60")[10:]} == {"48x64"}
+    assert wide.set(double("latency_budget_ms", 0.0))[0].successful
+
+
+def test_the_input_shrinks_without_a_budget_too_and_bounds_are_checked_together(wide: Robot) -> None:
+    refused = wide.set(double("input_scale", 0.25))[0]
+    assert not refused.successful
+    assert "min_input_scale: got 0.375 with input_scale 0.25, expected 0.25 to 0.25; set both" in refused.reason
+    for name, value in (("input_scale", 0.2), ("input_scale", 1.5), ("min_input_scale", 0.0)):
+        result = wide.set(double(name, value))[0]
+        assert not result.successful and name in result.reason and "0.25" in result.reason and "1.0" in result.reason
+    assert wide.set_atomically(double("input_scale", 0.5), double("min_input_scale", 0.25)).successful
+    pairs = wide.stream(PIXELS, 2, input_scale="0.5")[-1]
+    assert (pairs["input_size"], pairs["mask_size"], pairs["budget_state"]) == ("32x32", "48x64", "off")
+    assert wide.set_atomically(double("input_scale", 1.0), double("min_input_scale", 0.375)).successful
+
+
+def test_a_budget_that_changes_all_the_time_is_followed(wide: Robot) -> None:
+    for budget_ms in (30.0, 9.0, 18.0, 12.0, 25.0):
+        assert wide.set(double("latency_budget_ms", budget_ms))[0].successful
+        stats = wide.stream(PIXELS, 20, latency_budget_ms=f"{budget_ms:g}")
+        assert sum(float(pairs["engine_ms"]) <= budget_ms for pairs in stats) >= 18
+    assert wide.set(double("latency_budget_ms", 0.0))[0].successful

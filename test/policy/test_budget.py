@@ -14,12 +14,19 @@ from itertools import pairwise
 
 import pytest
 
+from clustvit_ros.engine.engine import Accuracy
+from clustvit_ros.engine.ladder import OperatingPoint
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.policy import BudgetController, LatencyTable
-from clustvit_ros.policy.budget import check_budget
+from clustvit_ros.policy.budget import WorthOrder, check_budget, front_of
 
-TABLE = LatencyTable({1000 * eighths // 8: 5.0 + 20.0 * eighths / 8 for eighths in range(1, 9)})
+POINTS = [OperatingPoint(1.0, 1000 * eighths // 8, 1000) for eighths in range(1, 9)]
+TABLE = LatencyTable({0: {(1000, point.capacity): 5.0 + 20.0 * point.share for point in POINTS}})
 BUDGET_MS = 18.0
+
+
+def controller_for(budget_ms: float = BUDGET_MS) -> BudgetController:
+    return BudgetController(TABLE, POINTS, budget_ms)
 
 
 def simulate(
@@ -28,13 +35,13 @@ def simulate(
 ):  # fmt: skip
     """(capacity, latency_ms) of each frame on a device that is `load` times slower than calibrated."""
     rng = random.Random(seed)
-    controller = controller or BudgetController(TABLE, BUDGET_MS)
+    controller = controller or controller_for()
     series = []
     for frame in range(frames):
-        capacity = controller.decide().capacity
-        latency_ms = true[capacity] * load(frame) * noise(rng)
-        controller.observe(capacity, latency_ms)
-        series.append((capacity, latency_ms))
+        point = controller.decide().point
+        latency_ms = true[point] * load(frame) * noise(rng)
+        controller.observe(point, latency_ms)
+        series.append((point.capacity, latency_ms))
     return series
 
 
@@ -95,7 +102,7 @@ def test_spikes_that_keep_coming_are_allowed_for(seed):
 
 def test_recovers_within_thirty_frames_after_a_burst_of_spikes():
     series = simulate(load=lambda frame: 8.0 if 100 <= frame < 110 else 1.0, noise=gauss(0.02))
-    assert series[108][0] == TABLE.capacities[0]
+    assert series[108][0] == POINTS[0].capacity
     assert max(capacity for capacity, _ in series[110:140]) == series[99][0]
 
 
@@ -113,83 +120,162 @@ def test_load_that_comes_and_goes_is_followed_without_a_limit_cycle():
 
 
 def test_a_wrong_table_does_not_make_it_oscillate():
-    wrong = LatencyTable({c: value * (1 + 0.2 * c / 1000) for c, value in TABLE.items()})
+    wrong = LatencyTable({0: {tokens: ms * (1 + 0.2 * tokens[1] / 1000) for _, tokens, ms in TABLE.items()}})
     series = simulate(noise=gauss(0.02), frames=3000, true=wrong)
     assert misses(series[100:]) <= 0.02
     assert changes(series[1500:]) <= 4
 
 
 def test_overload_is_clamped_and_said():
-    controller = BudgetController(TABLE, BUDGET_MS)
+    controller = controller_for()
     simulate(load=lambda frame: 10.0, frames=30, controller=controller)
     decision = controller.decide()
-    assert decision.capacity == TABLE.capacities[0] and not decision.feasible
+    assert decision.point.capacity == POINTS[0].capacity and not decision.feasible
     assert decision.predicted_ms > BUDGET_MS and decision.slowdown == pytest.approx(10.0, rel=0.05)
 
 
 def test_overhead_outside_the_engine_counts():
-    controller = BudgetController(TABLE, BUDGET_MS)
+    controller = controller_for()
     for _ in range(40):
-        controller.observe(controller.decide().capacity, TABLE[controller.decide().capacity], overhead_ms=6.0)
+        controller.observe(controller.decide().point, TABLE[controller.decide().point], overhead_ms=6.0)
     decision = controller.decide()
-    assert decision.capacity == 250  # 10 ms fit into 18 - 6, 12.5 do not
+    assert decision.point.capacity == 250  # 10 ms fit into 18 - 6, 12.5 do not
     assert decision.engine_budget_ms == pytest.approx(12.0, abs=0.3)
 
 
-def test_min_tokens_is_never_undercut():
-    controller = BudgetController(TABLE, 25.0, min_tokens=400)
-    series = simulate(load=lambda frame: 5.0, controller=controller)
+def test_only_points_that_are_given_are_chosen():
+    series = simulate(load=lambda frame: 5.0, controller=BudgetController(TABLE, POINTS[3:], 25.0))
     assert min(capacity for capacity, _ in series) == 500
 
 
 def test_a_smaller_capacity_than_allowed_teaches_as_well():
-    controller = BudgetController(TABLE, BUDGET_MS)
+    controller = controller_for()
     for _ in range(30):
-        controller.observe(125, TABLE[125] * 1.5)  # few tokens were needed, and took half as long again
+        controller.observe(POINTS[0], TABLE[POINTS[0]] * 1.5)  # few tokens were needed, and took half as long again
     assert controller.decide().slowdown == pytest.approx(1.5, rel=0.05)
 
 
-def test_budget_below_the_fastest_capacity_names_the_minimum():
-    with pytest.raises(ConfigError, match=r"got 3, but 125 tokens already take 7\.5 ms here; .* at least 7\.7"):
-        check_budget(TABLE, 3.0)
-    with pytest.raises(ConfigError, match=r"125 tokens already take 7\.5 ms .* 6\.0 ms pass outside .* at least 13\.9"):
-        check_budget(TABLE, 8.0, overhead_ms=6.0)
-    with pytest.raises(ConfigError, match="but 500 tokens"):
-        check_budget(TABLE, 10.0, min_tokens=400)
+def test_budget_below_the_fastest_point_names_the_minimum():
+    fastest = "got 3, but 125 of 1000 tokens, the fastest allowed, take up to 7.5 ms here .*"
+    with pytest.raises(ConfigError, match=fastest + "at least 7.7"):
+        check_budget(TABLE, POINTS, 3.0)
+    with pytest.raises(ConfigError, match=r"take up to 7\.5 ms .* 6\.0 ms pass outside .* at least 13\.9"):
+        check_budget(TABLE, POINTS, 8.0, overhead_ms=6.0)
+    with pytest.raises(ConfigError, match="but 500 of 1000 tokens"):
+        check_budget(TABLE, POINTS[3:], 10.0)
     with pytest.raises(ConfigError, match="at least 7"):
-        check_budget(TABLE, float("nan"))
-    check_budget(TABLE, 7.6)
+        check_budget(TABLE, POINTS, float("nan"))
+    check_budget(TABLE, POINTS, 7.6)
 
 
-def test_a_device_faster_than_calibrated_lowers_the_minimum_and_a_load_does_not_raise_it():
-    check_budget(TABLE, 5.0, slowdown=0.6)
-    check_budget(TABLE, 7.6, slowdown=2.0)
+def test_what_a_budget_can_hold_is_judged_by_how_frames_run_now():
+    check_budget(TABLE, POINTS, 5.0, slowdown=0.6)
+    with pytest.raises(ConfigError, match=r"take up to 15\.0 ms .* at least 15\.4"):
+        check_budget(TABLE, POINTS, 7.6, slowdown=2.0)
 
 
-def test_an_infeasible_budget_gets_the_smallest_capacity():
-    decision = BudgetController(TABLE, 3.0).decide()
-    assert decision.capacity == 125 and not decision.feasible
+def test_an_infeasible_budget_gets_the_fastest_point_and_names_what_would_hold():
+    decision = controller_for(3.0).decide()
+    assert decision.point.capacity == 125 and not decision.feasible and decision.least_ms == 7.5
 
 
 def test_without_a_budget_nothing_is_bounded_but_everything_is_learnt():
-    controller = BudgetController(TABLE)
+    controller = BudgetController(TABLE, POINTS)
     series = simulate(load=lambda frame: 1.5, controller=controller, frames=30)
     assert {capacity for capacity, _ in series} == {1000}
-    controller.retarget(BUDGET_MS)
-    assert controller.decide().capacity == 250  # 10 ms times 1.5; 375 tokens would take 18.75
+    controller.retarget(BUDGET_MS, POINTS)
+    assert controller.decide().point.capacity == 250  # 10 ms times 1.5; 375 tokens would take 18.75
 
 
 def test_another_budget_takes_effect_with_the_next_frame():
-    controller = BudgetController(TABLE, BUDGET_MS)
+    controller = controller_for()
     for _ in range(40):
-        controller.observe(controller.decide().capacity, TABLE[controller.decide().capacity], overhead_ms=6.0)
-    controller.retarget(BUDGET_MS, counts_overhead=False)
-    assert controller.decide().capacity == 625
-    controller.retarget(14.0, min_tokens=300, counts_overhead=False)
-    assert controller.decide().capacity == 375
-    controller.retarget(26.0)
-    assert controller.decide().capacity == 625  # 17.5 fits into 26 - 6
-    assert controller.typical_overhead_ms == 6.0 and controller.typical_slowdown == pytest.approx(1.0)
+        controller.observe(controller.decide().point, TABLE[controller.decide().point], overhead_ms=6.0)
+    controller.retarget(BUDGET_MS, POINTS, counts_overhead=False)
+    assert controller.decide().point.capacity == 625
+    controller.retarget(14.0, POINTS[2:], counts_overhead=False)
+    assert controller.decide().point.capacity == 375
+    controller.retarget(26.0, POINTS)
+    assert controller.decide().point.capacity == 625  # 17.5 fits into 26 - 6
+    assert controller.overhead_ms == pytest.approx(6.0, rel=0.03)
+    assert controller.slowdown == pytest.approx(1.0, rel=0.03)
+
+
+SIZES = {1.0: 1000, 0.75: 560, 0.5: 250}
+GRID = [
+    OperatingPoint(scale, round(total * share), total) for scale, total in SIZES.items() for share in (0.25, 0.5, 1.0)
+]
+GRID_TABLE = LatencyTable(
+    {0: {(p.tokens_total, p.capacity): 2 + p.tokens_total / 100 + p.capacity / 25 for p in GRID}}
+)
+
+
+def test_without_measured_accuracy_size_comes_before_capacity():
+    front = front_of(GRID, GRID_TABLE, WorthOrder())
+    shares = [(point.input_scale, point.share) for point in front]
+    assert shares == [(0.5, 0.248), (0.5, 0.5), (0.75, 0.25), (0.75, 0.5), (1.0, 0.25), (1.0, 0.5), (1.0, 1.0)]
+    assert [GRID_TABLE[p] for p in front] == sorted(GRID_TABLE[p] for p in front)
+
+
+def test_measured_accuracy_decides_which_axis_is_traded():
+    def front(loss_by_size: float, loss_by_merging: float) -> list[tuple[float, float]]:
+        accuracies = [
+            Accuracy(scale, share, 60.0 - loss_by_size * (1 - scale) - loss_by_merging * (1 - share))
+            for scale in SIZES for share in (0.25, 1.0)
+        ]  # fmt: skip
+        return [(p.input_scale, round(p.share, 1)) for p in front_of(GRID, GRID_TABLE, WorthOrder(accuracies))]
+
+    merging_is_free, shrinking_is_free = front(20.0, 0.1), front(0.1, 20.0)
+    assert (1.0, 0.2) in merging_is_free and (0.5, 1.0) not in merging_is_free
+    assert (0.5, 1.0) in shrinking_is_free and (1.0, 0.2) not in shrinking_is_free
+
+
+def test_chance_gains_from_merging_do_not_bar_more_tokens():
+    worth = WorthOrder([Accuracy(1.0, 0.25, 60.3), Accuracy(1.0, 1.0, 60.0)])
+    assert worth(POINTS[7]) > worth(POINTS[2]) > worth(POINTS[0])
+
+
+def two_counts() -> BudgetController:
+    """Two threads take 60 % of one thread's time while nobody else computes."""
+    of_one = {(1000, point.capacity): 10.0 + 20.0 * point.share for point in POINTS}
+    table = LatencyTable({2: {tokens: 0.6 * ms for tokens, ms in of_one.items()}, 1: of_one})
+    return BudgetController(table, POINTS, BUDGET_MS)
+
+
+def drive(controller: BudgetController, frames: int, slowdown_of_two: float, others: float) -> list[tuple[int, int]]:
+    """(threads, capacity) of each frame, where one thread is never slowed down."""
+    series = []
+    for _ in range(frames):
+        decision = controller.decide()
+        true_ms = (10.0 + 20.0 * decision.point.share) * (1.0 if decision.threads == 1 else 0.6 * slowdown_of_two)
+        controller.observe(decision.point, true_ms, threads=decision.threads, others=others)
+        series.append((decision.threads, decision.point.capacity))
+    return series
+
+
+def test_threads_that_wait_for_others_are_given_up_and_taken_again():
+    controller = two_counts()
+    idle = drive(controller, 40, 1.0, others=0.1)
+    assert set(idle[10:]) == {(2, 875)}
+    loaded = drive(controller, 60, 4.0, others=1.0)
+    assert set(loaded[5:]) == {(1, 375)}  # 17.5 ms on one thread
+    after = drive(controller, 30, 1.0, others=0.1)
+    assert after[-1] == (2, 875)
+
+
+def test_a_little_less_load_is_no_reason_to_try_again():
+    controller = two_counts()
+    drive(controller, 40, 4.0, others=0.6)
+    assert {threads for threads, _ in drive(controller, 200, 4.0, others=0.3)} == {1}
+
+
+def test_a_budget_moves_along_both_axes():
+    front = front_of(GRID, GRID_TABLE, WorthOrder())
+    controller = BudgetController(GRID_TABLE, front, 16.0)
+    assert controller.decide().point == OperatingPoint(0.75, 140, 560)  # 13.2 ms; twice as many tokens take 18.8
+    for _ in range(8):
+        controller.observe(controller.decide().point, 1.6 * GRID_TABLE[controller.decide().point])
+    assert controller.decide().point.input_scale == 0.5 and controller.decide().feasible
 
 
 def test_same_observations_same_decisions():

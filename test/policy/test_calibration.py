@@ -4,7 +4,7 @@
 # applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
 # governing permissions and limitations under the License.
-"""Timing the capacities, and keeping what was measured."""
+"""Timing operating points, and keeping what was measured."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ import os
 import pytest
 
 from clustvit_ros.engine import ScriptedEngine
-from clustvit_ros.policy.calibration import Calibration, CalibrationCache, CalibrationKey
+from clustvit_ros.engine.ladder import OperatingPoint
+from clustvit_ros.policy.calibration import Calibration, CalibrationCache, CalibrationKey, LatencyTable, points_of
 
 SIZE = (128, 128)  # 64 tokens, a rung every 8
-LATENCY_MS = {8: 4.0, 16: 8.5, 64: 30.25}
+POINTS = tuple(OperatingPoint(1.0, capacity, 64) for capacity in (8, 16, 64))
+TABLE = LatencyTable({0: {(64, 8): 4.0, (64, 16): 8.5, (64, 64): 30.25}})
 
 
 @pytest.fixture
 def key():
-    info = dataclasses.replace(ScriptedEngine().info, weights_sha256="1234")
-    return CalibrationKey.of(info, 2, SIZE, tuple(LATENCY_MS))
+    engine = ScriptedEngine()
+    engine._info = dataclasses.replace(engine.info, weights_sha256="1234")
+    return CalibrationKey.of(engine, 2, SIZE, POINTS)
 
 
 def measured(engine, on_progress=lambda share: None):
@@ -32,7 +35,7 @@ def measured(engine, on_progress=lambda share: None):
     while not calibration.done:
         calibration.step()
         on_progress(calibration.progress)
-    return calibration.latency_ms()
+    return {kept: value for _, (_, kept), value in calibration.table().items()}
 
 
 def test_every_capacity_is_timed(scripted_engine):
@@ -54,15 +57,46 @@ def test_a_slow_engine_is_not_timed_for_minutes(scripted_engine):
         calibration.step()
     assert clock.now_s < 8.0
     # What there was no time for is interpolated.
-    assert calibration.latency_ms() == pytest.approx({c: 60.0 * c for c in range(8, 65, 8)}, rel=0.3)
-    assert calibration.latency_ms()[64] == pytest.approx(60.0 * 64)
+    table = calibration.table()
+    assert [table[OperatingPoint(1.0, c, 64)] for c in (8, 32, 64)] == pytest.approx([480.0, 1920.0, 3840.0], rel=0.3)
+
+
+def test_of_several_sizes_three_are_timed_and_the_rest_interpolated(scripted_engine):
+    engine, _ = scripted_engine(lambda call, kept, total: 10.0 + kept)  # times the share of the full size's tokens
+    calibration = Calibration(engine, SIZE, (0.375, 0.5, 0.625, 0.75, 0.875, 1.0))
+    assert {point.input_scale for point in calibration.points} == {0.375, 0.75, 1.0} and len(calibration.points) == 9
+    while not calibration.done:
+        calibration.step()
+    table = calibration.table()
+    for scale, capacity in ((1.0, 64), (1.0, 24), (0.75, 36), (0.375, 9)):
+        total = engine.capacities(SIZE, scale)[-1]
+        assert table[OperatingPoint(scale, capacity, total)] == pytest.approx((10.0 + capacity) * total / 64)
+    between = table[OperatingPoint(0.5, 16, 16)]
+    assert table[OperatingPoint(0.375, 9, 9)] < between < table[OperatingPoint(0.75, 36, 36)]
+
+
+def test_scales_that_give_one_size_are_one_point(scripted_engine):
+    engine, _ = scripted_engine(1.0)
+    points = points_of(engine, (64, 64), (0.9, 0.95, 1.0))
+    assert {point.input_scale for point in points} == {1.0} and len(points) == 8
+
+
+@pytest.mark.parametrize(("others_s", "disturbed"), [(0.0, False), (0.1, False), (0.6, True), (None, False)])
+def test_it_knows_whether_others_computed_meanwhile(others_s, disturbed):
+    now = [0.0]
+    calibration = Calibration(
+        ScriptedEngine(), SIZE, others_s=lambda: None if others_s is None else now[0] * others_s,
+        clock=lambda: now[0],
+    )  # fmt: skip
+    now[0] = 5.0
+    assert calibration.disturbed is disturbed
 
 
 def test_what_was_stored_is_found_again(key, tmp_path):
     cache = CalibrationCache(tmp_path / "not yet there")
     assert cache.load(key) is None
-    cache.store(key, LATENCY_MS)
-    assert cache.load(key) == LATENCY_MS
+    cache.store(key, TABLE)
+    assert cache.load(key).measured == TABLE.measured
     assert [path.suffix for path in cache.path(key).parent.iterdir()] == [".json"]
     assert cache.path(key).name.startswith("scripted-128x128-")
 
@@ -71,13 +105,14 @@ def test_what_was_stored_is_found_again(key, tmp_path):
     "change",
     [
         {"weights_sha256": "5678"}, {"engine": "torch"}, {"precision": "float16"}, {"device": "cuda:0 (Orin)"},
-        {"threads": 1}, {"image_size": (64, 64)}, {"capacities": (8, 64)}, {"machine": "another"},
+        {"threads": 1}, {"image_size": (64, 64)}, {"points": POINTS[:2]}, {"thread_counts": (2, 1)},
+        {"machine": "another"},
         {"power_mode": "pmode:0001"}, {"version": "9"},
     ],
 )  # fmt: skip
 def test_another_key_is_another_calibration(change, key, tmp_path):
     cache = CalibrationCache(tmp_path)
-    cache.store(key, LATENCY_MS)
+    cache.store(key, TABLE)
     assert cache.load(dataclasses.replace(key, **change)) is None
 
 
@@ -88,49 +123,49 @@ def test_another_key_is_another_calibration(change, key, tmp_path):
         lambda text: "",
         lambda text: "[]",
         lambda text: "\x00\xff",
-        lambda text: text.replace('"format": 1', '"format": 2'),
+        lambda text: text.replace('"format": 3', '"format": 2'),
         lambda text: text.replace('"1234"', '"4321"'),
         lambda text: text.replace("8.5", '"slow"'),
         lambda text: text.replace("8.5", "-8.5"),
         lambda text: text.replace("8.5", "NaN"),
-        lambda text: text.replace('"16"', '"17"'),
+        lambda text: text.replace("16,", "17,"),
         lambda text: text.replace('"latency_ms"', '"latency"'),
     ],
 )
 def test_a_damaged_file_is_none_and_is_overwritten(damage, key, tmp_path):
     cache = CalibrationCache(tmp_path)
-    cache.store(key, LATENCY_MS)
+    cache.store(key, TABLE)
     text = cache.path(key).read_text()
     cache.path(key).write_text(damage(text))
     assert cache.load(key) is None
-    cache.store(key, LATENCY_MS)
-    assert cache.load(key) == LATENCY_MS
+    cache.store(key, TABLE)
+    assert cache.load(key).measured == TABLE.measured
     assert cache.path(key).read_text() == text
 
 
 def test_engines_without_weights_are_not_kept(key, tmp_path):
     cache = CalibrationCache(tmp_path)
     anonymous = dataclasses.replace(key, weights_sha256="")
-    cache.store(anonymous, LATENCY_MS)
+    cache.store(anonymous, TABLE)
     assert cache.load(anonymous) is None and not list(tmp_path.iterdir())
 
 
 def test_a_failed_write_leaves_the_old_file(key, tmp_path, monkeypatch):
     cache = CalibrationCache(tmp_path)
-    cache.store(key, LATENCY_MS)
+    cache.store(key, TABLE)
 
     def fail(*_paths):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        cache.store(key, {8: 1.0, 16: 2.0, 64: 3.0})
-    assert cache.load(key) == LATENCY_MS
+        cache.store(key, LatencyTable({0: {(64, 64): 3.0}}))
+    assert cache.load(key).measured == TABLE.measured
     assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_the_users_cache_is_the_default(key, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    CalibrationCache().store(key, LATENCY_MS)
+    CalibrationCache().store(key, TABLE)
     (path,) = (tmp_path / "clustvit_ros" / "calibration").iterdir()
     assert json.loads(path.read_text())["key"]["weights_sha256"] == "1234"

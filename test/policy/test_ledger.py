@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from clustvit_ros.engine import Stats
 from clustvit_ros.engine.engine import FrameRecord
+from clustvit_ros.engine.ladder import OperatingPoint
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.policy import LatencyTable, LatencyWindow, percentile
 from clustvit_ros.policy.ledger import ERROR, OK, WARN, Health, Ledger, judge
@@ -128,18 +129,28 @@ def test_the_oldest_are_forgotten_and_nonsense_is_left_out():
 
 @given(st.dictionaries(st.integers(1, 5000), st.floats(0.01, 1e4), min_size=1, max_size=12))
 def test_table_never_falls(latency_ms):
-    table = LatencyTable(latency_ms)
-    values = [value for _, value in table.items()]
+    table = LatencyTable({0: {(5000, kept): value for kept, value in latency_ms.items()}})
+    values = [value for _, _, value in table.items()]
     assert values == sorted(values)
     assert sum(values) == pytest.approx(sum(latency_ms.values()))
 
 
 def test_table_interpolates_between_rungs_and_holds_beyond():
-    table = LatencyTable({100: 10.0, 200: 20.0})
-    assert [table[c] for c in (1, 100, 150, 200, 999)] == [10.0, 10.0, 15.0, 20.0, 20.0]
+    table = LatencyTable({0: {(800, 100): 10.0, (800, 200): 20.0}})
+    assert [table[OperatingPoint(1.0, c, 800)] for c in (1, 100, 150, 200, 800)] == [10.0, 10.0, 15.0, 20.0, 20.0]
 
 
-@pytest.mark.parametrize("latency_ms", [{}, {0: 1.0}, {10: 0.0}, {10: math.nan}, {10: math.inf}])
+def test_table_interpolates_sizes_at_the_same_share_of_tokens():
+    table = LatencyTable({0: {(100, 50): 5.0, (100, 100): 10.0, (400, 200): 25.0, (400, 400): 40.0}})
+    assert table[OperatingPoint(0.75, 250, 250)] == pytest.approx(25.0)
+    assert table[OperatingPoint(0.75, 125, 250)] == pytest.approx(15.0)
+    assert table[OperatingPoint(0.3, 50, 50)] == 10.0 and table[OperatingPoint(1.0, 900, 900)] == 40.0
+    assert table.covers([OperatingPoint(0.75, 1, 250)]) and not table.covers([OperatingPoint(0.3, 50, 50)])
+
+
+@pytest.mark.parametrize(
+    "latency_ms", [{}, {(8, 0): 1.0}, {(8, 9): 1.0}, {(8, 8): 0.0}, {(8, 8): math.nan}, {(8, 8): math.inf}]
+)
 def test_unusable_tables_are_refused(latency_ms):
     with pytest.raises(ConfigError, match="latency table"):
-        LatencyTable(latency_ms)
+        LatencyTable({0: latency_ms})

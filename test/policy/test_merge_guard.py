@@ -17,19 +17,22 @@ import pytest
 
 from clustvit_ros.engine import Engine, EngineInfo, Prediction, ScriptedEngine, Settings
 from clustvit_ros.engine.exemption import exempt_class_ids
+from clustvit_ros.engine.ladder import OperatingPoint
 from clustvit_ros.errors import ConfigError
+from clustvit_ros.policy.budget import WorthOrder
 from clustvit_ros.policy.merge_guard import AccuracyGuard, Agreement, MergeGuard, compare
 from clustvit_ros.policy.parameter_spec import build
 from clustvit_ros.policy.parameters import SegmentationParameters
 
-RUNGS = (10, 20, 30, 40, 50, 60, 70, 80)
+POINTS = [OperatingPoint(1.0, capacity, 80) for capacity in range(10, 81, 10)]
+WORTH = WorthOrder()
 
 
 class Scene:
     """Agreement by kept tokens, and a guard that is asked every period."""
 
     def __init__(self, agreement_of, min_agreement=0.9, wanted=10):
-        self.guard = AccuracyGuard(0.0)
+        self.guard = AccuracyGuard(0.0, WORTH)
         self.agreement_of, self.min_agreement, self.wanted = agreement_of, min_agreement, wanted
         self.now_s = 0.0
 
@@ -38,15 +41,20 @@ class Scene:
         for _ in range(checks):
             self.now_s += 5.0
             assert self.guard.due(self.now_s, 5.0)
-            used = max(self.wanted, self.guard.floor(RUNGS))
+            used = max(self.wanted, self.floor)
             agreement = Agreement(self.agreement_of(used))
-            self.guard.observe(agreement, self.now_s, self.min_agreement, used, RUNGS)
-            floors.append(self.guard.floor(RUNGS))
+            point = OperatingPoint(1.0, used, 80)
+            self.guard.observe(agreement, self.now_s, self.min_agreement, point, POINTS)
+            floors.append(self.floor)
         return floors
+
+    @property
+    def floor(self):
+        return self.guard.floor.capacity if self.guard.floor else 0
 
 
 def test_checks_come_once_per_period_and_never_without_one():
-    guard = AccuracyGuard(100.0)
+    guard = AccuracyGuard(100.0, WORTH)
     assert not guard.due(104.9, 5.0) and guard.due(105.0, 5.0) and not guard.overdue(109.0, 5.0)
     assert guard.overdue(110.0, 5.0)
     guard.skip(110.0)
@@ -102,10 +110,22 @@ def test_no_bound_is_no_floor():
     assert scene.run(2) == [0, 0]
 
 
-def test_another_ladder_takes_the_same_rung():
+def test_it_backs_off_along_both_axes_and_comes_back():
+    ladder = [OperatingPoint(0.5, 5, 20), OperatingPoint(0.5, 20, 20), *POINTS[3::4]]
+    guard = AccuracyGuard(0.0, WORTH)
+    for expected in (ladder[1], ladder[2], ladder[3], ladder[3]):
+        guard.observe(Agreement(0.5), 5.0, 0.9, guard.floor or ladder[0], ladder)
+        assert guard.floor == expected
+    for _ in range(40):
+        guard.observe(Agreement(1.0), 5.0, 0.9, guard.floor or ladder[0], ladder)
+    assert guard.floor is None
+
+
+def test_a_floor_holds_for_images_of_another_size():
+    worth = [OperatingPoint(1.0, capacity, 8) for capacity in range(1, 9)]
     scene = Scene(lambda used: 0.5)
     scene.run(2)
-    assert scene.guard.floor(RUNGS) == 30 and scene.guard.floor((5, 6, 7)) == 7 and scene.guard.floor((4,)) == 4
+    assert [point.capacity for point in worth if WORTH(point) >= WORTH(scene.guard.floor)] == [3, 4, 5, 6, 7, 8]
 
 
 SIZE = (64, 96)
@@ -127,7 +147,10 @@ class LossyEngine(Engine):
     def warmup(self, image_size: tuple[int, int] | None = None) -> None:
         pass
 
-    def capacities(self, image_size: tuple[int, int]) -> tuple[int, ...]:
+    def input_size(self, image_size: tuple[int, int], input_scale: float = 1.0) -> tuple[int, int]:
+        return image_size
+
+    def capacities(self, image_size: tuple[int, int], input_scale: float = 1.0) -> tuple[int, ...]:
         return LADDER
 
     def segment(self, images: Any, settings: Settings = Settings()) -> Prediction:
@@ -148,7 +171,7 @@ class Drive:
     def __init__(self, lost_per_token: float = 0.0, **values: Any) -> None:
         self.now_s = 1000.0
         self.engine = LossyEngine(lost_per_token)
-        self.guard = MergeGuard(self.engine, lambda: self.now_s)
+        self.guard = MergeGuard(self.engine, WORTH, lambda: self.now_s)
         self.parameters = build(SegmentationParameters, {"merge_threshold": 0.0, **values})
         self.image = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), np.uint8)
         self.idle = True
@@ -163,7 +186,9 @@ class Drive:
 
     def settings(self, camera: str = "") -> Settings:
         settings = self.parameters.settings(SIZE, confidence=False, clusters=False)
-        return self.guard.protect(settings, self.parameters, [camera], self.guard.floor(SIZE))
+        floor = self.guard.floor.capacity if self.guard.floor else 0
+        ladder = [OperatingPoint(1.0, capacity, LADDER[-1]) for capacity in LADDER]
+        return self.guard.protect(settings, self.parameters, [camera], floor, ladder)
 
     def frames(self, count: int) -> list[int]:
         return [self.frame().stats.token_capacity for _ in range(count)]
@@ -232,7 +257,7 @@ def test_merging_backs_off_below_min_agreement_and_comes_back() -> None:
 def test_a_budget_keeps_the_tokens_that_accuracy_needs() -> None:
     drive = Drive(0.01, accuracy_check_period_s=1.0, min_agreement=0.9, latency_budget_ms=5.0)
     drive.frames(200)
-    assert drive.guard.floor(SIZE) >= LADDER[3]
+    assert drive.guard.floor.capacity >= LADDER[3]
 
 
 def test_a_replay_does_not_depend_on_the_clock() -> None:

@@ -23,7 +23,7 @@ from clustvit_ros.policy.parameter_spec import build
 from clustvit_ros.policy.parameters import SegmentationParameters
 
 SIZE = (128, 128)  # 64 tokens, a rung every 8
-STEPS = 40
+STEPS = 48  # 40 of the calibration, and one for each point that it found worth having
 
 
 class Engine(ScriptedEngine):
@@ -70,8 +70,11 @@ class Bench:
 
     def __init__(self, tmp_path: Path, **values: Any) -> None:
         self.engine, self.logger = Engine(), Logger()
-        self.policy = Policy(self.engine, self.logger, CalibrationCache(tmp_path))
-        self.parameters = build(SegmentationParameters, {"merge_threshold": 1.0, **values})
+        self.others_s = 0.0
+        self.policy = Policy(
+            self.engine, self.logger, CalibrationCache(tmp_path), lambda: self.engine.now_s, lambda: self.others_s
+        )
+        self.parameters = build(SegmentationParameters, {"merge_threshold": 1.0, "min_input_scale": 1.0, **values})
 
     def set(self, **values: Any) -> None:
         """Change parameters as the parameter server does: checked first."""
@@ -82,9 +85,14 @@ class Bench:
     def frame(self, overhead_ms: float = 0.0, idle: int = 0, size: tuple[int, int] = SIZE, load: float = 1.0) -> Plan:
         """Segment one frame; then `idle` times nothing waits. Returns its plan."""
         plan = self.policy.plan([np.zeros((*size, 3), np.uint8)], self.parameters)
-        capacity = min(plan.settings.token_capacity or 64, 64)
-        engine_ms = capacity / 2 * load
-        stats = Stats(64, capacity, capacity, self.parameters.merge_threshold, engine_ms)
+        scale = plan.settings.input_scale
+        total = self.engine.capacities(size, scale)[-1]
+        capacity = min(plan.settings.token_capacity or total, total)
+        engine_ms = capacity / 2 * (total / self.engine.capacities(size)[-1]) * load
+        stats = Stats(
+            total, capacity, capacity, self.parameters.merge_threshold, engine_ms, input_size=plan.input_size,
+            input_scale=scale,
+        )  # fmt: skip
         result = Prediction(np.zeros((1, *size), np.uint8), None, None, stats)
         self.policy.learn(plan, result, [engine_ms + overhead_ms])
         answers = iter([True] * idle + [False])
@@ -92,8 +100,12 @@ class Bench:
         return plan
 
     def calibrated(self) -> Bench:
-        """Let the first calibration finish."""
+        """Let the first calibration finish, with a budget that everything fits."""
+        wanted, self.parameters = self.parameters, replace(self.parameters, latency_budget_ms=60_000.0)
+        if wanted.latency_budget_ms:
+            self.parameters = wanted
         self.frame(idle=STEPS)
+        self.parameters = wanted
         assert self.policy.status.table is not None
         self.frame()
         return self
@@ -110,10 +122,11 @@ def test_calibration_takes_one_measurement_per_frame_and_all_idle_time(tmp_path:
     assert (plan.budget_state, plan.settings.token_capacity) == ("held", 40)
     assert bench.engine.calls == STEPS
     assert bench.engine.warmed == [SIZE]
-    assert bench.logger.lines["info"][0].startswith("calibrating 8 token capacities for 128x128 images")
+    assert bench.logger.lines["info"][0].startswith("calibrating 8 operating points for 128x128 images")
     assert bench.logger.lines["info"][-1] == (
-        "latency of 128x128 images: 8 tokens 4.0 ms, 16 tokens 8.0 ms, 24 tokens 12.0 ms, 32 tokens 16.0 ms, "
-        "40 tokens 20.0 ms, 48 tokens 24.0 ms, 56 tokens 28.0 ms, 64 tokens 32.0 ms"
+        "latency of 128x128 images: 8 of 64 tokens 4.0 ms, 16 of 64 tokens 8.0 ms, 24 of 64 tokens 12.0 ms, "
+        "32 of 64 tokens 16.0 ms, 40 of 64 tokens 20.0 ms, 48 of 64 tokens 24.0 ms, 56 of 64 tokens 28.0 ms, "
+        "64 of 64 tokens 32.0 ms"
     )
 
 
@@ -145,14 +158,14 @@ def test_without_a_budget_nothing_is_bounded_but_load_is_learnt(tmp_path: Path) 
 
 def test_refusals_name_the_minimum_and_leave_the_settings(tmp_path: Path) -> None:
     bench = Bench(tmp_path).calibrated()
-    with pytest.raises(ConfigError, match=r"got 3, but 8 tokens already take 4\.0 ms here; .* at least 4\.1"):
+    with pytest.raises(ConfigError, match=r"got 3, but 8 of 64 tokens, .* take up to 4\.0 ms here .* at least 4\.1"):
         bench.set(latency_budget_ms=3)
-    with pytest.raises(ConfigError, match="but 48 tokens already take 24"):
+    with pytest.raises(ConfigError, match="but 48 of 64 tokens, the fastest allowed, take up to 24"):
         bench.set(latency_budget_ms=10, min_tokens=41)
     for _ in range(30):
         bench.frame(overhead_ms=50.0)
     bench.set(latency_budget_ms=30)
-    with pytest.raises(ConfigError, match=r"50\.0 ms pass outside the engine"):
+    with pytest.raises(ConfigError, match=r"51\.2 ms pass outside the engine"):
         bench.set(budget_reference="stamp")
     bench.set(merge_threshold=0.5)  # what does not concern the budget is none of its business
     assert bench.frame().parameters.budget_reference == "inference"
@@ -163,9 +176,11 @@ def test_before_calibration_a_budget_is_accepted_and_checked_later(tmp_path: Pat
     bench.set(latency_budget_ms=1)
     assert "accepted unchecked" in bench.logger.lines["info"][-1]
     bench.calibrated()
-    assert "got 1, but 8 tokens already take 4.0 ms" in bench.logger.lines["error"][0]
+    assert "got 1, but 8 of 64 tokens, the fastest allowed, take up to 4.0 ms" in bench.logger.lines["error"][0]
     assert bench.frame().budget_state == "infeasible"
-    assert bench.policy.status.problem().startswith("latency_budget_ms 1 cannot be held now: 8 tokens")
+    problem = bench.policy.status.problem()
+    assert problem.startswith("latency_budget_ms 1 cannot be held now: 8 of 64 tokens, the fastest")
+    assert "the smallest budget that holds now is 4." in problem
 
 
 def test_stamp_reference_leaves_the_engine_what_remains(tmp_path: Path) -> None:
@@ -257,5 +272,62 @@ def test_a_plan_says_why_a_frame_is_made_as_it_is(tmp_path: Path) -> None:
         "token_ceiling": "5", "budget_state": "calibrating",
     }  # fmt: skip
     assert expected.items() <= plan.as_pairs().items()
-    assert plan.input_size == (480, 640)
+    assert plan.input_size == SIZE
     assert plan.is_missed(9.5, 0.0) and not plan.is_missed(8.5, 100.0)
+
+
+def test_without_a_budget_nothing_is_measured(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, input_scale=0.75, min_input_scale=0.5)
+    plan = bench.frame(idle=STEPS)
+    assert bench.engine.calls == 0 and bench.policy.status.table is None
+    assert (plan.settings.input_scale, plan.input_size, plan.settings.token_capacity) == (0.75, (96, 96), 0)
+
+
+def test_a_budget_shrinks_the_input_within_the_users_bounds(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, latency_budget_ms=0.55, min_input_scale=0.5)
+    for _ in range(3):
+        bench.frame(idle=STEPS)
+    plan = bench.frame()
+    assert plan.settings.input_scale == 0.5 and plan.input_size == (64, 64) and plan.budget_state == "held"
+    assert plan.settings.token_capacity == 4  # 2 ms at full size, a quarter of it at half the sides
+    bench.set(input_scale=0.75, latency_budget_ms=30)
+    assert bench.frame().settings.input_scale == 0.75
+    bench.set(input_scale=0.5)
+    assert bench.frame().settings.input_scale == 0.5
+    with pytest.raises(ConfigError, match=r"min_input_scale: got 0\.8 with input_scale 0\.5, expected 0\.25 to 0\.5"):
+        bench.set(min_input_scale=0.8)
+
+
+def test_wider_bounds_are_calibrated_once_and_narrower_ones_are_known(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, latency_budget_ms=21).calibrated()
+    bench.set(min_input_scale=0.5)
+    assert bench.frame().budget_state == "held"  # by what is known, until more is
+    for _ in range(3):
+        bench.frame(idle=STEPS)
+    calls = bench.engine.calls
+    assert calls > STEPS
+    bench.set(min_input_scale=0.75)
+    bench.frame(idle=STEPS)
+    assert bench.engine.calls == calls
+
+
+def test_min_tokens_and_token_capacity_bind_at_every_size(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, latency_budget_ms=0.1, min_input_scale=0.375, min_tokens=12, token_capacity=20).calibrated()
+    for _ in range(3):
+        plan = bench.frame(idle=STEPS)
+    assert plan.settings.input_scale == 0.5 and plan.settings.token_capacity == 12  # 0.375 has 9 tokens in all
+    bench.set(latency_budget_ms=60)
+    assert (bench.frame().settings.input_scale, bench.frame().settings.token_capacity) == (1.0, 20)
+
+
+@pytest.mark.parametrize(("others_s", "kept"), [(0.0, 1), (1000.0, 0)])
+def test_a_calibration_beside_other_work_is_used_but_not_kept(others_s: float, kept: int, tmp_path: Path) -> None:
+    bench = Bench(tmp_path, latency_budget_ms=21)
+    info = replace(bench.engine.info, weights_sha256="1234")
+    bench.engine._info = info
+    bench.frame()
+    bench.others_s = others_s
+    bench.frame(idle=STEPS)
+    assert bench.frame().budget_state == "held"
+    assert len(list(tmp_path.glob("*.json"))) == kept
+    assert any("is not kept" in line for line in bench.logger.lines["info"]) == (not kept)

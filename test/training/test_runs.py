@@ -62,7 +62,7 @@ def test_a_run_folder_holds_what_it_takes_to_repeat_it(train, scenes, write_reci
     assert same_weights(checkpoint(tmp_path / "run"), checkpoint(tmp_path / "again"))
 
 
-@pytest.mark.parametrize("extras", [{}, {"distillation_weight": 1.0}])
+@pytest.mark.parametrize("extras", [{}, {"distillation_weight": 1.0, "input_scales": [1.0, 0.75, 0.5]}])
 def test_stopped_within_an_epoch_and_continued_equals_uninterrupted(train, write_recipe, tmp_path, monkeypatch, extras):
     recipe = write_recipe(network={"drop_path": 0.2}, schedule={"epochs": 3, "batch_size": 2, **extras})
     assert train(recipe, tmp_path / "whole") == 0
@@ -78,6 +78,39 @@ def test_stopped_within_an_epoch_and_continued_equals_uninterrupted(train, write
         for name in ("whole", "parts")
     ]
     assert [r["loss"] for r in logs[0]] == pytest.approx([r["loss"] for r in logs[1]], rel=1e-6)
+
+
+def test_input_sizes_are_drawn_and_learnt(train, write_recipe, tmp_path):
+    sizes = {"input_scales": [1.0, 0.5], "distillation_weight": 1.0, "kept_fractions": [1.0]}
+    assert train(write_recipe(schedule=sizes), tmp_path / "run") == 0
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert log[-1]["distillation_loss"] > 0  # nothing merges: it is the smaller input that is distilled
+    assert train(write_recipe(schedule={**sizes, "input_scales": [1.0]}), tmp_path / "full") == 0
+    assert not same_weights(checkpoint(tmp_path / "run"), checkpoint(tmp_path / "full"))
+    # A plain ViT, which merges nothing, learns them as well.
+    assert train(write_recipe(schedule=sizes), tmp_path / "plain", "--without-merging") == 0
+    assert "distillation_loss" in json.loads((tmp_path / "plain/log.jsonl").read_text().splitlines()[-1])
+
+
+def test_a_frozen_teacher_keeps_the_full_size_while_others_are_learnt(train, write_recipe, tmp_path, capsys):
+    assert train(write_recipe(schedule={"epochs": 8}), tmp_path / "base") == 0
+    init = str(tmp_path / "base/model")
+    images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    before = load_segmenter(init)(images, 1.0).logits
+    moved = {}
+    for teacher, weight in (("init", 20.0), ("self", 0.0)):
+        schedule = {
+            "input_scales": [1.0, 0.5], "distillation_weight": weight, "teacher": teacher, "epochs": 4,
+            "learning_rate": 0.0005,
+        }  # fmt: skip
+        recipe = write_recipe(init=init, schedule=schedule)
+        assert train(recipe, tmp_path / teacher) == 0
+        with torch.inference_mode():
+            after = load_segmenter(tmp_path / teacher / "model")(images, 1.0).logits
+            moved[teacher] = float((after.softmax(1) - before.softmax(1)).abs().mean())
+    assert moved["init"] < moved["self"]
+    assert train(write_recipe(schedule={"distillation_weight": 1.0, "teacher": "init"}), tmp_path / "none") == 2
+    assert "teacher is 'init', and there is none" in capsys.readouterr().err
 
 
 def test_the_plain_twin_trains_alike_and_merges_nothing(train, write_recipe, tmp_path, capsys):
@@ -252,6 +285,10 @@ def test_tensorboard_logs(train, write_recipe, tmp_path):
         ("schedule", {"ohem_share": 0.0}, "schedule: ohem_share is 0.0, expected in (0, 1]"),
         ("schedule", {"kept_fractions": []}, "schedule: kept_fractions is []"),
         ("schedule", {"merge_thresholds": [1.5]}, "schedule: merge_thresholds is [1.5]"),
+        ("schedule", {"input_scales": []}, "schedule: input_scales is []"),
+        ("schedule", {"input_scales": [0.5, 1.2]}, "schedule: input_scales is [0.5, 1.2], expected numbers in (0, 1]"),
+        ("schedule", {"input_scales": [0.5], "trains": "merging"}, "expected [1]: what sees the input is frozen"),
+        ("schedule", {"teacher": "init"}, "expected a distillation_weight above 0"),
         ("schedule", {"precision": "half"}, "precision: got 'half' (str), expected one of 'auto'"),
         ("schedule", {"precision": "float16"}, "needs a GPU"),
         ("schedule", {"learning_rte": 1.0}, "unknown key 'learning_rte'; did you mean 'learning_rate'"),
