@@ -173,8 +173,11 @@ def trace(model: str, frames: int, budget_ms: float, threads: int) -> list[Call]
         deadline_s = time.monotonic() + 240.0
 
         def settled() -> bool:
-            calibrated = any(pair.key == "slowdown" for entry in seen[-1:] for pair in entry.status[0].values)
-            return len(seen) >= frames and calibrated
+            """So many frames are through, with a budget since the end of the calibration."""
+            if not budget_ms:
+                return len(seen) >= frames
+            calibrated = [any(pair.key == "slowdown" for pair in entry.status[0].values) for entry in seen[-frames:]]
+            return len(calibrated) == frames and all(calibrated)
 
         while not settled():
             listener.spin_once(timeout_sec=0.1)

@@ -36,8 +36,8 @@ _FALLEN_FRAMES = 6
 # A better point must fit with this to spare, for so many frames in a row, before it is taken.
 _HEADROOM = 0.05
 _STEADY_FRAMES = 6
-# Of so many frames, one in fifty may be above the estimate, however seldom and wild spikes are, and what was seen is not
-# the worst that comes; with fewer frames than the second number, a share says nothing.
+# Of so many frames, one in fifty may be above the estimate, however seldom and wild spikes are, and what was seen is
+# not the worst that comes; with fewer frames than the second number, a share says nothing.
 _TAIL_WINDOW = 100
 _MIN_TAIL_FRAMES = 25
 _TAIL_SHARE = 0.02
@@ -166,6 +166,8 @@ class BudgetController:
             return
         self._target = target
         self._budget_ms, self._points, self._counts_overhead = target
+        counts = self._table.thread_counts
+        self._point_ms = [{threads: self._table.at(point, threads) for threads in counts} for point in self._points]
         self._raised_at = self._frame - _RETRY_FRAMES
         self._retry_at: dict[OperatingPoint, int] = {}
         self._retry_frames: dict[OperatingPoint, int] = {}
@@ -176,7 +178,7 @@ class BudgetController:
     @property
     def slowdown(self) -> float:
         """Upper estimate of measured over calibrated latency at the fastest point; 1 before any frame."""
-        return self._predict(self._points[0])[0] / self._table[self._points[0]]
+        return self._predict(0)[0] / min(self._point_ms[0].values())
 
     @property
     def overhead_ms(self) -> float:
@@ -187,18 +189,18 @@ class BudgetController:
         """The most accurate point allowed for the next frame."""
         overhead_ms = self.overhead_ms if self._counts_overhead else 0.0
         engine_budget_ms = self._budget_ms - overhead_ms
-        point, (least_ms, _) = self._points[self._index], self._predict(self._points[0])
-        predicted_ms, threads = self._predict(point)
+        (least_ms, _), (predicted_ms, threads) = self._predict(0), self._predict(self._index)
+        point_ms = self._point_ms[self._index]
         return Decision(
-            point=point, threads=threads, budget_ms=self._budget_ms, engine_budget_ms=engine_budget_ms,
-            slowdown=predicted_ms / self._table.at(point, threads), overhead_ms=overhead_ms,
-            point_ms=self._table[point], predicted_ms=predicted_ms,
-            least_ms=least_ms + overhead_ms, feasible=least_ms <= engine_budget_ms,
+            point=self._points[self._index], threads=threads, budget_ms=self._budget_ms,
+            engine_budget_ms=engine_budget_ms, slowdown=self._uppers[threads], overhead_ms=overhead_ms,
+            point_ms=min(point_ms.values()), predicted_ms=predicted_ms, least_ms=least_ms + overhead_ms,
+            feasible=least_ms <= engine_budget_ms,
         )  # fmt: skip
 
-    def _predict(self, point: OperatingPoint) -> tuple[float, int]:
+    def _predict(self, index: int) -> tuple[float, int]:
         """The lowest upper estimate of a point's latency, and the threads that it is for."""
-        return min((self._table.at(point, threads) * upper, threads) for threads, upper in self._uppers.items())
+        return min((ms * self._uppers[threads], threads) for threads, ms in self._point_ms[index].items())
 
     def observe(
         self, point: OperatingPoint, engine_ms: float, overhead_ms: float = 0.0, threads: int = 0,
@@ -247,7 +249,7 @@ class BudgetController:
         budget_ms = self._budget_ms - (self.overhead_ms if self._counts_overhead else 0.0)
         fitting = roomy = 0
         for index, point in enumerate(self._points):
-            predicted_ms, _ = self._predict(point)
+            predicted_ms, _ = self._predict(index)
             if predicted_ms <= budget_ms:
                 fitting = index
             fits_with_headroom = predicted_ms <= budget_ms * (1.0 - _HEADROOM)

@@ -168,7 +168,10 @@ class BudgetStatus:
             )
         missed, frames = self.recent
         if missed > TOLERATED_MISSES * max(frames, _MIN_FRAMES):
-            return f"{missed} of the last {frames} frames missed {budget}"
+            text = f"{missed} of the last {frames} frames missed {budget}"
+            if decision is None:
+                return text
+            return f"{text}; the smallest that holds now is {math.ceil(decision.least_ms * 10) / 10:.1f}"
         return ""
 
     def as_pairs(self) -> dict[str, str]:

@@ -60,7 +60,8 @@ class _ImageSize:
         self.failure = ""
         # The next frame is no example: it waited for the warm-up or for a measurement.
         self.unsettled = True
-        # Points and threads that a budget may choose and that never ran: what they need is made between frames.
+        # Points and threads that may come and never ran, those that a budget may choose first, then those that the
+        # threshold may lead to from there: what they need is made between frames.
         self.cold: list[tuple[OperatingPoint, int]] = []
         self.limits: tuple[Any, ...] = ()
         self.points: list[OperatingPoint] = []
@@ -79,7 +80,10 @@ class _ImageSize:
         self.table = table
         self.bound(self.limits, self.points)
         self.controller = BudgetController(table, self.front)
+        sizes = {point.tokens_total for point in self.front}
+        beside = [point for point in self.points if point.tokens_total in sizes and point not in self.front]
         self.cold = [(point, threads) for point in self.front for threads in table.thread_counts]
+        self.cold += [(point, table.thread_counts[0]) for point in beside]
 
 
 class Policy:
@@ -309,7 +313,13 @@ class Policy:
         assert self._newest is not None  # a calibration belongs to a frame's size
         calibration = entry.calibration
         if calibration is None:
-            self._engine.segment(np.zeros((*self._newest, 3), np.uint8), settings_at(*entry.cold.pop(0)))
+            settings = settings_at(*entry.cold.pop(0))
+            if self._plan is not None:
+                wanted = self._plan.settings
+                settings = replace(
+                    settings, output_size=wanted.output_size, confidence=wanted.confidence, clusters=wanted.clusters
+                )
+            self._engine.segment(np.zeros((*self._newest, 3), np.uint8), settings)
             return
         calibration.step()
         if not calibration.done:

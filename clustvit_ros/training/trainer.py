@@ -133,6 +133,11 @@ class Trainer(TrainingLoop[Segmenter]):
     def _to_training_mode(self) -> None:
         # What is frozen has to compute what it will compute in use: no dropped paths, no batch statistics.
         self.network.train(self.schedule.trains == "all")
+        if self._teacher is not None:
+            # Statistics over mixed input sizes would be those of no size, and the full one's are known.
+            for module in self.network.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
 
     def _step_module(self) -> nn.Module:
         patch_size = self.config.network.patch_size

@@ -8,7 +8,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -19,6 +21,10 @@ from clustvit_ros.engine.graph_engine import GraphEngine
 from clustvit_ros.engine.recorded_graph import CalledAgain, EagerRecorder
 from clustvit_ros.engine.torch_engine import TorchEngine
 from clustvit_ros.errors import EngineError
+from clustvit_ros.policy import Policy
+from clustvit_ros.policy.calibration import CalibrationCache
+from clustvit_ros.policy.parameter_spec import build
+from clustvit_ros.policy.parameters import SegmentationParameters
 
 MODELS = sorted(path.parent for path in (Path(__file__).resolve().parents[2] / "models").glob("*/model.yaml"))
 
@@ -124,6 +130,34 @@ def test_warm_engine_records_nothing_more(engine, images):
             for threshold in (0.2, 0.5, 1.0):
                 engine.segment(image, Settings(merge_threshold=threshold, token_capacity=capacity))
     assert len(engine._recorder.recorded) == recorded
+
+
+def test_a_live_budget_records_nothing_more_once_every_point_is_warm(toy_model, tmp_path):
+    engine = GraphEngine.from_model(toy_model, "cpu", recorder=CountingRecorder())
+    now_s = [0.0]
+    policy = Policy(engine, MagicMock(), CalibrationCache(tmp_path), lambda: now_s[0], lambda: 0.0)
+    parameters = build(SegmentationParameters, {"latency_budget_ms": 60_000.0})
+    image = np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8)
+
+    def frame(load=1.0, **values):
+        plan = policy.plan([image], replace(parameters, **values), confidence=True)
+        result = engine.segment(image, plan.settings)
+        slowed = replace(result, stats=replace(result.stats, total_ms=result.stats.total_ms * load))
+        policy.learn(plan, slowed, [slowed.stats.total_ms])
+        policy.use_idle_time(lambda: True)
+        return plan.settings.input_scale
+
+    for _ in range(3):
+        frame()
+    recorded, scales = len(engine._recorder.recorded), set()
+    for budget_ms in (60_000.0, 3.0, 1.0, 2.0, 60_000.0, 5.0):
+        for threshold in (1.0, 0.4):
+            for load in (1.0, 3.0, 1.0):
+                for _ in range(8):
+                    scales.add(frame(load, latency_budget_ms=budget_ms, merge_threshold=threshold))
+    assert len(scales) > 1, "the budget moved over sizes"
+    assert len(engine._recorder.recorded) == recorded
+    engine.close()
 
 
 def test_static_buffers_stay_where_they_are(engine, images):

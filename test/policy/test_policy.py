@@ -23,7 +23,7 @@ from clustvit_ros.policy.parameter_spec import build
 from clustvit_ros.policy.parameters import SegmentationParameters
 
 SIZE = (128, 128)  # 64 tokens, a rung every 8
-STEPS = 48  # 40 of the calibration, and one for each point that it found worth having
+STEPS = 48  # 40 of the calibration, and one for each point that may come
 
 
 class Engine(ScriptedEngine):
