@@ -135,12 +135,16 @@ class FrameReader:
         source: where they come from; a live one is read at its own pace, and only its newest frame is kept.
         loop: start over at the end.
         size: (height, width) to scale to; None keeps the source's.
+        pause_s: seconds between a frame's publication and work on another one, while enough are ready. A camera takes
+            no processor from what its picture goes to; a renderer that starts when a picture is published would.
     """
 
-    def __init__(self, source: FrameSource, loop: bool, size: tuple[int, int] | None) -> None:
+    def __init__(
+        self, source: FrameSource, loop: bool, size: tuple[int, int] | None, pause_s: float = 0.0
+    ) -> None:
         self._source = source
         self._loop = loop
-        self._size = size
+        self._size, self._pause_s = size, pause_s
         self._frames: queue.Queue[SourceFrame | Exception | None] = queue.Queue(1 if source.live else _DECODE_AHEAD)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="camera-reader", daemon=True)
@@ -194,6 +198,8 @@ class FrameReader:
         while not self._stop.is_set():
             with contextlib.suppress(queue.Full):
                 self._frames.put(item, timeout=0.1)
+                if self._frames.full() and not self._source.live:
+                    self._stop.wait(self._pause_s)
                 return
 
 
@@ -243,7 +249,7 @@ class CameraNode(Node):
             parameters.publish_points, parameters.loop_frames,
         )  # fmt: skip
         size = (parameters.height, parameters.width) if parameters.width else None
-        self._reader = FrameReader(self._source, parameters.loop, size)
+        self._reader = FrameReader(self._source, parameters.loop, size, 0.5 / parameters.rate_hz)
         self._manifest: TextIO | None = None
         if parameters.manifest:
             # Kept open for the node's life; line by line, so that readers see whole entries at once.

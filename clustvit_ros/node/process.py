@@ -28,6 +28,9 @@ from clustvit_ros.paths import user_cache_dir
 N = TypeVar("N", bound=Node)
 
 _NATIVE_THREADS = ("engine",)
+# For so long may one thread keep the interpreter from another. An engine wants it a few hundred times in a frame, and
+# waited for Python's usual 5 ms whenever the executor's thread was at work: frames of 14 ms took 19 to 30.
+_SWITCH_INTERVAL_S = 0.0005
 
 
 def run_node(
@@ -48,6 +51,7 @@ def run_node(
     code = 0
     try:
         keep_freed_memory()
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
         bound_spinning()
         # PyTorch makes this folder when it is imported, else in /tmp.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(user_cache_dir() / "torchinductor"))

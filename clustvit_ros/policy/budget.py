@@ -39,14 +39,21 @@ _STEADY_FRAMES = 6
 # Of so many frames, one in fifty may be above the estimate, however seldom and wild spikes are, and what was seen is
 # not the worst that comes; with fewer frames than the second number, a share says nothing.
 _TAIL_WINDOW = 100
-_MIN_TAIL_FRAMES = 25
+_MIN_TAIL_FRAMES = 8
 _TAIL_SHARE = 0.02
 _BEYOND_TAIL = 0.25
 # A spread over fewer frames than this is a guess; what was seen bounds it.
 _FEW_FRAMES = 8
 _BEYOND_SEEN = 1.1
-# Cores that others must use less than they did when a count of threads was found slow, for it to be tried again.
+# Cores that others must use less than they did for a while, for what was learnt under their load to be forgotten.
 _LOAD_FELL = 0.5
+# How much one frame counts in the level of others' use.
+_LEVEL_SHARE = 0.05
+# Measured over calibrated latency of a count of threads that was not tried yet, while another one was.
+_UNTRIED = 1.1
+# Several threads wait for each other now and then, more rarely and for longer than few frames show: so much faster they
+# must be to be preferred to one.
+_MORE_THREADS = 1.12
 # Noise is assumed to be at least this much, relative.
 _MIN_SPREAD = 0.01
 # Spreads above the median that the estimate covers: under normal noise it is exceeded by 6 frames in 1,000.
@@ -153,7 +160,7 @@ class BudgetController:
         self._table = table
         self._slowdowns = {threads: _Estimate() for threads in table.thread_counts}
         self._uppers = dict.fromkeys(table.thread_counts, 1.0)
-        self._learnt_with: dict[int, float | None] = dict.fromkeys(table.thread_counts)
+        self._loads = _Loads()
         self._overheads = _Estimate()
         self._frame = 0
         self._target: tuple[float, tuple[OperatingPoint, ...], bool] | None = None
@@ -200,10 +207,11 @@ class BudgetController:
 
     def _predict(self, index: int) -> tuple[float, int]:
         """The lowest upper estimate of a point's latency, and the threads that it is for."""
-        return min((ms * self._uppers[threads], threads) for threads, ms in self._point_ms[index].items())
+        predictions = [(ms * self._uppers[threads], threads) for threads, ms in self._point_ms[index].items()]
+        return min(predictions, key=lambda pair: pair[0] * (_MORE_THREADS if pair[1] > 1 else 1.0))
 
     def observe(
-        self, point: OperatingPoint, engine_ms: float, overhead_ms: float = 0.0, threads: int = 0,
+        self, point: OperatingPoint, engine_ms: float, overhead_ms: float | None = 0.0, threads: int = 0,
         others: float | None = None,
     ) -> None:  # fmt: skip
         """Learn from a frame.
@@ -211,7 +219,7 @@ class BudgetController:
         Args:
             point: where it was processed; its capacity may be below the one allowed.
             engine_ms: milliseconds in the engine.
-            overhead_ms: milliseconds outside it; learnt even while they do not count.
+            overhead_ms: milliseconds outside it; learnt even while they do not count. None where they are no example.
             threads: CPU threads that it was processed with.
             others: cores that other processes use now; None where nobody knows.
         """
@@ -219,12 +227,15 @@ class BudgetController:
         if threads not in self._slowdowns:
             threads = next(iter(self._slowdowns))
         self._forget_other_loads(threads, others)
-        if self._slowdowns[threads].add(engine_ms / self._table.at(point, threads)) < 0:
+        # Where others' use of the cores is known, it tells when spikes are over; elsewhere a level that fell does.
+        metered = others is not None and threads > 0
+        if self._slowdowns[threads].add(engine_ms / self._table.at(point, threads), keep_spikes=metered) < 0:
             # The load went away: what failed under it says nothing about now.
             self._retry_at.clear()
             self._retry_frames.clear()
-        self._uppers = {count: estimate.upper(1.0) for count, estimate in self._slowdowns.items()}
-        self._overheads.add(overhead_ms)
+        self._uppers = {count: estimate.upper(_UNTRIED) for count, estimate in self._slowdowns.items()}
+        if overhead_ms is not None:
+            self._overheads.add(overhead_ms)
         fitting, roomy = self._fitting()
         if fitting < self._index:
             self._lower(fitting)
@@ -236,13 +247,10 @@ class BudgetController:
             self._wanted_larger = 0
 
     def _forget_other_loads(self, threads: int, others: float | None) -> None:
-        """What was learnt with other counts of threads says nothing once others use clearly fewer cores."""
-        self._learnt_with[threads] = others
-        for count, estimate in self._slowdowns.items():
-            before = self._learnt_with[count]
-            if count != threads and before is not None and others is not None and others < before - _LOAD_FELL:
-                estimate.forget()
-                self._learnt_with[count] = None
+        """Once others use clearly fewer cores, spikes under their load say nothing, nor does any of other counts."""
+        if others is not None and self._loads.fell(others):
+            for count, estimate in self._slowdowns.items():
+                estimate.forget_spikes() if count == threads else estimate.forget()
 
     def _fitting(self) -> tuple[int, int]:
         """Indices of the most accurate point that fits, and of the most accurate allowed one with headroom."""
@@ -310,6 +318,23 @@ def point_text(point: OperatingPoint) -> str:
     return f"{point.capacity} of {point.tokens_total} tokens{at}"
 
 
+class _Loads:
+    """Notices when other processes stop computing."""
+
+    def __init__(self) -> None:
+        self._level: float | None = None
+        self._most = 0.0
+
+    def fell(self, others: float) -> bool:
+        """Whether they use clearly fewer cores than they did for a while; a load that wavers does not fall."""
+        self._level = others if self._level is None else self._level + _LEVEL_SHARE * (others - self._level)
+        self._most = max(self._most, self._level)
+        if others >= self._most - _LOAD_FELL:
+            return False
+        self._level = self._most = others
+        return True
+
+
 class _Estimate:
     """Upper estimate of a noisy quantity that may jump."""
 
@@ -317,8 +342,12 @@ class _Estimate:
         self._recent: deque[float] = deque(maxlen=_WINDOW)
         self._tail: deque[float] = deque(maxlen=_TAIL_WINDOW)
 
-    def add(self, value: float) -> int:
+    def add(self, value: float, keep_spikes: bool = False) -> int:
         """Take in a value.
+
+        Args:
+            value: to be estimated.
+            keep_spikes: remember what was seen at another level; else that is forgotten together with it.
 
         Returns:
             +1 when it shows that the level has risen for good, -1 when it has fallen, else 0.
@@ -330,8 +359,9 @@ class _Estimate:
             kept = list(self._recent)[len(self._recent) - latest + 1 :]
             self._recent.clear()
             self._recent.extend(kept)
-            self._tail.clear()
-            self._tail.extend(kept)
+            if not keep_spikes:
+                self._tail.clear()
+                self._tail.extend(kept)
         self._recent.append(value)
         self._tail.append(value)
         return int(risen) - int(fallen)
@@ -339,6 +369,10 @@ class _Estimate:
     def forget(self) -> None:
         """Know nothing again."""
         self._recent.clear()
+        self._tail.clear()
+
+    def forget_spikes(self) -> None:
+        """Keep what recent frames show by their middle alone."""
         self._tail.clear()
 
     def upper(self, default: float) -> float:

@@ -209,9 +209,8 @@ class Policy:
             for each in missed:
                 self._misses.add(each)
         # Of a batch, nobody knows what one frame costs.
-        settled = entry.calibration is None and not entry.unsettled and len(ages_ms) == 1
-        if entry.controller is not None and settled:
-            overhead_ms = max(ages_ms[0] - stats.total_ms, 0.0)
+        if entry.controller is not None and entry.calibration is None and len(ages_ms) == 1:
+            overhead_ms = None if entry.unsettled else max(ages_ms[0] - stats.total_ms, 0.0)
             entry.controller.observe(
                 stats.operating_point, stats.total_ms, overhead_ms, stats.threads, self._others.cores()
             )

@@ -258,7 +258,7 @@ def test_threads_that_wait_for_others_are_given_up_and_taken_again():
     idle = drive(controller, 40, 1.0, others=0.1)
     assert set(idle[10:]) == {(2, 875)}
     loaded = drive(controller, 60, 4.0, others=1.0)
-    assert set(loaded[5:]) == {(1, 375)}  # 17.5 ms on one thread
+    assert set(loaded[5:]) == {(1, 250)}  # 15 ms on one thread; 375 tokens take 17.5, which leaves no headroom
     after = drive(controller, 30, 1.0, others=0.1)
     assert after[-1] == (2, 875)
 
@@ -266,7 +266,8 @@ def test_threads_that_wait_for_others_are_given_up_and_taken_again():
 def test_a_little_less_load_is_no_reason_to_try_again():
     controller = two_counts()
     drive(controller, 40, 4.0, others=0.6)
-    assert {threads for threads, _ in drive(controller, 200, 4.0, others=0.3)} == {1}
+    for others in (0.9, 0.2, 0.7, 0.3) * 20:  # it wavers
+        assert {threads for threads, _ in drive(controller, 3, 4.0, others=others)} == {1}
 
 
 def test_a_budget_moves_along_both_axes():
