@@ -125,9 +125,11 @@ class Outputs:
                 self._labels = labels
                 self._publishers["label_info"].publish(label_info_message(*labels, header))
 
-    def publish_camera_info(self, info: CameraInfo, size: tuple[int, int], header: Any) -> None:
-        """Publish the intrinsics of a mask of (height, width) `size`."""
-        self._publishers["camera_info"].publish(scaled_camera_info(info, size, header))
+    def publish_camera_info(
+        self, info: CameraInfo, image_size: tuple[int, int], size: tuple[int, int], header: Any
+    ) -> None:
+        """Publish the intrinsics of a mask of (height, width) `size`, whose image had `image_size`."""
+        self._publishers["camera_info"].publish(scaled_camera_info(info, image_size, size, header))
 
 
 class InputWatch:

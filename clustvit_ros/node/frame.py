@@ -26,7 +26,7 @@ from clustvit_ros.engine.worker import DeviceLost, FrameSlot
 from clustvit_ros.errors import ClustvitError, ImageError
 from clustvit_ros.images import decode_image
 from clustvit_ros.node.camera import Camera, Frame
-from clustvit_ros.node.messages import diagnostic_status, png_message
+from clustvit_ros.node.messages import calibrated_size, diagnostic_status, png_message
 from clustvit_ros.policy import Plan, Policy
 from clustvit_ros.policy.ledger import OK
 from clustvit_ros.policy.parameters import SegmentationParameters
@@ -189,7 +189,16 @@ class FrameSession:
             if maps is not None:
                 outputs.publish_pixels(name, maps[index], "mono8", header)
         if one.frame.camera_info is not None:
-            outputs.publish_camera_info(one.frame.camera_info, (mask.shape[0], mask.shape[1]), header)
+            image_size = (one.image.shape[0], one.image.shape[1])
+            calibrated = calibrated_size(one.frame.camera_info)
+            if calibrated != image_size and all(calibrated):
+                self._logger.warning(
+                    "camera_info is for images of {}x{}, binning and region of interest applied, and the images have "
+                    "{}x{}: it is passed on for the mask as it is; calibrate the camera at the size that it "
+                    "publishes".format(*calibrated[::-1], *image_size[::-1]),
+                    throttle_duration_sec=_LOG_PERIOD_S,
+                )
+            outputs.publish_camera_info(one.frame.camera_info, image_size, (mask.shape[0], mask.shape[1]), header)
         return age_ms, _since_ms(start_s)
 
     def _publish_views(self, one: _Decoded, mask: np.ndarray, grouping: ClassGrouping) -> None:

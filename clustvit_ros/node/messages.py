@@ -81,8 +81,21 @@ def png_message(mask: np.ndarray, encoding: str, header: Header) -> CompressedIm
     return message
 
 
-def scaled_camera_info(info: CameraInfo, size: tuple[int, int], header: Header) -> CameraInfo:
-    """What the camera's calibration is for its image resized to `size`.
+_MOST_PIXELS = 2**32 - 1
+
+
+def calibrated_size(info: CameraInfo) -> tuple[int, int]:
+    """(height, width) of the images that a calibration is for, binning and region of interest applied; 0 is unknown."""
+    roi = info.roi
+    return (
+        (roi.height or info.height) // max(info.binning_y, 1), (roi.width or info.width) // max(info.binning_x, 1)
+    )  # fmt: skip
+
+
+def scaled_camera_info(
+    info: CameraInfo, image_size: tuple[int, int], size: tuple[int, int], header: Header
+) -> CameraInfo:
+    """What the camera's calibration is for its image resized to `size`; as it came where that is the image's own.
 
     Focal lengths, principal point and the baseline term of P scale with the image, as image_proc's resize node scales
     them; distortion (D) and rotation (R) are independent of size. `binning` stays: width, height and region of interest
@@ -91,28 +104,32 @@ def scaled_camera_info(info: CameraInfo, size: tuple[int, int], header: Header) 
 
     Args:
         info: as the camera driver publishes it.
+        image_size: (height, width) of the image.
         size: (height, width) of the mask.
         header: header of the frame.
     """
     roi = info.roi
-    image_height = (roi.height or info.height) // max(info.binning_y, 1)
-    image_width = (roi.width or info.width) // max(info.binning_x, 1)
     result = CameraInfo(
         header=header, height=info.height, width=info.width, distortion_model=info.distortion_model, d=info.d, k=info.k,
         r=info.r, p=info.p, binning_x=info.binning_x, binning_y=info.binning_y, roi=roi,
     )  # fmt: skip
-    if size == (image_height, image_width) or not image_height or not image_width:
+    if size == image_size:
         return result
-    down, across = size[0] / image_height, size[1] / image_width
+    down, across = size[0] / image_size[0], size[1] / image_size[1]
     rows = (across, down, 1.0)
-    result.height, result.width = round(info.height * down), round(info.width * across)
+    result.height, result.width = _pixels(info.height * down), _pixels(info.width * across)
     result.k = [value * rows[index // 3] for index, value in enumerate(info.k)]
     result.p = [value * rows[index // 4] for index, value in enumerate(info.p)]
     result.roi = RegionOfInterest(
-        x_offset=round(roi.x_offset * across), y_offset=round(roi.y_offset * down),
-        width=round(roi.width * across), height=round(roi.height * down), do_rectify=roi.do_rectify,
+        x_offset=_pixels(roi.x_offset * across), y_offset=_pixels(roi.y_offset * down),
+        width=_pixels(roi.width * across), height=_pixels(roi.height * down), do_rectify=roi.do_rectify,
     )  # fmt: skip
     return result
+
+
+def _pixels(value: float) -> int:
+    """Rounded, and what the message has room for: a camera may send any number."""
+    return min(round(value), _MOST_PIXELS)
 
 
 def label_info_message(classes: ClassSet, confidence_threshold: float, header: Header) -> Any:

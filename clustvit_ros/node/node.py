@@ -35,7 +35,7 @@ from clustvit_ros.node.camera import Camera
 from clustvit_ros.node.engine_control import EngineControl, EngineFactory, make_engine
 from clustvit_ros.node.messages import NO_LABEL_INFO, LabelInfo
 from clustvit_ros.node.parameter_server import ParameterServer
-from clustvit_ros.node.process import run_node
+from clustvit_ros.node.process import ShieldedExecutor, answered, run_node
 from clustvit_ros.node.qos import QosWatch
 from clustvit_ros.node.status import camera_status
 from clustvit_ros.policy import BudgetStatus
@@ -83,6 +83,10 @@ class SegmentationNode(LifecycleNode):
         self._timer = self.create_timer(_REPORT_PERIOD_S, self._report, clock=Clock(clock_type=ClockType.STEADY_TIME))
         if LabelInfo is None:
             self.get_logger().warning(NO_LABEL_INFO)
+
+    def create_service(self, srv_type: Any, srv_name: str, callback: Any, **arguments: Any) -> Any:
+        """As rclpy's, which uses it for the parameter services, too; whoever calls it is answered in any case."""
+        return super().create_service(srv_type, srv_name, answered(srv_type, callback), **arguments)
 
     @property
     def default_callback_group(self) -> CallbackGroup:
@@ -298,7 +302,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         0 after SIGINT or SIGTERM; 1 when the node could not start.
     """
-    return run_node("segmentation", SegmentationNode, spin, arguments)
+    return run_node("segmentation", SegmentationNode, spin, arguments, ShieldedExecutor)
 
 
 def spin(node: SegmentationNode, executor: SingleThreadedExecutor) -> int:

@@ -121,6 +121,9 @@ class ParameterServer(Generic[T]):
             if item.name not in self._specs:
                 continue
             prefix, spec = self._specs[item.name]
+            if item.type_ == Parameter.Type.NOT_SET:
+                default = f"{spec.default!r}" if spec.default != "" else "empty"
+                return _refused(f"{item.name}: cannot be deleted; set it to its default, {default}, instead")
             field = item.name.removeprefix(prefix)
             try:
                 value = spec.parsed(item.value)

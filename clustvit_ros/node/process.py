@@ -8,17 +8,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import rclpy
+from rcl_interfaces.msg import ParameterType, SetParametersResult
+from rcl_interfaces.srv import SetParameters, SetParametersAtomically
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
+from rclpy.task import Future
 
 from clustvit_ros.dds import bound_spinning, remove_leftovers
 from clustvit_ros.engine.machine import keep_freed_memory
@@ -26,6 +31,10 @@ from clustvit_ros.errors import ClustvitError, ConfigError
 from clustvit_ros.paths import user_cache_dir
 
 N = TypeVar("N", bound=Node)
+_LOG = "callbacks"
+# Between two failed callbacks: whatever fails again at once must not take the processor.
+_AFTER_FAILURE_S = 0.02
+_LOG_PERIOD_S = 5.0
 
 _NATIVE_THREADS = ("engine",)
 # For so long may one thread keep the interpreter from another. An engine wants it a few hundred times in a frame, and
@@ -34,8 +43,9 @@ _SWITCH_INTERVAL_S = 0.0005
 
 
 def run_node(
-    name: str, create: Callable[[], N], run: Callable[[N, SingleThreadedExecutor], int], arguments: list[str] | None
-) -> int:
+    name: str, create: Callable[[], N], run: Callable[[N, SingleThreadedExecutor], int], arguments: list[str] | None,
+    executor_type: type[SingleThreadedExecutor] = SingleThreadedExecutor,
+) -> int:  # fmt: skip
     """Create a node, run it, and clean up after it, whatever ends it.
 
     Args:
@@ -43,6 +53,7 @@ def run_node(
         create: makes the node; it must have a method `close` that stops its threads and returns an exit code.
         run: spins the executor, which holds the node, and returns an exit code.
         arguments: command-line arguments; None takes the process's own.
+        executor_type: class of the executor.
 
     Returns:
         The worst of the exit codes; 1 when the node cannot start. SIGINT and SIGTERM are no errors.
@@ -58,7 +69,7 @@ def run_node(
         _clear_shared_memory(name)
         _initialise(arguments)
         node = create()
-        executor = SingleThreadedExecutor()
+        executor = executor_type()
         executor.add_node(node)
         code = run(node, executor)
         # A signal during a start makes the start fail; that is an end like any other.
@@ -80,6 +91,89 @@ def run_node(
         rclpy.try_shutdown()
         _leave_native_threads(code)
     return code
+
+
+class ShieldedExecutor(SingleThreadedExecutor):
+    """An executor that outlives its callbacks: one that raises is told in the log, and the next one is served.
+
+    rclpy ends the process for any of them, also for its own: a clock message of negative seconds is enough.
+    """
+
+    def spin_once(self, timeout_sec: float | None = None) -> None:
+        """Wait for one callback, and run it."""
+        with _told():
+            super().spin_once(timeout_sec)
+
+    def spin_once_until_future_complete(self, future: Future, timeout_sec: Any = None) -> None:
+        """Wait for one callback, and run it; return when the future is done."""
+        with _told():
+            super().spin_once_until_future_complete(future, timeout_sec)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except ExternalShutdownException:
+        raise
+    except Exception as error:
+        if not rclpy.ok():
+            raise  # else a signal shut ROS down under a callback
+        rclpy.logging.get_logger(_LOG).error(
+            f"a callback failed and was left out: {type(error).__name__}: {error}",
+            throttle_duration_sec=_LOG_PERIOD_S,
+        )
+        time.sleep(_AFTER_FAILURE_S)
+
+
+def answered(kind: Any, callback: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """A service's callback that always answers: where it raises, parameters are refused with what it said.
+
+    Args:
+        kind: type of the service.
+        callback: gets request and response, returns the response.
+    """
+
+    def one(request: Any, response: Any) -> Any:
+        try:
+            if kind in (SetParameters, SetParametersAtomically):
+                _check_types(request.parameters)
+            return callback(request, response)
+        except ConfigError as error:
+            return _refusal(kind, str(error))
+        except Exception as error:  # whatever rclpy makes of what a client sent
+            text = f"{type(error).__name__}: {error}"
+            rclpy.logging.get_logger(_LOG).error(f"a request was refused: {text}", throttle_duration_sec=_LOG_PERIOD_S)
+            return _refusal(kind, f"the request cannot be carried out ({text})")
+
+    def each(request: Any, response: Any) -> Any:
+        for parameter in request.parameters:
+            single = one(SetParameters.Request(parameters=[parameter]), SetParameters.Response())
+            response.results.extend(single.results)
+        return response
+
+    return each if kind is SetParameters else one
+
+
+def _check_types(parameters: Iterable[Any]) -> None:
+    """Refuse what rclpy has no type for.
+
+    Raises:
+        ConfigError: which parameter, and what types there are.
+    """
+    for parameter in parameters:
+        if parameter.value.type > ParameterType.PARAMETER_STRING_ARRAY:
+            raise ConfigError(
+                f"{parameter.name}: got a value of type {parameter.value.type}, expected a type of "
+                f"rcl_interfaces/msg/ParameterType, 0 to {ParameterType.PARAMETER_STRING_ARRAY}"
+            )
+
+
+def _refusal(kind: Any, reason: str) -> Any:
+    result = SetParametersResult(successful=False, reason=reason)
+    if kind is SetParameters:
+        return SetParameters.Response(results=[result])
+    return SetParametersAtomically.Response(result=result) if kind is SetParametersAtomically else kind.Response()
 
 
 def spin_until_done(node: Any, executor: SingleThreadedExecutor) -> int:

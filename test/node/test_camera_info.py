@@ -15,7 +15,7 @@ pytest.importorskip("sensor_msgs", reason="needs ROS 2 (sensor_msgs)")
 from sensor_msgs.msg import CameraInfo, RegionOfInterest
 from std_msgs.msg import Header
 
-from clustvit_ros.node.messages import scaled_camera_info
+from clustvit_ros.node.messages import calibrated_size, scaled_camera_info
 
 HEADER = Header(frame_id="frame")
 
@@ -32,14 +32,14 @@ def calibration(**fields: object) -> CameraInfo:
 
 def test_of_the_same_size_is_the_drivers_with_the_frames_header() -> None:
     info = calibration(binning_x=2, binning_y=2)
-    result = scaled_camera_info(info, (240, 320), HEADER)
+    result = scaled_camera_info(info, (240, 320), (240, 320), HEADER)
     assert result.header == HEADER
     result.header = info.header
     assert result == info
 
 
 def test_scales_rows_and_columns_by_their_own_factors() -> None:
-    result = scaled_camera_info(calibration(), (120, 1280), HEADER)
+    result = scaled_camera_info(calibration(), (480, 640), (120, 1280), HEADER)
     assert (result.height, result.width) == (120, 1280)
     assert list(result.k) == [1000.0, 3.0, 640.0, 0.0, 127.5, 60.0, 0.0, 0.0, 1.0]
     assert list(result.p) == [980.0, 0.0, 642.0, -70.0, 0.0, 123.75, 60.25, 1.75, 0.0, 0.0, 1.0, 0.0]
@@ -59,7 +59,7 @@ def test_a_point_falls_on_the_same_part_of_the_mask(
         binning_x=binning, binning_y=binning, roi=RegionOfInterest(x_offset=x, y_offset=y, width=width, height=height)
     )
     image = ((height or 480) // max(binning, 1), (width or 640) // max(binning, 1))
-    result = scaled_camera_info(info, size, HEADER)
+    result = scaled_camera_info(info, image, size, HEADER)
 
     def pixel(of: CameraInfo) -> tuple[float, float]:
         # As image_geometry applies region of interest and binning, for a point at (0.1, -0.05, 1).
@@ -74,5 +74,20 @@ def test_a_point_falls_on_the_same_part_of_the_mask(
 
 
 def test_an_empty_calibration_stays_empty() -> None:
-    result = scaled_camera_info(CameraInfo(), (10, 20), HEADER)
+    result = scaled_camera_info(CameraInfo(), (10, 20), (5, 10), HEADER)
     assert (result.height, result.width) == (0, 0)
+
+
+def test_a_calibration_at_another_size_scales_with_the_image_not_with_itself() -> None:
+    info = calibration()  # for 640x480, and the images have half of that
+    assert calibrated_size(info) == (480, 640)
+    assert list(scaled_camera_info(info, (240, 320), (240, 320), HEADER).k) == list(info.k)
+    assert list(scaled_camera_info(info, (240, 320), (120, 160), HEADER).k)[:3] == [250.0, 0.75, 160.0]
+
+
+def test_numbers_that_no_image_has_do_not_overflow_the_message() -> None:
+    most = 2**32 - 1
+    info = calibration(roi=RegionOfInterest(x_offset=most, y_offset=most, width=most, height=most))
+    info.height = info.width = most
+    result = scaled_camera_info(info, (10, 10), (20, 20), HEADER)
+    assert (result.height, result.roi.x_offset, result.roi.width) == (most, most, most)
