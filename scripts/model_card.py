@@ -88,6 +88,27 @@ merge threshold {scores["merge_threshold"]} |
 Made by `clustvit-ros train` with the recipe `{config.training.get("recipe", "")}`, {start}
 nothing but the training images named above. Meant for trying the package and for scenes like those; do not let a
 robot's safety depend on it. Thin and rare classes (low IoU in the table) are where it fails first.
+{point_table(config)}"""
+
+
+def point_table(config: ModelConfig) -> str:
+    """What smaller inputs and fewer tokens cost, as Markdown; empty where nobody measured."""
+    if not config.operating_points:
+        return ""
+    lines = []
+    for size in dict.fromkeys(point.size for point in config.operating_points):
+        points = sorted((p.capacity, p.miou, p.agreement) for p in config.operating_points if p.size == size)
+        cells = [f"{miou:.2f} ({capacity})" for capacity, miou, _ in points]
+        lines.append(f"| {size[0]} x {size[1]} | {' | '.join(cells)} | {100 * points[-1][2]:.1f} % |")
+    count = max(line.count("(") for line in lines)
+    head = ["an eighth", "a quarter", "half", "all"] if count == 4 else [""] * count
+    return f"""
+mIoU by input size and share of tokens kept (tokens), and the share of pixels that equal the full network's with all
+tokens of that size (`clustvit-ros tune --write`):
+
+| Input | {' | '.join(head)} | equal |
+|{'---|' * (count + 2)}
+{chr(10).join(lines)}
 """
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from clustvit_ros.classes import ClassSet
-from clustvit_ros.engine.ladder import OperatingPoint
+from clustvit_ros.engine.ladder import Accuracy, OperatingPoint
 from clustvit_ros.errors import ConfigError, ImageError
 
 PRECISIONS = ("float32", "float16", "bfloat16", "int8")
@@ -124,21 +124,6 @@ class Stats:
     def operating_point(self) -> OperatingPoint:
         """Where the call ran."""
         return OperatingPoint(self.input_scale, self.token_capacity, self.tokens_total)
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """What an operating point was measured to be worth, on validation images.
-
-    Args:
-        input_scale: share of the sides of the full input.
-        token_share: share of that size's tokens that may be kept, 0..1.
-        miou: percent.
-    """
-
-    input_scale: float
-    token_share: float
-    miou: float
 
 
 @dataclass(frozen=True)

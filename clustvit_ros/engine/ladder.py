@@ -8,8 +8,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
 
 _RUNGS = 8
 INPUT_SCALES = (0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
@@ -79,3 +84,76 @@ def choose_capacity(ladder: Sequence[int], tokens_below_threshold: int, ceiling:
     if bounded >= exempt:
         return bounded
     return next((capacity for capacity in ladder if capacity >= exempt), ladder[-1])
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What an operating point was measured to be worth, on validation images.
+
+    Args:
+        input_scale: share of the sides of the full input.
+        token_share: share of that size's tokens that may be kept, 0..1.
+        miou: percent.
+    """
+
+    input_scale: float
+    token_share: float
+    miou: float
+
+
+Worth = tuple[float, float, float]
+"""Orders operating points by what they are worth: percent mIoU (0 where it is unknown), input scale, token share."""
+
+
+# Points of mIoU.
+_CHANCE = 0.5
+
+
+class WorthOrder:
+    """How accurate an operating point is, compared with others.
+
+    By the mIoU that the model's folder states, interpolated between its points; without any, by size first and by
+    capacity among equal sizes. What a smaller size gains by little is taken for chance, and the larger one comes first.
+
+    Args:
+        accuracies: as `EngineInfo` has them.
+    """
+
+    def __init__(self, accuracies: Sequence[Accuracy] = ()) -> None:
+        self._curves: dict[float, tuple[list[float], list[float]]] = {}
+        for scale in sorted({each.input_scale for each in accuracies}):
+            of_size = sorted((each.token_share, each.miou) for each in accuracies if each.input_scale == scale)
+            # Keeping more tokens is never worth less: a measured gain from merging is chance, or too small to matter.
+            best = itertools.accumulate((miou for _, miou in of_size), max)
+            self._curves[scale] = [share for share, _ in of_size], list(best)
+        self._known = functools.lru_cache(4096)(self._of)  # asked for at every frame
+
+    def __call__(self, point: OperatingPoint) -> Worth:
+        """The point's worth."""
+        return self._known(point)
+
+    def _of(self, point: OperatingPoint) -> Worth:
+        if not self._curves:
+            return 0.0, point.input_scale, point.share
+        values: list[float] = []
+        for curve in self._curves.values():
+            value, best = float(np.interp(point.share, *curve)), max(values, default=0.0)
+            values.append(best if 0.0 < best - value <= _CHANCE else value)
+        return float(np.interp(point.input_scale, list(self._curves), values)), point.input_scale, point.share
+
+
+class Latencies(Protocol):
+    """Milliseconds by operating point."""
+
+    def __getitem__(self, point: OperatingPoint, /) -> float: ...
+
+
+def front_of(
+    points: Iterable[OperatingPoint], latency_ms: Latencies, worth: Callable[[OperatingPoint], Worth]
+) -> list[OperatingPoint]:
+    """The points that none beats in both latency and worth, fastest and least accurate first."""
+    front: list[OperatingPoint] = []
+    for point in sorted(points, key=worth, reverse=True):
+        if not front or latency_ms[point] < latency_ms[front[-1]]:
+            front.append(point)
+    return front[::-1]

@@ -142,6 +142,8 @@ def answered(kind: Any, callback: Callable[[Any, Any], Any]) -> Callable[[Any, A
         except ConfigError as error:
             return _refusal(kind, str(error))
         except Exception as error:  # whatever rclpy makes of what a client sent
+            if not rclpy.ok():
+                raise  # a signal shut ROS down under it
             text = f"{type(error).__name__}: {error}"
             rclpy.logging.get_logger(_LOG).error(f"a request was refused: {text}", throttle_duration_sec=_LOG_PERIOD_S)
             return _refusal(kind, f"the request cannot be carried out ({text})")

@@ -13,17 +13,12 @@ in advance; a lasting change of load replaces those frames at once instead of fa
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from clustvit_ros.engine.engine import Accuracy
 from clustvit_ros.engine.ladder import OperatingPoint
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.policy.calibration import LatencyTable
@@ -61,51 +56,6 @@ _SPREADS = 2.5
 # A point that was left soon after it was taken is not tried again for so many frames, doubled each time.
 _RETRY_FRAMES = 60
 _MAX_RETRY_FRAMES = 3840
-
-
-Worth = tuple[float, float, float]
-"""Orders operating points by what they are worth: percent mIoU (0 where it is unknown), input scale, token share."""
-
-
-class WorthOrder:
-    """How accurate an operating point is, compared with others.
-
-    By the mIoU that the model's folder states, interpolated between its points; without any, by size first and by
-    capacity among equal sizes.
-
-    Args:
-        accuracies: as `EngineInfo` has them.
-    """
-
-    def __init__(self, accuracies: Sequence[Accuracy] = ()) -> None:
-        self._curves: dict[float, tuple[list[float], list[float]]] = {}
-        for scale in sorted({each.input_scale for each in accuracies}):
-            of_size = sorted((each.token_share, each.miou) for each in accuracies if each.input_scale == scale)
-            # Keeping more tokens is never worth less: a measured gain from merging is chance, or too small to matter.
-            best = itertools.accumulate((miou for _, miou in of_size), max)
-            self._curves[scale] = [share for share, _ in of_size], list(best)
-        self._known = functools.lru_cache(4096)(self._of)  # asked for at every frame
-
-    def __call__(self, point: OperatingPoint) -> Worth:
-        """The point's worth."""
-        return self._known(point)
-
-    def _of(self, point: OperatingPoint) -> Worth:
-        if not self._curves:
-            return 0.0, point.input_scale, point.share
-        values = [float(np.interp(point.share, *curve)) for curve in self._curves.values()]
-        return float(np.interp(point.input_scale, list(self._curves), values)), point.input_scale, point.share
-
-
-def front_of(
-    points: Iterable[OperatingPoint], table: LatencyTable, worth: Callable[[OperatingPoint], Worth]
-) -> list[OperatingPoint]:
-    """The points that none beats in both latency and worth, fastest and least accurate first."""
-    front: list[OperatingPoint] = []
-    for point in sorted(points, key=worth, reverse=True):
-        if not front or table[point] < table[front[-1]]:
-            front.append(point)
-    return front[::-1]
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 
 from clustvit_ros.engine import Engine, Prediction
-from clustvit_ros.engine.ladder import OperatingPoint, input_scales
+from clustvit_ros.engine.ladder import OperatingPoint, WorthOrder, front_of, input_scales
 from clustvit_ros.engine.machine import OthersMeter, others_seconds
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.policy.budget import BudgetController, Decision, WorthOrder, check_budget, front_of
+from clustvit_ros.policy.budget import BudgetController, Decision, check_budget
 from clustvit_ros.policy.calibration import (
     Calibration,
     CalibrationCache,

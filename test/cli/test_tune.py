@@ -18,11 +18,10 @@ import yaml
 
 from clustvit_ros.cli.main import main
 from clustvit_ros.engine import Settings, create_engine
-from clustvit_ros.engine.ladder import OperatingPoint
+from clustvit_ros.engine.ladder import OperatingPoint, WorthOrder
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.measure.sweep import SweepRow, suggest, sweep
 from clustvit_ros.networks.model_folder import load_config
-from clustvit_ros.policy.budget import WorthOrder
 
 
 def row(accuracy, p50, p95=None):

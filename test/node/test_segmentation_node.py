@@ -93,7 +93,7 @@ def test_integer_is_accepted_for_a_double(robot: Robot, pixels: np.ndarray) -> N
         (double("merge_threshold", float("nan")), ["merge_threshold", "0.0", "1.0", "nan"]),
         (integer("merge_threshold", 2), ["merge_threshold", "0.0 to 1.0", "2"]),
         (string("merge_threshold", "low"), ["merge_threshold", "0.0 to 1.0", "'low' (string)"]),
-        (Parameter(name="merge_threshold"), ["merge_threshold", "0.0 to 1.0"]),
+        (Parameter(name="merge_threshold"), ["merge_threshold", "cannot be deleted", "0.5"]),
         (integer("token_capacity", -1), ["token_capacity", "0", "1048576"]),
         (string("output_size", "big"), ["output_size", "input, model or HEIGHTxWIDTH"]),
         (string("model", "other"), ["model", "'other' cannot be used", "scripted runs no model"]),

@@ -14,11 +14,10 @@ from itertools import pairwise
 
 import pytest
 
-from clustvit_ros.engine.engine import Accuracy
-from clustvit_ros.engine.ladder import OperatingPoint
+from clustvit_ros.engine.ladder import Accuracy, OperatingPoint, WorthOrder, front_of
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.policy import BudgetController, LatencyTable
-from clustvit_ros.policy.budget import WorthOrder, check_budget, front_of
+from clustvit_ros.policy.budget import check_budget
 
 POINTS = [OperatingPoint(1.0, 1000 * eighths // 8, 1000) for eighths in range(1, 9)]
 TABLE = LatencyTable({0: {(1000, point.capacity): 5.0 + 20.0 * point.share for point in POINTS}})
@@ -233,6 +232,14 @@ def test_measured_accuracy_decides_which_axis_is_traded():
 def test_chance_gains_from_merging_do_not_bar_more_tokens():
     worth = WorthOrder([Accuracy(1.0, 0.25, 60.3), Accuracy(1.0, 1.0, 60.0)])
     assert worth(POINTS[7]) > worth(POINTS[2]) > worth(POINTS[0])
+
+
+def test_chance_gains_from_shrinking_do_not_bar_the_full_size_and_real_ones_do():
+    def best(gain: float) -> float:
+        worth = WorthOrder([Accuracy(0.75, 1.0, 60.0 + gain), Accuracy(1.0, 1.0, 60.0)])
+        return max(GRID, key=worth).input_scale
+
+    assert best(0.4) == 1.0 and best(4.0) == 0.75
 
 
 def two_counts() -> BudgetController:

@@ -17,9 +17,8 @@ import pytest
 
 from clustvit_ros.engine import Engine, EngineInfo, Prediction, ScriptedEngine, Settings
 from clustvit_ros.engine.exemption import exempt_class_ids
-from clustvit_ros.engine.ladder import OperatingPoint
+from clustvit_ros.engine.ladder import OperatingPoint, WorthOrder
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.policy.budget import WorthOrder
 from clustvit_ros.policy.merge_guard import AccuracyGuard, Agreement, MergeGuard, compare
 from clustvit_ros.policy.parameter_spec import build
 from clustvit_ros.policy.parameters import SegmentationParameters
