@@ -37,6 +37,11 @@ _AFTER_FAILURE_S = 0.02
 _LOG_PERIOD_S = 5.0
 
 _NATIVE_THREADS = ("engine",)
+_HELP = """The {name} node of clustvit_ros. It takes ROS arguments, after --ros-args:
+  -p NAME:=VALUE        a parameter; docs/reference.md lists them, `ros2 param describe` explains them
+  --params-file FILE    parameters from a file, such as config/segment.yaml
+  -r FROM:=TO           another name for a topic, e.g. image:=/camera/image_raw, or __ns:=/front
+Example: ros2 run clustvit_ros {name}_node --ros-args -r image:=/camera/image_raw"""
 # For so long may one thread keep the interpreter from another. An engine wants it a few hundred times in a frame, and
 # waited for Python's usual 5 ms whenever the executor's thread was at work: frames of 14 ms took 19 to 30.
 _SWITCH_INTERVAL_S = 0.0005
@@ -58,6 +63,11 @@ def run_node(
     Returns:
         The worst of the exit codes; 1 when the node cannot start. SIGINT and SIGTERM are no errors.
     """
+    given = sys.argv[1:] if arguments is None else arguments
+    own = given[: given.index("--ros-args")] if "--ros-args" in given else given
+    if {"-h", "--help"} & set(own):
+        print(_HELP.format(name=name))
+        return 0
     node: Any = None
     code = 0
     try:

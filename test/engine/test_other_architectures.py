@@ -85,8 +85,15 @@ def test_engines_segment_with_it(model, engine, onnx_cache):
     assert prediction.mask.shape == (1, 120, 160) and prediction.cluster_map is None
     assert prediction.stats.tokens_kept == prediction.stats.tokens_total
     assert len(runs.capacities((120, 160))) == 1
-    reference = create_engine(str(model), "torch", "cpu").segment(image)
-    assert (reference.mask == prediction.mask).mean() > 0.99
+    reference = create_engine(str(model), "torch", "cpu")
+    assert (reference.segment(image).mask == prediction.mask).mean() > 0.99
+    for input_scale in (0.75, 0.5) if engine == "torch" else (0.75,):
+        smaller = runs.segment(image, Settings(input_scale=input_scale))
+        assert smaller.mask.shape == (1, 120, 160)
+        assert smaller.stats.input_size == runs.input_size((120, 160), input_scale)
+        assert smaller.stats.tokens_total < prediction.stats.tokens_total
+        expected = reference.segment(image, Settings(input_scale=input_scale)).mask
+        assert (expected == smaller.mask).mean() > 0.99
 
 
 def test_single_assignment_runs_and_says_that_it_cannot_be_exported(make_model, tmp_path):

@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -110,3 +112,10 @@ def test_a_clock_before_its_beginning_ends_nothing(ros_client: Any, start_node: 
         ros_client.spin_for(0.2)
     robot.process.wait_for_output("a callback failed and was left out")
     assert robot.stream(PIXELS, 1)
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_is_printed_and_nothing_is_started(option: str) -> None:
+    command = [sys.executable, "-m", "clustvit_ros.node.node", option, "--ros-args", "-p", "engine:=scripted"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "--params-file FILE" in done.stdout and "loading" not in done.stdout + done.stderr
