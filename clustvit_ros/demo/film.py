@@ -82,15 +82,15 @@ def write_summary(path: Path, phases: Sequence[Phase], folder: Path, classes: Cl
     for phase in phases:
         frame = min(phase.frames, key=lambda frame: abs(int(frame["name"][-6:]) - moment))
         score = "" if phase.miou is None else f", mIoU {phase.miou:.1f}"
-        verdict = f", {phase.verdict}" if phase.verdict else ""
-        rows.append(np.hstack(panels(frame, phase.title + score + verdict, folder, classes)))
+        camera = f"camera; budget {phase.verdict}" if phase.verdict else "camera"
+        rows.append(np.hstack(panels(frame, phase.title + score, folder, classes, camera)))
     frames = [frame for phase in phases for frame in phase.frames]
     chart, _, _ = _chart(phases, frames, (rows[0].shape[1], 420), 120)
     save_picture(path, np.vstack([*rows, chart]))
 
 
 def panels(
-    frame: dict[str, Any], title: str, folder: Path, classes: ClassSet
+    frame: dict[str, Any], title: str, folder: Path, classes: ClassSet, camera_title: str = "camera"
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Camera, mask over it, and clusters over it, each with a title: (360, 480, 3) uint8 RGB."""
     stats = frame["stats"]
@@ -105,7 +105,7 @@ def panels(
         f"{float(stats['engine_ms']):.0f} ms"
     )
     return (
-        titled(image, "camera"), titled(tinted, title), titled(cluster_overlay(image, clusters), cost),
+        titled(image, camera_title), titled(tinted, title), titled(cluster_overlay(image, clusters), cost),
     )  # fmt: skip
 
 
