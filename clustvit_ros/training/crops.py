@@ -28,7 +28,8 @@ Place = tuple[int, int]
 DEFAULT_CACHE_BYTES = 4 << 30
 _READERS = 8
 _BATCHES_AHEAD = 2
-_COUNTED_IMAGES = 2000
+COUNTED_IMAGES = 2000
+"""At most so many images are counted, evenly chosen."""
 
 
 class Batch(NamedTuple):
@@ -104,7 +105,7 @@ class Crops:
 
     def pixel_counts(self, num_classes: int) -> Tensor:
         """Labelled pixels per class: (Q,) int64; of evenly chosen images where there are very many."""
-        chosen = range(0, self._count, max(self._count // _COUNTED_IMAGES, 1))
+        chosen = range(0, self._count, max(self._count // COUNTED_IMAGES, 1))
         if self._cache is not None:
             labels = (self._cache[index].labels.cpu() for index in chosen)
         else:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -92,23 +93,29 @@ def test_input_sizes_are_drawn_and_learnt(train, write_recipe, tmp_path):
     assert "distillation_loss" in json.loads((tmp_path / "plain/log.jsonl").read_text().splitlines()[-1])
 
 
-def test_a_frozen_teacher_keeps_the_full_size_while_others_are_learnt(train, write_recipe, tmp_path, capsys):
+def test_a_frozen_teacher_holds_the_full_size_against_what_the_labels_say(
+    train, write_recipe, scenes, tmp_path, capsys
+):
     assert train(write_recipe(schedule={"epochs": 8}), tmp_path / "base") == 0
     init = str(tmp_path / "base/model")
-    images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
-    before = load_segmenter(init)(images, 1.0).logits
-    moved = {}
-    for teacher, weight in (("init", 20.0), ("self", 0.0)):
-        schedule = {
-            "input_scales": [1.0, 0.5], "distillation_weight": weight, "teacher": teacher, "epochs": 4,
-            "learning_rate": 0.0005,
-        }  # fmt: skip
-        recipe = write_recipe(init=init, schedule=schedule)
-        assert train(recipe, tmp_path / teacher) == 0
+    shutil.copytree(scenes, tmp_path / "swapped")
+    for path in (tmp_path / "swapped").glob("*/labels/*.png"):
+        cv2.imwrite(str(path), np.array([1, 0, 2], np.uint8)[cv2.imread(str(path), cv2.IMREAD_UNCHANGED)])
+    paths = sorted((scenes / "val/images").iterdir())
+    pixels = np.stack([cv2.imread(str(path))[..., ::-1] for path in paths]).astype(np.float32)
+    images = torch.from_numpy((pixels - 127.5) / 127.5).permute(0, 3, 1, 2)
+
+    def labels(model):
         with torch.inference_mode():
-            after = load_segmenter(tmp_path / teacher / "model")(images, 1.0).logits
-            moved[teacher] = float((after.softmax(1) - before.softmax(1)).abs().mean())
-    assert moved["init"] < moved["self"]
+            return load_segmenter(model)(images, 1.0).logits.argmax(1)
+
+    equal = {}
+    for teacher, weight in (("init", 50.0), ("self", 0.0)):
+        schedule = {"input_scales": [1.0, 0.5], "distillation_weight": weight, "teacher": teacher, "epochs": 8}
+        recipe = write_recipe(init=init, schedule=schedule)
+        assert train(recipe, tmp_path / teacher, data=tmp_path / "swapped") == 0
+        equal[teacher] = float((labels(tmp_path / teacher / "model") == labels(init)).float().mean())
+    assert equal["init"] > equal["self"] + 0.1, equal
     assert train(write_recipe(schedule={"distillation_weight": 1.0, "teacher": "init"}), tmp_path / "none") == 2
     assert "teacher is 'init', and there is none" in capsys.readouterr().err
 
@@ -276,6 +283,24 @@ def test_tensorboard_logs(train, write_recipe, tmp_path):
     log = events.EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
     assert {"loss", "learning_rate", "miou", "per_class_iou/car"} <= set(log.Tags()["scalars"])
     assert [event.step for event in log.Scalars("loss")] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({1: 255, 2: 255}, "no pixel of road, car in the training labels; every labelled pixel is 0, as in binary"),
+        ({2: 1}, "no pixel of car in the training labels; check ids and colours"),
+    ],
+)
+def test_labels_that_lack_a_class_train_nothing(train, write_recipe, scenes, tmp_path, capsys, values, message):
+    shutil.copytree(scenes, tmp_path / "data")
+    for path in (tmp_path / "data").glob("*/labels/*.png"):
+        labels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        for old, new in values.items():
+            labels[labels == old] = new
+        cv2.imwrite(str(path), labels)
+    assert train(write_recipe(), tmp_path / "run", data=tmp_path / "data") == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
