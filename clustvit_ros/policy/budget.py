@@ -34,10 +34,12 @@ _HEADROOM = 0.05
 _STEADY_FRAMES = 6
 # Of so many frames, one in fifty may be above the estimate, however seldom and wild spikes are, and what was seen is
 # not the worst that comes; with fewer frames than the second number, a share says nothing.
-_TAIL_WINDOW = 100
+_TAIL_WINDOW = 60
+# Another budget leads to other points, of which older spikes tell less.
+_TAIL_AFTER_CHANGE = 16
 _MIN_TAIL_FRAMES = 8
 _TAIL_SHARE = 0.02
-_BEYOND_TAIL = 0.15
+_BEYOND_TAIL = 0.1
 # A spread over fewer frames than this is a guess; what was seen bounds it.
 _FEW_FRAMES = 8
 _BEYOND_SEEN = 1.1
@@ -122,6 +124,10 @@ class BudgetController:
         target = budget_ms, tuple(points), counts_overhead
         if self._target == target:
             return
+        if self._target is not None and self._target[0] != budget_ms:
+            for estimate in self._slowdowns.values():
+                estimate.forget_spikes(_TAIL_AFTER_CHANGE)
+            self._refresh()
         self._target = target
         self._budget_ms, self._points, self._counts_overhead = target
         counts = self._table.thread_counts
@@ -187,7 +193,7 @@ class BudgetController:
             # The load went away: what failed under it says nothing about now.
             self._retry_at.clear()
             self._retry_frames.clear()
-        self._uppers = {count: estimate.upper(_UNTRIED) for count, estimate in self._slowdowns.items()}
+        self._refresh()
         if overhead_ms is not None:
             self._overheads.add(overhead_ms)
         fitting, roomy = self._fitting()
@@ -199,6 +205,11 @@ class BudgetController:
                 self._raise(roomy)
         else:
             self._wanted_larger = 0
+
+    def _refresh(self) -> None:
+        self._uppers = {
+            count: estimate.upper(_UNTRIED if self._frame else 1.0) for count, estimate in self._slowdowns.items()
+        }
 
     def _forget_other_loads(self, threads: int, others: float | None) -> None:
         """Once others use clearly fewer cores, spikes under their load say nothing, nor does any of other counts."""
@@ -350,9 +361,10 @@ class _Estimate:
         self._recent.clear()
         self._tail.clear()
 
-    def forget_spikes(self) -> None:
-        """Keep what recent frames show by their middle alone."""
-        self._tail.clear()
+    def forget_spikes(self, but: int = 0) -> None:
+        """Keep what recent frames show by their middle, and spikes among the latest `but` frames."""
+        while len(self._tail) > but:
+            self._tail.popleft()
 
     def upper(self, default: float) -> _Upper:
         """Median plus spread, or what one frame in fifty exceeds: a single spike moves neither.
