@@ -53,6 +53,7 @@ def test_a_replay_of_several_cameras_keeps_them_apart(ros_client: Any, start_nod
     cameras = {name: ros_client.node.create_publisher(Image, f"/rig/{name}/image", reliable) for name in stats}
     for camera in cameras.values():
         ros_client.spin_until(lambda camera=camera: camera.get_subscription_count() > 0, "the node's subscription")
+    ros_client.spin_for(1.0)  # the node has to find this side, too: what it sends before is lost
     broken = image_message(np.zeros((8, 8, 3), np.uint8), "rgb8", Header(frame_id="rear"))
     broken.encoding = "32FC1"
     for index in range(5):

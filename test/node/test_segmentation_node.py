@@ -165,14 +165,16 @@ def test_newest_frame_wins_under_a_slow_engine(ros_client: Any, start_node: Call
     ros_client.send_until(
         robot.camera, frame, lambda: bool(robot.masks) and robot.masks[-1].header.frame_id == newest, "newest mask"
     )
-    numbers = [int(mask.header.frame_id) for mask in robot.masks[first:]]
+    # The first frame may have been sent again, on a busy machine, before its mask was there.
+    masks = [mask for mask in robot.masks[first:] if mask.header.frame_id.isdecimal()]
+    numbers = [int(mask.header.frame_id) for mask in masks]
     assert numbers == sorted(numbers)
     statistics = robot.stats_of(robot.masks[-1])
     received, segmented, dropped = (int(statistics[f"frames_{name}"]) for name in ("received", "segmented", "dropped"))
     assert dropped > 0
     assert received - segmented - dropped in (0, 1)  # one may be waiting
     # A queue of 30 frames would be 3.5 s old at its end.
-    ages = [float(robot.stats_of(mask)["age_ms"]) for mask in robot.masks[first : first + 5]]
+    ages = [float(robot.stats_of(mask)["age_ms"]) for mask in masks[:5]]
     assert max(ages) < 10 * latency_ms
 
 

@@ -30,6 +30,7 @@ def data(tmp_path):
             (tmp_path / "data" / split / kind).mkdir(parents=True)
         for index in range(count):
             labels = np.repeat(np.array([[0], [3]], np.uint8), 32, axis=0).repeat(96, axis=1)
+            labels[:4, :88] = np.repeat(np.arange(11, dtype=np.uint8), 8)  # every class occurs
             image = labels[..., None] * 60 + rng.integers(0, 40, (64, 96, 3))
             folder = tmp_path / "data" / split
             cv2.imwrite(str(folder / "images" / f"{index}.png"), image.astype(np.uint8))
