@@ -106,13 +106,7 @@ def _open(args: argparse.Namespace, config: ModelConfig) -> LabelledImages:
     num_classes = len(config.classes)
     strict = args.bad_data == "strict"
     if args.data is not None:
-        data_set = open_data_set(args.data)
-        if data_set.classes is not None and data_set.classes.names != config.classes.names:
-            raise DataError(
-                f"{args.data}: its class list differs from the model's: got {', '.join(data_set.classes.names)}; "
-                f"{config.name} has {', '.join(config.classes.names)}"
-            )
-        data = data_set.open(args.split, num_classes, strict)
+        data = open_labelled(args.data, args.split, config.classes.names, config.name, strict)
     elif args.images is not None and args.labels is not None:
         data = LabelledImages(args.images, args.labels, num_classes, strict)
     else:
@@ -120,6 +114,23 @@ def _open(args: argparse.Namespace, config: ModelConfig) -> LabelledImages:
     if not strict:
         data, _ = usable(data, args.bad_data, config.network.patch_size)
     return data
+
+
+def open_labelled(
+    data: Path, split: str, class_names: tuple[str, ...], model: str, strict: bool = True
+) -> LabelledImages:
+    """A split of a data set, for a model that has its classes.
+
+    Raises:
+        DataError: the data set states other classes, or cannot be read.
+    """
+    data_set = open_data_set(data)
+    if data_set.classes is not None and data_set.classes.names != class_names:
+        raise DataError(
+            f"{data}: its class list differs from the model's: got {', '.join(data_set.classes.names)}; "
+            f"{model} has {', '.join(class_names)}"
+        )
+    return data_set.open(split, len(class_names), strict)
 
 
 def _evaluate(

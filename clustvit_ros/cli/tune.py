@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from clustvit_ros.cli.arguments import add_input_scale, add_threads
+from clustvit_ros.cli.evaluate import open_labelled
 from clustvit_ros.engine import Settings, create_engine
-from clustvit_ros.errors import ConfigError, DataError
+from clustvit_ros.errors import ConfigError
 from clustvit_ros.images import read_image
 from clustvit_ros.measure.sweep import (
     SweepRow,
@@ -33,7 +34,6 @@ from clustvit_ros.measure.sweep import (
 from clustvit_ros.networks.model_folder import load_config, save_config
 from clustvit_ros.paths import find_model
 from clustvit_ros.training.dataset import LabelledImages, find_images
-from clustvit_ros.training.layouts import open_data_set
 
 _DEFAULT_LIMIT = 50
 
@@ -102,13 +102,7 @@ def _load(
 ) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
     limit = args.limit or (None if args.write else _DEFAULT_LIMIT)
     if args.data is not None:
-        data_set = open_data_set(args.data)
-        if data_set.classes is not None and data_set.classes.names != class_names:
-            raise DataError(
-                f"{args.data}: its class list differs from the model's: got {', '.join(data_set.classes.names)}; "
-                f"{args.model} has {', '.join(class_names)}"
-            )
-        data = data_set.open(args.split, len(class_names), True)
+        data = open_labelled(args.data, args.split, class_names, args.model)
     elif args.images is None:
         raise ConfigError("tune: expected --images, with or without --labels, or --data")
     elif args.labels is None:

@@ -79,7 +79,7 @@ def _gpu_problem(name: str) -> str:
 def _accuracy_of(point: MeasuredPoint, config: ModelConfig) -> Accuracy:
     """A measured point by shares, which hold for images of any size."""
     full, patch_size = config.input.size, config.network.patch_size
-    rungs = (scale for scale in INPUT_SCALES if scaled_size(full, scale, patch_size) == point.size)
+    rungs = (scale for scale in reversed(INPUT_SCALES) if scaled_size(full, scale, patch_size) == point.size)
     scale = next(rungs, math.sqrt(point.size[0] * point.size[1] / (full[0] * full[1])))
     rows, columns = grid_size_of(point.size, patch_size)
     return Accuracy(scale, point.capacity / (rows * columns), point.miou)
