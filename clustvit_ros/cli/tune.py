@@ -22,17 +22,23 @@ from clustvit_ros.engine import Settings, create_engine
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.images import read_image
 from clustvit_ros.measure.sweep import (
-    SweepRow,
+    Rung,
     draw_sweep,
+    ladder_rungs,
     ladder_settings,
     measured_points,
-    point_settings,
     suggest,
     sweep,
     sweep_table,
 )
-from clustvit_ros.networks.model_folder import load_config, save_config
-from clustvit_ros.paths import find_model
+from clustvit_ros.networks.model_folder import (
+    MeasuredPoint,
+    ModelConfig,
+    check_points,
+    load_config,
+    save_config,
+)
+from clustvit_ros.paths import MODEL_FILE, find_model
 from clustvit_ros.training.dataset import LabelledImages, find_images
 
 _DEFAULT_LIMIT = 50
@@ -74,9 +80,11 @@ def run(args: argparse.Namespace) -> int:
     engine = create_engine(args.model, args.engine, args.device, args.threads)
     images, labels = _load(args, engine.info.classes.names)
     image_size = (images[0].shape[0], images[0].shape[1])
-    points = point_settings(engine, image_size)
+    rungs = ladder_rungs(config)
     merging = ladder_settings(engine.capacities(image_size)[-1]) if config.network.merges else []
-    settings = list(dict.fromkeys([*merging, *points, current]))
+    named = {rung.settings(engine, image_size): rung for rung in rungs}
+    chosen = named.get(current, current)
+    settings: list[Settings | Rung] = list(dict.fromkeys([*(s for s in merging if s not in named), *rungs, chosen]))
     rows = sweep(engine, images, labels, settings)
     measure = "mIoU" if labels is not None else "agreement with the full result"
     suggestion = suggest(rows, args.budget_ms) if args.budget_ms else None
@@ -90,10 +98,11 @@ def run(args: argparse.Namespace) -> int:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     title = f"{engine.info.model} on {engine.info.device}, {len(images)} images"
-    draw_sweep(rows, rows[settings.index(current)], suggestion, args.budget_ms, measure, title, args.plot)
+    draw_sweep(rows, rows[settings.index(chosen)], suggestion, args.budget_ms, measure, title, args.plot)
     print(f"picture in {args.plot}")
     if args.write:
-        print(_write(args.model, [row for row, setting in zip(rows, settings, strict=True) if setting in points]))
+        measured = [rows[settings.index(rung)] for rung in rungs]
+        print(_write(args.model, config, measured_points(rungs, measured, config)))
     return 0
 
 
@@ -119,11 +128,9 @@ def _evenly(count: int, limit: int | None) -> list[int]:
     return [i * count // chosen for i in range(chosen)]
 
 
-def _write(model: str, rows: list[SweepRow]) -> str:
-    """Put points into a model's configuration; says what was written."""
+def _write(model: str, config: ModelConfig, points: tuple[MeasuredPoint, ...]) -> str:
+    """Put points into a model's configuration, if it can be read with them; says what was written."""
     folder = find_model(model)
-    config = load_config(model)
-    config = dataclasses.replace(config, operating_points=measured_points(rows, config))
-    save_config(folder, config)
-    load_config(model)
-    return f"{len(config.operating_points)} operating points written to {folder / 'model.yaml'}"
+    check_points(points, config.input.size, config.network, str(folder / MODEL_FILE))
+    save_config(folder, dataclasses.replace(config, operating_points=points))
+    return f"{len(points)} operating points written to {folder / MODEL_FILE}"

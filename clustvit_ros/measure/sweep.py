@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -27,6 +28,24 @@ from clustvit_ros.policy import percentile
 
 _THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _SHARES = (0.125, 0.25, 0.5, 1.0)
+
+
+class Rung(NamedTuple):
+    """An operating point that images of any size have.
+
+    Attributes:
+        input_scale: share of the sides of the full input.
+        share: of that size's tokens that may be kept.
+    """
+
+    input_scale: float
+    share: float
+
+    def settings(self, engine: Engine, image_size: tuple[int, int]) -> Settings:
+        """The call for images of (height, width) `image_size`."""
+        ladder = engine.capacities(image_size, self.input_scale)
+        capacity = ladder[max(round(len(ladder) * self.share) - 1, 0)]
+        return Settings(1.0, capacity, confidence=False, input_scale=self.input_scale)
 
 
 @dataclass(frozen=True)
@@ -76,9 +95,11 @@ class _Tally:
         self.kept: list[float] = []
         self.gflops: list[float] = []
         self.input_size, self.tokens_total = (0, 0), 0
+        self.setting = Settings()
 
-    def row(self, setting: Settings, labelled: bool) -> SweepRow:
-        """Everything in figures."""
+    def row(self, labelled: bool) -> SweepRow:
+        """Everything in figures; setting, size and tokens are those of the last image."""
+        setting = self.setting
         agreement = statistics.fmean(self.agreements)
         return SweepRow(
             setting.merge_threshold, setting.token_capacity,
@@ -92,7 +113,8 @@ class _Tally:
 
 
 def sweep(
-    engine: Engine, images: Sequence[np.ndarray], labels: Sequence[np.ndarray] | None, settings: Sequence[Settings],
+    engine: Engine, images: Sequence[np.ndarray], labels: Sequence[np.ndarray] | None,
+    settings: Sequence[Settings | Rung],
     count_gflops: GflopsCounter | None = None,
 ) -> list[SweepRow]:  # fmt: skip
     """Measure every setting on every image.
@@ -114,12 +136,13 @@ def sweep(
     for size in {image.shape[:2] for image in images}:
         engine.warmup((size[0], size[1]))
         for setting in settings:
-            engine.segment(np.zeros((*size, 3), np.uint8), setting)
+            engine.segment(np.zeros((*size, 3), np.uint8), _call(setting, engine, size))
     for index in tqdm(range(len(images)), desc="sweep", leave=False, mininterval=1.0):
         image = images[index]
         reference = engine.segment(image, full).mask[0]
         for tally, setting in zip(tallies, settings, strict=True):
-            prediction = engine.segment(image, setting)
+            tally.setting = _call(setting, engine, image.shape[:2])
+            prediction = engine.segment(image, tally.setting)
             stats = prediction.stats
             tally.latencies_ms.append(stats.total_ms)
             tally.kept.append(stats.tokens_kept)
@@ -129,8 +152,14 @@ def sweep(
                 tally.gflops.append(count_gflops(stats.input_size, stats.token_capacity))
             if labels is not None:
                 tally.matrix.add(labels[index], prediction.mask[0])
-    rows = [tally.row(setting, labels is not None) for tally, setting in zip(tallies, settings, strict=True)]
+    rows = [tally.row(labels is not None) for tally in tallies]
     return [replace(row, pareto=_on_front(row, rows)) for row in rows]
+
+
+def _call(setting: Settings | Rung, engine: Engine, image_size: tuple[int, ...]) -> Settings:
+    if isinstance(setting, Settings):
+        return setting
+    return setting.settings(engine, (image_size[0], image_size[1]))
 
 
 def suggest(rows: Sequence[SweepRow], budget_ms: float) -> SweepRow | None:
@@ -154,36 +183,33 @@ def ladder_settings(tokens_total: int) -> list[Settings]:
     return by_threshold + by_capacity
 
 
-def point_settings(engine: Engine, image_size: tuple[int, int]) -> list[Settings]:
-    """Operating points: every rung of the ladder of sizes, with an eighth, a quarter, half and all of its tokens.
+def ladder_rungs(config: ModelConfig) -> list[Rung]:
+    """Operating points: every size of the ladder, with an eighth, a quarter, half and all of its tokens.
 
-    Args:
-        engine: runs them.
-        image_size: (height, width) of the images.
+    Sizes that are one for the model's own input are left out but for the largest scale.
     """
-    points = []
-    for scale in reversed(INPUT_SCALES):
-        ladder = engine.capacities(image_size, scale)
-        chosen = sorted({ladder[max(round(len(ladder) * share) - 1, 0)] for share in _SHARES})
-        points += [Settings(1.0, capacity, confidence=False, input_scale=scale) for capacity in chosen]
-    return points
+    patch_size = config.network.patch_size
+    scales = {scaled_size(config.input.size, scale, patch_size): scale for scale in INPUT_SCALES}
+    shares = _SHARES if config.network.merges else (1.0,)
+    return [Rung(scale, share) for scale in sorted(scales.values(), reverse=True) for share in shares]
 
 
-def measured_points(rows: Sequence[SweepRow], config: ModelConfig) -> tuple[MeasuredPoint, ...]:
-    """What `model.yaml` keeps of rows that were measured on labels: sizes and capacities of the model's own input.
+def measured_points(rungs: Sequence[Rung], rows: Sequence[SweepRow], config: ModelConfig) -> tuple[MeasuredPoint, ...]:
+    """What `model.yaml` keeps of a sweep on labels: sizes and capacities of the model's own input.
 
     Args:
-        rows: of `point_settings`, whatever the images' aspect.
+        rungs: what was measured, whatever the images' sizes.
+        rows: what came of each.
         config: the model.
     """
-    points = []
-    for row in rows:
+    points: dict[tuple[tuple[int, int], int], MeasuredPoint] = {}
+    for rung, row in zip(rungs, rows, strict=True):
         patch_size = config.network.patch_size
-        size = scaled_size(config.input.size, row.input_scale, patch_size)
-        rows_of_patches, columns = grid_size_of(size, patch_size)
-        capacity = max(round(rows_of_patches * columns * row.token_capacity / row.tokens_total), 1)
-        points.append(MeasuredPoint(size, capacity, row.accuracy, row.agreement))
-    return tuple(points)
+        size = scaled_size(config.input.size, rung.input_scale, patch_size)
+        grid_rows, columns = grid_size_of(size, patch_size)
+        capacity = max(round(grid_rows * columns * rung.share), 1)
+        points[size, capacity] = MeasuredPoint(size, capacity, row.accuracy, row.agreement)
+    return tuple(points.values())
 
 
 def draw_sweep(

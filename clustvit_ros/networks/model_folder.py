@@ -127,13 +127,31 @@ def load_config(model: str | Path) -> ModelConfig:
         raise ConfigError(f"{where}: got {len(content.classes)} classes, expected at most {_MOST_CLASSES}")
     _check_sizes(content.network, f"{where}: network")
     network = network_config(content.architecture, content.network, f"{where}: network")
-    for point in content.operating_points:
-        _check_point(point, content.input.size, network, where)
+    check_points(content.operating_points, content.input.size, network, where)
     return ModelConfig(
         name=folder.resolve().name, architecture=content.architecture, network=network,
         classes=ClassSet.of(content.classes), input=content.input, overrides=content.network, training=content.training,
         scores=content.scores, licence=content.licence, operating_points=content.operating_points,
     )  # fmt: skip
+
+
+def check_points(
+    points: tuple[MeasuredPoint, ...], full_size: tuple[int, int], network: NetworkConfig, where: str
+) -> None:
+    """Refuse operating points that a network cannot run, that nobody can have measured, or that stand there twice.
+
+    Raises:
+        ConfigError: which one, and why.
+    """
+    known = set()
+    for point in points:
+        _check_point(point, full_size, network, where)
+        if (point.size, point.capacity) in known:
+            raise ConfigError(
+                f"{where}: operating_points: {point.size[0]}x{point.size[1]} with {point.capacity} tokens is there "
+                "twice; expected each once"
+            )
+        known.add((point.size, point.capacity))
 
 
 def _check_point(point: MeasuredPoint, full_size: tuple[int, int], network: NetworkConfig, where: str) -> None:

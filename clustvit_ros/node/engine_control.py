@@ -186,6 +186,8 @@ class EngineControl:
 
     def adopt_change(self, old: SegmentationParameters, new: SegmentationParameters) -> None:
         """Start what other values ask for, or give it up where they ask for what runs."""
+        if (new.min_agreement, new.accuracy_check_period_s) != (old.min_agreement, old.accuracy_check_period_s):
+            self._tell_idle_guard(new)
         if new.model == old.model or not self.started:
             return
         session = self.session
@@ -195,6 +197,12 @@ class EngineControl:
         self._order = None  # what was on its way is given up, which is no failure
         if not self._host.keep(new.model):
             self._start()
+
+    def _tell_idle_guard(self, parameters: SegmentationParameters) -> None:
+        if parameters.min_agreement and not parameters.accuracy_check_period_s:
+            self._node.get_logger().warning(
+                "min_agreement has no effect while accuracy_check_period_s is 0: nothing is checked"
+            )
 
     def _start(self) -> None:
         parameters, start_s = self._parameters(), time.monotonic()
@@ -221,6 +229,7 @@ class EngineControl:
         node, parameters, info = self._node, self._parameters(), engine.info
         logger = node.get_logger()
         grouping = check_names(info.classes, parameters)
+        self._tell_idle_guard(parameters)
         if not parameters.adapts and parameters.latency_budget_ms:
             logger.warning("latency_budget_ms has no effect while processing is every_frame")
         if grouping.table is not None:

@@ -159,9 +159,15 @@ def answered(kind: Any, callback: Callable[[Any, Any], Any]) -> Callable[[Any, A
             return _refusal(kind, f"the request cannot be carried out ({text})")
 
     def each(request: Any, response: Any) -> Any:
-        for parameter in request.parameters:
-            single = one(SetParameters.Request(parameters=[parameter]), SetParameters.Response())
-            response.results.extend(single.results)
+        def single(parameter: Any) -> Any:
+            return one(SetParameters.Request(parameters=[parameter]), SetParameters.Response()).results[0]
+
+        results = [single(parameter) for parameter in request.parameters]
+        for index, result in enumerate(results):
+            # What another one of the same request made possible: their order is nobody's choice.
+            if not result.successful and any(later.successful for later in results[index + 1 :]):
+                results[index] = single(request.parameters[index])
+        response.results = results
         return response
 
     return each if kind is SetParameters else one

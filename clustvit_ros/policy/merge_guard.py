@@ -145,6 +145,7 @@ class MergeGuard:
         self._masks: dict[str, np.ndarray] = {}
         self._guard = AccuracyGuard(clock(), worth)
         self._ladder: Sequence[OperatingPoint] = ()
+        self._told_for = 0.0
         self._sample: _Sample | None = None
         self._parameters = SegmentationParameters()
         self.pairs: Mapping[str, str] = {}
@@ -169,6 +170,10 @@ class MergeGuard:
             ladder: the points that frames move on, the least accurate first; what a check finds moves along it.
         """
         self._parameters, self._ladder = parameters, ladder
+        if not parameters.accuracy_check_period_s:
+            self.pairs = {}
+        elif self._told_for != parameters.min_agreement and self._guard.latest is not None:
+            self._tell(self._guard.latest)
         class_ids = exempt_class_ids(self._names, parameters.merge_exempt_classes)
         if not (floor or class_ids or parameters.merge_exempt_region):
             return settings
@@ -205,7 +210,7 @@ class MergeGuard:
     def forget(self) -> None:
         """Nothing is guarded any more: what was seen says nothing about later."""
         self._masks.clear()
-        self._sample = None
+        self._sample, self.pairs = None, {}
 
     def use_idle_time(self, is_free: Callable[[], bool]) -> None:
         """Compare the latest frame with its full mask, if a check is due and nothing waits, or it is overdue.
@@ -229,9 +234,11 @@ class MergeGuard:
             return
         agreement = compare(sample.mask, reference, self._names, sample.settings.merge_exempt_classes)
         self._guard.observe(agreement, self._clock(), parameters.min_agreement, sample.point, self._ladder)
-        self._tell(agreement, self._guard.floor)
+        self._tell(agreement)
 
-    def _tell(self, agreement: Agreement, floor: OperatingPoint | None) -> None:
+    def _tell(self, agreement: Agreement) -> None:
+        self._told_for = self._parameters.min_agreement
+        floor = self._guard.floor if self._told_for else None
         self.pairs = {
             "agreement": f"{agreement.overall:.4f}",
             **{f"agreement.{name}": f"{share:.4f}" for name, share in agreement.per_class.items()},

@@ -103,7 +103,8 @@ class SegmentationParameters:
         minimum=0, maximum=1_048_576, unit="tokens", live=True,
     )  # fmt: skip
     min_input_scale: float = parameter(
-        0.375, "How far a budget may shrink the input; 1 lets it merge only.", minimum=0.25, maximum=1.0, live=True,
+        0.375, "How far a budget may shrink the input, at most `input_scale`; 1 lets it merge only.",
+        minimum=0.25, maximum=1.0, live=True,
     )  # fmt: skip
     merge_exempt_classes: tuple[str, ...] = parameter(
         "", "Classes whose tokens, as the camera's previous mask shows them, are never merged, nor those beside them.",
@@ -185,7 +186,7 @@ class SegmentationParameters:
         if self.min_input_scale > self.input_scale:
             raise ConfigError(
                 f"min_input_scale: got {self.min_input_scale:g} with input_scale {self.input_scale:g}, expected 0.25 "
-                f"to {self.input_scale:g}; set both in one request"
+                f"to {self.input_scale:g}; set both (min_input_scale is 0.375 unless it is given)"
             )
 
     @property

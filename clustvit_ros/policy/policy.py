@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -114,6 +115,9 @@ class Policy:
         self._misses = Misses()
         self._recalibrated = False
         self._plan: Plan | None = None
+        # Eighths of the tokens that were exempt from merging, of late and at most.
+        self._exempt_eighths: deque[int] = deque(maxlen=10)
+        self._exempt = 0
         self._status = BudgetStatus()
 
     @property
@@ -138,11 +142,14 @@ class Policy:
         if status.image_size is not None and status.table is not None:
             points = self._make_points(status.image_size, new)
             if status.table.covers(points):
-                counts = new.budget_reference == "stamp"
-                check_budget(
-                    status.table, front_of(points, status.table, self._worth), new.latency_budget_ms, status.slowdown,
-                    status.overhead_ms if counts else 0.0,
-                )
+                front, counts = front_of(points, status.table, self._worth), new.budget_reference == "stamp"
+                overhead_ms = status.overhead_ms if counts else 0.0
+                try:
+                    check_budget(status.table, front, new.latency_budget_ms, status.slowdown, overhead_ms)
+                except ConfigError as error:
+                    if new.latency_budget_ms != old.latency_budget_ms:
+                        raise
+                    raise ConfigError(f"with these values the budget in force cannot be held: {error}") from None
                 return
         self._logger.info(
             f"latency_budget_ms {new.latency_budget_ms:g} is accepted unchecked: what is feasible will be known "
@@ -168,7 +175,8 @@ class Policy:
         if self._guarded and not guarded:
             self._guard.forget()
         self._guarded = guarded
-        floor = self._guard.floor if guarded and parameters.min_agreement else None
+        checked = parameters.min_agreement and parameters.accuracy_check_period_s
+        floor = self._guard.floor if checked else None
         point, state, decision = self._choose(entry, parameters, floor)
         scale = parameters.input_scale if point is None else point.input_scale
         # What the checks found wanting must not come back by the threshold.
@@ -199,6 +207,8 @@ class Policy:
         if self._guarded:
             self._guard.saw(plan.cameras, plan.images, plan.settings, result)
         facts, stats = plan.as_pairs(), result.stats
+        self._exempt_eighths.append(math.ceil(8 * stats.tokens_exempt / stats.tokens_total))
+        self._exempt = max(self._exempt_eighths)
         if not plan.parameters.adapts:
             self._status = BudgetStatus(recalibrated=True)  # there is no budget to report about
             return Lesson([False] * len(ages_ms), 0, facts)
@@ -265,7 +275,11 @@ class Policy:
         """The points that the user's bounds leave, ascending; never none."""
         most, fewest = parameters.token_capacity or math.inf, parameters.fewest_tokens
         points = points_of(self._engine, image_size, _scales_of(parameters))
-        bounded = dict.fromkeys(point._replace(capacity=int(min(point.capacity, most))) for point in points)
+        # Exempt tokens come before every bound: fewer than they are will not be kept.
+        enough = [p for p in reversed(points) if 8 * p.capacity >= p.tokens_total * self._exempt]
+        exempt = {p.tokens_total: p.capacity for p in enough}
+        capacities = (max(min(p.capacity, most), exempt[p.tokens_total] if self._exempt else 0) for p in points)
+        bounded = dict.fromkeys(p._replace(capacity=int(c)) for p, c in zip(points, capacities, strict=True))
         return [point for point in bounded if point.capacity >= fewest] or [list(bounded)[-1]]
 
     def _prepare(self, image_size: tuple[int, int], parameters: SegmentationParameters) -> _ImageSize:
@@ -282,6 +296,7 @@ class Policy:
             entry = self._sizes[image_size] = _ImageSize(self._worth)
         limits = (
             parameters.input_scale, parameters.min_input_scale, parameters.fewest_tokens, parameters.token_capacity,
+            self._exempt,
         )  # fmt: skip
         if limits != entry.limits:
             entry.bound(limits, self._make_points(image_size, parameters))

@@ -94,6 +94,25 @@ def test_points_are_written_and_what_decides_on_a_budget_knows_them(model_dir, l
     assert {key: value for key, value in content.items() if key != "operating_points"} == before
 
 
+def test_points_measured_on_images_of_other_sizes_are_the_models_own(model_dir, tmp_path, capsys):
+    """Whatever a picture's aspect, the written points are those that the model has at its own input."""
+    model = tmp_path / "toy"
+    shutil.copytree(model_dir, model)
+    rng = np.random.default_rng(0)
+    for name in ("images", "labels"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    for stem, (height, width) in {"wide": (60, 200), "tall": (160, 90), "own": (120, 160)}.items():
+        cv2.imwrite(str(tmp_path / f"data/images/{stem}.png"), rng.integers(0, 256, (height, width, 3), np.uint8))
+        cv2.imwrite(str(tmp_path / f"data/labels/{stem}.png"), rng.integers(0, 3, (height, width), np.uint8))
+    data = ["--images", str(tmp_path / "data/images"), "--labels", str(tmp_path / "data/labels")]
+    command = ["tune", "--model", str(model), *data, "--device", "cpu", "--plot", str(tmp_path / "t.png"), "--write"]
+    assert main(command) == 0, capsys.readouterr().err
+    config = load_config(model)
+    shares = {(p.size, p.capacity) for p in config.operating_points}
+    assert len(shares) == len(config.operating_points)
+    assert {c for size, c in shares if size == config.input.size} == {6, 12, 24, 48}
+
+
 def test_points_without_labels_are_not_written(model_dir, labelled_dir, capsys):
     assert main(["tune", "--model", str(model_dir), "--images", str(labelled_dir / "images"), "--write"]) == 2
     assert "--write: expected labelled images" in capsys.readouterr().err
@@ -109,13 +128,16 @@ def test_points_without_labels_are_not_written(model_dir, labelled_dir, capsys):
         ({"miou": 101.0}, "got miou 101"),
         ({"agreement": -0.5}, "agreement -0.5"),
         ({"size": "large"}, "operating_points"),
+        (None, "64x64 with 6 tokens is there twice"),
     ],
 )
 def test_points_that_the_network_cannot_run_are_refused(point, message, model_dir, tmp_path):
     model = tmp_path / "toy"
     shutil.copytree(model_dir, model)
     content = yaml.safe_load((model / "model.yaml").read_text())
-    content["operating_points"] = [{"size": [64, 64], "capacity": 6, "miou": 50.0, "agreement": 0.9, **point}]
+    content["operating_points"] = [{"size": [64, 64], "capacity": 6, "miou": 50.0, "agreement": 0.9, **(point or {})}]
+    if point is None:
+        content["operating_points"] *= 2
     (model / "model.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(ConfigError) as error:
         load_config(model)

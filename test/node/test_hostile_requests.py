@@ -92,6 +92,17 @@ def test_a_guard_survives_its_deletion(robot: Robot) -> None:
     assert robot.get("merge_exempt_region").string_value == "0.5 0 1 1"
 
 
+def test_the_order_of_values_in_a_request_does_not_matter(robot: Robot) -> None:
+    assert robot.set(double("min_input_scale", 0.375), double("input_scale", 1.0))[0].successful
+    results = robot.set(double("min_input_scale", 0.25), double("input_scale", 0.3))
+    assert all(result.successful for result in results)
+    results = robot.set(double("min_input_scale", 0.5), double("input_scale", 0.75))  # the first needs the second
+    assert all(result.successful for result in results), results
+    results = robot.set(double("min_input_scale", 0.9), double("merge_threshold", 0.3))
+    assert [result.successful for result in results] == [False, True]
+    robot.set(double("input_scale", 1.0), double("min_input_scale", 0.375))
+
+
 @pytest.mark.parametrize(
     ("kind", "service"),
     [(DescribeParameters, "describe_parameters"), (GetParameters, "get_parameters"),

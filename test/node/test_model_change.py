@@ -248,7 +248,8 @@ def test_engines_are_freed_when_replaced_and_when_cleaned_up(models: dict[str, P
             wait_for(lambda: [engine() is not None for engine in made] == [False, False, True])
             node.trigger_cleanup()
             wait_for(lambda: not any(engine() for engine in made))
-            assert not [thread for thread in threading.enumerate() if thread.name == "engine"]
+            # A thread lets its engine go before it ends itself.
+            wait_for(lambda: not [thread for thread in threading.enumerate() if thread.name == "engine"])
             made.clear()
     finally:
         node.close()

@@ -234,6 +234,18 @@ def test_checks_come_every_period_and_are_told() -> None:
     assert "agreement.glare" in pairs and pairs["accuracy_min_tokens"] == "0"  # nothing is asked for
 
 
+def test_what_a_check_said_is_not_told_once_checks_are_off() -> None:
+    drive = Drive(0.01, accuracy_check_period_s=1.0, min_agreement=0.9)
+    drive.frames(50)
+    assert int(drive.guard.pairs["accuracy_min_tokens"]) > 0
+    drive.parameters = replace(drive.parameters, min_agreement=0.0)
+    drive.frame()
+    assert drive.guard.pairs["accuracy_min_tokens"] == "0"
+    drive.parameters = replace(drive.parameters, accuracy_check_period_s=0.0)
+    drive.frame()
+    assert drive.guard.pairs == {}
+
+
 def test_a_check_waits_for_an_idle_moment_but_not_for_ever() -> None:
     drive = Drive(accuracy_check_period_s=2.0)
     drive.idle = False

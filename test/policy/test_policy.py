@@ -71,6 +71,7 @@ class Bench:
     def __init__(self, tmp_path: Path, **values: Any) -> None:
         self.engine, self.logger = Engine(), Logger()
         self.others_s = 0.0
+        self.exempt = 0.0
         self.policy = Policy(
             self.engine, self.logger, CalibrationCache(tmp_path), lambda: self.engine.now_s, lambda: self.others_s
         )
@@ -91,7 +92,7 @@ class Bench:
         engine_ms = capacity / 2 * (total / self.engine.capacities(size)[-1]) * load
         stats = Stats(
             total, capacity, capacity, self.parameters.merge_threshold, engine_ms, input_size=plan.input_size,
-            input_scale=scale,
+            input_scale=scale, tokens_exempt=int(self.exempt * total),
         )  # fmt: skip
         result = Prediction(np.zeros((1, *size), np.uint8), None, None, stats)
         self.policy.learn(plan, result, [engine_ms + overhead_ms])
@@ -168,6 +169,8 @@ def test_refusals_name_the_minimum_and_leave_the_settings(tmp_path: Path) -> Non
     bench.set(latency_budget_ms=30)
     with pytest.raises(ConfigError, match=r"51\.2 ms pass outside the engine"):
         bench.set(budget_reference="stamp")
+    with pytest.raises(ConfigError, match=r"with these values the budget in force cannot be held: .* 64 of 64 tokens"):
+        bench.set(min_tokens=64)
     bench.set(merge_threshold=0.5)  # what does not concern the budget is none of its business
     assert bench.frame().parameters.budget_reference == "inference"
 
@@ -319,6 +322,23 @@ def test_min_tokens_and_token_capacity_bind_at_every_size(tmp_path: Path) -> Non
     assert plan.settings.input_scale == 0.5 and plan.settings.token_capacity == 12  # 0.375 has 9 tokens in all
     bench.set(latency_budget_ms=60)
     assert (bench.frame().settings.input_scale, bench.frame().settings.token_capacity) == (1.0, 20)
+
+
+def test_exempt_tokens_bind_at_every_size_and_are_part_of_what_a_budget_can_hold(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, latency_budget_ms=60, min_input_scale=0.5).calibrated()
+    bench.exempt = 0.6  # of the tokens
+    for _ in range(3):
+        bench.frame(idle=STEPS)
+    with pytest.raises(ConfigError, match=r"got 1, but .* of .* tokens"):
+        bench.set(latency_budget_ms=1)
+    bench.set(latency_budget_ms=3)
+    plan = bench.frame()
+    total = bench.engine.capacities(SIZE, plan.settings.input_scale)[-1]
+    assert plan.settings.token_capacity >= 0.6 * total
+    bench.exempt = 0.0
+    for _ in range(12):
+        bench.frame(idle=STEPS)
+    bench.set(latency_budget_ms=0.55)
 
 
 @pytest.mark.parametrize(("others_s", "kept"), [(0.0, 1), (1000.0, 0)])
