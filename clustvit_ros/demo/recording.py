@@ -15,9 +15,10 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from clustvit_ros.engine.engine import OUTCOMES
 from clustvit_ros.policy import percentile
 
-_NODE_COUNTS = tuple(f"frames_{fate}" for fate in ("received", "segmented", "dropped", "late", "rejected", "failed"))
+_NODE_COUNTS = tuple(f"frames_{fate}" for fate in ("received", "dropped", "over_rate", *OUTCOMES))
 
 
 @dataclass

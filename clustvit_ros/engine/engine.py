@@ -254,8 +254,8 @@ def as_batch(images: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
     return batch
 
 
-OUTCOMES = ("segmented", "late", "rejected", "failed")
-"""A mask was published; it was late and withheld; the message cannot be segmented; the engine raised."""
+OUTCOMES = ("segmented", "late", "unwatched", "rejected", "failed")
+"""Its mask was published; it was late and withheld; nobody subscribed; it is no usable image; the engine raised."""
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from clustvit_ros.node.qos import (
 )
 from clustvit_ros.policy.ledger import Ledger
 from clustvit_ros.policy.parameters import SegmentationParameters
+from clustvit_ros.policy.plan import FramePace
 
 _OUTPUTS = {
     "mask": Image, "confidence": Image, "overlay": Image, "clusters": Image, "mask/compressed": CompressedImage,
@@ -102,6 +103,11 @@ class Outputs:
     def wanted(self, name: str) -> bool:
         """Whether somebody subscribes to `segmentation/<name>`."""
         return self._publishers[name].get_subscription_count() > 0
+
+    @property
+    def watched(self) -> bool:
+        """Whether somebody subscribes to anything that comes with a frame."""
+        return any(self.wanted(name) for name in _OUTPUTS)
 
     def publish(self, name: str, message: Any) -> None:
         """Publish a message on `segmentation/<name>`."""
@@ -215,6 +221,7 @@ class Camera:
         )  # fmt: skip
         self._subscriptions: list[Any] = []
         self._on_frame: Callable[[Frame, str], None] = lambda frame, camera: None
+        self._pace = FramePace()
         self._camera_info: CameraInfo | None = None
         self.watch: InputWatch | None = None
         """Of the image topic; None while there is no subscription."""
@@ -287,5 +294,9 @@ class Camera:
             return
         frame = Frame(message, self._node.get_clock().now().nanoseconds, self.name, self._camera_info)
         self.watch.saw_image()
-        self.ledger.receive(time.monotonic(), frame.arrival_age_ms)
+        now_s = time.monotonic()
+        self.ledger.receive(now_s, frame.arrival_age_ms)
+        if not self._pace.admits(now_s, self.parameters.max_rate_hz if self.parameters.adapts else 0.0):
+            self.ledger.over_rate += 1
+            return
         self._on_frame(frame, self.name)

@@ -230,8 +230,9 @@ class EngineControl:
         logger = node.get_logger()
         grouping = check_names(info.classes, parameters)
         self._tell_idle_guard(parameters)
-        if not parameters.adapts and parameters.latency_budget_ms:
-            logger.warning("latency_budget_ms has no effect while processing is every_frame")
+        for name in ("latency_budget_ms", "max_rate_hz"):
+            if not parameters.adapts and getattr(parameters, name):
+                logger.warning(f"{name} has no effect while processing is every_frame")
         if grouping.table is not None:
             self._say(f"{len(info.classes)} classes become {', '.join(grouping.classes.names)}")
         if grouping.ungrouped:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray
-from sensor_msgs.msg import Image
+from sensor_msgs.msg import CompressedImage, Image
 
 from clustvit_ros.compressed_images import decode_compressed
 from clustvit_ros.engine import Engine, Prediction
@@ -44,6 +44,7 @@ class _Decoded:
         parameters: values in force for it.
         image: (H, W, 3) uint8 RGB.
         wants: whether confidence and cluster maps are wanted.
+        watched: False when nobody is to get anything of it.
         decode_ms: milliseconds from message to array.
     """
 
@@ -52,6 +53,7 @@ class _Decoded:
     parameters: SegmentationParameters
     image: np.ndarray
     wants: tuple[bool, bool]
+    watched: bool
     decode_ms: float
 
 
@@ -78,6 +80,8 @@ class FrameSession:
         self._status_name, self._device = f"{node_name}: frame", engine.info.device
         self._logger, self._now_ns, self._context_ok = logger, now_ns, context_ok
         self._grouping: tuple[Groups | None, ClassGrouping] = None, ClassGrouping(engine.info.classes)
+        # Of each camera: what the engine is ready for while nobody subscribes.
+        self._ready: dict[str, tuple[Any, SegmentationParameters]] = {}
         self.named: SegmentationParameters | None = None
         """Values that name classes as this engine's model has them, while those in force are for its successor."""
 
@@ -98,7 +102,9 @@ class FrameSession:
             except Exception as error:  # one camera's bad frame is no reason to lose another's
                 self._fail(one.camera, error)
                 continue
-            batches.setdefault((decoded.parameters, decoded.image.shape, decoded.wants), []).append(decoded)
+            if decoded is not None:
+                key = decoded.parameters, decoded.image.shape, decoded.wants, decoded.watched
+                batches.setdefault(key, []).append(decoded)
         waiting = list(batches.values())
         while waiting:
             batch = waiting[0]
@@ -117,14 +123,19 @@ class FrameSession:
         """Do what can wait, as long as `is_free()`."""
         self.policy.use_idle_time(is_free)
 
-    def _decode(self, frame: Frame) -> _Decoded:
+    def _decode(self, frame: Frame) -> _Decoded | None:
+        """The frame, or None where nobody would get its mask and the engine is ready for the next one like it."""
         start_s = time.perf_counter()
         camera = self._cameras[frame.camera]
         parameters = self._in_force(camera)  # asked for once: a frame sees one consistent set
+        watched = not (parameters.lazy and parameters.adapts) or camera.outputs.watched
+        if not watched and self._ready.get(camera.name) == (_kind_of(frame.message), parameters):
+            camera.ledger.add(FrameRecord(camera.name, "unwatched"))
+            return None
         decode = decode_image if isinstance(frame.message, Image) else decode_compressed
         image = decode(frame.message, parameters.max_image_pixels)
         wants = camera.outputs.wanted("confidence"), camera.outputs.wanted("clusters")
-        return _Decoded(frame, camera, parameters, image, wants, _since_ms(start_s))
+        return _Decoded(frame, camera, parameters, image, wants, watched, _since_ms(start_s))
 
     def _in_force(self, camera: Camera) -> SegmentationParameters:
         parameters, named = camera.parameters, self.named
@@ -144,6 +155,12 @@ class FrameSession:
         grouping = self._group(first.parameters.class_groups)
         cameras, images = [one.camera.name for one in batch], [one.image for one in batch]
         plan = self.policy.plan(images, first.parameters, cameras, *first.wants)
+        if not first.watched:
+            # Planned all the same: whoever subscribes finds the engine warm for this size, and a budget calibrated.
+            for one in batch:
+                self._ready[one.camera.name] = _kind_of(one.frame.message), one.parameters
+                one.camera.ledger.add(FrameRecord(one.camera.name, "unwatched"))
+            return
         result = self.engine.segment(images[0] if len(images) == 1 else images, plan.settings)
         masks = result if grouping.table is None else grouping.apply(result)
         published = [self._publish(one, plan, masks, index, grouping) for index, one in enumerate(batch)]
@@ -243,6 +260,11 @@ class FrameSession:
 
     def _age_ms(self, frame: Frame) -> float:
         return (self._now_ns() - (frame.stamp_ns or frame.arrival_ns)) / 1e6
+
+
+def _kind_of(message: Image | CompressedImage) -> Any:
+    """What messages of one camera have in common for as long as nothing about it changes."""
+    return (message.height, message.width, message.encoding) if isinstance(message, Image) else message.format
 
 
 def _encoding(mask: np.ndarray) -> str:

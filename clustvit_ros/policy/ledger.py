@@ -69,8 +69,8 @@ class LatencyWindow:
 class Ledger:
     """One camera's frames since the node became active.
 
-    Counts are written by the thread that they belong to: `received` and the input's windows by the one that gets the
-    messages, everything else by the one that segments. Any thread may read.
+    Counts are written by the thread that they belong to: `received`, `over_rate` and the input's windows by that which
+    gets the messages, everything else by the one that segments. Any thread may read.
     """
 
     def __init__(self) -> None:
@@ -78,6 +78,8 @@ class Ledger:
         """Frames that came over the image topic; each ends in exactly one of the other counts."""
         self.dropped = 0
         """Frames whose turn never came: a newer one took their place, or the queue was full."""
+        self.over_rate = 0
+        """Frames left out because of `max_rate_hz`."""
         self._outcomes: Counter[str] = Counter()
         self._reported: Counter[str] = Counter()
         self._age, self._engine = LatencyWindow(), LatencyWindow()
@@ -132,7 +134,8 @@ class Ledger:
         """Frames by fate."""
         outcomes = {name: self._outcomes[name] for name in OUTCOMES}
         return {
-            "received": self.received, "segmented": outcomes.pop("segmented"), "dropped": self.dropped, **outcomes
+            "received": self.received, "segmented": outcomes.pop("segmented"), "dropped": self.dropped,
+            "over_rate": self.over_rate, **outcomes,
         }  # fmt: skip
 
     def count_pairs(self) -> dict[str, str]:
@@ -227,6 +230,12 @@ def judge(health: Health) -> tuple[int, str]:
         return WARN, f"engine failed on {recent['failed']} frames: {ledger.last_failure}"
     if recent["rejected"]:
         return WARN, f"{recent['rejected']} unusable images: {ledger.last_rejection}"
+    qos_problems = "; ".join(filter(None, (health.input_qos_problem, health.output_qos_problem)))
+    if recent["unwatched"] and not recent["segmented"] + recent["late"]:
+        # What was true of the last frame that was segmented says nothing about now.
+        return (WARN, qos_problems) if qos_problems else (
+            OK, f"nobody subscribes to an output: {recent['unwatched']} frames counted, not segmented (`lazy`)"
+        )  # fmt: skip
     if health.budget_problem:
         return WARN, "; ".join(filter(None, (health.budget_problem, health.throttling)))
     if abs(input_age_s) > health.input_timeout_s:
@@ -235,8 +244,8 @@ def judge(health: Health) -> tuple[int, str]:
             f"images are {abs(input_age_s):.1f} s {side}: the camera lags, or its clock differs from this "
             "node's (set use_sim_time where a bag is replayed)"
         )
-    if health.input_qos_problem or health.output_qos_problem:
-        return WARN, "; ".join(filter(None, (health.input_qos_problem, health.output_qos_problem)))
+    if qos_problems:
+        return WARN, qos_problems
     if not ledger.newest.stamped:
         return WARN, "images come without a time stamp: latency is unknown and time synchronisation will fail"
     if not ledger.segmented:

@@ -127,6 +127,13 @@ class SegmentationParameters:
         0.0, "How often a frame is segmented unmerged at full size and compared, between frames; 0 is never.",
         minimum=0.0, maximum=3600.0, unit="s", live=True,
     )  # fmt: skip
+    lazy: bool = parameter(
+        True, "While nobody subscribes to an output of a camera, its frames are counted, not segmented.", live=True
+    )
+    max_rate_hz: float = parameter(
+        0.0, "At most so many frames of a camera per second are segmented, evenly spaced; 0 is off.",
+        minimum=0.0, maximum=1000.0, unit="Hz", live=True,
+    )  # fmt: skip
     recalibrate: bool = parameter(
         False, "Times the engine again instead of using the kept calibration; becomes false when done.", live=True
     )

@@ -28,6 +28,35 @@ _MIN_FRAMES = 50
 _RECENT_FRAMES = 300
 
 
+class FramePace:
+    """Lets so many of a camera's frames per second pass, those nearest to evenly spaced moments."""
+
+    def __init__(self) -> None:
+        self._due_s = self._arrived_s = self._taken_s = -math.inf
+        self._period_s = 0.0
+
+    def admits(self, now_s: float, rate_hz: float) -> bool:
+        """Whether the frame that arrives now is to be segmented.
+
+        Args:
+            now_s: monotonic seconds.
+            rate_hz: most frames per second; 0 lets all pass.
+        """
+        gap_s, self._arrived_s = now_s - self._arrived_s, now_s
+        if not rate_hz:
+            return True
+        interval_s = 1.0 / rate_hz
+        if gap_s < interval_s:  # a pause says nothing about the camera's period
+            self._period_s += 0.1 * (gap_s - self._period_s) if self._period_s else gap_s
+        due_s = min(self._due_s, self._taken_s + 1.5 * interval_s)  # the rate may have been lower
+        # The next frame would be farther from the moment that is due.
+        if now_s + min(self._period_s, interval_s) / 2 < due_s:
+            return False
+        missed = due_s + interval_s <= now_s  # what a pause has left out is not made up for
+        self._due_s, self._taken_s = (now_s if missed else due_s) + interval_s, now_s
+        return True
+
+
 @dataclass(frozen=True)
 class Plan:
     """How one engine call is made, and why.

@@ -111,7 +111,7 @@ class Bench:
     def __init__(self, *subscribed: str, cameras: tuple[str, ...] = ("",), **values: Any) -> None:
         self.engine, self.logger = SpyEngine(), FakeLogger()
         self.now_ns = 100 * SECOND_NS
-        parameters = build(SegmentationParameters, values)
+        parameters = build(SegmentationParameters, {"lazy": False, **values})
         self.cameras = {name: FakeCamera(name, subscribed, parameters) for name in cameras}
         self.camera = self.cameras[cameras[0]]
         self.slot: FrameSlot[Frame] = FrameSlot()
@@ -234,7 +234,8 @@ def test_frames_that_wait_share_a_call_where_that_is_asked_for(pixels: np.ndarra
     assert {name: (record.camera, record.batch) for name, record in records.items()} == {
         "front": ("front", 2), "rear": ("rear", 2), "side": ("side", 1),
     }  # fmt: skip
-    bench.cameras["front"].parameters = build(SegmentationParameters, {"batching": True, "latency_budget_ms": 5})
+    values = {"batching": True, "latency_budget_ms": 5, "lazy": False}
+    bench.cameras["front"].parameters = build(SegmentationParameters, values)
     bench.slot.put(bench.frame(pixels, camera="rear"), "rear")
     bench.session.handle(bench.frame(pixels, camera="front"))
     assert not bench.slot.empty, "a budget bounds each frame alone"
@@ -249,3 +250,52 @@ def test_what_a_lost_device_leaves_undone_waits_for_the_next_engine(pixels: np.n
     bench.slot.hand_over("next")
     assert [bench.slot.take("next").camera for _ in range(2) if not bench.slot.done()] == ["front", "rear"]
     assert not any(camera.ledger.counts()["failed"] for camera in bench.cameras.values())
+
+
+def test_frames_that_nobody_watches_are_counted_and_the_engine_is_ready_for_whoever_comes(pixels: np.ndarray) -> None:
+    bench = Bench(lazy=True)
+    for _ in range(3):
+        bench.process(pixels)
+    assert (bench.camera.ledger.count("unwatched"), bench.camera.ledger.segmented) == (3, 0)
+    assert not bench.engine.settings and not any(bench.counts().values())
+    assert bench.engine.warmed == [(32, 48)], "the first mask waits for no warm-up"
+    bench.process(pixels[:16])
+    assert bench.engine.warmed == [(32, 48), (16, 48)]
+    bench.published["overlay"].subscribers = 1
+    bench.process(pixels)
+    assert (len(bench.engine.settings), bench.counts()["overlay"]) == (1, 1)
+    bench.published["overlay"].subscribers = 0
+    bench.process(pixels)
+    assert len(bench.engine.settings) == 1
+
+
+@pytest.mark.parametrize("output", [*ALL, "mask/compressed", "camera_info", "stats"])
+def test_a_subscriber_of_any_output_is_reason_enough(output: str, pixels: np.ndarray) -> None:
+    bench = Bench(output, lazy=True)
+    bench.process(pixels)
+    assert bench.camera.ledger.segmented == 1
+
+
+def test_a_replay_and_a_node_that_is_not_lazy_segment_for_nobody(pixels: np.ndarray) -> None:
+    for values in ({"lazy": True, "processing": "every_frame"}, {"lazy": False}):
+        bench = Bench(**values)
+        bench.process(pixels)
+        assert bench.camera.ledger.segmented == 1
+
+
+def test_a_bad_camera_is_told_though_nobody_subscribes(pixels: np.ndarray) -> None:
+    bench = Bench(lazy=True)
+    bad = bench.frame(pixels)
+    bad.message.encoding = "32FC1"
+    for frame in (bad, bench.frame(pixels), bad):
+        bench.session.handle(frame)
+    counts = bench.camera.ledger.counts()
+    assert (counts["rejected"], counts["unwatched"]) == (2, 1)
+
+
+def test_a_budget_is_calibrated_before_anybody_subscribes(pixels: np.ndarray) -> None:
+    bench = Bench(lazy=True, latency_budget_ms=500)
+    bench.process(pixels)
+    bench.session.use_idle_time(lambda: True)
+    assert bench.session.policy.status.table is not None
+    assert bench.camera.ledger.segmented == 0

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -190,3 +191,44 @@ def test_compressed_input(ros_client: Any, start_node: Callable[..., Any], pixel
     ros_client.send_until(camera, frame, lambda: bool(masks), "mask of a compressed image")
     np.testing.assert_array_equal(mask_of(masks[0]), pixels[..., 1] >> 6)
     assert masks[0].header == frame.header
+
+
+def test_a_lazy_node_works_from_the_first_frame_after_a_subscription(
+    ros_client: Any, start_node: Callable[..., Any], pixels: np.ndarray
+) -> None:
+    start_node("node.node", "-r", "__ns:=/idle", "-p", "engine:=scripted")
+    camera = ros_client.image_publisher("/idle/image")
+    diagnostics = ros_client.collect(DiagnosticArray, "/diagnostics")
+
+    def is_idle() -> bool:
+        return any(
+            "nobody subscribes to an output" in status.message and status.level == b"\0"
+            for array in diagnostics for status in array.status if status.name.startswith("idle/")
+        )  # fmt: skip
+
+    ros_client.send_until(camera, image_message(pixels, "rgb8", header(1)), is_idle, "an idle node")
+    stats: list[DiagnosticArray] = []
+    ros_client.node.create_subscription(DiagnosticArray, "/idle/segmentation/stats", stats.append, 5)
+    ros_client.send_until(camera, image_message(pixels, "rgb8", header(2)), lambda: bool(stats), "statistics")
+    pairs = {pair.key: int(pair.value) for pair in stats[0].status[0].values if pair.key.startswith("frames_")}
+    assert pairs["frames_segmented"] == 1
+    assert pairs["frames_unwatched"] > 0
+    assert pairs["frames_received"] - pairs["frames_unwatched"] - pairs["frames_dropped"] in (1, 2)  # one may wait
+
+
+def test_a_rate_bounds_what_the_engine_gets(ros_client: Any, start_node: Callable[..., Any]) -> None:
+    robot = Robot(ros_client, start_node, "/paced", "-p", "max_rate_hz:=10")
+    small, seconds = np.zeros((8, 8, 3), np.uint8), 4.0
+    robot.segment(image_message(small, "rgb8", header(1)))
+    robot.masks.clear()
+    start_s = time.monotonic()
+    while (elapsed_s := time.monotonic() - start_s) < seconds:
+        robot.camera.publish(image_message(small, "rgb8", robot.now()))
+        ros_client.spin_for(1 / 40)
+    assert 0.5 * 10 * elapsed_s < len(robot.masks) <= 10 * elapsed_s + 2
+    counts = robot.stats_of(robot.masks[-1])
+    assert int(counts["frames_over_rate"]) > 10
+    assert robot.set(double("max_rate_hz", 0.0))[0].successful
+    before = int(counts["frames_over_rate"])
+    later = robot.stream(small, 5)
+    assert int(later[-1]["frames_over_rate"]) - before <= 1

@@ -63,6 +63,11 @@ ACTIVE = Health(state="active", input_topic="/image", ledger=ledger())
         ({"ledger": ledger(arrival_age_ms=2900.0)}, OK, "segmenting"),
         ({"ledger": ledger(stamped=False)}, WARN, "without a time stamp"),
         ({"input_qos_problem": "bad QoS"}, WARN, "bad QoS"),
+        ({"recent": Counter(unwatched=9)}, OK, "nobody subscribes to an output: 9 frames counted, not segmented"),
+        ({"recent": Counter(unwatched=9), "budget_problem": "of old"}, OK, "nobody subscribes"),
+        ({"recent": Counter(unwatched=9), "output_qos_problem": "bad QoS"}, WARN, "bad QoS"),
+        ({"recent": Counter(unwatched=9), "input_silence_s": 3.5}, ERROR, "no image on /image"),
+        ({"recent": Counter(unwatched=9, segmented=1)}, OK, "segmenting"),
     ],
 )
 def test_the_worst_thing_decides(change: dict[str, object], level: int, text: str) -> None:
@@ -73,10 +78,15 @@ def test_the_worst_thing_decides(change: dict[str, object], level: int, text: st
 
 def test_every_frame_is_counted_once_and_told_once() -> None:
     found = ledger("bad")
+    found.add(FrameRecord(outcome="unwatched"))
     for arrival_s in (1.0, 1.5, 2.5):
         found.receive(arrival_s, 10.0)
     found.dropped += 1
-    assert found.counts() == {"received": 3, "segmented": 1, "dropped": 1, "late": 0, "rejected": 1, "failed": 1}
+    found.over_rate += 1
+    assert found.counts() == {
+        "received": 3, "segmented": 1, "dropped": 1, "over_rate": 1, "late": 0, "unwatched": 1, "rejected": 1,
+        "failed": 1,
+    }  # fmt: skip
     assert found.take_recent()["rejected"] == 1
     assert not any(found.take_recent().values())
     pairs = found.window_pairs()

@@ -21,6 +21,7 @@ from clustvit_ros.policy import Plan, Policy
 from clustvit_ros.policy.calibration import CalibrationCache
 from clustvit_ros.policy.parameter_spec import build
 from clustvit_ros.policy.parameters import SegmentationParameters
+from clustvit_ros.policy.plan import FramePace
 
 SIZE = (128, 128)  # 64 tokens, a rung every 8
 STEPS = 48  # 40 of the calibration, and one for each point that may come
@@ -352,3 +353,31 @@ def test_a_calibration_beside_other_work_is_used_but_not_kept(others_s: float, k
     assert bench.frame().budget_state == "held"
     assert len(list(tmp_path.glob("*.json"))) == kept
     assert any("is not kept" in line for line in bench.logger.lines["info"]) == (not kept)
+
+
+@pytest.mark.parametrize("rate_hz", [1.0, 7.0, 10.0, 20.0, 29.0, 30.0, 60.0])
+def test_a_rate_is_kept_and_frames_are_spaced_as_evenly_as_the_cameras_allow(rate_hz: float) -> None:
+    rng, pace = np.random.default_rng(3), FramePace()
+    arrivals = np.arange(600) / 30.0 + rng.uniform(0.0, 0.008, 600)  # twenty seconds of 30 Hz, with DDS's jitter
+    taken = np.array([arrival for arrival in arrivals if pace.admits(float(arrival), rate_hz)])
+    expected = min(rate_hz, 30.0)
+    assert len(taken) == pytest.approx(20.0 * expected, abs=2)
+    gaps = np.diff(taken)
+    assert gaps.min() > 1 / expected - 0.042 and gaps.max() < 1 / expected + 0.042
+
+
+def test_no_second_sees_more_frames_than_the_rate_allows_whatever_the_camera_does() -> None:
+    pace, rng, now_s, taken = FramePace(), np.random.default_rng(4), 0.0, []
+    for _ in range(3000):  # bursts and pauses
+        now_s += float(rng.choice([0.001, 0.002, 0.05, 0.4]))
+        if pace.admits(now_s, 10.0):
+            taken.append(now_s)
+    seconds = [sum(start <= each < start + 1.0 for each in taken) for start in taken]
+    assert max(seconds) <= 11
+
+
+def test_another_rate_holds_at_once() -> None:
+    pace = FramePace()
+    assert [pace.admits(second, 0.01) for second in (0.0, 1.0, 2.0)] == [True, False, False]
+    assert [pace.admits(2.0 + tenth / 10, 10.0) for tenth in range(1, 11)].count(True) >= 9
+    assert all(pace.admits(4.0 + tenth / 1000, 0.0) for tenth in range(10))
