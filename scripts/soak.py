@@ -80,7 +80,8 @@ def soak_in_process(frames: int, size: tuple[int, int], encoding: str) -> dict[s
     from clustvit_ros.engine import ScriptedEngine
     from clustvit_ros.engine.worker import EngineWorker, FrameSlot
     from clustvit_ros.node.camera import Frame, Outputs
-    from clustvit_ros.node.frame import FrameSession
+    from clustvit_ros.node.filling import FrameFiller
+    from clustvit_ros.node.frame import FrameSession, MaskPublisher
     from clustvit_ros.node.messages import image_message
     from clustvit_ros.policy import Policy
     from clustvit_ros.policy.ledger import Ledger
@@ -93,7 +94,9 @@ def soak_in_process(frames: int, size: tuple[int, int], encoding: str) -> dict[s
     engine, logger, done = ScriptedEngine(), QuietLogger(), threading.Semaphore(0)
     slot: FrameSlot[Frame] = FrameSlot()
     policy = Policy(engine, logger)
-    session = FrameSession(engine, policy, {"": camera}, slot, "soak", logger, time.time_ns, lambda: True)
+    publisher = MaskPublisher("soak", logger, time.time_ns)
+    filler = FrameFiller({"": camera}, publisher, logger, lambda: True)
+    session = FrameSession(engine, policy, {"": camera}, slot, publisher, filler, logger, lambda: True)
     EngineWorker(lambda: session, slot, slot.hand_over, lambda _worker: done.release(), lambda _worker, _error: None)
     slot.open()
     shape = size if encoding in ("mono8", "mono16") else (*size, 3)

@@ -143,6 +143,14 @@ class Prediction:
     cluster_map: np.ndarray | None
     stats: Stats
 
+    def alone(self, index: int) -> Prediction:
+        """The maps of one image, as a batch of their own."""
+        one = slice(index, index + 1)
+        return Prediction(
+            self.mask[one], None if self.confidence is None else self.confidence[one],
+            None if self.cluster_map is None else self.cluster_map[one], self.stats,
+        )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class EngineInfo:
@@ -254,8 +262,12 @@ def as_batch(images: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
     return batch
 
 
-OUTCOMES = ("segmented", "late", "unwatched", "rejected", "failed")
-"""Its mask was published; it was late and withheld; nobody subscribed; it is no usable image; the engine raised."""
+OUTCOMES = ("segmented", "filled", "late", "unwatched", "rejected", "failed")
+"""The engine's mask was published; a carried one was; it was late and withheld; nobody subscribed; it is no usable
+image; the engine raised."""
+
+OVERTAKEN = "overtaken"
+"""Outcome of an engine call for a frame that had been filled before: its mask is carried on, and not published."""
 
 
 @dataclass(frozen=True)
@@ -264,7 +276,7 @@ class FrameRecord:
 
     Args:
         camera: name of the camera that it is from; empty for the only one.
-        outcome: one of `OUTCOMES`.
+        outcome: one of `OUTCOMES`, or `OVERTAKEN`.
         problem: why it was rejected or failed; else empty.
         image_size: (height, width) of the camera image.
         mask_size: (height, width) of the mask.
@@ -279,6 +291,10 @@ class FrameRecord:
         arrival_age_ms: from the frame's stamp to its arrival; 0 when it has no stamp.
         age_ms: from the frame's stamp (from its arrival when it has none) to the publication of the mask.
         stamped: whether the frame had a stamp.
+        filled: whether its mask was carried to it from another frame, whose `stats` these are; None where no frame is.
+        filled_frames: how many frames have got that mask, this one included.
+        filled_age_ms: from the stamp of the frame that the mask was made of to this one's.
+        flow_ms: what it took to follow the picture and carry the mask.
     """
 
     camera: str = ""
@@ -297,6 +313,10 @@ class FrameRecord:
     arrival_age_ms: float = 0.0
     age_ms: float = 0.0
     stamped: bool = True
+    filled: bool | None = None
+    filled_frames: int = 0
+    filled_age_ms: float = 0.0
+    flow_ms: float = 0.0
 
     def label_pairs(self) -> dict[str, str]:
         """What a mask was made with: keys and values that depend on frame, model and settings, never on the clock."""
@@ -320,6 +340,14 @@ class FrameRecord:
             "decode_ms": f"{self.decode_ms:.3f}", "engine_ms": f"{self.stats.total_ms:.3f}",
             "publish_ms": f"{self.publish_ms:.3f}", "age_ms": f"{self.age_ms:.3f}",
             "deadline_missed": str(self.deadline_missed).lower(), "deadline_misses": str(self.deadline_misses),
-            "published": str(self.outcome == "segmented").lower(), **self.plan,
+            "published": str(self.outcome in ("segmented", "filled")).lower(), **self.plan, **self._filled_pairs(),
             **{f"stage.{name}_ms": f"{value:.3f}" for name, value in self.stats.stages_ms.items()},
+        }  # fmt: skip
+
+    def _filled_pairs(self) -> dict[str, str]:
+        if not self.filled:
+            return {} if self.filled is None else {"filled": "false"}
+        return {
+            "filled": "true", "filled_frames": str(self.filled_frames), "filled_age_ms": f"{self.filled_age_ms:.3f}",
+            "flow_ms": f"{self.flow_ms:.3f}",
         }  # fmt: skip

@@ -51,10 +51,10 @@ class FrameSlot(Generic[T]):
     The camera that has waited longest is next: a newer frame takes its predecessor's place in the line.
 
     Args:
-        on_drop: called with the camera's name for every frame that nobody will take.
+        on_drop: called with every frame that nobody will take, and its camera's name.
     """
 
-    def __init__(self, on_drop: Callable[[str], None] = lambda camera: None) -> None:
+    def __init__(self, on_drop: Callable[[T, str], None] = lambda frame, camera: None) -> None:
         self._on_drop = on_drop
         self._condition = threading.Condition()
         self._open = False
@@ -76,7 +76,7 @@ class FrameSlot(Generic[T]):
         """Let a frame wait; never blocks."""
         with self._condition:
             if not self._open or not self._store(frame, camera):
-                self._on_drop(camera)
+                self._on_drop(frame, camera)
                 return
             self._condition.notify_all()
 
@@ -85,7 +85,7 @@ class FrameSlot(Generic[T]):
         with self._condition:
             self._busy = False
             if not self._open or not self._restore(frame, camera):
-                self._on_drop(camera)
+                self._on_drop(frame, camera)
             self._condition.notify_all()
 
     def take(self, owner: object) -> T | None:
@@ -146,7 +146,7 @@ class FrameSlot(Generic[T]):
 
     def _store(self, frame: T, camera: str) -> bool:
         if camera in self._newest:
-            self._on_drop(camera)
+            self._on_drop(self._newest[camera], camera)
         self._newest[camera] = frame
         return True
 
@@ -160,8 +160,8 @@ class FrameSlot(Generic[T]):
         return self._newest.pop(next(iter(self._newest)))
 
     def _clear(self) -> None:
-        for camera in self._newest:
-            self._on_drop(camera)
+        for camera, frame in self._newest.items():
+            self._on_drop(frame, camera)
         self._newest.clear()
 
 
@@ -174,7 +174,7 @@ class FrameQueue(FrameSlot[T]):
         bytes_of: the memory that a frame takes.
     """
 
-    def __init__(self, on_drop: Callable[[str], None], limit_bytes: int, bytes_of: Callable[[T], int]) -> None:
+    def __init__(self, on_drop: Callable[[T, str], None], limit_bytes: int, bytes_of: Callable[[T], int]) -> None:
         super().__init__(on_drop)
         self._limit_bytes, self._bytes_of = limit_bytes, bytes_of
         self._queue: deque[tuple[str, T]] = deque()
@@ -208,8 +208,8 @@ class FrameQueue(FrameSlot[T]):
         return frame
 
     def _clear(self) -> None:
-        for camera, _ in self._queue:
-            self._on_drop(camera)
+        for camera, frame in self._queue:
+            self._on_drop(frame, camera)
         self._queue.clear()
         self._held_bytes = 0
 

@@ -8,10 +8,11 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -43,6 +44,30 @@ _OUTPUTS = {
 _MAX_SUGGESTIONS = 5
 
 
+_NUMBERS = itertools.count()
+
+
+@dataclass
+class Fate:
+    """What has been decided about a frame; several threads have their part in it.
+
+    Args:
+        arrival_s: monotonic seconds of its arrival.
+        taken_s: monotonic seconds at which the engine's thread took it; None before.
+        over_rate: there are more frames than `max_rate_hz`, and this is one too many.
+        dropped: the engine will not see it.
+        left: no mask will be carried to it.
+        ended: it is settled that it gets no mask: it was rejected, or the engine failed on it.
+    """
+
+    arrival_s: float = field(default_factory=time.monotonic)
+    taken_s: float | None = None
+    over_rate: bool = False
+    dropped: bool = False
+    left: bool = False
+    ended: bool = False
+
+
 @dataclass(frozen=True)
 class Frame:
     """A camera message and when it came.
@@ -52,17 +77,35 @@ class Frame:
         arrival_ns: nanoseconds of the node's clock.
         camera: name of the camera that it is from; empty for the only one.
         camera_info: the newest calibration that had come from the camera by then.
+        number: larger than that of every frame before.
+        fate: what has been decided about it.
     """
 
     message: Image | CompressedImage
     arrival_ns: int
     camera: str = ""
     camera_info: CameraInfo | None = None
+    number: int = field(default_factory=_NUMBERS.__next__)
+    fate: Fate = field(default_factory=Fate)
+    _image: list[np.ndarray] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def image(self, decode: Callable[[], np.ndarray]) -> np.ndarray:
+        """Its picture, decoded by whichever thread needs it first."""
+        with self._lock:
+            if not self._image:
+                self._image.append(decode())
+            return self._image[0]
 
     @cached_property
     def stamp_ns(self) -> int:
         """Nanoseconds of the message's stamp; 0 when it has none."""
         return stamp_ns(self.message)
+
+    @property
+    def time_ns(self) -> int:
+        """When it was taken, as far as that is known: its stamp, or its arrival when it has none."""
+        return self.stamp_ns or self.arrival_ns
 
     @cached_property
     def arrival_age_ms(self) -> float | None:
@@ -294,9 +337,8 @@ class Camera:
             return
         frame = Frame(message, self._node.get_clock().now().nanoseconds, self.name, self._camera_info)
         self.watch.saw_image()
-        now_s = time.monotonic()
+        now_s = frame.fate.arrival_s
         self.ledger.receive(now_s, frame.arrival_age_ms)
-        if not self._pace.admits(now_s, self.parameters.max_rate_hz if self.parameters.adapts else 0.0):
-            self.ledger.over_rate += 1
-            return
+        rate_hz = self.parameters.max_rate_hz if self.parameters.adapts else 0.0
+        frame.fate.over_rate = not self._pace.admits(now_s, rate_hz)
         self._on_frame(frame, self.name)

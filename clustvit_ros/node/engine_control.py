@@ -30,7 +30,8 @@ from clustvit_ros.engine.scripted_engine import proportional
 from clustvit_ros.engine.worker import FrameQueue, FrameSlot
 from clustvit_ros.errors import ClustvitError, ConfigError
 from clustvit_ros.node.camera import Camera, Frame
-from clustvit_ros.node.frame import FrameSession
+from clustvit_ros.node.filling import FrameFiller
+from clustvit_ros.node.frame import FrameSession, MaskPublisher
 from clustvit_ros.policy import Policy
 from clustvit_ros.policy.parameters import SegmentationParameters
 
@@ -82,12 +83,16 @@ class EngineControl:
         factory: makes engines; runs in the engine's thread.
         recovery_pause_s: seconds after a fallback before the device that was asked for is tried again.
         on_change: called in the executor's thread when another model has taken over.
+        publisher: publishes masks.
+        filler: carries masks on to frames that the engine does not get to.
     """
 
     def __init__(
         self, node: LifecycleNode, parameters: Callable[[], SegmentationParameters], cameras: Mapping[str, Camera],
-        factory: EngineFactory, recovery_pause_s: float, on_change: Callable[[], None],
+        factory: EngineFactory, recovery_pause_s: float, on_change: Callable[[], None], publisher: MaskPublisher,
+        filler: FrameFiller,
     ) -> None:  # fmt: skip
+        self._publisher, self._filler = publisher, filler
         self._node, self._parameters, self._cameras = node, parameters, cameras
         self._factory, self._recovery_pause_s, self._on_change = factory, recovery_pause_s, on_change
         self.slot: FrameSlot[Frame] = FrameSlot()
@@ -230,7 +235,7 @@ class EngineControl:
         logger = node.get_logger()
         grouping = check_names(info.classes, parameters)
         self._tell_idle_guard(parameters)
-        for name in ("latency_budget_ms", "max_rate_hz"):
+        for name in ("latency_budget_ms", "max_rate_hz", "fill_frames"):
             if not parameters.adapts and getattr(parameters, name):
                 logger.warning(f"{name} has no effect while processing is every_frame")
         if grouping.table is not None:
@@ -246,8 +251,8 @@ class EngineControl:
             f"loaded and warm in {time.monotonic() - start_s:.1f} s"
         )
         return FrameSession(
-            engine, Policy(engine, logger), self._cameras, self.slot, node.get_name(), logger,
-            lambda: node.get_clock().now().nanoseconds, node.context.ok,
+            engine, Policy(engine, logger), self._cameras, self.slot, self._publisher, self._filler, logger,
+            node.context.ok,
         )  # fmt: skip
 
     def _hear(self) -> None:
@@ -293,8 +298,8 @@ class EngineControl:
         return f"model: {model!r} cannot be used ({detail}); {self._host.model} stays in use"
 
     def _make_slot(self) -> FrameSlot[Frame]:
-        def drop(camera: str) -> None:
-            self._cameras[camera].ledger.dropped += 1
+        def drop(frame: Frame, _camera: str) -> None:
+            self._filler.give_up(frame)
 
         parameters = self._parameters()
         if parameters.adapts:

@@ -31,8 +31,10 @@ from std_msgs.msg import Header
 
 from clustvit_ros.engine.masks import group_classes
 from clustvit_ros.errors import ClustvitError
-from clustvit_ros.node.camera import Camera
+from clustvit_ros.node.camera import Camera, Frame
 from clustvit_ros.node.engine_control import EngineControl, EngineFactory, make_engine
+from clustvit_ros.node.filling import FrameFiller
+from clustvit_ros.node.frame import MaskPublisher
 from clustvit_ros.node.messages import NO_LABEL_INFO, LabelInfo
 from clustvit_ros.node.parameter_server import ParameterServer
 from clustvit_ros.node.process import ShieldedExecutor, answered, run_node
@@ -68,9 +70,12 @@ class SegmentationNode(LifecycleNode):
         self._state = "unconfigured"
         self._fault = self._engine_fault = ""
         self._cameras: dict[str, Camera] = {}
+        publisher = MaskPublisher(self.get_name(), self.get_logger(), lambda: self.get_clock().now().nanoseconds)
+        self._filler = FrameFiller(self._cameras, publisher, self.get_logger(), self.context.ok)
         self._engines = EngineControl(
-            self, lambda: self.parameters, self._cameras, engine_factory, recovery_pause_s, self._publish_labels
-        )
+            self, lambda: self.parameters, self._cameras, engine_factory, recovery_pause_s, self._publish_labels,
+            publisher, self._filler,
+        )  # fmt: skip
         self._qos = QosWatch(self)
         self._server = ParameterServer(
             self, SegmentationParameters, self._why_locked, self._check_change, self._adopt_change
@@ -129,6 +134,7 @@ class SegmentationNode(LifecycleNode):
         Returns:
             0: every way to end is a good one.
         """
+        self._filler.close()
         self._engines.slot.close(_FINISH_S)
         self._engines.free(_FINISH_S)
         return 0
@@ -200,14 +206,22 @@ class SegmentationNode(LifecycleNode):
         # Before the first frame: publishers drop what comes while they are inactive.
         super().on_activate(state)
         self._publish_labels()
+        self._filler.open()
         self._engines.slot.open()
         for camera in self._cameras.values():
-            topic = camera.subscribe(self._engines.slot.put)
+            topic = camera.subscribe(self._accept)
             self.get_logger().info(f"active: {topic} -> {camera.mask_topic}")
+
+    def _accept(self, frame: Frame, camera: str) -> None:
+        if self._filler.offer(frame):
+            self._engines.slot.put(frame, camera)
+        else:
+            self._filler.give_up(frame)
 
     def _deactivate(self) -> None:
         for camera in self._cameras.values():
             camera.unsubscribe()
+        self._filler.close()
         if not self._engines.slot.close(_FINISH_S):
             self.get_logger().warning("the engine is still busy with the last frame; its mask will not be published")
 

@@ -9,11 +9,12 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from clustvit_ros.engine.engine import OUTCOMES, FrameRecord
+from clustvit_ros.engine.engine import OUTCOMES, OVERTAKEN, FrameRecord
 from clustvit_ros.errors import ConfigError
 
 OK, WARN, ERROR = 0, 1, 2
@@ -69,17 +70,19 @@ class LatencyWindow:
 class Ledger:
     """One camera's frames since the node became active.
 
-    Counts are written by the thread that they belong to: `received`, `over_rate` and the input's windows by that which
-    gets the messages, everything else by the one that segments. Any thread may read.
+    `received` and the input's windows are written by the thread that gets the messages, everything else by any. Any
+    thread may read.
     """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self.received = 0
         """Frames that came over the image topic; each ends in exactly one of the other counts."""
         self.dropped = 0
         """Frames whose turn never came: a newer one took their place, or the queue was full."""
         self.over_rate = 0
         """Frames left out because of `max_rate_hz`."""
+        self._segmented = self._failures = 0
         self._outcomes: Counter[str] = Counter()
         self._reported: Counter[str] = Counter()
         self._age, self._engine = LatencyWindow(), LatencyWindow()
@@ -87,12 +90,12 @@ class Ledger:
         self._arrived_s: float | None = None
         self.last_rejection = self.last_failure = ""
         self.newest = FrameRecord()
-        """The newest frame that was segmented."""
+        """The newest frame that the engine has segmented, whether its mask was published or carried on."""
 
     @property
     def segmented(self) -> int:
-        """Frames that the engine has segmented, withheld ones included."""
-        return self._outcomes["segmented"] + self._outcomes["late"]
+        """Frames that the engine has segmented, those included whose masks were withheld or overtaken."""
+        return self._segmented
 
     def count(self, outcome: str) -> int:
         """How many frames ended like this."""
@@ -113,22 +116,33 @@ class Ledger:
         self._arrived_s = arrival_s
 
     def add(self, record: FrameRecord) -> bool:
-        """A frame is done.
+        """A frame is done; or, overtaken, the engine is done with a frame that was done before.
 
         Returns:
             True for the first one that the engine has segmented.
         """
-        first = record.stats is not None and not self.segmented
-        self._outcomes[record.outcome] += 1
-        if record.outcome == "rejected":
-            self.last_rejection = record.problem
-        elif record.outcome == "failed":
-            self.last_failure = record.problem
-        elif record.stats is not None:
-            self.newest = record
-            self._age.add(record.age_ms)
-            self._engine.add(record.stats.total_ms)
-        return first
+        with self._lock:
+            self._outcomes[record.outcome] += 1
+            if record.outcome == "rejected":
+                self.last_rejection = record.problem
+            elif record.problem:
+                self.last_failure = record.problem
+                self._failures += 1
+            elif record.stats is not None:
+                if record.outcome != OVERTAKEN:
+                    self._age.add(record.age_ms)
+                if not record.filled:
+                    self.newest = record
+                    self._segmented += 1
+                    self._engine.add(record.stats.total_ms)
+                    return self._segmented == 1
+        return False
+
+    def drop(self, over_rate: bool = False) -> None:
+        """A frame's turn will never come, perhaps because of `max_rate_hz`."""
+        with self._lock:
+            self.over_rate += over_rate
+            self.dropped += not over_rate
 
     def counts(self) -> dict[str, int]:
         """Frames by fate."""
@@ -157,8 +171,8 @@ class Ledger:
         }
 
     def take_recent(self) -> Counter[str]:
-        """Frames by fate since this was asked last."""
-        now = Counter(self.counts())
+        """Frames by fate since this was asked last; as segmented and failed every call of the engine counts."""
+        now = Counter({**self.counts(), "segmented": self._segmented, "failed": self._failures})
         recent = Counter({name: now[name] - self._reported[name] for name in now})
         self._reported = now
         return recent

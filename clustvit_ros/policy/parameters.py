@@ -164,6 +164,14 @@ class SegmentationParameters:
         0.5, "Weight of the class colours in the overlay; 0 shows the image alone.",
         minimum=0.0, maximum=1.0, live=True,
     )  # fmt: skip
+    fill_frames: bool = parameter(
+        False, "Frames that come while the engine is busy get its newest mask, carried to them by optical flow.",
+        live=True,
+    )  # fmt: skip
+    max_filled_frames: int = parameter(
+        8, "So many frames, at most, get a mask carried from the same one of the engine.", minimum=1, maximum=1000,
+        live=True,
+    )  # fmt: skip
     image_transport: str = parameter(
         "raw", "`compressed` subscribes to JPEG or PNG on `<image>/compressed`.", choices=("raw", "compressed")
     )
@@ -200,6 +208,11 @@ class SegmentationParameters:
     def adapts(self) -> bool:
         """Whether latency, load and faults may change how a frame is segmented; never in a replay."""
         return self.processing == "live"
+
+    @property
+    def fills(self) -> bool:
+        """Whether masks are carried to frames that the engine does not get to; never in a replay."""
+        return self.fill_frames and self.adapts
 
     @property
     def fewest_tokens(self) -> int:

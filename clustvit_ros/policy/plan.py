@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -135,13 +136,24 @@ class Misses:
     """Deadline misses, ever and among the latest frames."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._recent: deque[bool] = deque(maxlen=_RECENT_FRAMES)
         self.total = 0
 
-    def add(self, missed: bool) -> None:
-        """A frame with a deadline is done."""
-        self._recent.append(missed)
-        self.total += missed
+    def judge(self, plan: Plan, engine_ms: float | None, age_ms: float) -> bool:
+        """Whether a frame was too late; counted, if it had a deadline. Any thread may ask.
+
+        Args:
+            plan: how its mask was made.
+            engine_ms: milliseconds in the engine; None for a mask that was carried from another frame.
+            age_ms: milliseconds since the frame's stamp.
+        """
+        missed = plan.is_missed(engine_ms or 0.0, age_ms)
+        if plan.budget_ms and (engine_ms is not None or plan.parameters.budget_reference == "stamp"):
+            with self._lock:
+                self._recent.append(missed)
+                self.total += missed
+        return missed
 
     def start_over(self) -> None:
         """Forget recent frames: they had another deadline. The total stays."""
@@ -150,7 +162,8 @@ class Misses:
     @property
     def recent(self) -> tuple[int, int]:
         """Misses among the latest frames, and how many frames these are."""
-        return sum(self._recent), len(self._recent)
+        with self._lock:
+            return sum(self._recent), len(self._recent)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -112,7 +113,7 @@ class Policy:
         self._sizes: dict[tuple[int, int], _ImageSize] = {}
         self._newest: tuple[int, int] | None = None
         self._parameters = SegmentationParameters()
-        self._misses = Misses()
+        self.misses = Misses()
         self._recalibrated = False
         self._plan: Plan | None = None
         # Eighths of the tokens that were exempt from merging, of late and at most.
@@ -195,13 +196,14 @@ class Policy:
             max(parameters.min_tokens, fewest), state, decision, self._guard.pairs,
         )  # fmt: skip
 
-    def learn(self, plan: Plan, result: Prediction, ages_ms: Sequence[float]) -> Lesson:
+    def learn(self, plan: Plan, result: Prediction, ages_ms: Sequence[float], overtaken: bool = False) -> Lesson:
         """Learn from the call that `plan` was for.
 
         Args:
             plan: as `plan` gave it.
             result: what the engine made of it, in the model's own classes.
             ages_ms: milliseconds of each image, from its stamp to the publication of its mask.
+            overtaken: whether the images had got carried masks before, which were judged in their place.
         """
         self._plan = plan
         if self._guarded:
@@ -214,10 +216,8 @@ class Policy:
             return Lesson([False] * len(ages_ms), 0, facts)
         assert self._newest is not None  # `plan` came before
         entry = self._sizes[self._newest]
-        missed = [plan.is_missed(stats.total_ms, age_ms) for age_ms in ages_ms]
-        if plan.budget_ms:
-            for each in missed:
-                self._misses.add(each)
+        judge = plan.is_missed if overtaken else partial(self.misses.judge, plan)
+        missed = [judge(stats.total_ms, age_ms) for age_ms in ages_ms]
         # Of a batch, nobody knows what one frame costs.
         if entry.controller is not None and entry.calibration is None and len(ages_ms) == 1:
             overhead_ms = None if entry.unsettled else max(ages_ms[0] - stats.total_ms, 0.0)
@@ -226,7 +226,7 @@ class Policy:
             )
         entry.unsettled = False
         self._publish_status(entry)
-        return Lesson(missed, self._misses.total, facts)
+        return Lesson(missed, self.misses.total, facts)
 
     def use_idle_time(self, is_free: Callable[[], bool]) -> None:
         """Do what can wait: an accuracy check that is due, and a calibration by one step, by more while `is_free()`."""
@@ -284,7 +284,7 @@ class Policy:
 
     def _prepare(self, image_size: tuple[int, int], parameters: SegmentationParameters) -> _ImageSize:
         if _target_of(parameters) != _target_of(self._parameters):
-            self._misses.start_over()
+            self.misses.start_over()
         self._newest, self._parameters = image_size, parameters
         again = parameters.recalibrate and not self._recalibrated
         self._recalibrated = self._recalibrated and parameters.recalibrate
@@ -368,7 +368,7 @@ class Policy:
         controller = entry.controller
         self._status = BudgetStatus(
             plan=None if self._plan is None else replace(self._plan, images=self._plan.images[:0]),
-            misses=self._misses.total, recent=self._misses.recent, table=entry.table, image_size=self._newest,
+            misses=self.misses.total, recent=self.misses.recent, table=entry.table, image_size=self._newest,
             slowdown=controller.slowdown if controller is not None else 1.0,
             overhead_ms=controller.overhead_ms if controller is not None else 0.0, failure=entry.failure,
             recalibrated=self._recalibrated,

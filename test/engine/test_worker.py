@@ -27,7 +27,7 @@ def drops() -> Counter[str]:
 
 @pytest.fixture
 def slot(drops: Counter[str]) -> Iterator[FrameSlot[int]]:
-    slot: FrameSlot[int] = FrameSlot(lambda camera: drops.update([camera]))
+    slot: FrameSlot[int] = FrameSlot(lambda _frame, camera: drops.update([camera]))
     slot.open()
     slot.hand_over("me")
     yield slot
@@ -80,7 +80,7 @@ def test_a_frame_that_is_put_back_is_next_unless_a_newer_one_has_come(slot: Fram
 
 
 def test_a_queue_keeps_order_and_counts_what_it_cannot_hold(drops: Counter[str]) -> None:
-    queue: FrameQueue[bytes] = FrameQueue(lambda camera: drops.update([camera]), 10, len)
+    queue: FrameQueue[bytes] = FrameQueue(lambda _frame, camera: drops.update([camera]), 10, len)
     queue.open()
     queue.hand_over("me")
     for item, camera in ((b"aaaa", "front"), (b"bbbb", "rear"), (b"cccc", "front"), (b"dd", "rear")):

@@ -22,7 +22,8 @@ from clustvit_ros.engine import Engine, EngineInfo, Prediction, ScriptedEngine, 
 from clustvit_ros.engine.worker import DeviceLost, FrameSlot
 from clustvit_ros.errors import EngineError
 from clustvit_ros.node.camera import Frame, Outputs
-from clustvit_ros.node.frame import FrameSession
+from clustvit_ros.node.filling import FrameFiller
+from clustvit_ros.node.frame import FrameSession, MaskPublisher
 from clustvit_ros.node.messages import image_message
 from clustvit_ros.policy import Policy
 from clustvit_ros.policy.ledger import Ledger
@@ -116,9 +117,11 @@ class Bench:
         self.camera = self.cameras[cameras[0]]
         self.slot: FrameSlot[Frame] = FrameSlot()
         self.slot.open()
+        publisher = MaskPublisher("segmentation", self.logger, lambda: self.now_ns)
+        self.filler = FrameFiller(self.cameras, publisher, self.logger, lambda: True)  # type: ignore[arg-type]
         self.session = FrameSession(
             self.engine, Policy(self.engine, self.logger), self.cameras, self.slot,  # type: ignore[arg-type]
-            "segmentation", self.logger, lambda: self.now_ns, lambda: True,
+            publisher, self.filler, self.logger, lambda: True,
         )  # fmt: skip
 
     def frame(self, pixels: np.ndarray, stamp_s: int = 99, camera: str = "") -> Frame:

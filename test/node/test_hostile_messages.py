@@ -30,7 +30,8 @@ from clustvit_ros.engine import ScriptedEngine
 from clustvit_ros.engine.worker import FrameSlot
 from clustvit_ros.errors import ImageError
 from clustvit_ros.node.camera import Frame, Outputs
-from clustvit_ros.node.frame import FrameSession
+from clustvit_ros.node.filling import FrameFiller
+from clustvit_ros.node.frame import FrameSession, MaskPublisher
 from clustvit_ros.node.messages import image_message
 from clustvit_ros.policy import Policy
 from clustvit_ros.policy.ledger import Ledger
@@ -82,8 +83,10 @@ def feed(messages: Iterator[Any], count: int, seed: int) -> None:
         ),
     )  # fmt: skip
     engine, logger = ScriptedEngine(), QuietLogger()
+    publisher = MaskPublisher("node", logger, lambda: 0)
+    filler = FrameFiller({"": camera}, publisher, logger, lambda: True)
     session = FrameSession(
-        engine, Policy(engine, logger), {"": camera}, FrameSlot(), "node", logger, lambda: 0, lambda: True,
+        engine, Policy(engine, logger), {"": camera}, FrameSlot(), publisher, filler, logger, lambda: True,
     )  # fmt: skip
     accepted, slow = 0, []
     settled_bytes = 0

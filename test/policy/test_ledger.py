@@ -81,11 +81,11 @@ def test_every_frame_is_counted_once_and_told_once() -> None:
     found.add(FrameRecord(outcome="unwatched"))
     for arrival_s in (1.0, 1.5, 2.5):
         found.receive(arrival_s, 10.0)
-    found.dropped += 1
-    found.over_rate += 1
+    found.drop()
+    found.drop(over_rate=True)
     assert found.counts() == {
-        "received": 3, "segmented": 1, "dropped": 1, "over_rate": 1, "late": 0, "unwatched": 1, "rejected": 1,
-        "failed": 1,
+        "received": 3, "segmented": 1, "dropped": 1, "over_rate": 1, "filled": 0, "late": 0, "unwatched": 1,
+        "rejected": 1, "failed": 1,
     }  # fmt: skip
     assert found.take_recent()["rejected"] == 1
     assert not any(found.take_recent().values())
