@@ -9,8 +9,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import logging
 import os
+import stat
 import sysconfig
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +22,7 @@ from pathlib import Path
 from clustvit_ros.errors import ModelError
 
 MODEL_FILE = "model.yaml"
+_LOG = logging.getLogger(__name__)
 
 
 def share_dir() -> Path:
@@ -42,12 +46,45 @@ def share_dir() -> Path:
 
 
 def user_cache_dir() -> Path:
-    """Where measurements and generated files are kept between runs; it need not exist yet."""
+    """Where measurements and generated files are kept between runs.
+
+    Returns:
+        `$XDG_CACHE_HOME/clustvit_ros` or `~/.cache/clustvit_ros`, made if need be; `temporary_cache_dir()` for a user
+        whose home is missing, read-only or full.
+    """
     given = os.environ.get("XDG_CACHE_HOME")
     try:
-        return (Path(given) if given else Path.home() / ".cache") / "clustvit_ros"
+        return _usable((Path(given) if given else Path.home() / ".cache") / "clustvit_ros")
     except RuntimeError:  # a container's user without a home
-        return Path(tempfile.gettempdir()) / "clustvit_ros"
+        return temporary_cache_dir()
+
+
+def temporary_cache_dir() -> Path:
+    """A folder of this user alone where temporary files go (`TMPDIR`), for what the home has no room for."""
+    with contextlib.suppress(OSError):
+        # Not another user's, who might have put files there for this one to load.
+        folder = Path(tempfile.gettempdir()) / f"clustvit_ros-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022:
+            return folder
+    with contextlib.suppress(OSError):
+        return Path(tempfile.mkdtemp(prefix="clustvit_ros-"))
+    return Path(tempfile.tempdir or "/tmp") / "clustvit_ros"  # nothing can be written anywhere, which each writer tells
+
+
+@functools.lru_cache
+def _usable(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+        problem = "it cannot be written"
+    except OSError as error:
+        problem = error.strerror or str(error)
+    other = temporary_cache_dir()
+    _LOG.warning("%s: %s; calibrations and exported files are kept in %s, until it is emptied", folder, problem, other)
+    return other
 
 
 def find_model(name_or_path: str | Path) -> Path:

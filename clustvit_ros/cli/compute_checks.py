@@ -105,8 +105,11 @@ def check_onnxruntime() -> list[Finding]:
         return [Finding("onnxruntime", Level.OK, "is not installed; only engine onnxruntime needs it")]
     try:
         import numpy as np
-        import onnxruntime
-    except (ImportError, OSError) as error:
+
+        from clustvit_ros.engine.onnx_session import import_onnxruntime
+
+        onnxruntime = import_onnxruntime()
+    except (ImportError, OSError, ClustvitError) as error:
         remedy = "reinstall onnxruntime, or on a GPU an onnxruntime-gpu that fits its CUDA"
         return [Finding("onnxruntime", Level.FAIL, f"cannot be imported: {error}", remedy)]
     providers = [name for name in onnxruntime.get_available_providers() if name not in _REMOTE_PROVIDERS]

@@ -202,7 +202,10 @@ class NetworkEngine(Engine):
         return self._device
 
     def warmup(self, image_size: tuple[int, int] | None = None) -> None:
-        """Run every capacity once, for images of (height, width) `image_size`."""
+        """Run every capacity once, for images of (height, width) `image_size`; on a CPU, the largest.
+
+        A CPU has nothing to make ready for a capacity: first frames took as long as later ones, to a few milliseconds.
+        """
         size = image_size or self._config.input.size
         image = np.zeros((*size, 3), np.uint8)
         self.segment(image)
@@ -211,8 +214,14 @@ class NetworkEngine(Engine):
         if warm in self._warm_sizes:
             return
         self._warm_sizes.add(warm)
-        for capacity in self.capacities(size):
+        capacities = self.capacities(size)
+        for capacity in capacities if self._prepares_capacities else capacities[-1:]:
             self.segment(image, Settings(merge_threshold=1.0, token_capacity=capacity))
+
+    @property
+    def _prepares_capacities(self) -> bool:
+        """Whether the first call with a capacity makes what later ones need."""
+        return self._device.type != "cpu"
 
     def input_size(self, image_size: tuple[int, int], input_scale: float = 1.0) -> tuple[int, int]:
         patch_size = self._config.network.patch_size

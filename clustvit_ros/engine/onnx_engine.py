@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from clustvit_ros.engine.onnx_session import open_session, read_metadata
 from clustvit_ros.errors import ConfigError, EngineError, ModelError
 from clustvit_ros.networks.model_folder import ModelConfig, hash_weights, inside, load_config
 from clustvit_ros.networks.vit import grid_size_of
-from clustvit_ros.paths import find_model, user_cache_dir
+from clustvit_ros.paths import find_model, temporary_cache_dir, user_cache_dir
 
 ONNX_FILE = "model.onnx"
 # One for each rung of the ladder of input sizes, for two cameras of different aspects.
@@ -188,11 +189,22 @@ class OnnxEngine(NetworkEngine):
                 return shipped
         # The metadata decides a file's content, so it also names the file.
         key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]
-        cached = self._cache_dir / f"{config.name}-{size[0]}x{size[1]}-{key}.onnx"
-        if not cached.is_file():
-            _LOG.info("exporting %s for %dx%d to %s", config.name, *size, cached)
-            export_onnx(self._model, cached, size)
-        return cached
+        folders = dict.fromkeys((self._cache_dir, temporary_cache_dir() / "onnx"))  # a home may have no room
+        paths = [folder / f"{config.name}-{size[0]}x{size[1]}-{key}.onnx" for folder in folders]
+        if (made := next(filter(os.path.isfile, paths), None)) is not None:
+            return made
+        problem = ""
+        for path in paths:
+            _LOG.info("exporting %s for %dx%d to %s", config.name, *size, path)
+            try:
+                return export_onnx(self._model, path, size).path
+            except OSError as error:
+                problem = f"{path}: {error.strerror or error}"
+                _LOG.warning("the export cannot be written to %s", problem)
+        raise EngineError(
+            f"the engine onnxruntime has no place for its exported file ({problem}); set XDG_CACHE_HOME to a folder "
+            "with room for the model, or use the engine torch, which writes none"
+        )
 
 
 def _logits_size(session: Any) -> tuple[int, int]:

@@ -166,6 +166,7 @@ def export_onnx(model: str | Path, path: Path, size: tuple[int, int] | None = No
     Raises:
         ModelError, ConfigError: the model cannot be loaded, or size or batch are not positive.
         EngineError: a package of the `onnx` extra is missing, the exporter failed, or the numbers do not match.
+        OSError: the file cannot be written.
     """
     config = load_config(model)
     size = size or config.input.size

@@ -12,6 +12,7 @@ Does an exported file compute what PyTorch computes? Asked after every export.
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,6 +38,8 @@ def import_onnxruntime() -> ModuleType:
     Raises:
         EngineError: it cannot be imported.
     """
+    # Since 1.29 it sends the names and hashes of models to its makers, unless this is set before it is loaded.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError as error:

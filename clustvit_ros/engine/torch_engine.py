@@ -108,7 +108,7 @@ class TorchEngine(NetworkEngine):
         return engine
 
     def warmup(self, image_size: tuple[int, int] | None = None) -> None:
-        """Run every capacity once, for images of (height, width) `image_size`.
+        """As every engine's.
 
         Raises:
             EngineError: the blocks cannot be compiled.
@@ -120,6 +120,10 @@ class TorchEngine(NetworkEngine):
                 raise
             problem = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise EngineError(f"torch.compile failed ({problem}); leave compilation off") from error
+
+    @property
+    def _prepares_capacities(self) -> bool:
+        return self._compiled or super()._prepares_capacities
 
     @property
     def thread_counts(self) -> tuple[int, ...]:

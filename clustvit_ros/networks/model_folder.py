@@ -17,6 +17,7 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 
 from clustvit_ros.classes import ClassEntry, ClassSet
 from clustvit_ros.config import from_mapping, read_yaml, to_mapping
@@ -184,8 +185,7 @@ def check_folder(model: str | Path) -> tuple[ClassSet, int]:
         ConfigError: `model.yaml` cannot be used.
     """
     config, path = load_config(model), weights_path(model)
-    with torch.device("meta"):  # shapes without memory: model.yaml may lie about them
-        _check_file(build_network(config.network, len(config.classes)), path, config.network.unused_weights)
+    _check_file(_hollow_network(config), path, config.network.unused_weights)
     return config.classes, path.stat().st_size
 
 
@@ -196,11 +196,26 @@ def load_segmenter(model: str | Path) -> Segmenter:
         ModelError: no such model, or weights that do not fit its configuration.
         ConfigError: `model.yaml` cannot be used.
     """
-    check_folder(model)
     config = load_config(model)
-    network = build_network(config.network, len(config.classes))
+    network = _hollow_network(config)
     load_weights(network, weights_path(model), config.network.unused_weights)
     return network.eval()
+
+
+class _LeaveUnset(TorchFunctionMode):
+    """Skips whatever sets a tensor's values: on the meta device PyTorch loads its compiler for them, a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if name.endswith("_") and not name.endswith("__"):  # as PyTorch names what works in place
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def _hollow_network(config: ModelConfig) -> Segmenter:
+    """A model's network without memory for its weights: model.yaml may lie about them."""
+    with torch.device("meta"), _LeaveUnset():
+        return build_network(config.network, len(config.classes))
 
 
 def weights_path(model: str | Path) -> Path:
@@ -233,7 +248,7 @@ def load_weights(network: Segmenter, path: Path, unused: tuple[str, ...] = ()) -
     """Fill a network from a safetensors file; half-precision weights become the network's own precision.
 
     Args:
-        network: changed in place.
+        network: changed in place; one on the meta device gets its memory here.
         path: safetensors file.
         unused: beginnings of names that may be in the file though the network has no use for them.
 
@@ -250,7 +265,9 @@ def load_weights(network: Segmenter, path: Path, unused: tuple[str, ...] = ()) -
     broken = [name for name, tensor in weights.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken:
         raise ModelError(f"{path}: infinite or no numbers in {', '.join(broken[:10])}; train or fetch the model again")
-    network.load_state_dict(weights)
+    hollow = {name: tensor.dtype for name, tensor in network.state_dict().items() if tensor.is_meta}
+    weights |= {name: weights[name].to(dtype) for name, dtype in hollow.items()}
+    network.load_state_dict(weights, assign=bool(hollow))
 
 
 def _check_file(network: Segmenter, path: Path, unused: tuple[str, ...] = ()) -> None:

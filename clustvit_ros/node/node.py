@@ -135,8 +135,8 @@ class SegmentationNode(LifecycleNode):
             0: every way to end is a good one.
         """
         self._filler.close()
-        self._engines.slot.close(_FINISH_S)
-        self._engines.free(_FINISH_S)
+        finished = self._engines.slot.close(_FINISH_S)
+        self._engines.free(_FINISH_S if finished else 0.0)
         return 0
 
     async def _on_change_state(

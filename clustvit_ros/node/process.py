@@ -70,6 +70,8 @@ def run_node(
         return 0
     node: Any = None
     code = 0
+    # As for SIGINT: rclpy, which calls the handler that it finds, would wait for the end of a callback that takes long.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         keep_freed_memory()
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
@@ -77,7 +79,7 @@ def run_node(
         # PyTorch makes this folder when it is imported, else in /tmp.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(user_cache_dir() / "torchinductor"))
         _clear_shared_memory(name)
-        _initialise(arguments)
+        _initialise(name, given)
         node = create()
         executor = executor_type()
         executor.add_node(node)
@@ -93,8 +95,9 @@ def run_node(
         if rclpy.ok():
             raise  # else a signal shut ROS down under a node that was still starting, and whatever it called failed
     finally:
-        # A second Ctrl-C must not tear down a shutdown half done; `close` takes a few seconds at most.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # A second Ctrl-C must not tear down a shutdown half done; `close` takes a second at most.
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)
         if node is not None:
             code = max(code, node.close())
             node.destroy_node()
@@ -213,9 +216,19 @@ def _leave_native_threads(code: int) -> None:
         os._exit(code)
 
 
-def _initialise(arguments: list[str] | None) -> None:
+def _initialise(name: str, arguments: list[str]) -> None:
     try:
-        rclpy.init(args=arguments)
+        try:
+            rclpy.init(args=arguments)
+        except RuntimeError as error:
+            if "logging" not in str(error):
+                raise
+            # No folder for log files: a robot with a read-only or a full disk drives on.
+            rclpy.try_shutdown()
+            rclpy.init(args=[*arguments, "--ros-args", "--disable-external-lib-logs"])
+            rclpy.logging.get_logger(name).warning(
+                f"no log file is written ({str(error).partition(', at ')[0]}); set ROS_LOG_DIR to a folder for it"
+            )
     except RuntimeError as error:  # a parameter file or argument that rcl cannot read
         raise ConfigError(str(error)) from error
 

@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -321,7 +322,7 @@ class CalibrationCache:
     def load(self, key: CalibrationKey) -> LatencyTable | None:
         """The table as stored, or None."""
         path = self.path(key)
-        if not key.weights_sha256 or not path.is_file():
+        if not key.weights_sha256 or not os.path.isfile(path):
             return None
         try:
             content = json.loads(path.read_text(encoding="utf-8"))

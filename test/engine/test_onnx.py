@@ -12,6 +12,8 @@ import builtins
 import dataclasses
 import json
 import re
+import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -218,6 +220,22 @@ def test_the_cache_is_filled_once_per_size_and_weights(variant, tmp_path, monkey
     variant(perturb=0.1)
     OnnxEngine(model, "cpu", cache_dir=cache)
     assert len(exports) == len(list(cache.iterdir())) == 3
+
+
+def test_a_cache_without_room_is_done_without(toy_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_engine, "temporary_cache_dir", lambda: tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # what a disk does that fills up while it writes
+    try:
+        with pytest.raises(EngineError, match=r"no place for its exported file .*File too large\); set XDG_CACHE"):
+            OnnxEngine(toy_model, "cpu", cache_dir=tmp_path / "full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    for _ in range(2):
+        engine = OnnxEngine(toy_model, "cpu", cache_dir=Path("/dev/null/cache"))
+        assert engine.segment(np.zeros((96, 128, 3), np.uint8)).mask.shape == (1, 96, 128)
+    assert len(list(tmp_path.rglob("*.onnx"))) == 1
 
 
 def test_a_models_own_file_is_used_and_a_stale_one_refused(variant, tmp_path):

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +45,15 @@ WAIT_S = 60.0
 class RosProcess:
     """A node of this package in a process of its own, its output kept in a file."""
 
-    def __init__(self, module: str | Path, *ros_arguments: str) -> None:
+    def __init__(
+        self, module: str | Path, *ros_arguments: str, before: tuple[str, ...] = (), environ: Mapping[str, str] = {}
+    ) -> None:
         program = [str(module)] if isinstance(module, Path) else ["-m", f"clustvit_ros.{module}"]
         self._log = Path(tempfile.mkstemp(suffix=".log")[1])
         with self._log.open("w") as stream:
             self._process = subprocess.Popen(
-                [sys.executable, *program, "--ros-args", *ros_arguments],
-                env=node_environment(os.environ), stdout=stream, stderr=subprocess.STDOUT,
+                [sys.executable, *program, *before, "--ros-args", *ros_arguments],
+                env={**node_environment(os.environ), **environ}, stdout=stream, stderr=subprocess.STDOUT,
             )  # fmt: skip
 
     @property
@@ -189,8 +191,8 @@ def start_node() -> Iterator[Callable[..., RosProcess]]:
     pytest.importorskip("rclpy", reason="needs ROS 2 (rclpy)")
     processes: list[RosProcess] = []
 
-    def start(module: str | Path, *ros_arguments: str) -> RosProcess:
-        processes.append(RosProcess(module, *ros_arguments))
+    def start(module: str | Path, *ros_arguments: str, **arguments: Any) -> RosProcess:
+        processes.append(RosProcess(module, *ros_arguments, **arguments))
         return processes[-1]
 
     yield start

@@ -4,7 +4,10 @@
 # applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
 # governing permissions and limitations under the License.
-"""A segmentation node whose engine takes its time to load and to segment: for signals in the middle of it."""
+"""A segmentation node whose engine takes its time to load and to segment: for signals in the middle of it.
+
+With `stuck` as its first argument, a callback takes its time, too.
+"""
 
 import sys
 import time
@@ -23,5 +26,17 @@ def load(parameters: SegmentationParameters, device: str) -> Engine:
     return ScriptedEngine(latency_ms=parameters.scripted_latency_ms)
 
 
+def create() -> SegmentationNode:
+    """The node."""
+    node = SegmentationNode(load)
+    if "stuck" in sys.argv[1:2]:
+        def stick() -> None:
+            node.get_logger().info("stuck")
+            time.sleep(60.0)
+
+        node.create_timer(0.1, stick)
+    return node
+
+
 if __name__ == "__main__":
-    sys.exit(run_node("segmentation", lambda: SegmentationNode(load), spin, None))
+    sys.exit(run_node("segmentation", create, spin, None))

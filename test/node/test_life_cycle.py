@@ -9,6 +9,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +28,7 @@ from robot import string
 from sensor_msgs.msg import Image
 from std_msgs.msg import Header
 
+from clustvit_ros.classes import ClassSet
 from clustvit_ros.node.messages import image_message
 
 pytestmark = pytest.mark.ros
@@ -163,6 +166,38 @@ def test_signals_end_it_cleanly_in_every_state(
     left_s = time.monotonic()
     ros_client.spin_until(lambda: ("segmentation", namespace) not in names(ros_client), "the node's leaving")
     assert time.monotonic() - left_s < 5.0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_it_in_the_middle_of_a_callback(start_node: Callable[..., Any], number: signal.Signals) -> None:
+    process = start_node(Path(__file__).parent / "slow_node.py", before=("stuck",))
+    process.wait_for_output("stuck")
+    sent_s = time.monotonic()
+    assert process.stop(number) == 0
+    assert time.monotonic() - sent_s < 5.0  # 0.1 s on a quiet machine; the callback takes 60
+
+
+def test_a_start_loads_what_it_needs_and_no_more(make_toy_model: Any) -> None:
+    """PyTorch's compiler alone takes a second; a node that was killed is back that much later."""
+    code = f"""
+import sys
+import numpy as np
+import clustvit_ros.node.node
+from clustvit_ros.engine import create_engine
+from clustvit_ros.policy import Policy
+from clustvit_ros.policy.parameters import SegmentationParameters
+engine = create_engine({str(make_toy_model(ClassSet.numbered(3)))!r}, "auto", "cpu")
+engine.warmup()
+policy = Policy(engine, None)
+image = np.zeros((96, 128, 3), np.uint8)
+engine.segment(image, policy.plan([image], SegmentationParameters()).settings)
+print(*sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    loaded = set(done.stdout.split())
+    assert "torch" in loaded
+    unneeded = {"torch._dynamo", "torch._inductor", "sympy", "onnx", "onnxruntime", "matplotlib", "rosbags"}
+    assert not loaded & unneeded
 
 
 def test_autostart_without_a_model_ends_with_an_error(start_node: Callable[..., Any]) -> None:

@@ -29,7 +29,7 @@ from sensor_msgs.msg import Image
 from clustvit_ros.classes import ClassSet
 from clustvit_ros.dds import node_environment
 from clustvit_ros.node.messages import image_message
-from clustvit_ros.paths import share_dir
+from clustvit_ros.paths import share_dir, temporary_cache_dir
 
 POLICY = share_dir() / "config" / "security" / "segmentation.policy.xml"
 # Children and attributes of each element in sros2's policy schema, version 0.2.0.
@@ -257,3 +257,53 @@ def test_no_root_is_needed(tmp_path: Path) -> None:
         process.terminate()
         process.wait(20.0)
     assert process.returncode == 0
+
+
+@pytest.mark.ros
+@pytest.mark.parametrize(
+    ("engine", "kind"),
+    [("torch", "under a file"), ("torch", "dangling link"), ("torch", "no such folder"),
+     ("onnxruntime", "under a file")],
+)  # fmt: skip
+def test_a_home_that_cannot_be_written_hinders_no_engine(
+    start_node: Any, make_toy_model: Any, tmp_path: Path, engine: str, kind: str
+) -> None:
+    toy_model = make_toy_model(ClassSet.numbered(3))
+    pytest.importorskip("onnxruntime", reason="needs onnxruntime, of the extra 'onnx'")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "at all")
+    (tmp_path / "tmp").mkdir()
+    home = {"under a file": "/dev/null/home", "dangling link": f"{tmp_path}/dangling", "no such folder": "/proc/home"}
+    # Whatever names another place would hide what is tested.
+    given = {"HOME": home[kind], "TMPDIR": f"{tmp_path}/tmp", "XDG_CACHE_HOME": "", "ROS_LOG_DIR": "", "ROS_HOME": "",
+             "TORCHINDUCTOR_CACHE_DIR": ""}  # fmt: skip
+    process = start_node(
+        "node.node", "-p", f"engine:={engine}", "-p", f"model:={toy_model}", "-p", "device:=cpu", environ=given
+    )
+    process.wait_for_output("active:")
+    temporary = tmp_path / "tmp" / f"clustvit_ros-{os.getuid()}"
+    assert f"exported files are kept in {temporary}" in process.output
+    assert "no log file is written (failed to initialize logging: Failed to create log directory" in process.output
+    assert bool(list(temporary.rglob("*.onnx"))) == (engine == "onnxruntime")
+    assert temporary.stat().st_mode & 0o077 == 0
+    assert process.stop() == 0
+
+
+def test_a_temporary_folder_of_somebody_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    planted = tmp_path / f"clustvit_ros-{os.getuid()}"
+    (tmp_path / "theirs").mkdir()
+    for plant in (lambda: planted.symlink_to(tmp_path / "theirs"), lambda: planted.mkdir(0o777)):
+        plant()
+        planted.is_symlink() or planted.chmod(0o777)
+        folder = temporary_cache_dir()
+        assert folder.is_dir() and folder != planted and folder.stat().st_mode & 0o077 == 0
+        planted.unlink() if planted.is_symlink() else planted.rmdir()
+    assert temporary_cache_dir() == planted
+
+
+def test_onnx_runtime_tells_nobody(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="needs onnxruntime, of the extra 'onnx'")
+    environ = {key: value for key, value in os.environ.items() if key not in ("CI", "XDG_CACHE_HOME")}
+    code = "from clustvit_ros.engine.onnx_session import import_onnxruntime; import_onnxruntime().get_device()"
+    subprocess.run([sys.executable, "-c", code], env={**environ, "HOME": str(tmp_path)}, check=True, timeout=60)
+    assert not list(tmp_path.rglob("*")), "it keeps an identifier of the device, and sends what it knows"
