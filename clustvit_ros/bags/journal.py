@@ -12,12 +12,15 @@ the last committed row ends.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
+import shutil
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +31,16 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS run (identity TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS frames (
   number INTEGER PRIMARY KEY, topic TEXT NOT NULL, timestamp_ns INTEGER NOT NULL, sec INTEGER, nanosec INTEGER,
-  frame_id TEXT, mask BLOB, confidence BLOB, stats TEXT, device TEXT, problem TEXT
+  frame_id TEXT, mask BLOB, confidence BLOB, stats TEXT, device TEXT, problem TEXT, checksum INTEGER NOT NULL
 );
 """
 _COMMIT_PERIOD_S = 1.0
+_LOCK, _DATABASE, _STAGE = "lock", "journal.sqlite", "output"
+_DATABASE_FILES = tuple(_DATABASE + end for end in ("", "-wal", "-shm", "-journal"))
+# Begins the lock file: what tells a folder of this package from a user's own of the same name.
+_MARK = b"clustvit-ros label-bag "
+# What SQLite says of the disk, not of the database.
+_STORAGE_TROUBLE = ("full", "disk I/O", "unable to open", "readonly", "locked")
 
 
 @dataclass(frozen=True)
@@ -65,37 +74,141 @@ class LabelledFrame:
     problem: str = ""
 
 
-class Journal:
-    """The rows of one run, in `folder`; one process at a time.
+class WorkFolder:
+    """The folder of unfinished output, locked: one process at a time, and never a folder of somebody else's.
+
+    Leaving it removes it, unless a journal is in it.
 
     Args:
-        folder: folder of the unfinished output; made when missing.
-        identity: what makes a run the same run: the bag, the model, the settings.
+        path: the folder; made when missing.
 
     Raises:
         BagError: another process is at it.
+        ConfigError: it exists and holds what label-bag does not write there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.stage = path / _STAGE
+        """Where output is written before it gets its name."""
+        while not self._lock_it():
+            pass  # its last owner removed it meanwhile
+
+    def clear(self) -> None:
+        """Remove the journal and the stage."""
+        self.clear_stage()
+        for name in _DATABASE_FILES:
+            (self.path / name).unlink(missing_ok=True)
+
+    def clear_stage(self) -> None:
+        """Remove what was written of the output."""
+        if self.stage.exists():
+            shutil.rmtree(self.stage)
+
+    def __enter__(self) -> WorkFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            if not (self.path / _DATABASE).exists():
+                (self.path / _LOCK).unlink()
+                with contextlib.suppress(OSError):  # somebody put a file there
+                    self.path.rmdir()
+        finally:
+            os.close(self._lock)
+
+    def _lock_it(self) -> bool:
+        if self.path.exists() and not self._is_ours():
+            raise ConfigError(
+                f"{self.path}: is needed for unfinished output, but exists and is not label-bag's; move it away, or "
+                "choose another output"
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = self.path / _LOCK
+        try:
+            # Held until the process ends, however it ends.
+            self._lock = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if lock.exists() and os.path.samestat(lock.stat(), os.fstat(self._lock)):
+                os.ftruncate(self._lock, 0)
+                os.write(self._lock, _MARK + f"{os.getpid()}\n".encode())
+                return True
+        except BlockingIOError as error:
+            os.close(self._lock)
+            raise BagError(f"{self.path}: another process writes there; wait, or choose another output") from error
+        except OSError:
+            os.close(self._lock)
+            raise
+        os.close(self._lock)
+        return False
+
+    def _is_ours(self) -> bool:
+        """Nothing but our files, and the mark; a process that was killed at its very start left less."""
+        try:
+            names = set(os.listdir(self.path))
+            mark = (self.path / _LOCK).read_bytes() if _LOCK in names else b""
+        except OSError:
+            return False
+        return names <= ({_LOCK, _STAGE, *_DATABASE_FILES} if mark.startswith(_MARK) else set() if mark else {_LOCK})
+
+
+@contextlib.contextmanager
+def written_to(place: Path) -> Iterator[None]:
+    """Full disks, failing ones and damaged journals become a sentence with a remedy.
+
+    Args:
+        place: what is written.
+
+    Raises:
+        BagError: instead of what the file system or SQLite says.
+    """
+    try:
+        yield
+    except (OSError, sqlite3.Error) as error:
+        if isinstance(error, OSError) or any(words in str(error) for words in _STORAGE_TROUBLE):
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise BagError(
+                f"{place}: cannot be written ({reason}); make room or choose another disk, and run the same command "
+                "again: it continues"
+            ) from error
+        raise _damaged(place, error) from error
+
+
+def _damaged(place: Path, reason: object) -> BagError:
+    return BagError(f"{place}: the journal of unfinished output is damaged ({reason}); begin again with --restart")
+
+
+class Journal:
+    """The rows of one run.
+
+    Args:
+        work: where it lies.
+        identity: what makes a run the same run: the bag, the model, the settings.
+
+    Raises:
+        BagError: what is there is damaged.
         ConfigError: the folder belongs to a run with another identity.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        # Held until the process ends, however it ends.
-        self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    def __init__(self, work: WorkFolder, identity: Mapping[str, Any]) -> None:
+        self._folder = work.path
+        self._database = sqlite3.connect(work.path / _DATABASE)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock)
-            raise BagError(f"{folder}: another process writes there; wait for it, or choose another output") from error
-        os.ftruncate(self._lock, 0)
-        os.write(self._lock, f"{os.getpid()}\n".encode())
-        self._database = sqlite3.connect(folder / "journal.sqlite")
-        self._database.execute("PRAGMA journal_mode=WAL")
-        self._database.executescript(_SCHEMA)
-        self._committed_s = time.monotonic()
-        try:
-            self._claim(folder, identity)
-        except ConfigError:
-            self.close()
+            self._database.execute("PRAGMA journal_mode=WAL")
+            self._database.executescript(_SCHEMA)
+            self._committed_s = time.monotonic()
+            (sound,) = self._database.execute("PRAGMA integrity_check(1)").fetchone()
+            if sound != "ok":
+                raise _damaged(self._folder, sound)
+            self._claim(identity)
+            numbers = {frame.number for frame in self.frames()}
+            if numbers != set(range(len(numbers))):
+                raise _damaged(self._folder, "frames are missing in it")
+        except BaseException:
+            self._database.close()
             raise
 
     @property
@@ -108,7 +221,7 @@ class Journal:
         stats = json.dumps(frame.stats) if frame.stats is not None else None
         row = (frame.number, frame.topic, frame.timestamp_ns, frame.sec, frame.nanosec, frame.frame_id,
                frame.mask, frame.confidence, stats, frame.device, frame.problem)  # fmt: skip
-        self._database.execute("INSERT INTO frames VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+        self._database.execute(f"INSERT INTO frames VALUES ({'?, ' * len(row)}?)", (*row, _checksum(row)))
         if time.monotonic() - self._committed_s > _COMMIT_PERIOD_S:
             self.commit()
 
@@ -118,8 +231,14 @@ class Journal:
         self._committed_s = time.monotonic()
 
     def frames(self) -> Iterator[LabelledFrame]:
-        """All frames in order of time."""
-        for row in self._database.execute("SELECT * FROM frames ORDER BY timestamp_ns, number"):
+        """All frames in order of time.
+
+        Raises:
+            BagError: a frame is not what was written.
+        """
+        for *row, checksum in self._database.execute("SELECT * FROM frames ORDER BY timestamp_ns, number"):
+            if _checksum(row) != checksum:
+                raise _damaged(self._folder, f"the checksum of frame {row[0]} is wrong")
             stats = json.loads(row[8]) if row[8] is not None else None
             yield LabelledFrame(*(*row[:8], stats, *row[9:]))
 
@@ -127,19 +246,33 @@ class Journal:
         """(recording time in ns, problem or nothing) of all frames in order of time."""
         yield from self._database.execute("SELECT timestamp_ns, problem FROM frames ORDER BY timestamp_ns, number")
 
-    def close(self) -> None:
-        """Commit and let go."""
-        self._database.commit()
-        self._database.close()
-        os.close(self._lock)
+    def devices(self) -> list[str]:
+        """What computed the frames."""
+        return [row[0] for row in self._database.execute("SELECT DISTINCT device FROM frames WHERE device != ''")]
 
-    def _claim(self, folder: Path, identity: Mapping[str, Any]) -> None:
+    def close(self) -> None:
+        """Let go; what was not committed is not kept."""
+        self._database.close()
+
+    def _claim(self, identity: Mapping[str, Any]) -> None:
         row = self._database.execute("SELECT identity FROM run").fetchone()
         if row is None:
             self._database.execute("INSERT INTO run VALUES (?)", (json.dumps(identity, sort_keys=True),))
             self._database.commit()
             return
-        check_identity(folder, json.loads(row[0]), identity)
+        try:
+            found = dict(json.loads(row[0]))
+        except (TypeError, ValueError) as error:
+            raise _damaged(self._folder, error) from error
+        check_identity(self._folder, found, identity)
+
+
+def _checksum(row: Sequence[Any]) -> int:
+    """Of everything in a row: SQLite itself has none, and a decoder may take a garbled PNG for another picture."""
+    checksum = 0
+    for value in row:
+        checksum = zlib.crc32(value if isinstance(value, bytes) else repr(value).encode(), checksum)
+    return checksum
 
 
 def check_identity(place: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

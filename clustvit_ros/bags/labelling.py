@@ -12,38 +12,40 @@ short continues.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-import shutil
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clustvit_ros.bags.journal import Journal, LabelledFrame, check_identity
-from clustvit_ros.bags.reading import PARTIAL_SUFFIX, BagReader
-from clustvit_ros.bags.salvage import Salvaged
-from clustvit_ros.bags.writing import (
+from clustvit_ros.bags.journal import Journal, LabelledFrame, WorkFolder, check_identity, written_to
+from clustvit_ros.bags.reading import (
     COMPRESSED_IMAGE,
     IMAGE,
-    read_about,
+    PARTIAL_SUFFIX,
+    BagReader,
     read_message,
     to_pixels,
-    to_png,
     unusable,
-    write_bag,
-    write_pngs,
 )
+from clustvit_ros.bags.salvage import Salvaged
+from clustvit_ros.bags.writing import read_about, remove_output, to_png, write_bag, write_pngs
 from clustvit_ros.engine import Engine, Settings
 from clustvit_ros.engine.engine import FrameRecord
-from clustvit_ros.errors import BagError, ConfigError, ImageError
+from clustvit_ros.errors import BagError, ClustvitError, ConfigError, ImageError
 
 FORMATS = ("bag", "png")
 OUTPUT_STORAGES = ("same", "mcap", "sqlite3")
 COMPRESSIONS = ("none", "zstd")
 _OUTPUT_NAMES = ("mask", "confidence", "overlay", "clusters")
 _IDENTITY_BYTES = 1 << 16
-_PROBLEMS_TOLD = 5
+_PROBLEMS_TOLD, _DAMAGE_TOLD = 5, 50
+# ROS 2 takes names of 255 bytes, file systems as long folders; what is appended needs room.
+_LONGEST_NAMESPACE = 200
+_LATEST_NS = (1 << 63) - 1
 
 Progress = Callable[[int, int], None]
 """Called with the frames done and the frames in all, as far as known."""
@@ -82,6 +84,11 @@ class LabelOptions:
                 raise ConfigError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(choices)}")
         if isinstance(self.output_size, str) and self.output_size not in ("input", "model"):
             raise ConfigError(f"output_size: got {self.output_size!r}, expected input, model or (height, width)")
+        if self.format == "png" and (self.storage, self.compression) != ("same", "none"):
+            raise ConfigError(
+                f"format: got 'png' with storage {self.storage!r} and compression {self.compression!r}, which are a "
+                "bag's; PNG files are compressed already, leave both out"
+            )
         self.settings((1, 1))
 
     def settings(self, model_size: tuple[int, int]) -> Settings:
@@ -106,6 +113,7 @@ class LabelReport:
         damage: what of the bag could not be read.
         skipped: image topics that were not chosen by name and cannot be segmented, with the reason.
         finished_before: nothing was left to do.
+        devices: what computed it, in this run and those that it continues.
     """
 
     source: Path
@@ -118,6 +126,7 @@ class LabelReport:
     damage: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     finished_before: bool = False
+    devices: list[str] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
@@ -144,40 +153,35 @@ def label_bag(
         ConfigError: an option that does not fit the bag, or output of another run in the way.
         EngineError: the device failed.
     """
-    target = Path(os.path.abspath(target))
+    target = Path(os.path.realpath(target))
     partial = target.with_name(target.name + PARTIAL_SUFFIX)
-    if restart:
-        _remove_output(target, partial)
+    real_source = Path(os.path.realpath(source))
+    if target in (real_source, *real_source.parents):
+        raise ConfigError(f"{target}: holds the bag itself; choose another output")
     with BagReader(source) as bag:
         prefixes, skipped = choose_topics(bag, options.topics)
         identity = _identity(bag, engine, options, prefixes)
         report = LabelReport(source, target, prefixes, skipped=skipped)
-        if target.exists():
+        if target.exists() and not restart:
             return _finished(report, identity, partial)
-        journal = Journal(partial, identity)
-        try:
-            _label(bag, journal, engine, options, report, progress)
-            _summarise(journal, report)
-            report.damage = list(bag.damage)
-            if not report.labelled:
-                shutil.rmtree(partial)
-                reasons = "; ".join(report.damage + report.problems) or "its image topics hold no messages"
-                raise BagError(f"{source}: no image could be labelled ({reasons})")
-            about = {
-                "identity": identity,
-                "classes": [
-                    {"name": name, "colour": list(colour)}
-                    for name, colour in zip(engine.info.classes.names, engine.info.classes.colours, strict=True)
-                ],
-                "labelled": report.labelled,
-                "unlabelled": report.unlabelled,
-                "problems": report.problems,
-                "damage": report.damage,
-            }
-            _publish(journal, partial, target, report, about, options, bag.storage)
-        finally:
-            journal.close()
-    shutil.rmtree(partial, ignore_errors=True)
+        with written_to(partial), WorkFolder(partial) as work:
+            if restart:
+                remove_output(target)
+                work.clear()
+            elif target.exists():  # another process has just finished
+                return _finished(report, identity, partial)
+            with contextlib.closing(Journal(work, identity)) as journal:
+                _label(bag, journal, engine, options, report, progress)
+                _summarise(journal, report)
+                report.damage = bag.damage[:_DAMAGE_TOLD]
+                if len(bag.damage) > _DAMAGE_TOLD:
+                    report.damage.append(f"and {len(bag.damage) - _DAMAGE_TOLD} places more")
+                if report.labelled:
+                    _publish(journal, work, report, _about(identity, engine, report), options, bag.storage)
+            work.clear()
+    if not report.labelled:
+        reasons = "; ".join(report.damage + report.problems) or "its image topics hold no messages"
+        raise BagError(f"{source}: no image could be labelled ({reasons})")
     return report
 
 
@@ -198,51 +202,87 @@ def choose_topics(bag: BagReader, chosen: tuple[str, ...]) -> tuple[dict[str, st
         BagError: no image topic.
         ConfigError: a chosen topic that is not there, or holds no images.
     """
+    images = list(dict.fromkeys(topic.name for topic in bag.topics if topic.msgtype in (IMAGE, COMPRESSED_IMAGE)))
     types = {topic.name: topic.msgtype for topic in bag.topics}
-    images = [name for name, msgtype in types.items() if msgtype in (IMAGE, COMPRESSED_IMAGE)]
     skipped: dict[str, str] = {}
     if not images:
-        names = ", ".join(sorted(types)) or "none at all"
+        names = ", ".join(sorted(map(shown, types))) or "none at all"
         raise BagError(f"{bag.path}: no topic of {IMAGE} or {COMPRESSED_IMAGE}; its topics are: {names}")
     for name in chosen:
         if name not in images:
             kind = f"of type {types[name]}" if name in types else "not in this bag"
-            raise ConfigError(f"topic {name}: is {kind}, expected one of {', '.join(sorted(images))}")
+            known = ", ".join(sorted(map(shown, images)))
+            raise ConfigError(f"topic {shown(name)}: is {kind}, expected one of {known}")
     for name in images if not chosen else ():
         reason = _why_not(bag, name)
         if reason:
             skipped[name] = reason
     topics = list(dict.fromkeys(chosen)) or [name for name in images if name not in skipped]
     if not topics:
-        reasons = "; ".join(f"{name} {reason}" for name, reason in skipped.items())
+        reasons = "; ".join(f"{shown(name)} {reason}" for name, reason in skipped.items())
         raise BagError(f"{bag.path}: no image topic that can be segmented ({reasons}); choose one with --topic")
     if len(topics) == 1:
         return {topics[0]: "/segmentation"}, skipped
-    return {name: f"{name.rstrip('/')}/segmentation" for name in topics}, skipped
+    prefixes: dict[str, str] = {}
+    # Names that are as they should be come first: what others become must not take theirs.
+    for name in sorted(topics, key=lambda name: name != _ros_name(name)):
+        plain = free = _ros_name(name)
+        number = 1
+        while free in prefixes:
+            number += 1
+            free = f"{plain}_{number}"
+        prefixes[free] = name
+    namespaces = {name: f"{free}/segmentation" for free, name in prefixes.items()}
+    return {name: namespaces[name] for name in topics}, skipped
+
+
+def shown(topic: str) -> str:
+    """A topic's name for people: one line of a terminal, whatever a bag calls a topic."""
+    text = topic if topic.isprintable() else repr(topic)
+    return text if len(text) <= _LONGEST_NAMESPACE else f"{text[:_LONGEST_NAMESPACE]}... ({len(topic)} characters)"
+
+
+def _ros_name(topic: str) -> str:
+    """The name that ROS 2 accepts and a folder can have, next to what a bag calls a topic."""
+    parts = [re.sub(r"[^A-Za-z0-9_]", "_", part) for part in topic.split("/") if part]
+    name = "".join(f"/_{part}" if part[0].isdigit() else f"/{part}" for part in parts)
+    return name[:_LONGEST_NAMESPACE].rstrip("/") or "/_"
 
 
 def _why_not(bag: BagReader, topic: str) -> str:
     *_, group, name = ("", *topic.split("/"))
     if group == "segmentation" and name in _OUTPUT_NAMES:
         return "is output of a segmentation node"
-    for message in bag.messages([topic]):
+    unreadable, problem = 0, ""
+    for message in _image_messages(bag, [topic]):
         try:
-            return unusable(read_message(message.msgtype, message.data))
-        except ImageError:
-            continue  # one damaged message says nothing about the topic
-    return "holds no messages"
+            reason = unusable(read_message(message.msgtype, message.data))
+        except ImageError as error:  # one damaged message says nothing about the topic
+            unreadable, problem = unreadable + 1, problem or str(error)
+            continue
+        count = sum(entry.message_count for entry in bag.topics if entry.name == topic)
+        return reason and f"{reason}: {count} messages"
+    return f"holds {unreadable} messages of which none can be read ({problem})" if unreadable else "holds no messages"
+
+
+def _image_messages(bag: BagReader, topics: Iterable[str]) -> Iterator[Salvaged]:
+    """In order; a topic may have messages of other types beside."""
+    return (message for message in bag.messages(topics) if message.msgtype in (IMAGE, COMPRESSED_IMAGE))
 
 
 def _label(
     bag: BagReader, journal: Journal, engine: Engine, options: LabelOptions, report: LabelReport, progress: Progress
 ) -> None:
     settings = options.settings(engine.info.input_size)
-    total = sum(topic.message_count for topic in bag.topics if topic.name in report.prefixes)
+    total = sum(
+        topic.message_count for topic in bag.topics
+        if topic.name in report.prefixes and topic.msgtype in (IMAGE, COMPRESSED_IMAGE)
+    )  # fmt: skip
     done = journal.next_number
     progress(done, total)
     report.continued = done
     try:
-        for number, message in enumerate(bag.messages(report.prefixes)):
+        for number, message in enumerate(_image_messages(bag, report.prefixes)):
             if number >= done:
                 journal.add(_labelled(number, message, engine, settings))
                 progress(number + 1, total)
@@ -251,7 +291,9 @@ def _label(
 
 
 def _labelled(number: int, message: Salvaged, engine: Engine, settings: Settings) -> LabelledFrame:
-    place = (number, message.topic, message.timestamp_ns)
+    place = (number, message.topic, min(max(message.timestamp_ns, 0), _LATEST_NS))
+    if place[2] != message.timestamp_ns:
+        return LabelledFrame(*place, problem=f"recorded at {message.timestamp_ns} ns, which is no time of ROS 2")
     try:
         image = read_message(message.msgtype, message.data)
         head = image.header
@@ -272,6 +314,7 @@ def _labelled(number: int, message: Salvaged, engine: Engine, settings: Settings
 
 def _summarise(journal: Journal, report: LabelReport) -> None:
     report.labelled = report.unlabelled = 0
+    report.devices = journal.devices()
     for timestamp_ns, problem in journal.outcomes():
         if not problem:
             report.labelled += 1
@@ -281,20 +324,38 @@ def _summarise(journal: Journal, report: LabelReport) -> None:
             report.problems.append(f"image of {timestamp_ns} ns: {problem}")
 
 
+def _about(identity: Mapping[str, Any], engine: Engine, report: LabelReport) -> dict[str, Any]:
+    """What the output says of its run; `read_about` knows it again."""
+    classes = engine.info.classes
+    return {
+        "identity": identity,
+        "classes": [
+            {"name": name, "colour": list(colour)}
+            for name, colour in zip(classes.names, classes.colours, strict=True)
+        ],
+        "labelled": report.labelled, "unlabelled": report.unlabelled, "problems": report.problems,
+        "damage": report.damage,
+    }  # fmt: skip
+
+
 def _publish(
-    journal: Journal, partial: Path, target: Path, report: LabelReport, about: Mapping[str, Any], options: LabelOptions,
+    journal: Journal, work: WorkFolder, report: LabelReport, about: Mapping[str, Any], options: LabelOptions,
     source_storage: str,
 ) -> None:  # fmt: skip
     """Write the output beside the journal and give it its name in one step."""
-    stage = partial / "output"
-    shutil.rmtree(stage, ignore_errors=True)  # of a run that was killed while it wrote
-    finished = stage / target.name
-    if options.format == "png":
-        write_pngs(finished, journal.frames(), report.prefixes, about)
-    else:
-        storage = source_storage if options.storage == "same" else options.storage
-        write_bag(finished, journal.frames(), report.prefixes, about, storage, options.compression)
-    os.replace(finished, target)
+    work.clear_stage()  # of a run that was killed while it wrote
+    # A bag's name is in its files as well, and rosbags puts it into SQLite's URIs as it is.
+    finished = work.stage / re.sub(r"[^\w. -]", "_", report.target.name)
+    try:
+        if options.format == "png":
+            write_pngs(finished, journal.frames(), report.prefixes, about)
+        else:
+            storage = source_storage if options.storage == "same" else options.storage
+            write_bag(finished, journal.frames(), report.prefixes, about, storage, options.compression)
+        os.replace(finished, report.target)
+    except BaseException:
+        work.clear_stage()  # a full disk is not to stay full
+        raise
 
 
 def _finished(report: LabelReport, identity: Mapping[str, Any], partial: Path) -> LabelReport:
@@ -302,19 +363,13 @@ def _finished(report: LabelReport, identity: Mapping[str, Any], partial: Path) -
     if about is None:
         raise ConfigError(f"{report.target}: exists and is no output of label-bag; choose another output")
     check_identity(report.target, about["identity"], identity)
-    shutil.rmtree(partial, ignore_errors=True)  # a run was killed after its output had got its name
+    if partial.exists():  # a run was killed after its output had got its name
+        with contextlib.suppress(ClustvitError, OSError), WorkFolder(partial) as work:
+            work.clear()
     report.labelled = report.continued = about["labelled"]
     report.unlabelled, report.problems = about["unlabelled"], about["problems"]
     report.damage, report.finished_before = about["damage"], True
     return report
-
-
-def _remove_output(target: Path, partial: Path) -> None:
-    if target.exists():
-        if read_about(target) is None:
-            raise ConfigError(f"{target}: exists and is no output of label-bag, so it stays; choose another output")
-        shutil.rmtree(target)
-    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _identity(bag: BagReader, engine: Engine, options: LabelOptions, prefixes: Mapping[str, str]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import quote
 
 _TABLE_LEAF = 0x0D
@@ -151,6 +151,11 @@ def _integer(payload: bytes, position: int, kind: int) -> tuple[int, int]:
     return int.from_bytes(payload[position:end], "big", signed=True), end
 
 
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+"""Begins what is compressed with Zstandard."""
+
+_MOST_MESSAGE_BYTES = 1 << 30
+_BLOCK_BYTES = 1 << 20
 _MCAP_MAGIC = b"\x89MCAP0\r\n"
 _FOOTER, _SCHEMA, _CHANNEL, _MESSAGE, _CHUNK = 0x02, 0x03, 0x04, 0x05, 0x06
 _LAST_MCAP_OPCODE = 0x0F
@@ -163,37 +168,102 @@ class Salvaged(NamedTuple):
         topic: its name.
         msgtype: e.g. "sensor_msgs/msg/Image".
         timestamp_ns: nanoseconds when it was recorded.
-        data: CDR.
+        data: CDR, or as ROS 1 serialises, compressed or not.
+        ros1: as ROS 1 serialises.
     """
 
     topic: str
     msgtype: str
     timestamp_ns: int
     data: bytes
+    ros1: bool = False
+
+
+class _Channel(NamedTuple):
+    topic: str
+    msgtype: str
+    ros1: bool
 
 
 class SalvageError(Exception):
     """Reading goes no further; the message says where and why."""
 
 
-def salvage(path: Path, damage: list[str]) -> Iterator[Salvaged]:
+def salvage(path: Path, kind: str, name: str, damage: list[str], reason: str = "") -> Iterator[Salvaged]:
     """The messages of a storage file in the order in which they lie there.
 
     Args:
-        path: an .mcap or .db3 file.
+        path: the file, not compressed.
+        kind: the suffix of what it holds: .mcap or .db3; others are only named.
+        name: what the user calls it.
         damage: gets a sentence for each place that cannot be read.
+        reason: why it could not be read in an ordinary way.
     """
     try:
-        if path.suffix not in _READERS:
-            raise SalvageError("is compressed as a whole; decompress it with `zstd -d` and label what comes out")
-        yield from _READERS[path.suffix](path, damage)
+        if kind == ".bag":
+            raise SalvageError(f"{reason or 'is damaged'}; `rosbag reindex` of ROS 1 repairs it")
+        if kind not in _READERS:
+            raise SalvageError("is neither MCAP nor SQLite")
+        yield from _READERS[kind](path, name, damage)
     except SalvageError as error:
-        damage.append(f"{path.name}: {error}")
+        damage.append(f"{name}: {error}")
 
 
-def _read_mcap(path: Path, damage: list[str]) -> Iterator[Salvaged]:
+def text(value: Any) -> str:
+    """A name of a bag, which should be text and may be anything."""
+    return value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value)
+
+
+def decompress_message(data: bytes) -> bytes:
+    """A message that was compressed with Zstandard; as it is where that fails."""
+    zstd = _zstd()
+    decompressor = zstd.ZstdDecompressor()
+    try:
+        plain = decompressor.decompress(data, _MOST_MESSAGE_BYTES)
+    except zstd.ZstdError:
+        return data
+    return plain if decompressor.eof else data
+
+
+def decompress_file(path: Path, target: Path) -> list[str]:
+    """Write as much of a file as can be decompressed.
+
+    Args:
+        path: compressed with Zstandard.
+        target: the file to make.
+
+    Returns:
+        What is wrong with it, in a sentence; empty for nothing.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    zstd = _zstd()
+    decompressor = zstd.ZstdDecompressor()
+    with path.open("rb") as file, target.open("wb") as plain:
+        while block := file.read(_BLOCK_BYTES):
+            while block:
+                if decompressor.eof:
+                    decompressor = zstd.ZstdDecompressor()
+                try:
+                    plain.write(decompressor.decompress(block))
+                except zstd.ZstdError as error:
+                    return [f"{path.name}: cannot be decompressed to its end ({error})"]
+                block = decompressor.unused_data
+    return [] if decompressor.eof else [f"{path.name}: ends before its compressed content does"]
+
+
+def _zstd() -> Any:
+    try:
+        from compression import zstd
+    except ModuleNotFoundError:  # before Python 3.14
+        from backports import zstd
+    return zstd
+
+
+def _read_mcap(path: Path, name: str, damage: list[str]) -> Iterator[Salvaged]:
     schemas: dict[int, str] = {}
-    channels: dict[int, tuple[str, str]] = {}
+    channels: dict[int, _Channel] = {}
     with path.open("rb") as file:
         if file.read(len(_MCAP_MAGIC)) != _MCAP_MAGIC:
             raise SalvageError("does not begin as an MCAP file does")
@@ -205,7 +275,7 @@ def _read_mcap(path: Path, damage: list[str]) -> Iterator[Salvaged]:
             if opcode == _CHUNK:
                 records, problem = _open_chunk(content, whole)
                 if problem:
-                    damage.append(f"{path.name}: chunk at byte {offset}: {problem}")
+                    damage.append(f"{name}: chunk at byte {offset}: {problem}")
             else:
                 records = [(opcode, content)] if whole else []
             for kind, record in records:
@@ -259,29 +329,26 @@ def _decompress(stored: bytes, compression: str) -> bytes:
 
         return LZ4FrameDecompressor().decompress(stored)
     if compression == "zstd":
-        try:
-            from compression.zstd import ZstdDecompressor
-        except ModuleNotFoundError:  # before Python 3.14
-            from backports.zstd import ZstdDecompressor
-        return ZstdDecompressor().decompress(stored)
+        return _zstd().ZstdDecompressor().decompress(stored)
     raise ValueError(f"compression {compression!r} is unknown")
 
 
-def _interpret(
-    opcode: int, record: bytes, schemas: dict[int, str], channels: dict[int, tuple[str, str]]
-) -> Salvaged | None:
+def _interpret(opcode: int, record: bytes, schemas: dict[int, str], channels: dict[int, _Channel]) -> Salvaged | None:
     try:
         if opcode == _SCHEMA:
             (key,) = struct.unpack_from("<H", record)
             schemas[key] = _text(record, 2)[0]
         elif opcode == _CHANNEL:
             key, schema = struct.unpack_from("<HH", record)
-            channels[key] = _text(record, 4)[0], schemas.get(schema, "")
+            topic, end = _text(record, 4)
+            ros1, msgtype = _text(record, end)[0] == "ros1", schemas.get(schema, "")
+            channels[key] = _Channel(topic, msgtype.replace("/", "/msg/", 1) if ros1 else msgtype, ros1)
         elif opcode == _MESSAGE:
             key, _, log_time, _ = struct.unpack_from("<HIQQ", record)
             if key in channels:
-                return Salvaged(*channels[key], log_time, record[22:])
-    except (struct.error, UnicodeDecodeError):
+                channel = channels[key]
+                return Salvaged(channel.topic, channel.msgtype, log_time, record[22:], channel.ros1)
+    except struct.error:
         pass  # a record that makes no sense carries no message
     return None
 
@@ -289,20 +356,23 @@ def _interpret(
 def _text(record: bytes, position: int) -> tuple[str, int]:
     (length,) = struct.unpack_from("<I", record, position)
     end = position + 4 + length
-    return record[position + 4 : end].decode(), end
+    return text(record[position + 4 : end]), end
 
 
-def _read_sqlite(path: Path, damage: list[str]) -> Iterator[Salvaged]:
+def _read_sqlite(path: Path, name: str, damage: list[str]) -> Iterator[Salvaged]:
     # A write-ahead log that its recorder left behind holds the newest messages; without one, nothing is to be locked.
     log = path.with_name(path.name + "-wal")
     mode = "mode=ro" if log.exists() and log.stat().st_size else "mode=ro&immutable=1"
     connection = sqlite3.connect(f"file:{quote(str(path.absolute()))}?{mode}", uri=True)
+    connection.text_factory = text
     topics: dict[int, tuple[str, str]] = {}
     last_row = read = 0
     try:
         # Else SQLite refuses to open a file that is shorter than its header says.
         connection.execute("PRAGMA writable_schema=ON")
-        topics = {key: (name, kind) for key, name, kind in connection.execute("SELECT id, name, type FROM topics")}
+        topics = {
+            key: (text(name), text(kind)) for key, name, kind in connection.execute("SELECT id, name, type FROM topics")
+        }
         # Not by time: the rows lie in the file as they came, an index may not.
         for row, topic, timestamp_ns, data in connection.execute("SELECT id, topic_id, timestamp, data FROM messages"):
             # Rows ascend; a page that reads as zeros gives a row 0 before SQLite notices.

@@ -4,17 +4,17 @@
 # applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
 # governing permissions and limitations under the License.
-"""The journal of a finished run as a rosbag2 bag, or as PNG files with a manifest.
+"""The journal of a finished run as a rosbag2 bag, or as PNG files with a manifest; label maps to messages, without ROS.
 
-Serialised ROS 2 messages to images, and label maps to serialised ROS 2 messages, without ROS.
+What was written is known again, and only that is ever removed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -23,58 +23,11 @@ import cv2
 import numpy as np
 
 from clustvit_ros.bags.journal import LabelledFrame
-from clustvit_ros.compressed_images import decode_compressed
-from clustvit_ros.errors import BagError, ImageError
-from clustvit_ros.images import SUPPORTED_ENCODINGS, decode_image, image_fields
+from clustvit_ros.bags.reading import IMAGE, METADATA_FILE, plain_link, read_metadata, typestore
+from clustvit_ros.errors import BagError, ConfigError
+from clustvit_ros.images import image_fields
 
-IMAGE, COMPRESSED_IMAGE = "sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage"
 DIAGNOSTIC_ARRAY = "diagnostic_msgs/msg/DiagnosticArray"
-
-# A recording is no stranger's network traffic, but a damaged length field must not take all memory either.
-_MAX_PIXELS = 1 << 28
-
-
-@functools.cache
-def typestore() -> Any:
-    """The message definitions; those of images have not changed since the first ROS 2."""
-    from rosbags.typesys import Stores, get_typestore
-
-    return get_typestore(Stores.ROS2_JAZZY)
-
-
-def read_message(msgtype: str, data: bytes) -> Any:
-    """Deserialise an Image or CompressedImage.
-
-    Raises:
-        ImageError: not one.
-    """
-    try:
-        return typestore().deserialize_cdr(data, msgtype)
-    except Exception as error:  # whatever the generated code meets in damaged bytes
-        reason = str(error) or type(error).__name__
-        raise ImageError(f"message: got {len(data)} damaged bytes of {msgtype} ({reason})") from error
-
-
-def unusable(message: Any) -> str:
-    """Why no message like this one can be segmented; empty when it can.
-
-    Args:
-        message: what `read_message` gave.
-    """
-    if hasattr(message, "format"):
-        return "holds compressed depth" if "compressedDepth" in message.format else ""
-    return "" if message.encoding in SUPPORTED_ENCODINGS else f"has encoding {str(message.encoding)[:40]!r}"
-
-
-def to_pixels(message: Any) -> np.ndarray:
-    """Decode a message of `read_message` to (H, W, 3) uint8 RGB.
-
-    Raises:
-        ImageError: unsupported or damaged.
-    """
-    decode = decode_compressed if hasattr(message, "format") else decode_image
-    # Bags are read only, and PyTorch wants arrays that could be written to.
-    return np.require(decode(message, _MAX_PIXELS), requirements="W")
 
 
 def header(sec: int, nanosec: int, frame_id: str) -> Any:
@@ -106,6 +59,8 @@ CUSTOM_DATA_KEY = "clustvit_ros"
 """Key of the bag's metadata that holds the run's identity, classes and damage as JSON."""
 
 MANIFEST, RUN_FILE = "manifest.jsonl", "run.json"
+_ABOUT = {"identity": dict, "classes": list, "labelled": int, "unlabelled": int, "problems": list, "damage": list}
+_PNG_FILE = re.compile(r"(.*/)?(mask|confidence)/\d{8,}_-?\d+\.png")
 _TYPES = {"mask": IMAGE, "confidence": IMAGE, "stats": DIAGNOSTIC_ARRAY}
 # Version 8 is the newest that says its QoS in the way that Humble reads; Jazzy and Kilted read it too.
 _BAG_VERSION: Literal[8] = 8
@@ -136,17 +91,28 @@ def write_bag(
     """Write a bag with `<prefix>/mask`, `<prefix>/confidence` and `<prefix>/stats`.
 
     Args:
-        folder: does not exist yet; its name becomes the storage file's.
+        folder: does not exist yet; its name, of letters, digits, spaces and `_-.`, becomes the storage file's.
         frames: labelled frames in order of time; those with a problem are left out.
         prefixes: image topic -> prefix of its labels' topics, e.g. "/segmentation".
         about: goes into the bag's metadata.
         storage: mcap or sqlite3.
         compression: none or zstd.
     """
-    from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
+    from rosbags.rosbag2 import StoragePlugin, Writer
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    writer = Writer(folder, version=_BAG_VERSION, storage_plugin=StoragePlugin[storage.upper()])
+    with plain_link(folder.parent) as parent:
+        writer = Writer(parent / folder.name, version=_BAG_VERSION, storage_plugin=StoragePlugin[storage.upper()])
+        _fill(writer, frames, prefixes, about, storage, compression)
+    _sync(folder)
+
+
+def _fill(
+    writer: Any, frames: Iterable[LabelledFrame], prefixes: Mapping[str, str], about: Mapping[str, Any], storage: str,
+    compression: str,
+) -> None:  # fmt: skip
+    from rosbags.rosbag2 import CompressionFormat, CompressionMode
+
     if compression == "zstd":
         # MCAP compresses its chunks itself; databases get compressed messages.
         mode = CompressionMode.STORAGE if storage == "mcap" else CompressionMode.MESSAGE
@@ -170,7 +136,6 @@ def write_bag(
                 ("stats", serialise_stats(frame.stats or {}, frame.device, head)),
             ):
                 writer.write(connections[frame.topic, name], frame.timestamp_ns, data)
-    _sync(folder)
 
 
 def write_pngs(
@@ -186,7 +151,7 @@ def write_pngs(
     """
     for prefix in prefixes.values():
         for name in ("mask", "confidence"):
-            (folder / prefix.lstrip("/") / name).mkdir(parents=True)
+            (folder / prefix.lstrip("/") / name).mkdir(parents=True, exist_ok=True)
     with (folder / MANIFEST).open("w", encoding="utf-8") as manifest:
         for frame in frames:
             stamp_ns = frame.sec * 1_000_000_000 + frame.nanosec
@@ -208,14 +173,45 @@ def write_pngs(
 
 def read_about(output: Path) -> dict[str, Any] | None:
     """What finished output says about its run; None for anything else."""
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
         if (output / RUN_FILE).is_file():
-            return json.loads((output / RUN_FILE).read_text(encoding="utf-8"))
-        import yaml
-
-        metadata = yaml.safe_load((output / "metadata.yaml").read_text(encoding="utf-8"))
-        return json.loads(metadata["rosbag2_bagfile_information"]["custom_data"][CUSTOM_DATA_KEY])
+            about = json.loads((output / RUN_FILE).read_text(encoding="utf-8"))
+        else:
+            about = json.loads(read_metadata(output)["custom_data"][CUSTOM_DATA_KEY])
+        # Trainings and others have a run.json as well.
+        if all(isinstance(about[key], kind) for key, kind in _ABOUT.items()):
+            return about
     return None
+
+
+def remove_output(output: Path) -> None:
+    """Delete finished output, if there is any, and nothing else.
+
+    Raises:
+        ConfigError: it is something else, or somebody put files there.
+    """
+    if not os.path.lexists(output):
+        return
+    if read_about(output) is None:
+        raise ConfigError(f"{output}: exists and is no output of label-bag, so it stays; choose another output")
+    found = [
+        os.path.relpath(os.path.join(folder, name), output)
+        for folder, folders, names in os.walk(output)
+        for name in [*names, *(name for name in folders if os.path.islink(os.path.join(folder, name)))]
+    ]
+    listed = {str(name) for name in read_metadata(output).get("relative_file_paths") or ()}
+    written = {RUN_FILE, MANIFEST, METADATA_FILE} | {name + end for name in listed for end in ("", "-wal", "-shm")}
+    foreign = sorted(name for name in found if name not in written and not _PNG_FILE.fullmatch(name))
+    if foreign:
+        raise ConfigError(
+            f"{output}: holds {len(foreign)} files that label-bag did not write, e.g. {foreign[0]!r}, so it stays; "
+            "move them away, or choose another output"
+        )
+    # Last what tells whose it is: a removal that was cut short can be repeated.
+    for name in sorted(found, key=lambda name: name in (RUN_FILE, METADATA_FILE)):
+        (output / name).unlink()
+    for folder, _, _ in os.walk(output, topdown=False):
+        os.rmdir(folder)
 
 
 def _output_qos() -> Any:

@@ -27,11 +27,11 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def add_threads(parser: argparse.ArgumentParser) -> None:
+def add_threads(parser: argparse.ArgumentParser, note: str = "") -> None:
     """Option `--threads`, in the same range as the node's parameter: what is above it ends native code."""
     parser.add_argument(
         "--threads", type=_parse_threads, default=0, metavar="N",
-        help=f"CPU threads, up to {MOST_THREADS}, 0 = automatic (default: 0)",
+        help=f"CPU threads, up to {MOST_THREADS}, 0 = automatic (default: 0){note}",
     )  # fmt: skip
 
 

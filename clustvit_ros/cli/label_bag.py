@@ -21,7 +21,7 @@ from typing import Any
 
 from clustvit_ros.bags import LabelOptions, LabelReport, find_bags, label_bag
 from clustvit_ros.bags.fleet import DAMAGED, FAILED, LABELLED, BagOutcome, FleetOptions, label_bags
-from clustvit_ros.bags.labelling import COMPRESSIONS, FORMATS, OUTPUT_STORAGES
+from clustvit_ros.bags.labelling import COMPRESSIONS, FORMATS, OUTPUT_STORAGES, shown
 from clustvit_ros.cli.arguments import add_threads, parse_size
 from clustvit_ros.engine import ENGINES, create_engine
 from clustvit_ros.errors import BagError, ConfigError
@@ -30,12 +30,12 @@ from clustvit_ros.errors import BagError, ConfigError
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "label-bag",
-        help="label the images of a rosbag2 bag",
+        help="label the images of a recorded bag",
         description="Writes masks, confidence and statistics of every image, with the image's own stamps. Needs no "
         "ROS. Run it again to continue where it was stopped. Exit code 0: every image is labelled; 1: what could be "
         "read is labelled, and what is missing is named; 2: nothing was written.",
     )
-    parser.add_argument("bag", type=Path, metavar="IN", help="rosbag2 folder, .mcap or .db3 file; it is only read")
+    parser.add_argument("bag", type=Path, metavar="IN", help="rosbag2 folder, .mcap, .db3 or ROS 1 .bag; only read")
     parser.add_argument("output", type=Path, metavar="OUT", help="folder that gets the labels; must not exist")
     add_label_arguments(parser)
     parser.set_defaults(run=run)
@@ -52,7 +52,7 @@ def add_label_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--engine", choices=ENGINES, default="torch", help="what runs the network (default: torch)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    add_threads(parser)
+    add_threads(parser, "; another number may change confidences by 1")
     parser.add_argument("--merge-threshold", type=float, default=0.5, help="0..1, 1 merges nothing (default: 0.5)")
     parser.add_argument("--token-capacity", type=int, default=0, help="bound on kept tokens, 0 = none (default: 0)")
     parser.add_argument(
@@ -65,7 +65,9 @@ def add_label_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=FORMATS, default="bag", help="a bag, or PNG files (default: bag)")
     parser.add_argument("--storage", choices=OUTPUT_STORAGES, default="same", help="of that bag (default: same as IN)")
     parser.add_argument("--compression", choices=COMPRESSIONS, default="none", help="of that bag (default: none)")
-    parser.add_argument("--restart", action="store_true", help="remove earlier output instead of continuing")
+    parser.add_argument(
+        "--restart", action="store_true", help="remove earlier output of label-bag, and nothing else, first"
+    )
 
 
 def parse_output_size(text: str) -> tuple[int, int] | str:
@@ -93,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise ConfigError("label-bag needs the Python package 'tqdm'; install this package's 'bags' extra") from error
     if not args.bag.exists():
-        raise ConfigError(f"{args.bag}: there is no such bag; expected a rosbag2 folder, an .mcap or a .db3 file")
+        raise ConfigError(f"{args.bag}: there is no such bag; expected a rosbag2 folder, an .mcap, .db3 or .bag file")
     engine = create_engine(args.model, args.engine, args.device, args.threads)
     info = engine.info
     reason = f" ({info.device_reason})" if info.device_reason else ""
@@ -126,9 +128,11 @@ def run(args: argparse.Namespace) -> int:
 def describe(report: LabelReport) -> None:
     """Say what was written where, and what is missing."""
     for topic, reason in report.skipped.items():
-        print(f"  left out: {topic} {reason}")
+        print(f"  left out: {shown(topic)} {reason}")
     for topic, prefix in report.prefixes.items():
-        print(f"  {topic} -> {prefix}/{{mask,confidence,stats}}")
+        print(f"  {shown(topic)} -> {prefix}/{{mask,confidence,stats}}")
+    if len(report.devices) > 1:
+        print(f"  computed on {' and '.join(report.devices)}: confidences of one and the other may differ by 1")
     for problem in report.problems:
         print(f"  not labelled: {problem}", file=sys.stderr)
     if report.unlabelled > len(report.problems):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import sys
 
 from clustvit_ros import __version__
@@ -29,6 +30,8 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run a sub-command; errors on purpose become one line and exit code 2, interruption exit code 130."""
     bound_spinning()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files and topics may be anything
     parser = argparse.ArgumentParser(
         prog="clustvit-ros", description="ClustViT segmentation: models, scores and demos."
     )

@@ -11,4 +11,16 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture
+def expected(tmp_path: Path) -> list[bytes]:
+    """What an undisturbed run makes of the bag of FRAMES pictures."""
+    pytest.importorskip("rosbags", reason="needs rosbags")
+    from recordings import FRAMES, camera_bag, label, masks
+
+    label(camera_bag(tmp_path / "plain" / "in", FRAMES), tmp_path / "plain" / "out")
+    return masks(tmp_path / "plain" / "out")

@@ -16,10 +16,16 @@ import numpy as np
 from rosbags.rosbag2 import Reader, StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
 
+from clustvit_ros.bags import LabelOptions, LabelReport, label_bag
+from clustvit_ros.bags.reading import plain_link
+from clustvit_ros.engine import ScriptedEngine
+
 STORE = get_typestore(Stores.ROS2_HUMBLE)
 IMAGE, COMPRESSED = "sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage"
 START_NS = 1_700_000_000_123_456_789
 PERIOD_NS = 33_333_333
+FRAMES = 6
+"""Of most bags here."""
 
 
 class Recorded(NamedTuple):
@@ -102,3 +108,20 @@ def replay(bag: Path) -> dict[str, list[Recorded]]:
             message = STORE.deserialize_cdr(data, connection.msgtype)
             found.setdefault(connection.topic, []).append(Recorded(timestamp_ns, message))
     return found
+
+
+def masks(bag: Path) -> list[bytes]:
+    """Stamps and masks of a labelled bag."""
+    with plain_link(bag) as bag:
+        found = replay(bag)["/segmentation/mask"]
+    return [b"%d " % recorded.timestamp_ns + recorded.message.data.tobytes() for recorded in found]
+
+
+def label(source: Path, target: Path, *, restart: bool = False, **options: Any) -> LabelReport:
+    """Label a bag with the scripted engine."""
+    return label_bag(source, target, ScriptedEngine(), LabelOptions(**options), restart)
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Everything below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}

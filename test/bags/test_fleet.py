@@ -137,8 +137,8 @@ def kill_a_worker(folder: Path, process: subprocess.Popen[str]) -> int:
     deadline = time.monotonic() + 150.0
     while time.monotonic() < deadline and process.poll() is None:
         for lock in folder.glob("*.partial/lock"):
-            pid = lock.read_text().strip()
-            if pid:
+            *_, pid = lock.read_text().split() or [""]
+            if pid.isdecimal():
                 os.kill(int(pid), signal.SIGKILL)
                 return int(pid)
         time.sleep(0.01)

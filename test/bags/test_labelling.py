@@ -102,7 +102,7 @@ def test_compressed_and_several_topics(tmp_path):
         "/rear/image_raw": "/rear/image_raw/segmentation",
     }
     assert report.skipped == {
-        "/depth/image": "has encoding '32FC1'",
+        "/depth/image": "holds depth (32FC1), which is no picture to segment: 5 messages",
         "/segmentation/mask": "is output of a segmentation node",
     }
     found = replay(tmp_path / "out")
@@ -351,6 +351,18 @@ def test_the_real_model_labels_a_bag(tmp_path, make_toy_model):
     for number, (_, mask) in enumerate(replay(tmp_path / "out")["/segmentation/mask"]):
         expected = engine.segment(picture(number, (96, 128)), LabelOptions(merge_threshold=0.4).settings((96, 128)))
         np.testing.assert_array_equal(mask.data.reshape(96, 128), expected.mask[0])
+
+
+def test_another_number_of_threads_changes_confidences_by_1_at_most(tmp_path):
+    source = camera_bag(tmp_path / "in", 1, size=(96, 128))
+    command = ["label-bag", str(source), "--model", "sim_tiny", "--device", "cpu", "--threads"]
+    for threads in ("1", "2"):
+        assert main([*command[:2], str(tmp_path / threads), *command[2:], threads]) == 0
+    one, two = (replay(tmp_path / threads) for threads in ("1", "2"))
+    confidences = [bag["/segmentation/confidence"][0].message.data.astype(int) for bag in (one, two)]
+    assert np.abs(confidences[0] - confidences[1]).max() <= 1
+    different = one["/segmentation/mask"][0].message.data != two["/segmentation/mask"][0].message.data
+    assert different.mean() < 1e-3
 
 
 def test_bags_need_no_ros(tmp_path):
