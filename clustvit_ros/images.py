@@ -162,6 +162,32 @@ def message_bytes(data: Any) -> np.ndarray:
         raise ImageError(f"data: got {type(data).__name__}, expected bytes ({error})") from error
 
 
+def pixel_rows(message: Any, rows: int, pixel_bytes: int) -> np.ndarray:
+    """The bytes of an image message without the padding of its rows.
+
+    Args:
+        message: anything with the fields of sensor_msgs/Image.
+        rows: how many there are in `data`.
+        pixel_bytes: bytes per pixel of a row.
+
+    Returns:
+        (rows, width * pixel_bytes) uint8 that shares the message's memory.
+
+    Raises:
+        ImageError: `step` or `data` do not fit the size.
+    """
+    width, step = int(message.width), int(message.step)
+    size, row_bytes = f"{width}x{int(message.height)} {message.encoding}", width * pixel_bytes
+    if step < row_bytes:
+        raise ImageError(f"step: got {step} bytes for {size}, expected at least {row_bytes}; fix the camera driver")
+    data = message_bytes(message.data)
+    if len(data) != step * rows:
+        raise ImageError(
+            f"data: got {len(data)} bytes for {size} with step {step}, expected {step * rows}; fix the camera driver"
+        )
+    return data.reshape(rows, step)[:, :row_bytes]
+
+
 def decode_image(message: Any, max_pixels: int) -> np.ndarray:
     """Decode a sensor_msgs/Image.
 
@@ -181,7 +207,7 @@ def decode_image(message: Any, max_pixels: int) -> np.ndarray:
             f"encoding: got {str(message.encoding)[:40]!r}, expected one of {', '.join(SUPPORTED_ENCODINGS)}; "
             "set the camera driver's encoding or convert with image_proc"
         )
-    height, width, step = int(message.height), int(message.width), int(message.step)
+    height, width = int(message.height), int(message.width)
     check_pixels(height, width, max_pixels)
     size = f"{width}x{height} {message.encoding}"
     if width % encoding.width_multiple:
@@ -191,15 +217,7 @@ def decode_image(message: Any, max_pixels: int) -> np.ndarray:
             f"image size: got {size}, expected at least {encoding.smallest_side_px}x{encoding.smallest_side_px} "
             "to interpolate colours"
         )
-    row_bytes = width * encoding.channels * encoding.value_bytes
-    if step < row_bytes:
-        raise ImageError(f"step: got {step} bytes for {size}, expected at least {row_bytes}; fix the camera driver")
-    data = message_bytes(message.data)
-    if len(data) != step * height:
-        raise ImageError(
-            f"data: got {len(data)} bytes for {size} with step {step}, expected {step * height}; fix the camera driver"
-        )
-    rows = data.reshape(height, step)[:, :row_bytes]
+    rows = pixel_rows(message, height, encoding.channels * encoding.value_bytes)
     if encoding.value_bytes == 2:
         # Padding can leave rows at odd addresses; the copy also swaps bytes where needed.
         stored = np.ascontiguousarray(rows).view(">u2" if message.is_bigendian else "<u2")

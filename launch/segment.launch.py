@@ -44,6 +44,8 @@ def generate_launch_description() -> LaunchDescription:
         DeclareLaunchArgument("params_file", default_value=default_file, description="Parameter file of the node."),
         DeclareLaunchArgument("namespace", default_value="", description="Of node and topics; a, b: one node each."),
         DeclareLaunchArgument("image_topic", default_value="image", description="Camera image to segment."),
+        DeclareLaunchArgument("points_topic", default_value="points", description="Cloud, for labelled points."),
+        DeclareLaunchArgument("depth_topic", default_value="depth", description="Or an aligned depth image."),
         DeclareLaunchArgument("log_level", default_value="info", description="debug, info, warn, error or fatal."),
     ]
     for name, (_, description) in _PARAMETERS.items():
@@ -69,7 +71,7 @@ def _start_node(context: LaunchContext) -> list[LaunchDescriptionEntity]:
             name="segmentation",
             namespace=namespace.strip(),
             parameters=[LaunchConfiguration("params_file"), *([overrides] if overrides else [])],
-            remappings=[("image", LaunchConfiguration("image_topic"))],
+            remappings=[(name, LaunchConfiguration(f"{name}_topic")) for name in ("image", "points", "depth")],
             ros_arguments=["--log-level", LaunchConfiguration("log_level")],
             output="screen",
             emulate_tty=True,

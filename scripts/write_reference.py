@@ -123,11 +123,19 @@ def _served(node: Any, asked: Any) -> list[tuple[str, list[str]]]:
 def _endpoints(transport: str) -> list[tuple[str, str, str, str]]:
     """(topic, direction, type, QoS) of an active node."""
     import rclpy
+    from rclpy.node import Node
+    from sensor_msgs.msg import Image, PointCloud2
 
     context = rclpy.Context()
     rclpy.init(context=context)
     try:
         node = _node(context, transport)
+        # Clouds, and depth where there are none, are listened to while somebody wants labelled points.
+        consumer = Node("consumer", context=context)
+        consumer.create_subscription(PointCloud2, "segmentation/points", lambda message: None, 5)
+        if transport == "compressed":
+            consumer.create_publisher(Image, "depth", 5)
+        time.sleep(_BETWEEN_LOOKS_S)
         if not node.autostart():
             raise SystemExit("the node did not start")
         # The node's own endpoints: discovery would mix in what it still remembers of another node of this name.
@@ -140,6 +148,7 @@ def _endpoints(transport: str) -> list[tuple[str, str, str, str]]:
                 package = kind.__module__.split(".")[0]
                 found.append((name, direction, f"{package}/{kind.__name__}", _qos(endpoint.qos_profile)))
         _close(node)
+        consumer.destroy_node()
         return found
     finally:
         rclpy.shutdown(context=context)

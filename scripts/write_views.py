@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def rviz(image_topic: str) -> str:
-    """A configuration for RViz 2: camera, overlay, confidence, clusters, and the mask, which looks black."""
+    """A configuration for RViz 2: camera, overlay, confidence, clusters, the mask, which looks black, and points."""
     displays = [
         _rviz_image("Camera", image_topic, "Best Effort"),
         _rviz_image("Overlay (class colours)", "/segmentation/overlay", "Reliable"),
@@ -53,7 +53,13 @@ def rviz(image_topic: str) -> str:
         _rviz_image("Clusters (0 = kept)", "/segmentation/clusters", "Reliable", enabled=False),
         # Class ids are small numbers: only for reading values, the overlay is for looking.
         _rviz_image("Mask (class ids, dark)", "/segmentation/mask", "Reliable", enabled=False),
-    ]
+        # Its rainbow is RViz's own, over the ids; the fixed frame must be the camera's, or one that tf knows it in.
+        {
+            "Class": "rviz_default_plugins/PointCloud2", "Enabled": False, "Name": "Labelled points",
+            "Color Transformer": "Intensity", "Channel Name": "label", "Use rainbow": True, "Style": "Points",
+            "Size (Pixels)": 2, "Topic": _rviz_topic("/segmentation/points", "Reliable"), "Value": False,
+        },
+    ]  # fmt: skip
     content = {
         "Panels": [
             {"Class": "rviz_common/Displays", "Name": "Displays", "Help Height": 0, "Tree Height": 400},
@@ -81,14 +87,18 @@ def _rviz_image(name: str, topic: str, reliability: str, enabled: bool = True) -
         "Enabled": enabled,
         "Name": name,
         "Normalize Range": False,
-        "Topic": {
-            "Depth": 5,
-            "Durability Policy": "Volatile",
-            "History Policy": "Keep Last",
-            "Reliability Policy": reliability,
-            "Value": topic,
-        },
+        "Topic": _rviz_topic(topic, reliability),
         "Value": enabled,
+    }
+
+
+def _rviz_topic(topic: str, reliability: str) -> dict[str, Any]:
+    return {
+        "Depth": 5,
+        "Durability Policy": "Volatile",
+        "History Policy": "Keep Last",
+        "Reliability Policy": reliability,
+        "Value": topic,
     }
 
 

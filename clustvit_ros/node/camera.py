@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.lifecycle import LifecycleNode
-from rclpy.node import Node
-from sensor_msgs.msg import CameraInfo, CompressedImage, Image
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud2
 
 from clustvit_ros.classes import ClassSet
 from clustvit_ros.node.messages import LabelInfo, image_message, label_info_message, scaled_camera_info, stamp_ns
+from clustvit_ros.node.points import LabelledPoints, PointsOrder
 from clustvit_ros.node.qos import (
     REPLAY_OUTPUT_DEPTH,
+    InputWatch,
     QosWatch,
     input_qos,
     latched_qos,
@@ -39,9 +40,9 @@ from clustvit_ros.policy.plan import FramePace
 
 _OUTPUTS = {
     "mask": Image, "confidence": Image, "overlay": Image, "clusters": Image, "mask/compressed": CompressedImage,
-    "camera_info": CameraInfo, "stats": DiagnosticArray,
+    "camera_info": CameraInfo, "points": PointCloud2, "stats": DiagnosticArray,
 }  # fmt: skip
-_MAX_SUGGESTIONS = 5
+_POINTS_CHECK_S, _LOG_PERIOD_S = 1.0, 5.0
 
 
 _NUMBERS = itertools.count()
@@ -77,6 +78,7 @@ class Frame:
         arrival_ns: nanoseconds of the node's clock.
         camera: name of the camera that it is from; empty for the only one.
         camera_info: the newest calibration that had come from the camera by then.
+        points: to be fulfilled with its mask where labelled points are wanted.
         number: larger than that of every frame before.
         fate: what has been decided about it.
     """
@@ -85,6 +87,7 @@ class Frame:
     arrival_ns: int
     camera: str = ""
     camera_info: CameraInfo | None = None
+    points: PointsOrder | None = None
     number: int = field(default_factory=_NUMBERS.__next__)
     fate: Fate = field(default_factory=Fate)
     _image: list[np.ndarray] = field(default_factory=list)
@@ -181,68 +184,6 @@ class Outputs:
         self._publishers["camera_info"].publish(scaled_camera_info(info, image_size, size, header))
 
 
-class InputWatch:
-    """Notices that no images come on a topic, and finds out from the ROS graph why that may be.
-
-    Args:
-        node: whose graph and logger to use.
-        topic: resolved name of the image topic.
-        type_name: message type of the subscription, e.g. "sensor_msgs/msg/Image".
-        qos: knows about publishers that are not heard.
-        clock: gives monotonic seconds.
-    """
-
-    def __init__(
-        self, node: Node, topic: str, type_name: str, qos: QosWatch, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._node, self.topic, self._type_name = node, topic, type_name
-        self._qos, self._clock = qos, clock
-        self._last_s = clock()
-        self._told = False
-
-    @property
-    def silence_s(self) -> float:
-        """Seconds since the newest image, or since the watch began."""
-        return self._clock() - self._last_s
-
-    def saw_image(self) -> None:
-        """Call with every image that arrives."""
-        self._last_s = self._clock()
-        if self._told:
-            self._told = False
-            self._node.get_logger().info(f"images arrive again on {self.topic}")
-
-    def check(self, timeout_s: float) -> None:
-        """Log once per silence longer than `timeout_s`, with what the graph tells."""
-        if self._told or self.silence_s <= timeout_s:
-            return
-        self._told = True
-        self._node.get_logger().warning(f"no image on {self.topic} for {self.silence_s:.1f} s: {self._explain()}")
-
-    def _explain(self) -> str:
-        problem = self._qos.problem_of(self.topic)
-        if problem:
-            return problem
-        publishers = self._node.get_publishers_info_by_topic(self.topic)
-        other_types = sorted({info.topic_type for info in publishers} - {self._type_name})
-        if other_types:
-            found = ", ".join(other_types)
-            return f"it carries {found}, expected {self._type_name}; remap `image` or set image_transport"
-        if publishers:
-            return (
-                f"{len(publishers)} publisher(s) there, but nothing arrives; check that the camera runs, and both "
-                f"sides' QoS with `ros2 topic info -v {self.topic}`"
-            )
-        elsewhere = [
-            name
-            for name, types in self._node.get_topic_names_and_types()
-            if self._type_name in types and name != self.topic and self._node.count_publishers(name) > 0
-            and "/segmentation/" not in name
-        ]  # fmt: skip
-        found = f"; images are published on {', '.join(elsewhere[:_MAX_SUGGESTIONS])}" if elsewhere else ""
-        return f"nobody publishes there; start the camera or remap with `-r image:=<topic>`{found}"
-
-
 class Camera:
     """A camera's topics and what became of its frames.
 
@@ -266,6 +207,8 @@ class Camera:
         self._on_frame: Callable[[Frame, str], None] = lambda frame, camera: None
         self._pace = FramePace()
         self._camera_info: CameraInfo | None = None
+        self._points: LabelledPoints | None = None
+        self._points_checked_s = 0.0
         self.watch: InputWatch | None = None
         """Of the image topic; None while there is no subscription."""
         self.ledger = Ledger()
@@ -290,8 +233,9 @@ class Camera:
         self.ledger = Ledger()
         self.watch = InputWatch(self._node, topic, f"sensor_msgs/msg/{kind.__name__}", self._qos)
         # First: a frame that comes at once should find its calibration.
-        self._listen(CameraInfo, self._camera_info_topic(image_topic), self._on_camera_info, input_qos())
-        self._listen(kind, topic, self._on_image, input_qos() if self.parameters.adapts else replay_qos())
+        self._listen(CameraInfo, self._beside("camera_info"), self._on_camera_info, input_qos())
+        self._listen(kind, topic, self._on_image, self._input_qos())
+        self._follow_points(time.monotonic())
         return topic
 
     def unsubscribe(self) -> None:
@@ -300,6 +244,7 @@ class Camera:
             self._qos.remove(subscription.topic_name)
             self._node.destroy_subscription(subscription)
         self._subscriptions.clear()
+        self._end_points()
         self.watch = None
 
     def destroy(self) -> None:
@@ -322,12 +267,50 @@ class Camera:
         )  # fmt: skip
         self._subscriptions.append(subscription)
 
-    def _camera_info_topic(self, image_topic: str) -> str:
-        """Beside the image, as image_transport has it, unless it is remapped."""
-        own = f"{self._prefix}camera_info"
+    def _input_qos(self) -> Any:
+        return input_qos() if self.parameters.adapts else replay_qos()
+
+    def _beside(self, name: str) -> str:
+        """A topic beside the image's, as image_transport has `camera_info`, unless it is remapped."""
+        own = f"{self._prefix}{name}"
         resolved = self._node.resolve_topic_name(own)
         remapped = resolved != self._node.resolve_topic_name(own, only_expand=True)
-        return resolved if remapped else f"{image_topic.rpartition('/')[0]}/camera_info"
+        image_topic = self._node.resolve_topic_name(f"{self._prefix}image")
+        return resolved if remapped else f"{image_topic.rpartition('/')[0]}/{name}"
+
+    def _follow_points(self, now_s: float) -> LabelledPoints | None:
+        """Listen to clouds, or to depth where no cloud is published, as long as somebody subscribes to points."""
+        if not self.outputs.wanted("points"):
+            self._end_points()
+        elif now_s - self._points_checked_s > _POINTS_CHECK_S:
+            self._points_checked_s = now_s
+            cloud, depth = self._beside("points"), self._beside("depth")
+            by_depth = not self._node.count_publishers(cloud) and self._node.count_publishers(depth) > 0
+            topic = depth if by_depth else cloud
+            if self._points is None or self._points.topic != topic:
+                self._end_points()
+                self._points_checked_s = now_s
+                ledger, publish = self.ledger, lambda message: self.outputs.publish("points", message)
+                self._points = LabelledPoints(
+                    topic, lambda: self.parameters, publish, lambda *fate: self._report_points(ledger, *fate)
+                )
+                self._listen(Image if by_depth else PointCloud2, topic, self._points.add_cloud, self._input_qos())
+        return self._points
+
+    def _end_points(self) -> None:
+        points, self._points, self._points_checked_s = self._points, None, 0.0
+        if points is not None:
+            points.close()
+            for subscription in [each for each in self._subscriptions if each.topic_name == points.topic]:
+                self._subscriptions.remove(subscription)
+                self._qos.remove(points.topic)
+                self._node.destroy_subscription(subscription)
+
+    def _report_points(self, ledger: Ledger, fate: str, problem: str) -> None:
+        ledger.add_points(fate, problem)
+        if problem and self._node.context.ok():
+            name = f"{self.name}: " if self.name else ""
+            self._node.get_logger().warning(f"{name}no labelled points: {problem}", throttle_duration_sec=_LOG_PERIOD_S)
 
     def _on_camera_info(self, message: CameraInfo) -> None:
         self._camera_info = message
@@ -335,7 +318,9 @@ class Camera:
     def _on_image(self, message: Image | CompressedImage) -> None:
         if self.watch is None:
             return
-        frame = Frame(message, self._node.get_clock().now().nanoseconds, self.name, self._camera_info)
+        points, info = self._follow_points(time.monotonic()), self._camera_info
+        order = points.order(message.header, info) if points is not None else None
+        frame = Frame(message, self._node.get_clock().now().nanoseconds, self.name, info, order)
         self.watch.saw_image()
         now_s = frame.fate.arrival_s
         self.ledger.receive(now_s, frame.arrival_age_ms)

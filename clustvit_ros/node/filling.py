@@ -272,7 +272,7 @@ class FrameFiller:
         if lane.camera.outputs.wanted("stats"):
             self._publisher.publish_stats(one, result.device, "filled", ledger.frame_pairs(record))
         if publish_ms is not None:
-            self._publisher.publish_views(one, mask, result.grouping)
+            self._publisher.publish_views(one, maps, 0, result.grouping)
 
     def _leave(self, frame: Frame) -> None:
         """A frame is not filled: it is the engine's, or dropped."""

@@ -75,7 +75,7 @@ def decode(frame: Frame, camera: Camera, parameters: SegmentationParameters) -> 
     start_s = time.perf_counter()
     read = decode_image if isinstance(frame.message, Image) else decode_compressed
     image = frame.image(lambda: read(frame.message, parameters.max_image_pixels))
-    wants = camera.outputs.wanted("confidence"), camera.outputs.wanted("clusters")
+    wants = frame.points is not None or camera.outputs.wanted("confidence"), camera.outputs.wanted("clusters")
     return Decoded(frame, camera, parameters, image, wants, is_watched(camera), _since_ms(start_s))
 
 
@@ -153,9 +153,11 @@ class MaskPublisher:
             outputs.publish_camera_info(one.frame.camera_info, image_size, (mask.shape[0], mask.shape[1]), header)
         return age_ms, _since_ms(start_s)
 
-    def publish_views(self, one: Decoded, mask: np.ndarray, grouping: ClassGrouping) -> None:
-        """Publish what is for people and recordings, which no budget counts."""
-        outputs, header = one.camera.outputs, one.frame.message.header
+    def publish_views(self, one: Decoded, masks: Prediction, index: int, grouping: ClassGrouping) -> None:
+        """Publish what is for people and recordings, or made from the mask elsewhere, which no budget counts."""
+        outputs, header, mask = one.camera.outputs, one.frame.message.header, masks.mask[index]
+        if one.frame.points is not None and masks.confidence is not None:
+            one.frame.points.fulfil(mask, masks.confidence[index])
         if outputs.wanted("mask/compressed"):
             outputs.publish("mask/compressed", png_message(mask, _encoding(mask), header))
         if outputs.wanted("overlay"):
@@ -306,7 +308,7 @@ class FrameSession:
             if tells[index]:
                 self._publisher.publish_stats(one, self._device, "segmented", one.camera.ledger.frame_pairs(record))
             if outcome == "segmented":
-                self._publisher.publish_views(one, mask, grouping)
+                self._publisher.publish_views(one, masks, index, grouping)
 
     def _publish(
         self, one: Decoded, plan: Plan, masks: Prediction, index: int, grouping: ClassGrouping

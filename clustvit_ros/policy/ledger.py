@@ -83,6 +83,9 @@ class Ledger:
         self.over_rate = 0
         """Frames left out because of `max_rate_hz`."""
         self._segmented = self._failures = 0
+        self._points: Counter[str] = Counter()
+        self.points_problem = ""
+        """What was wrong last with labelled points."""
         self._outcomes: Counter[str] = Counter()
         self._reported: Counter[str] = Counter()
         self._age, self._engine = LatencyWindow(), LatencyWindow()
@@ -114,6 +117,17 @@ class Ledger:
         if age_ms is not None:
             self._input_age.add(age_ms)
         self._arrived_s = arrival_s
+
+    def add_points(self, fate: str, problem: str) -> None:
+        """Labelled points were published, or were not; any thread may say so.
+
+        Args:
+            fate: what is counted.
+            problem: what is wrong, or empty.
+        """
+        with self._lock:
+            self._points[fate] += 1
+            self.points_problem = problem or self.points_problem
 
     def add(self, record: FrameRecord) -> bool:
         """A frame is done; or, overtaken, the engine is done with a frame that was done before.
@@ -154,7 +168,12 @@ class Ledger:
 
     def count_pairs(self) -> dict[str, str]:
         """Counts as keys and values of stats and diagnostics."""
-        return {f"frames_{name}": str(value) for name, value in self.counts().items()}
+        frames = {f"frames_{name}": str(value) for name, value in self.counts().items()}
+        return frames | {name: str(value) for name, value in self._points_counts().items()}
+
+    def _points_counts(self) -> dict[str, int]:
+        with self._lock:
+            return {f"points_{fate}": count for fate, count in self._points.items()}
 
     def frame_pairs(self, record: FrameRecord) -> dict[str, str]:
         """A frame's statistics, with all counts up to it."""
@@ -172,7 +191,8 @@ class Ledger:
 
     def take_recent(self) -> Counter[str]:
         """Frames by fate since this was asked last; as segmented and failed every call of the engine counts."""
-        now = Counter({**self.counts(), "segmented": self._segmented, "failed": self._failures})
+        counts = {**self.counts(), "segmented": self._segmented, "failed": self._failures}
+        now = Counter(counts | self._points_counts())
         recent = Counter({name: now[name] - self._reported[name] for name in now})
         self._reported = now
         return recent
@@ -260,6 +280,8 @@ def judge(health: Health) -> tuple[int, str]:
         )
     if qos_problems:
         return WARN, qos_problems
+    if recent["points_refused"] or (recent["points_unmatched"] and not recent["points_published"]):
+        return WARN, f"no labelled points: {ledger.points_problem}"
     if not ledger.newest.stamped:
         return WARN, "images come without a time stamp: latency is unknown and time synchronisation will fail"
     if not ledger.segmented:

@@ -160,6 +160,10 @@ class SegmentationParameters:
         pattern=r"input|model|[1-9]\d{0,3}x[1-9]\d{0,3}", form="input, model or HEIGHTxWIDTH",
         parse=parse_output_size, live=True,
     )  # fmt: skip
+    points_slop_ms: float = parameter(
+        0.0, "How far the stamps of image and cloud may differ for labelled points; 0: they are equal.",
+        minimum=0.0, maximum=1000.0, unit="ms", live=True,
+    )  # fmt: skip
     overlay_alpha: float = parameter(
         0.5, "Weight of the class colours in the overlay; 0 shows the image alone.",
         minimum=0.0, maximum=1.0, live=True,

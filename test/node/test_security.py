@@ -41,7 +41,7 @@ SCHEMA = {
 }  # fmt: skip
 # In the policy, but there only with certain parameters or packages.
 OPTIONAL = {
-    "/image", "/image/compressed", "/camera_info", "/clock", "/segmentation/mask/compressed",
+    "/image", "/image/compressed", "/camera_info", "/points", "/depth", "/clock", "/segmentation/mask/compressed",
     "/segmentation/label_info", "/segmentation/camera_info", "/segmentation/get_type_description",
 }  # fmt: skip
 

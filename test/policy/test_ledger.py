@@ -37,6 +37,8 @@ def ledger(*problems: str, outcome: str = "segmented", **values: object) -> Ledg
     return found
 
 
+NO_CLOUD = ledger()
+NO_CLOUD.add_points("unmatched", "no cloud")
 ACTIVE = Health(state="active", input_topic="/image", ledger=ledger())
 
 
@@ -68,6 +70,9 @@ ACTIVE = Health(state="active", input_topic="/image", ledger=ledger())
         ({"recent": Counter(unwatched=9), "output_qos_problem": "bad QoS"}, WARN, "bad QoS"),
         ({"recent": Counter(unwatched=9), "input_silence_s": 3.5}, ERROR, "no image on /image"),
         ({"recent": Counter(unwatched=9, segmented=1)}, OK, "segmenting"),
+        ({"recent": Counter(points_unmatched=1, points_published=9), "ledger": NO_CLOUD}, OK, "segmenting"),
+        ({"recent": Counter(points_unmatched=9), "ledger": NO_CLOUD}, WARN, "no labelled points: no cloud"),
+        ({"recent": Counter(points_refused=1, points_published=9), "ledger": NO_CLOUD}, WARN, "no labelled points"),
     ],
 )
 def test_the_worst_thing_decides(change: dict[str, object], level: int, text: str) -> None:
@@ -95,6 +100,9 @@ def test_every_frame_is_counted_once_and_told_once() -> None:
     )  # fmt: skip
     assert pairs["engine_p50_ms"] == "20.00"
     assert found.count_pairs()["frames_dropped"] == "1"
+    assert not [name for name in found.count_pairs() if name.startswith("points")], "nobody wanted any"
+    found.add_points("published", "")
+    assert (found.count_pairs()["points_published"], found.take_recent()["points_published"]) == ("1", 1)
 
 
 def test_a_record_says_what_was_done_and_labels_never_depend_on_the_clock() -> None:
