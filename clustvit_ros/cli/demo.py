@@ -177,7 +177,11 @@ def _record(args: argparse.Namespace, source: DemoSource, environ: dict[str, str
         "source": source.location, "rate_hz": args.rate, "count": source.frames, "manifest": manifest,
         "wait_for_subscribers": 2, "wait_timeout_s": 180.0,
     }  # fmt: skip
-    node = {"model": str(args.model), "device": args.device, "merge_threshold": args.merge_threshold}
+    node = {
+        "model": str(args.model), "device": args.device, "merge_threshold": args.merge_threshold,
+        # Scored is what the engine made; what people look at has a mask for every frame.
+        "fill_frames": source.labels is None,
+    }  # fmt: skip
     recorder = {"output_folder": output, "manifest": manifest, "idle_timeout_s": 4.0, "start_timeout_s": 200.0}
     print(
         f"camera -> node -> recorder over DDS (ROS_DOMAIN_ID={environ['ROS_DOMAIN_ID']}): {source.frames} frames of "

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,9 +19,10 @@ import numpy as np
 
 from clustvit_ros.cli.arguments import add_input_scale, add_threads
 from clustvit_ros.cli.evaluate import open_labelled
-from clustvit_ros.engine import Settings, create_engine
+from clustvit_ros.engine import Engine, Settings, create_engine
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.images import read_image
+from clustvit_ros.measure.streaming import MOST_AGE, age_curves, draw_ages, stream
 from clustvit_ros.measure.sweep import (
     Rung,
     draw_sweep,
@@ -42,12 +44,13 @@ from clustvit_ros.paths import MODEL_FILE, find_model
 from clustvit_ros.training.dataset import LabelledImages, find_images
 
 _DEFAULT_LIMIT = 50
+_STREAM_LIMIT = 90
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("tune", help="what smaller inputs and merging cost and save on your images, drawn")
     parser.add_argument("--model", required=True, help="a shipped model's name or a model folder")
-    parser.add_argument("--images", type=Path, help="folder of images")
+    parser.add_argument("--images", type=Path, help="folder of images, or sim:SEED, a simulated drive with its labels")
     parser.add_argument("--labels", type=Path, help="folder of labels; without it, agreement with the full result")
     parser.add_argument("--data", type=Path, help="a data set as `train` takes it, instead of --images and --labels")
     parser.add_argument("--split", default="val", help="split of --data (default: val)")
@@ -56,8 +59,15 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--token-capacity", type=int, default=0, help="likewise (default: 0, no bound)")
     add_input_scale(parser)
     parser.add_argument(
-        "--limit", type=int, help=f"use so many images, evenly chosen (default: {_DEFAULT_LIMIT}; with --write, all)"
-    )
+        "--streaming", type=float, nargs="?", const=30.0, metavar="HZ",
+        help="the images are consecutive frames of a camera (default: 30 Hz): which setting is best for whoever acts "
+        "on the newest mask, with frames dropped and with fill_frames",
+    )  # fmt: skip
+    parser.add_argument(
+        "--limit", type=int,
+        help=f"use so many images, evenly chosen (default: {_DEFAULT_LIMIT}; with --write, all), or the first "
+        f"{_STREAM_LIMIT} with --streaming",
+    )  # fmt: skip
     parser.add_argument("--engine", default="torch", help="torch or onnxruntime (default: torch)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add_threads(parser)
@@ -75,12 +85,19 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--limit: got {args.limit}, expected at least 1 image")
     if args.write and args.labels is None and args.data is None:
         raise ConfigError("--write: expected labelled images, --data or --labels: without labels there is no accuracy")
+    if args.streaming is not None and not 0 < args.streaming <= 1000:
+        raise ConfigError(f"--streaming: got {args.streaming:g} Hz, expected above 0 and at most 1000")
+    if args.streaming is not None and args.write:
+        raise ConfigError("--streaming, --write: expected one of them; operating points are measured on single images")
     current = Settings(args.merge_threshold, args.token_capacity, confidence=False, input_scale=args.input_scale)
     config = load_config(args.model)
     engine = create_engine(args.model, args.engine, args.device, args.threads)
     images, labels = _load(args, engine.info.classes.names)
     image_size = (images[0].shape[0], images[0].shape[1])
     rungs = ladder_rungs(config)
+    if args.streaming is not None:
+        _stream(args, engine, images, labels, [rung.settings(engine, image_size) for rung in rungs], current)
+        return 0
     merging = ladder_settings(engine.capacities(image_size)[-1]) if config.network.merges else []
     named = {rung.settings(engine, image_size): rung for rung in rungs}
     chosen = named.get(current, current)
@@ -106,10 +123,50 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _stream(
+    args: argparse.Namespace, engine: Engine, images: list[np.ndarray], labels: list[np.ndarray] | None,
+    settings: list[Settings], current: Settings,
+) -> None:  # fmt: skip
+    """Compare settings as a consumer of a camera sees them, and draw what age does to masks."""
+    if labels is None:
+        raise ConfigError("--streaming: expected labels for every frame: --labels, --data or --images sim:SEED")
+    sizes = {image.shape for image in images}
+    if len(sizes) > 1 or len(images) <= MOST_AGE:
+        raise ConfigError(
+            f"--streaming: got {len(images)} images of {len(sizes)} sizes, expected more than {MOST_AGE} consecutive "
+            "frames of one camera"
+        )
+    rows = stream(engine, images, labels, list(dict.fromkeys([*settings, current])), args.streaming)
+    print(f"{'scale':>6}{'threshold':>11}{'capacity':>10}{'p50 ms':>9}{'fresh':>8}{'dropped':>9}{'filled':>8}")
+    for row in sorted(rows, key=lambda row: -row.filled):
+        text = f"{row.input_scale:>6g}{row.merge_threshold:>11g}{row.token_capacity:>10}{row.latency_ms_p50:>9.1f}"
+        print(f"{text}{row.fresh:>8.2f}{row.held:>9.2f}{row.filled:>8.2f}{'  best, filled' if row.best else ''}")
+    dropped = max(rows, key=lambda row: row.held)
+    print(
+        f"without fill_frames, the best is input_scale {dropped.input_scale:g}, merge_threshold "
+        f"{dropped.merge_threshold:g}, token_capacity {dropped.token_capacity} ({dropped.held:.2f})"
+    )
+    curves = age_curves(images, labels, [engine.segment(image, current) for image in images], len(engine.info.classes))
+    if args.json:
+        report = {
+            "model": engine.info.model, "engine": engine.info.engine, "device": engine.info.device,
+            "images": len(images), "rate_hz": args.streaming, "rows": [asdict(row) for row in rows],
+            "miou_over_age": curves,
+        }  # fmt: skip
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    title = f"{engine.info.model} on {engine.info.device}, {len(images)} frames of {args.images or args.data}"
+    draw_ages(curves, args.streaming, title, args.plot)
+    print(f"picture in {args.plot}")
+
+
 def _load(
     args: argparse.Namespace, class_names: tuple[str, ...]
 ) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
-    limit = args.limit or (None if args.write else _DEFAULT_LIMIT)
+    limit = args.limit or (None if args.write else _STREAM_LIMIT if args.streaming else _DEFAULT_LIMIT)
+    simulated = re.fullmatch(r"sim(?::(\d{1,18}))?", str(args.images))
+    if simulated:
+        return _drive(int(simulated[1] or 0), args.streaming or 1.0, limit or _DEFAULT_LIMIT, class_names)
     if args.data is not None:
         data = open_labelled(args.data, args.split, class_names, args.model)
     elif args.images is None:
@@ -119,8 +176,26 @@ def _load(
         return [read_image(paths[i]) for i in _evenly(len(paths), limit)], None
     else:
         data = LabelledImages(args.images, args.labels, len(class_names))
-    samples = [data[i] for i in _evenly(len(data), limit)]
+    chosen = range(min(len(data), limit or len(data))) if args.streaming else _evenly(len(data), limit)
+    samples = [data[i] for i in chosen]
     return [sample.image for sample in samples], [sample.labels for sample in samples]
+
+
+def _drive(
+    seed: int, rate_hz: float, count: int, class_names: tuple[str, ...]
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    from clustvit_ros.sim import SIM_CLASSES, SimulatedCamera  # says what is missing where the renderer is
+
+    if class_names != SIM_CLASSES.names:
+        raise ConfigError(
+            f"--images sim: the model has {', '.join(class_names)}, expected one of the simulated world's classes "
+            f"({', '.join(SIM_CLASSES.names)})"
+        )
+    camera = SimulatedCamera(seed, rate_hz=rate_hz)
+    frames = [camera.frame(index) for index in range(count)]
+    camera.close()
+    labels = [frame.labels for frame in frames if frame.labels is not None]
+    return [np.ascontiguousarray(frame.image[..., ::-1]) for frame in frames], labels
 
 
 def _evenly(count: int, limit: int | None) -> list[int]:

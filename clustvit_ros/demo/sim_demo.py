@@ -36,6 +36,8 @@ HELD_SHARE = 0.98
 
 # What two cores segment while they render and record: nothing waits, and a budget has the engine's latency to itself.
 SIM_RATE_HZ = 5.0
+STREAM_RATE_HZ = 30.0
+_STREAM_FRAMES = 90
 _LOOP_FRAMES = 50
 # Nine metres per second: within one phase, the camera sees enough of the world to be judged by it.
 _TIME_LAPSE = 3.0
@@ -123,8 +125,8 @@ def run_sim(args: argparse.Namespace, seed: int, environ: Mapping[str, str]) -> 
     for name in ("masks", "overlays", "image", "ground_truth", "clusters", "logs"):
         shutil.rmtree(output / name, ignore_errors=True)
     (output / "logs").mkdir(parents=True)
-    recording, notes = _record(args, seed, output, environ)
     scored = classes.names == SIM_CLASSES.names
+    recording, notes, streaming = _record(args, seed, output, environ, scored)
     phases = [_phase(facts, recording["frames"], output, len(classes) if scored else 0) for facts in notes["phases"]]
     phases = [phase for phase in phases if phase.frames]
     if not phases or phases[0].name != "default":
@@ -135,7 +137,7 @@ def run_sim(args: argparse.Namespace, seed: int, environ: Mapping[str, str]) -> 
         "model": str(args.model), "source": f"sim:{seed}", "miou": phases[0].miou,
         **{key: recording[key] for key in ("frames_sent", "masks_received", "node", "fps", "latency_ms", "engine_ms")},
         "full_ms": next(phase.facts["engine_p50_ms"] for phase in phases if phase.name == "full"),
-        "phases": [phase.figures() for phase in phases],
+        "phases": [phase.figures() for phase in phases], "streaming": streaming,
     }  # fmt: skip
     (output / "summary.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     _print(report, phases, args.output, film)
@@ -155,11 +157,11 @@ def window_problem(environ: Mapping[str, str]) -> str:
 
 
 def _record(
-    args: argparse.Namespace, seed: int, output: Path, environ: Mapping[str, str]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Run the processes to their end; the recorder's summary and the conductor's notes."""
-    manifest, notes = output / "manifest.jsonl", output / "phases.json"
-    for path in (manifest, notes, output / "recording.json"):
+    args: argparse.Namespace, seed: int, output: Path, environ: Mapping[str, str], scored: bool
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
+    """Run the processes to their end; the recorder's summary, the conductor's notes, and what streaming is worth."""
+    manifest, notes, stream = output / "manifest.jsonl", output / "phases.json", output / "streaming.json"
+    for path in (manifest, notes, stream, output / "recording.json"):
         path.unlink(missing_ok=True)
     loop_frames = args.frames or _LOOP_FRAMES
     camera = {
@@ -218,9 +220,20 @@ def _record(
         processes[1].stop()
         time.sleep(_SETTLE_S)
         recording.stop(30.0)
+        if scored:
+            print(f"  the same drive at {STREAM_RATE_HZ:g} Hz, frames dropped and filled", flush=True)
+            source = {"source": f"sim:{seed}", "rate_hz": STREAM_RATE_HZ, "frames": args.frames or _STREAM_FRAMES}
+            streaming = start("demo.streaming", {**source, "output": stream})
+            while streaming.exit_code is None:
+                if processes[0].exit_code is not None:
+                    raise ClustvitError(f"the node process ended early:\n{processes[0].last_lines()}")
+                time.sleep(0.1)
+            if streaming.exit_code:
+                raise ClustvitError(f"streaming failed:\n{streaming.last_lines(3)}\n{processes[0].last_lines()}")
     return (
         json.loads((output / "recording.json").read_text(encoding="utf-8")),
         json.loads(notes.read_text(encoding="utf-8")),
+        json.loads(stream.read_text(encoding="utf-8")) if scored else None,
     )
 
 
@@ -277,4 +290,11 @@ def _print(report: dict[str, Any], phases: list[Phase], output: Path, film: Path
     for phase in phases:
         if phase.facts.get("refused"):
             print(f"  {100 * phase.facts['share']:.0f} % is not possible on this machine: {phase.facts['refused']}")
+    if report["streaming"]:
+        fresh, held, filled = (report["streaming"][name] for name in ("fresh", "held", "filled"))
+        print(
+            f"\n  at {report['streaming']['rate_hz']:g} Hz     streaming mIoU {held['miou']:.2f} with frames dropped "
+            f"({100 * held['coverage']:.0f} % get a mask), {filled['miou']:.2f} with fill_frames "
+            f"({100 * filled['coverage']:.0f} %); every frame's own mask would be {fresh['miou']:.2f}"
+        )
     print(f"\n  film {film}\n  picture {output / 'summary.png'}, figures {output / 'summary.json'}")

@@ -131,6 +131,9 @@ def test_simulated_drive_is_scored_under_every_budget(make_toy_model, tmp_path, 
     assert list(phases) == ["default", "full", "budget_100", "budget_60", "budget_40", "budget_25"]
     assert phases["full"]["tokens_kept_mean"] == phases["full"]["tokens_total"]
     assert report["miou"] == pytest.approx(phases["default"]["miou"], abs=1e-3)
+    stream = report["streaming"]
+    assert [stream[name]["coverage"] > 0 for name in ("fresh", "held", "filled")] == [True] * 3
+    assert stream["filled"]["in_order"] and stream["fresh"]["coverage"] == 1.0 and stream["rate_hz"] == 30
     # The published truth is the renderer's, and the score is of the published masks.
     recording = json.loads((out / "recording.json").read_text())
     masked = [frame for frame in recording["frames"] if frame["mask"] and frame["ground_truth"]]
@@ -145,5 +148,6 @@ def test_simulated_drive_is_scored_under_every_budget(make_toy_model, tmp_path, 
     assert film.read()[1].shape == (720, 960, 3)
     assert cv2.imread(str(out / "summary.png")).shape[1] == 3 * 480
     printed = capsys.readouterr().out
-    for word in ("no window: there is no screen", "live mIoU", "budget 60 %", "tokens kept", "demo.", "summary.png"):
+    words = ("no window: there is no screen", "live mIoU", "budget 60 %", "streaming mIoU", "tokens kept", "demo.")
+    for word in (*words, "summary.png"):
         assert word in printed
