@@ -6,8 +6,8 @@
 # governing permissions and limitations under the License.
 """Installs the package with `pip install .` and `colcon build` alike.
 
-Everything that ROS 2 looks for (launch files, parameters, models, executables) travels as `data_files`, because pip
-ignores the `install_scripts` setting that colcon relies on.
+Everything that ROS 2 looks for (launch files, parameters, models, executables) travels as `data_files`: pip ignores
+the `install_scripts` setting that colcon relies on, and colcon writes its own interpreter into entry points.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ setup(
     package_data={NAME: ["py.typed"]},
     data_files=[
         *shared_files(),
-        (f"lib/{NAME}", ["scripts/ros/segmentation_node", "scripts/ros/camera_node"]),
+        (f"lib/{NAME}", [f"scripts/ros/{name}" for name in ("clustvit-ros", "segmentation_node", "camera_node")]),
     ],
     # torch and rclpy are left to the robot: JetPack and apt bring builds that pip must not replace.
     install_requires=["setuptools", "numpy", "pyyaml", "safetensors"],

@@ -17,6 +17,10 @@ ClustvitError
 Messages say what was wrong, what was got, what was expected, and what to do about it.
 """
 
+from __future__ import annotations
+
+import sys
+
 
 class ClustvitError(Exception):
     """Base of all errors of this package."""
@@ -44,3 +48,17 @@ class BagError(ClustvitError):
 
 class EngineError(ClustvitError, RuntimeError):
     """A device or execution provider that cannot run the model."""
+
+
+def missing_package(error: ImportError, user: str) -> str:
+    """What to say where a Python package is not there, or does not work: often it is there for another interpreter.
+
+    Args:
+        error: from the import.
+        user: what needs it.
+    """
+    problem = "does not find" if isinstance(error, ModuleNotFoundError) else f"cannot import ({error})"
+    return (
+        f"{user} needs the Python package {error.name!r}, which {sys.executable} {problem}; install it there, or "
+        "activate the virtual environment that has it"
+    )

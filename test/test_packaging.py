@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -17,15 +18,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-EXECUTABLES = ("segmentation_node", "camera_node")
+EXECUTABLES = ("segmentation_node", "camera_node", "clustvit-ros")
 
 
 @pytest.fixture(scope="module")
-def prefix(tmp_path_factory):
-    """The package installed with pip, as a user would, but without its dependencies."""
-    target = tmp_path_factory.mktemp("prefix")
+def source(tmp_path_factory):
+    """A copy of what git would hand out: building in the checkout would leave build/ behind."""
     source = tmp_path_factory.mktemp("source") / "clustvit_ros"
-    # A copy of what git would hand out: building in the checkout would leave build/ behind.
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True,
         check=True,
@@ -35,6 +34,13 @@ def prefix(tmp_path_factory):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
             (source / name).chmod((ROOT / name).stat().st_mode)
+    return source
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory, source):
+    """The package installed with pip, as a user would, but without its dependencies."""
+    target = tmp_path_factory.mktemp("prefix")
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index",
          "--ignore-installed",
@@ -58,7 +64,39 @@ def test_executables_are_on_the_path_and_where_ros2_run_looks(prefix):
     for name in EXECUTABLES:
         for folder in ("bin", "lib/clustvit_ros"):
             assert os.access(prefix / folder / name, os.X_OK), f"{folder}/{name}"
-    assert os.access(prefix / "bin/clustvit-ros", os.X_OK)
+    assert all(first_line(prefix / "bin" / name) == f"#!{sys.executable}" for name in EXECUTABLES)
+
+
+def first_line(path):
+    return path.read_text().splitlines()[0]
+
+
+def test_what_setup_py_installs_runs_in_the_virtual_environment_that_is_active(tmp_path, source):
+    """The command that `colcon build` uses; with `develop`, what is left are the scripts among the data files."""
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path / "build"), "install", "--prefix",
+         str(tmp_path / "install"), "--install-scripts", str(tmp_path / "install/lib/clustvit_ros"), "--record",
+         str(tmp_path / "record"), "--single-version-externally-managed"],
+        cwd=source, check=True, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True,
+    )  # fmt: skip
+    for name in EXECUTABLES:
+        assert os.access(tmp_path / "install/lib/clustvit_ros" / name, os.X_OK)
+        assert first_line(tmp_path / "install/lib/clustvit_ros" / name) == "#!/usr/bin/env python3"
+        assert first_line(ROOT / "scripts/ros" / name) == "#!/usr/bin/env python3"
+
+
+@pytest.mark.skipif(shutil.which("colcon") is None, reason="colcon is not installed")
+@pytest.mark.parametrize("how", [[], ["--symlink-install"]])
+def test_colcon_builds_executables_for_the_environment_that_is_active(tmp_path, source, how):
+    shutil.copytree(source, tmp_path / "src" / "clustvit_ros")
+    environ = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONPATH")}
+    for _ in range(2):  # what is there already must not be put back
+        done = subprocess.run(["colcon", "build", *how], cwd=tmp_path, capture_output=True, text=True, env=environ)
+        assert done.returncode == 0, done.stdout + done.stderr
+    folder = tmp_path / "install/clustvit_ros/lib/clustvit_ros"
+    assert {path.name for path in folder.iterdir()} == set(EXECUTABLES)
+    assert all(os.access(path, os.X_OK) and first_line(path) == "#!/usr/bin/env python3" for path in folder.iterdir())
+    assert not (tmp_path / "install/clustvit_ros/bin").exists()
 
 
 def test_the_installed_package_finds_its_own_share(prefix, tmp_path):

@@ -62,7 +62,7 @@ def check_torch(device: str = "auto") -> list[Finding]:
         from clustvit_ros.networks.inference import int8_problem
     except (ImportError, OSError) as error:
         remedy = _JETSON_TORCH if platform.machine() == "aarch64" else "pip install torch"
-        return [Finding("torch", Level.FAIL, f"cannot be imported: {error}", remedy)]
+        return [Finding("torch", Level.FAIL, f"cannot be imported by {sys.executable}: {error}", remedy)]
     findings = []
     built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     a = torch.arange(64 * 64, dtype=torch.float32).reshape(64, 64) % 7.0

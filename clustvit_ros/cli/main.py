@@ -15,7 +15,7 @@ import sys
 
 from clustvit_ros import __version__
 from clustvit_ros.dds import bound_spinning
-from clustvit_ros.errors import ClustvitError, ConfigError
+from clustvit_ros.errors import ClustvitError, ConfigError, missing_package
 
 COMMANDS = {
     "bench": "bench:add_parser", "demo": "demo:add_parser", "doctor": "doctor:add_parser",
@@ -62,7 +62,7 @@ def _add_unavailable(commands: argparse._SubParsersAction, name: str, error: Mod
 
     def refuse(_: argparse.Namespace) -> int:
         raise ConfigError(
-            f"{command!r} needs the Python package {error.name!r}; install it, or this package with its 'train' extra"
+            f"{missing_package(error, repr(command))}, or install this package there with its 'train' extra"
         )
 
     parser = commands.add_parser(command, help=f"not available: {error.name} is not installed", prefix_chars=" ")

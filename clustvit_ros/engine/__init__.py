@@ -11,7 +11,7 @@ from __future__ import annotations
 from clustvit_ros.classes import ClassSet
 from clustvit_ros.engine.engine import PRECISIONS, Engine, EngineInfo, Prediction, Settings, Stats
 from clustvit_ros.engine.scripted_engine import ScriptedEngine
-from clustvit_ros.errors import ConfigError
+from clustvit_ros.errors import ConfigError, EngineError, missing_package
 
 ENGINES = ("auto", "torch", "cuda_graph", "onnxruntime", "scripted")
 
@@ -45,25 +45,28 @@ def create_engine(
         raise ConfigError(f"precision: got {precision!r}, expected one of {', '.join(PRECISIONS)}")
     if engine == "scripted":
         return ScriptedEngine()
-    # Imported here and not above: the scripted engine serves machines and tests without PyTorch.
-    if engine == "auto":
-        from clustvit_ros.engine.network_engine import select_device
+    try:
+        # Imported here and not above: the scripted engine serves machines and tests without PyTorch.
+        if engine == "auto":
+            from clustvit_ros.engine.network_engine import select_device
 
-        engine = "torch" if select_device(device)[0].type == "cpu" else "cuda_graph"
-    if engine == "torch":
-        from clustvit_ros.engine.torch_engine import TorchEngine
+            engine = "torch" if select_device(device)[0].type == "cpu" else "cuda_graph"
+        if engine == "torch":
+            from clustvit_ros.engine.torch_engine import TorchEngine
 
-        return TorchEngine.from_model(model, device, threads, precision, compiled, share_cores=share_cores)
-    if engine == "cuda_graph":
-        from clustvit_ros.engine.graph_engine import GraphEngine
+            return TorchEngine.from_model(model, device, threads, precision, compiled, share_cores=share_cores)
+        if engine == "cuda_graph":
+            from clustvit_ros.engine.graph_engine import GraphEngine
 
-        return GraphEngine.from_model(model, device, threads, precision, compiled)
-    if engine == "onnxruntime":
-        from clustvit_ros.engine.onnx_engine import OnnxEngine
+            return GraphEngine.from_model(model, device, threads, precision, compiled)
+        if engine == "onnxruntime":
+            from clustvit_ros.engine.onnx_engine import OnnxEngine
 
-        if compiled:
-            raise ConfigError("compiled: the engine onnxruntime compiles in its own way; leave compilation off")
-        return OnnxEngine(model, device, threads, precision=precision)
+            if compiled:
+                raise ConfigError("compiled: the engine onnxruntime compiles in its own way; leave compilation off")
+            return OnnxEngine(model, device, threads, precision=precision)
+    except ImportError as error:
+        raise EngineError(missing_package(error, f"engine {engine}")) from error
     raise ConfigError(f"engine: got {engine!r}, expected one of {', '.join(ENGINES)}")
 
 

@@ -48,6 +48,20 @@ def test_a_missing_package_disables_only_the_commands_that_need_it(monkeypatch, 
     assert "'train' needs the Python package 'tqdm'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("engine", ["auto", "torch", "cuda_graph", "onnxruntime"])
+def test_a_missing_torch_is_one_sentence_that_names_the_interpreter(engine):
+    program = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from clustvit_ros.engine import create_engine\n"
+        "from clustvit_ros.errors import EngineError\n"
+        f"try: create_engine('camvid_tiny', {engine!r})\n"
+        "except EngineError as error: print(error)"
+    )
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert said.count("\n") == 1 and f"engine {engine} needs the Python package 'torch', which {sys.executable}" in said
+    assert "activate the virtual environment" in said
+
+
 @pytest.mark.parametrize("threads", ["-1", "100000", "many"])
 @pytest.mark.parametrize("command", ["bench", "evaluate --model m --images i --labels l", "train r --data d"])
 def test_threads_beyond_what_native_code_bears_are_refused(command, threads, capsys):
