@@ -17,7 +17,9 @@ import contextlib
 import fcntl
 import importlib.util
 import os
+import random
 import re
+import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -33,6 +35,34 @@ _FAST_DDS_2_DISTRIBUTIONS = ("humble", "iron", "jazzy")
 
 # Set by the launcher of the PyPI wheels of ROS 2 when it has restarted Python with the library path.
 _WHEELS_MARKER = "_ROS_WHEELS_BOOTSTRAP_COMPLETE"
+
+
+# A domain's ports are 7400 + 250 * domain and the 249 after it; of these domains, none that Linux hands to others.
+_DOMAINS, _FIRST_PORT, _PORTS = range(1, 101), 7400, 250
+_claims: list[socket.socket] = []
+
+
+def claim_domain() -> int:
+    """A ROS domain that nobody on this machine uses, and that nobody else who asks here gets while this process lives.
+
+    Returns:
+        1..100; one in use only when all are.
+    """
+    used = set()
+    for table in ("/proc/net/udp", "/proc/net/udp6"):
+        with contextlib.suppress(OSError):
+            for line in Path(table).read_text().splitlines()[1:]:
+                used.add((int(line.split()[1].rpartition(":")[2], 16) - _FIRST_PORT) // _PORTS)
+    domains = random.sample(_DOMAINS, len(_DOMAINS))
+    for domain in domains:
+        claim = socket.socket(socket.AF_UNIX)
+        with contextlib.suppress(OSError):  # somebody has claimed it
+            claim.bind(f"\0clustvit_ros_domain_{domain}")  # a name that ends with the process, and leaves no file
+            if domain not in used:
+                _claims.append(claim)
+                return domain
+        claim.close()
+    return domains[0]
 
 
 def dds_environment(environ: Mapping[str, str]) -> dict[str, str]:

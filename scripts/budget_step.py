@@ -19,7 +19,6 @@ import contextlib
 import itertools
 import json
 import os
-import random
 import subprocess
 import sys
 import tempfile
@@ -31,7 +30,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from clustvit_ros.dds import dds_environment, node_environment
+from clustvit_ros.dds import claim_domain, dds_environment, node_environment
 from clustvit_ros.demo.frame_source import open_source
 from clustvit_ros.demo.processes import NodeProcess
 from clustvit_ros.errors import ClustvitError, ConfigError
@@ -263,7 +262,8 @@ def _unpack_images(source: Path | None, folder: Path) -> None:
 
 def _run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     # A domain of its own and this host only: neither this nor a robot nearby hears the other.
-    os.environ.setdefault("ROS_DOMAIN_ID", str(random.randint(1, 100)))
+    if "ROS_DOMAIN_ID" not in os.environ:
+        os.environ["ROS_DOMAIN_ID"] = str(claim_domain())
     os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     os.environ.update(dds_environment(os.environ))
     environ = node_environment(os.environ)

@@ -25,7 +25,6 @@ import argparse
 import itertools
 import json
 import os
-import random
 import subprocess
 import sys
 import threading
@@ -37,7 +36,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 import clustvit_ros
-from clustvit_ros.dds import dds_environment, node_environment
+from clustvit_ros.dds import claim_domain, dds_environment, node_environment
 
 PACKAGE = Path(clustvit_ros.__file__ or "").parent
 # The first and the last of our functions on the way.
@@ -139,7 +138,7 @@ class Tracer:
 
 def trace(model: str, frames: int, budget_ms: float, threads: int) -> list[Call]:
     """Run a node and trace one frame after `frames` settled ones."""
-    os.environ.update(dds_environment(os.environ), ROS_DOMAIN_ID=str(random.randint(1, 100)))
+    os.environ.update(dds_environment(os.environ), ROS_DOMAIN_ID=str(claim_domain()))
     os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
     tracer = Tracer()
     tracer.install()

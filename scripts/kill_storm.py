@@ -29,7 +29,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from clustvit_ros.dds import dds_environment, find_leftovers, node_environment
+from clustvit_ros.dds import claim_domain, dds_environment, find_leftovers, node_environment
 from clustvit_ros.demo.processes import NodeProcess
 
 _PATIENCE_S = 30.0
@@ -103,7 +103,7 @@ def storm(
     """
     rng = random.Random(seed)
     environ = node_environment({**os.environ, **dds_environment(os.environ)})
-    environ["ROS_DOMAIN_ID"] = str(random.randint(1, 100))
+    environ["ROS_DOMAIN_ID"] = str(claim_domain())
     environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
     found_before = {leftover.segment for leftover in find_leftovers()}
     history: list[dict[str, Any]] = []

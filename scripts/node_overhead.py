@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,7 @@ import cv2
 import numpy as np
 
 from clustvit_ros.classes import ClassSet
-from clustvit_ros.dds import dds_environment, node_environment
+from clustvit_ros.dds import claim_domain, dds_environment, node_environment
 from clustvit_ros.engine import Engine, EngineInfo, Prediction, Settings, Stats
 from clustvit_ros.policy import percentile
 
@@ -86,7 +85,7 @@ def measure(size: tuple[int, int], frames: int, rate_hz: float) -> dict[str, Any
     Returns:
         `size`, `masks`, and `milliseconds`: for each row of the table `median` and `p95`.
     """
-    os.environ.update(dds_environment(os.environ), ROS_DOMAIN_ID=str(random.randint(1, 100)))
+    os.environ.update(dds_environment(os.environ), ROS_DOMAIN_ID=str(claim_domain()))
     # After the environment is set: DDS reads it once.
     import rclpy
     from rclpy.executors import SingleThreadedExecutor

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import sys
 import tempfile
 import threading
@@ -30,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from clustvit_ros.dds import dds_environment, node_environment
+from clustvit_ros.dds import claim_domain, dds_environment, node_environment
 from clustvit_ros.demo.processes import NodeProcess
 from clustvit_ros.engine.machine import keep_freed_memory
 
@@ -131,7 +130,7 @@ def soak_over_dds(minutes: float, source: str, rate_hz: float, node: dict[str, A
     Returns:
         `masks`, `faults` (every diagnostic that was not OK once masks flowed), the node's frame counts, and its memory.
     """
-    os.environ.update(dds_environment(os.environ), ROS_DOMAIN_ID=str(random.randint(1, 100)))
+    os.environ.update(dds_environment(os.environ), ROS_DOMAIN_ID=str(claim_domain()))
     os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
     import rclpy
     from diagnostic_msgs.msg import DiagnosticArray

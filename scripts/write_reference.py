@@ -7,8 +7,8 @@
 # governing permissions and limitations under the License.
 """Writes docs/reference.md from the code: parameters from their declarations, topics from a running node.
 
-Needs rclpy. What a topic means stands in the README's table of topics, which must name every one of them. A test holds
-the file against this script.
+Needs rclpy; where vision_msgs is not installed, the tests' stand-in takes its place. What a topic means stands in the
+README's table of topics, which must name every one of them. A test holds the file against this script.
 
 scripts/write_reference.py [--output docs/reference.md]
 """
@@ -16,18 +16,23 @@ scripts/write_reference.py [--output docs/reference.md]
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
-import random
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from clustvit_ros.dds import claim_domain
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "docs" / "reference.md"
 
 # Every node of rclpy has these; they are ROS 2's own.
 _OF_EVERY_NODE = {"/rosout", "/parameter_events", "/clock"}
+# What the tests put in the place of vision_msgs.
+_STAND_IN = ROOT / "test" / "node" / "fake_messages"
 _MOST_LOOKS, _BETWEEN_LOOKS_S = 40, 0.5
 
 
@@ -35,8 +40,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=OUTPUT)
     args = parser.parse_args()
-    os.environ["ROS_DOMAIN_ID"] = str(random.randint(1, 100))
+    os.environ["ROS_DOMAIN_ID"] = str(claim_domain())
     os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
+    if importlib.util.find_spec("vision_msgs") is None:
+        sys.path.insert(0, str(_STAND_IN))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(reference(), encoding="utf-8")
     print(args.output)
@@ -125,6 +132,7 @@ def _endpoints(transport: str) -> list[tuple[str, str, str, str]]:
     import rclpy
     from rclpy.node import Node
     from sensor_msgs.msg import Image, PointCloud2
+    from vision_msgs.msg import LabelInfo
 
     context = rclpy.Context()
     rclpy.init(context=context)
@@ -146,7 +154,9 @@ def _endpoints(transport: str) -> list[tuple[str, str, str, str]]:
                 if name in _OF_EVERY_NODE or name.startswith("/segmentation/transition_event"):
                     continue
                 package = kind.__module__.split(".")[0]
-                found.append((name, direction, f"{package}/{kind.__name__}", _qos(endpoint.qos_profile)))
+                # Its stand-in travels as another type.
+                full = "vision_msgs/LabelInfo" if kind is LabelInfo else f"{package}/{kind.__name__}"
+                found.append((name, direction, full, _qos(endpoint.qos_profile)))
         _close(node)
         consumer.destroy_node()
         return found

@@ -67,6 +67,11 @@ def test_executables_are_on_the_path_and_where_ros2_run_looks(prefix):
     assert all(first_line(prefix / "bin" / name) == f"#!{sys.executable}" for name in EXECUTABLES)
 
 
+def with_first(folder):
+    """The environment, a folder before what ROS 2's setup.bash has put on the path."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))}
+
+
 def first_line(path):
     return path.read_text().splitlines()[0]
 
@@ -77,7 +82,7 @@ def test_what_setup_py_installs_runs_in_the_virtual_environment_that_is_active(t
         [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path / "build"), "install", "--prefix",
          str(tmp_path / "install"), "--install-scripts", str(tmp_path / "install/lib/clustvit_ros"), "--record",
          str(tmp_path / "record"), "--single-version-externally-managed"],
-        cwd=source, check=True, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True,
+        cwd=source, check=True, env=with_first(tmp_path), capture_output=True,
     )  # fmt: skip
     for name in EXECUTABLES:
         assert os.access(tmp_path / "install/lib/clustvit_ros" / name, os.X_OK)
@@ -103,7 +108,7 @@ def test_the_installed_package_finds_its_own_share(prefix, tmp_path):
     site = next(prefix.glob("lib/python*/site-packages"))
     code = "from clustvit_ros.paths import share_dir; print(share_dir())"
     found = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True,
+        [sys.executable, "-c", code], cwd=tmp_path, env=with_first(site), capture_output=True,
         text=True,
     )  # fmt: skip
     assert found.stdout.strip() == str(prefix / "share" / "clustvit_ros"), found.stderr

@@ -16,7 +16,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import random
 import re
 import shutil
 import time
@@ -29,7 +28,7 @@ import cv2
 from tqdm import tqdm
 
 from clustvit_ros.cli.arguments import parse_size
-from clustvit_ros.dds import node_environment
+from clustvit_ros.dds import claim_domain, node_environment
 from clustvit_ros.demo.processes import NodeProcess
 from clustvit_ros.demo.sim_demo import DEFAULT_SEED, SIM_RATE_HZ, run_sim, window_problem
 from clustvit_ros.errors import ClustvitError, ConfigError, DataError
@@ -215,7 +214,8 @@ def _environment() -> dict[str, str]:
     """What the processes get."""
     environ = node_environment(os.environ)
     # A domain of its own and this host only: neither the demo nor a robot nearby hears the other.
-    environ.setdefault("ROS_DOMAIN_ID", str(random.randint(1, 100)))
+    if "ROS_DOMAIN_ID" not in environ:
+        environ["ROS_DOMAIN_ID"] = str(claim_domain())
     environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     environ.setdefault("RCUTILS_LOGGING_USE_STDOUT", "1")
     return environ

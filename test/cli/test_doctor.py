@@ -19,7 +19,7 @@ import pytest
 from clustvit_ros.cli import compute_checks, machine_checks
 from clustvit_ros.cli.machine_checks import Finding, Level, as_json, as_text, judge_camera
 from clustvit_ros.cli.main import main
-from clustvit_ros.dds import PROFILE_VARIABLES
+from clustvit_ros.dds import PROFILE_VARIABLES, claim_domain
 from clustvit_ros.paths import share_dir
 
 PROFILE = str(share_dir() / "config" / "fastdds_shm.xml")
@@ -48,7 +48,7 @@ def test_the_whole_command(
     from clustvit_ros.classes import ClassSet
 
     model = make_toy_model(ClassSet.numbered(3))
-    monkeypatch.setenv("ROS_DOMAIN_ID", "97")
+    monkeypatch.setenv("ROS_DOMAIN_ID", str(claim_domain()))
     code = main(["doctor", "--json", "--device", "cpu", "--model", str(model), "--seconds", "0.2"])
     content = json.loads(capsys.readouterr().out)
     levels = {finding["check"]: finding["level"] for finding in content["findings"]}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -24,14 +23,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clustvit_ros.dds import dds_environment, node_environment
+from clustvit_ros.dds import claim_domain, dds_environment, node_environment
 
 # Before any rclpy.init: discovery and transports are fixed when a context is made.
 if os.environ.get("ROS_DISTRO") == "humble":
     os.environ["ROS_LOCALHOST_ONLY"] = "1"  # deprecated, with a warning at every start, since then
 else:
     os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
-os.environ["ROS_DOMAIN_ID"] = str(random.randint(1, 100))
+os.environ["ROS_DOMAIN_ID"] = str(claim_domain())
 os.environ.update(dds_environment(os.environ))
 # Nothing that a test measures may stay in the user's cache, or come from it.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="clustvit_ros_test_")

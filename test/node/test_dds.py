@@ -9,13 +9,16 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
 
-from clustvit_ros.dds import PROFILE_VARIABLES, dds_environment, node_environment
+from clustvit_ros import dds
+from clustvit_ros.dds import PROFILE_VARIABLES, claim_domain, dds_environment, node_environment
 from clustvit_ros.paths import share_dir
 
 PROFILE = str(share_dir() / "config" / "fastdds_shm.xml")
@@ -60,3 +63,20 @@ def test_segment_holds_several_full_hd_images() -> None:
     sizes = [int(node.text or 0) for node in root.iter() if node.tag.endswith("segment_size")]
     assert sizes == [32 * 1024 * 1024]
     assert sizes[0] > 4 * 1920 * 1080 * 3
+
+
+def test_a_domain_is_nobody_else_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither that of a process which only uses it, nor one that somebody has claimed; free again with its claimant."""
+    used, claimed, free = 140, 141, 142
+    monkeypatch.setattr(dds, "_DOMAINS", range(used, free + 1))
+    code = f"from clustvit_ros import dds; dds._DOMAINS = range({claimed}, {claimed + 1});"
+    claimant = subprocess.Popen(
+        [sys.executable, "-c", f"{code} print(dds.claim_domain(), flush=True); input()"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert claimant.stdout is not None and claimant.stdout.readline() == f"{claimed}\n"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as user:
+        user.bind(("127.0.0.1", 7400 + 250 * used + 11))
+        assert claim_domain() == free
+    claimant.communicate("")
+    assert {claim_domain(), claim_domain()} == {used, claimed}

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +42,7 @@ CLASSES = ScriptedEngine().info.classes
 def robot(ros_client: Any, start_node: Callable[..., Any]) -> Robot:
     """A node that finds a vision_msgs, started with overrides of one topic's QoS."""
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("PYTHONPATH", str(Path(__file__).parent / "fake_messages"))
+        environment.setenv("PYTHONPATH", str(Path(__file__).parent / "fake_messages"), prepend=os.pathsep)
         overrides = f"qos_overrides.{NAMESPACE}/segmentation"
         return Robot(
             ros_client, start_node, NAMESPACE, "-p", f"{overrides}/clusters.publisher.reliability:=best_effort",

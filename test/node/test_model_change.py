@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import shutil
 import threading
 import time
@@ -52,7 +53,7 @@ def models(make_toy_model: Callable[[ClassSet], Path]) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def robot(ros_client: Any, start_node: Callable[..., Any], models: dict[str, Path]) -> Robot:
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("PYTHONPATH", str(Path(__file__).parent / "fake_messages"))
+        environment.setenv("PYTHONPATH", str(Path(__file__).parent / "fake_messages"), prepend=os.pathsep)
         return Robot(
             ros_client, start_node, NAMESPACE, "-p", "engine:=torch", "-p", f"model:={models['three']}",
             "-p", "device:=cpu", "-p", "threads:=1",

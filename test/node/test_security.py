@@ -27,7 +27,7 @@ from robot import header
 from sensor_msgs.msg import Image
 
 from clustvit_ros.classes import ClassSet
-from clustvit_ros.dds import node_environment
+from clustvit_ros.dds import claim_domain, node_environment
 from clustvit_ros.node.messages import image_message
 from clustvit_ros.paths import share_dir, temporary_cache_dir
 
@@ -231,7 +231,7 @@ def test_no_root_is_needed(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     environ = {
         **node_environment(os.environ), "HOME": "/nonexistent", "XDG_CACHE_HOME": "/nonexistent/cache",
-        "ROS_LOG_DIR": str(tmp_path), "ROS_DOMAIN_ID": "98",
+        "ROS_LOG_DIR": str(tmp_path), "ROS_DOMAIN_ID": str(claim_domain()),
     }  # fmt: skip
     command = [sys.executable, "-m", "clustvit_ros.node.node", "--ros-args", "-p", "engine:=scripted"]
     try:
