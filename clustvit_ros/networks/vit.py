@@ -45,16 +45,18 @@ class ConvStem(nn.Module):
     """Strided 3x3 convolutions instead of one large patch projection: (B, 3, H, W) -> (B, C, H/p, W/p).
 
     Learns from little data where a 16x16 projection does not, at about one block's cost (arXiv 2106.14881). On the way
-    to the patches it passes finer maps, of strides 4 to p/2, which a head may use: see `detail_dims`.
+    to the patches it passes finer maps, of strides 2 to p/2, which a head may use: see `detail_dims`.
 
     Args:
         embed_dim: C.
         patch_size: p, a power of two.
-        num_blocks: residual blocks that refine each of the finer maps.
+        num_blocks: residual blocks that refine each of the maps of strides 4 to p/2.
+        detail_stride: stride of the finest map that is handed out, 2 or 4.
     """
 
-    def __init__(self, embed_dim: int, patch_size: int, num_blocks: int = 0) -> None:
+    def __init__(self, embed_dim: int, patch_size: int, num_blocks: int = 0, detail_stride: int = 4) -> None:
         super().__init__()
+        self.finest_detail = _level(detail_stride)
         widths = [3, *_stem_widths(embed_dim, patch_size)]
         layers: list[nn.Module] = []
         for width_in, width_out in pairwise(widths):
@@ -73,17 +75,17 @@ class ConvStem(nn.Module):
         return self.forward_with_details(images)[0]
 
     def forward_with_details(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The patches and the maps of strides 4 to p/2, finest first."""
+        """The patches and the maps of strides `detail_stride` to p/2, finest first."""
         x = images
         maps: list[Tensor] = []
         for layer in self.layers:
             x = layer(x)
             if isinstance(layer, nn.ReLU):
-                level = len(maps) - 1  # the first map, of stride 2, is handed to nobody
+                level = len(maps) - 1  # the first map, of stride 2, is as large as the others together
                 if 0 <= level < len(self.refine):
                     x = self.refine[level](x)
                 maps.append(x)
-        return x, tuple(maps[1:-1])
+        return x, tuple(maps[self.finest_detail : -1])
 
 
 class ResidualBlock(nn.Sequential):
@@ -104,9 +106,14 @@ class ResidualBlock(nn.Sequential):
         return F.relu(x + super().forward(x))
 
 
-def detail_dims(embed_dim: int, patch_size: int) -> list[int]:
-    """Channels of a convolutional stem's maps of strides 4 to p/2, finest first; none for patches below 8 px."""
-    return _stem_widths(embed_dim, patch_size)[1:-1]
+def detail_dims(embed_dim: int, patch_size: int, detail_stride: int = 4) -> list[int]:
+    """Channels of a convolutional stem's maps of strides `detail_stride` to p/2, finest first; may be none."""
+    return _stem_widths(embed_dim, patch_size)[_level(detail_stride) : -1]
+
+
+def _level(stride: int) -> int:
+    """Place of the map of a stride among a convolutional stem's, whose first has stride 2."""
+    return stride.bit_length() - 2
 
 
 def _stem_widths(embed_dim: int, patch_size: int) -> list[int]:
@@ -191,23 +198,24 @@ class VisionTransformer(Backbone):
         stem_blocks: residual blocks at each finer stride of a convolutional stem.
         drop_path: stochastic depth of the last block, growing linearly from 0 at the first.
         level_blocks: blocks (from 0) whose outputs go into the features' `levels`.
-        details: put the convolutional stem's finer maps into the features' `pyramid`.
+        detail_stride: stride of the finest of the convolutional stem's maps that go into the features' `pyramid`, 2 or
+            4; 0 hands none out.
     """
 
     def __init__(
         self, image_size: tuple[int, int], patch_size: int = 16, stem: str = "patch", stem_blocks: int = 0,
         embed_dim: int = 192, depth: int = 12, num_heads: int = 3, mlp_ratio: float = 4.0, drop_path: float = 0.0,
-        level_blocks: Sequence[int] = (), details: bool = False,
+        level_blocks: Sequence[int] = (), detail_stride: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
         self.patch_size = patch_size
         self.level_blocks = frozenset(level_blocks)
-        self.details = details
+        self.details = detail_stride > 0
         self.embed_dim = embed_dim
         self.grid_size = grid_size_of(image_size, patch_size)
         self.patch_embed: ConvStem | PatchProjection
         if stem == "conv":
-            self.patch_embed = ConvStem(embed_dim, patch_size, stem_blocks)
+            self.patch_embed = ConvStem(embed_dim, patch_size, stem_blocks, detail_stride or 4)
         else:
             self.patch_embed = PatchProjection(embed_dim, patch_size)
         num_positions = 1 + self.grid_size[0] * self.grid_size[1]
@@ -230,7 +238,7 @@ class VisionTransformer(Backbone):
         return x, grid_size
 
     def embed_with_details(self, images: Tensor) -> tuple[Tensor, tuple[int, int], tuple[Tensor, ...]]:
-        """`embed`, and the stem's finer maps, finest first; none unless `details` asked for them."""
+        """`embed`, and the stem's finer maps, finest first; none unless `detail_stride` asked for them."""
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] == 0 or images.shape[3] == 0:
             raise ImageError(f"images: got shape {tuple(images.shape)}, expected (batch, 3, height, width)")
         pad_bottom, pad_right = -images.shape[2] % self.patch_size, -images.shape[3] % self.patch_size

@@ -45,6 +45,8 @@ class ViTConfig(NetworkConfig):
             maps of a convolutional stem.
         head_depth, head_heads: blocks of Segmenter's head and their heads; 0 heads means as the encoder.
         head_channels: width of UPerNet's head, 0 means as the encoder; of the detail head's finest level, 0 means 64.
+        head_stride: detail head only: stride of its logits, 4, or 2 for things of three pixels such as poles.
+        head_refine: detail head only: residual blocks at each of its strides but the finest.
         head_blocks: the four blocks (from 0) whose outputs UPerNet's head takes; empty means after a third, half, two
             thirds and all of them: 3, 5, 7, 11 of 12.
         neck: UPerNet only: scale its levels to a pyramid first, as mmsegmentation's ViT models do.
@@ -70,6 +72,8 @@ class ViTConfig(NetworkConfig):
     head_depth: int = 2
     head_heads: int = 0
     head_channels: int = 0
+    head_stride: Literal[4, 2] = 4
+    head_refine: int = 0
     head_blocks: tuple[int, ...] = ()
     neck: bool = False
     decode: Literal["full", "compact", "grouped"] = "full"
@@ -114,6 +118,13 @@ class ViTConfig(NetworkConfig):
                 f"network: head is 'detail' with stem {self.stem!r} and patch_size {self.patch_size}; it needs "
                 "stem conv and patches of at least 8 px"
             )
+        if self.head != "detail" and (self.head_stride != 4 or self.head_refine):
+            raise ConfigError(
+                f"network: head_stride {self.head_stride} and head_refine {self.head_refine} are for head 'detail', "
+                f"got head {self.head!r}"
+            )
+        if self.head_refine < 0:
+            raise ConfigError(f"network: head_refine is {self.head_refine}, expected 0 or above")
         if self.head != "upernet":
             return
         blocks = self.level_blocks
@@ -164,7 +175,7 @@ class ViTConfig(NetworkConfig):
             "image_size": self.image_size, "patch_size": self.patch_size, "stem": self.stem,
             "stem_blocks": self.stem_blocks, "embed_dim": self.embed_dim, "depth": self.depth,
             "num_heads": self.num_heads, "mlp_ratio": self.mlp_ratio, "drop_path": self.drop_path,
-            "level_blocks": self.level_blocks, "details": self.head == "detail",
+            "level_blocks": self.level_blocks, "detail_stride": self.head_stride if self.head == "detail" else 0,
         }  # fmt: skip
         if self.merge_method == "clusters":
             cluster_mlp_dim = self.cluster_mlp_dim or self.embed_dim * 129 // 32
@@ -180,8 +191,8 @@ class ViTConfig(NetworkConfig):
         if self.head == "linear":
             return LinearHead(self.embed_dim, num_classes)
         if self.head == "detail":
-            details = detail_dims(self.embed_dim, self.patch_size)
-            return DetailHead(self.embed_dim, details, num_classes, self.head_channels or 64)
+            details = detail_dims(self.embed_dim, self.patch_size, self.head_stride)
+            return DetailHead(self.embed_dim, details, num_classes, self.head_channels or 64, self.head_refine)
         if self.head == "upernet":
             return UPerHead(self.embed_dim, num_classes, self.head_channels or self.embed_dim, self.neck)
         return MaskTransformer(

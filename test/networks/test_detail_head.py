@@ -37,9 +37,27 @@ def test_logits_are_at_a_quarter_of_the_resolution(patch_size):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("stem_blocks", [0, 2])
-def test_the_folded_copy_gives_the_same(stem_blocks):
-    network = make(stem_blocks=stem_blocks)
+@pytest.mark.parametrize("patch_size", [8, 16])
+def test_logits_may_be_at_half_of_the_resolution(patch_size):
+    network = make(patch_size=patch_size, head_stride=2, head_refine=1, head_channels=8).eval()
+    for height, width in ((96, 128), (64, 160)):
+        logits = network(torch.zeros(2, 3, height, width), token_capacity=5).logits
+        assert logits.shape == (2, 2, height // 2, width // 2)
+
+
+def test_every_weight_of_a_finer_head_learns():
+    network = make(stem_blocks=1, head_stride=2, head_refine=1).train()
+    network.head(network.backbone(torch.randn(2, 3, 96, 128))).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in network.head.parameters())
+    # A residual block starts as the identity, and all but its last norm learns from the second step on.
+    stem = network.backbone.patch_embed
+    assert all(float(layer.weight.grad.abs().sum()) > 0 for layer in stem.layers if hasattr(layer, "weight"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, {"stem_blocks": 2}, {"head_stride": 2, "head_refine": 2}])
+def test_the_folded_copy_gives_the_same(changes):
+    network = make(**changes)
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.normal_(module.weight, 1.0, 0.3)
@@ -89,6 +107,19 @@ def test_it_draws_what_is_thinner_than_a_patch():
     found = F.interpolate(logits, size=(64, 64), mode="bilinear").argmax(1)
     iou = ((found == 1) & (labels == 1)).sum() / ((found == 1) | (labels == 1)).sum()
     assert iou > 0.6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head": "linear", "head_stride": 2}, "head_refine 0 are for head 'detail', got head 'linear'"),
+        ({"head": "segmenter", "head_refine": 1}, "are for head 'detail', got head 'segmenter'"),
+        ({"head_refine": -1}, "head_refine is -1, expected 0 or above"),
+    ],
+)
+def test_what_only_the_detail_head_has_is_refused_elsewhere(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        ViTConfig(**{**SMALL, **changes})
 
 
 @pytest.mark.parametrize(
