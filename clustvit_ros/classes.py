@@ -11,6 +11,7 @@ from __future__ import annotations
 import colorsys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import yaml
@@ -66,6 +67,11 @@ class ClassSet:
         pairs = [(entry.name, entry.colour) for entry in entries]
         return cls(tuple(name for name, _ in pairs), tuple(colour for _, colour in pairs))
 
+    def entries(self) -> list[dict[str, Any]]:
+        """As a file lists them."""
+        pairs = zip(self.names, self.colours, strict=True)
+        return [{"name": name, "colour": list(colour)} for name, colour in pairs]
+
     @classmethod
     def numbered(cls, count: int) -> ClassSet:
         """Classes without names of their own: "class_0", "class_1", ... in colours that differ between neighbours."""
@@ -91,6 +97,19 @@ class ClassSet:
 def class_set_names() -> list[str]:
     """Names of the class lists that come with the package."""
     return sorted(path.stem for path in (share_dir() / "config" / "classes").glob("*.yaml"))
+
+
+def write_out_classes(content: dict[str, Any], where: str) -> None:
+    """Replace the name of a class list that a file's `classes` may hold by the list itself, in place.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if isinstance(content.get("classes"), str):
+        try:
+            content["classes"] = load_class_set(content["classes"]).entries()
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error
 
 
 def load_class_set(name: str) -> ClassSet:

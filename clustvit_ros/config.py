@@ -12,6 +12,7 @@ float is expected, a list where a tuple is.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -141,7 +142,11 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _convert(next(arg for arg in args if arg is not type(None)), value, where)
+        *kinds, last = (arg for arg in args if arg is not type(None))
+        for kind in kinds:
+            with contextlib.suppress(ConfigError):
+                return _convert(kind, value, where)
+        return _convert(last, value, where)
     if origin is typing.Literal and value in args:
         return value
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):

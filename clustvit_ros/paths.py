@@ -110,6 +110,12 @@ def find_model(name_or_path: str | Path) -> Path:
     )
 
 
+def model_name(folder: Path) -> str:
+    """What a model is called: as its folder; run folders all call theirs "model", so that it is the run's name."""
+    folder = folder.resolve()
+    return (folder.parent.name if folder.name == "model" else "") or folder.name
+
+
 @contextlib.contextmanager
 def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
     """A file beside `path` to be written, which takes its place at the end: readers see the old one or the new one.

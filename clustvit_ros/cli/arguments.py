@@ -10,12 +10,17 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
+import yaml
+
+from clustvit_ros.config import read_yaml
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.networks.model_folder import load_config, write_variant
+from clustvit_ros.networks.model_folder import WEIGHTS_FILE, load_config, weights_path
 from clustvit_ros.networks.vit_config import MERGES, ViTConfig
-from clustvit_ros.paths import find_model
+from clustvit_ros.paths import MODEL_FILE, find_model, model_name
 from clustvit_ros.policy.parameters import MOST_THREADS
 
 
@@ -101,9 +106,34 @@ def find_variants(args: argparse.Namespace, model: str | Path, folder: Path) -> 
             source = find_model(model)
             if network and not isinstance(load_config(source).network, ViTConfig):
                 raise ConfigError(f"--{next(iter(network))}: {model} is of another family than ViT and ClustViT")
-            name = "+".join([source.resolve().name, *network.values()])
+            name = "+".join([model_name(source), *network.values()])
             models.append(write_variant(source, folder / name, network) if network else source)
     return models
+
+
+def write_variant(model: str | Path, folder: Path, network: dict[str, Any]) -> Path:
+    """A model folder with a model's weights and some of its `network` section replaced, e.g. another way to merge.
+
+    Args:
+        model: a model folder, or a shipped model's name.
+        folder: to make; its name becomes the variant's.
+        network: hyper-parameters to replace, as in `model.yaml`.
+
+    Returns:
+        `folder`, with a copy of the weights.
+
+    Raises:
+        ModelError: no such model.
+        ConfigError: `model.yaml` cannot be used, or not with these values.
+    """
+    source = find_model(model).resolve()
+    content = read_yaml(source / MODEL_FILE)
+    content["network"] = {**(content.get("network") or {}), **network}
+    folder.mkdir(parents=True)
+    (folder / MODEL_FILE).write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    shutil.copyfile(weights_path(source), folder / WEIGHTS_FILE)
+    load_config(folder)
+    return folder
 
 
 def parse_counts(text: str) -> tuple[int, ...]:

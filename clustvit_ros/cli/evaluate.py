@@ -13,19 +13,19 @@ import dataclasses
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from clustvit_ros.cli.arguments import add_input_scale, add_threads, add_variants, find_variants
-from clustvit_ros.cli.train import usable
 from clustvit_ros.engine import PRECISIONS, Engine, Prediction, Settings, create_engine
+from clustvit_ros.engine.network_engine import NetworkEngine
 from clustvit_ros.errors import ConfigError, DataError
 from clustvit_ros.images import Sample
-from clustvit_ros.measure.evaluation import evaluate, gflops_counter
+from clustvit_ros.measure.evaluation import evaluate, fit_temperature, gflops_counter
 from clustvit_ros.measure.pictures import comparison, save_picture
 from clustvit_ros.measure.report import compare_twins, write_report
 from clustvit_ros.measure.sweep import ladder_settings, sweep
-from clustvit_ros.networks.model_folder import ModelConfig, load_config
-from clustvit_ros.training.dataset import LabelledImages
+from clustvit_ros.networks.model_folder import ModelConfig, load_config, save_config
+from clustvit_ros.training.dataset import LabelledImages, group_images, joined, usable
 from clustvit_ros.training.layouts import open_data_set
 
 _DETAILS = ("confusion", "per_image")
@@ -41,7 +41,17 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--images", type=Path, help="folder of images")
     parser.add_argument("--labels", type=Path, help="folder of <stem>.png with class ids, 255 = void")
     parser.add_argument("--data", type=Path, help="a data set as `train` takes it, instead of --images and --labels")
-    parser.add_argument("--split", default="val", help="split of --data (default: val)")
+    parser.add_argument(
+        "--split", nargs="+", default=["val"], help="split of --data, or several together (default: val)"
+    )
+    parser.add_argument(
+        "--group", nargs="+", default=[], metavar="NAME", help="only images of these groups of --data, e.g. drives"
+    )
+    parser.add_argument(
+        "--calibrate", action="store_true",
+        help="fit the temperature on these images, best of drives that nothing was learnt from, and write it into the "
+        "model's model.yaml, so that a confidence is the share of such pixels that are right",
+    )  # fmt: skip
     parser.add_argument("--merge-threshold", type=float, default=0.5, help="0..1, 1 merges nothing (default: 0.5)")
     parser.add_argument(
         "--token-capacity", type=int, default=0, help="upper bound on kept tokens, 0 = none (default: 0)"
@@ -68,17 +78,25 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     settings = Settings(
-        merge_threshold=args.merge_threshold, token_capacity=args.token_capacity, confidence=False,
+        merge_threshold=args.merge_threshold, token_capacity=args.token_capacity,
         clusters=args.pictures is not None or args.report is not None, input_scale=args.input_scale,
     )  # fmt: skip
+    if args.calibrate and any((*args.merge, *args.decode)):
+        raise ConfigError("--calibrate: got --merge or --decode as well, which are written nowhere; leave them out")
     with tempfile.TemporaryDirectory(prefix="clustvit_evaluate_") as folder:
         models = [variant for model in args.model for variant in find_variants(args, model, Path(folder))]
         configs = _with_distinct_names([load_config(model) for model in models], models)
         results = []
         for model, config in zip(models, configs, strict=True):
-            data = _open(args, config)
+            data, groups = _grouped(args, _open(args, config))
             engine = create_engine(str(model), "torch", args.device, args.threads, args.precision)
-            results.append(_evaluate(args, config, engine, data, settings, several=len(configs) > 1))
+            if args.calibrate:
+                found = fit_temperature(cast(NetworkEngine, engine), data, settings)
+                temperature = round(config.temperature * found, 3)
+                save_config(model, dataclasses.replace(load_config(model), temperature=temperature))
+                print(f"{config.name}: temperature {temperature:g} instead of {config.temperature:g}, in {model}")
+                engine = create_engine(str(model), "torch", args.device, args.threads, args.precision)
+            results.append(_evaluate(args, config, engine, data, groups, settings, several=len(configs) > 1))
     if args.json:
         rows = [{key: value for key, value in r.items() if key not in (*_DETAILS, "sweep")} for r in results]
         content = rows[0] if len(rows) == 1 else {"models": rows}
@@ -88,17 +106,19 @@ def run(args: argparse.Namespace) -> int:
         comparisons = compare_twins(results, configs)
         for line in comparisons:
             print(line["text"])
-        where = str(args.data / args.split if args.data else args.images)
+        where = f"{args.data}: {', '.join(args.split + args.group)}" if args.data else str(args.images)
         print(f"report in {write_report(args.report, where, results, configs, comparisons)}")
     return 0
 
 
 def _with_distinct_names(configs: list[ModelConfig], models: list[Path]) -> list[ModelConfig]:
-    """Run folders all call their model "model": where names repeat, the folder around it tells them apart."""
+    """Where names repeat, as those of two runs' folds do, the folder around tells them apart."""
     names = [config.name for config in configs]
+    around = [next(path.parent.name for path in (model.resolve(), *model.resolve().parents) if path.name == config.name)
+              for config, model in zip(configs, models, strict=True)]  # fmt: skip
     return [
-        dataclasses.replace(config, name=model.resolve().parent.name) if names.count(config.name) > 1 else config
-        for config, model in zip(configs, models, strict=True)
+        dataclasses.replace(config, name=f"{folder}-{config.name}") if names.count(config.name) > 1 else config
+        for config, folder in zip(configs, around, strict=True)
     ]
 
 
@@ -106,7 +126,8 @@ def _open(args: argparse.Namespace, config: ModelConfig) -> LabelledImages:
     num_classes = len(config.classes)
     strict = args.bad_data == "strict"
     if args.data is not None:
-        data = open_labelled(args.data, args.split, config.classes.names, config.name, strict)
+        splits = [open_labelled(args.data, split, config.classes.names, config.name, strict) for split in args.split]
+        data = joined(splits, same_classes=True) if len(splits) > 1 else splits[0]
     elif args.images is not None and args.labels is not None:
         data = LabelledImages(args.images, args.labels, num_classes, strict)
     else:
@@ -114,6 +135,24 @@ def _open(args: argparse.Namespace, config: ModelConfig) -> LabelledImages:
     if not strict:
         data, _ = usable(data, args.bad_data, config.network.patch_size)
     return data
+
+
+def _grouped(args: argparse.Namespace, data: LabelledImages) -> tuple[LabelledImages, dict[str, list[int]]]:
+    """The images that are asked for, and which of them belong together.
+
+    Raises:
+        ConfigError: a group is asked for that there is not.
+    """
+    rule = open_data_set(args.data).group if args.data else ""
+    groups = group_images(data, rule, to_hold_out=False) if rule else {}
+    unknown = [name for name in args.group if name not in groups]
+    if unknown:
+        known = ", ".join(groups) or "none: expected --data with a dataset.yaml that has a group"
+        raise ConfigError(f"--group: got {unknown[0]}; the groups of these images are {known}")
+    if args.group:
+        data = data.subset(sorted(index for name in args.group for index in groups[name]))
+        groups = group_images(data, rule, to_hold_out=False)
+    return data, groups
 
 
 def open_labelled(
@@ -134,8 +173,8 @@ def open_labelled(
 
 
 def _evaluate(
-    args: argparse.Namespace, config: ModelConfig, engine: Engine, data: LabelledImages, settings: Settings,
-    several: bool,
+    args: argparse.Namespace, config: ModelConfig, engine: Engine, data: LabelledImages, groups: dict[str, list[int]],
+    settings: Settings, several: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """Scores of one model; printed, and with its pictures written."""
     palette = config.classes.palette()
@@ -151,16 +190,19 @@ def _evaluate(
 
     count_gflops = gflops_counter(config)
     draws = args.pictures is not None or args.report is not None
-    scores = evaluate(engine, data, settings, draw if draws else None, count_gflops, details=True)
+    scores = evaluate(engine, data, settings, draw if draws else None, count_gflops, details=True, groups=groups)
     info = engine.info
     for name, iou in scores["per_class_iou"].items():
         print(f"  {name:<16}{'-' if iou is None else f'{iou:6.2f}'}")
     print(
         f"{f'{config.name}: ' if several else ''}mIoU {scores['miou']:.2f} on {scores['images']} images; "
         f"{scores['tokens_kept_mean']:.0f} of {scores['tokens_total']} tokens kept; "
-        f"boundary IoU {scores['boundary_iou']:.2f}; {scores['gflops_mean']:.1f} GFLOPs; "
+        f"boundary IoU {scores['boundary_iou']:.2f}; calibration error {scores['ece']:.3f}; "
+        f"{scores['gflops_mean']:.1f} GFLOPs; "
         f"{scores['latency_ms_p50']:.1f} ms per image (p50) on {info.device}"
     )
+    for name, group in scores.get("groups", {}).items():
+        print(f"  {name:<16}{group['miou']:6.2f} on {group['images']} images")
     result = {
         "model": config.name, "engine": info.engine, "device": info.device, "merge_threshold": settings.merge_threshold,
         "token_capacity": settings.token_capacity, "input_scale": settings.input_scale, **scores,

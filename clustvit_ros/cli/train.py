@@ -13,31 +13,36 @@ import copy
 import dataclasses
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from tqdm import tqdm
 
 from clustvit_ros.cli.arguments import add_threads
 from clustvit_ros.config import to_mapping
 from clustvit_ros.engine import Settings
 from clustvit_ros.engine.network_engine import select_device
 from clustvit_ros.engine.torch_engine import TorchEngine
-from clustvit_ros.errors import ConfigError, DataError
-from clustvit_ros.measure.evaluation import evaluate
+from clustvit_ros.errors import ConfigError
+from clustvit_ros.measure.evaluation import evaluate, fit_temperature
 from clustvit_ros.networks.model_folder import (
     WEIGHTS_FILE,
     ModelConfig,
     load_config,
     load_segmenter,
+    save_config,
     save_model,
 )
 from clustvit_ros.networks.segmenter import Segmenter
-from clustvit_ros.training.dataset import BadFile, LabelledImages, check_images, list_findings, without
+from clustvit_ros.training.dataset import (
+    BadFile,
+    LabelledImages,
+    group_images,
+    joined,
+    usable,
+)
 from clustvit_ros.training.distributed import Processes, processes
 from clustvit_ros.training.layouts import open_data_set
 from clustvit_ros.training.loop import RunOptions, TimeUp
@@ -97,34 +102,6 @@ def run_options(args: argparse.Namespace, run_dir: Path, is_main: bool, spent_s:
     return RunOptions(time_limit_s=limit_s, compile=args.compile, on_record=on_record)
 
 
-def usable(data: LabelledImages, bad_data: str, patch_size: int) -> tuple[LabelledImages, list[BadFile]]:
-    """Check every file of a split.
-
-    Args:
-        bad_data: "strict" or "skip".
-        patch_size: images must have at least one patch.
-
-    Returns:
-        What can be used, and what is left out.
-
-    Raises:
-        DataError: strict, and something cannot be used (each file is listed); or nothing is left.
-    """
-    found = check_images(
-        data,
-        patch_size,
-        lambda items: tqdm(items, desc=f"check {data.where}", total=len(data), leave=False, mininterval=1.0),
-    )
-    findings = [*data.findings, *found]
-    if not findings:
-        return data, []
-    text = list_findings(findings, data.where)
-    if bad_data == "strict":
-        raise DataError(f"{text}\nrepair or remove them, or pass --bad-data skip to go on without them")
-    print(text, file=sys.stderr)
-    return (without(data, found) if found else data), findings
-
-
 # mIoU points; half-precision weights that cost more than this are not shipped.
 _MAX_HALF_PRECISION_LOSS = 0.1
 _DONE_FILE = "done.json"
@@ -135,8 +112,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("train", help="train a model on labelled images; continues where it was interrupted")
     parser.add_argument("recipe", type=Path, help="recipe file, e.g. config/train/camvid_tiny.yaml")
     parser.add_argument(
-        "--data", type=Path, required=True,
-        help="folder with {train,val}/{images,labels}, a dataset.yaml, or a published data set as it comes",
+        "--data", nargs="+", required=True, metavar="[NAME=]DIR",
+        help="folder with {train,val}/{images,labels}, a dataset.yaml, or a published data set as it comes; for a "
+        "joint training one for each name in the recipe's data",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, help="run folder for checkpoint, log and model (default: runs/<name>)")
     parser.add_argument("--init", help="weights to start from, instead of the recipe's init")
@@ -147,9 +125,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--val-split", default="val", help="the split that chooses the best weights (default: val)")
     parser.add_argument(
-        "--folds", type=int, default=0, metavar="N",
-        help="hold out each N-th part of the training split in turn, then train on all of it",
+        "--folds", default="0", metavar="N|group",
+        help="hold out each N-th part of the training split in turn, then train on all of it; or each group of both "
+        "splits (dataset.yaml says what one is, for instance a drive), then train as without folds",
     )  # fmt: skip
+    parser.add_argument("--folds-only", action="store_true", help="end when the folds are scored")
     add_training_options(parser)
     parser.set_defaults(run=run)
 
@@ -161,13 +141,17 @@ class _Part(NamedTuple):
     train: LabelledImages
     val: LabelledImages | None
     val_name: str
+    is_fold: bool = False
 
 
 def run(args: argparse.Namespace) -> int:
     started = time.monotonic()
     prepare(args)
-    if args.folds and args.folds < 2:
-        raise ConfigError(f"--folds: got {args.folds}, expected at least 2")
+    by_group, folds = args.folds == "group", int(args.folds) if args.folds.isdecimal() else -1
+    if not by_group and (folds < 0 or folds == 1):
+        raise ConfigError(f"--folds: got {args.folds}, expected a number of at least 2, or group")
+    if args.folds_only and not folds:
+        raise ConfigError("--folds-only: got no --folds, expected --folds N or --folds group beside it")
     recipe = read_recipe(args.recipe)
     if args.without_merging:
         recipe = recipe.without_merging()
@@ -177,18 +161,25 @@ def run(args: argparse.Namespace) -> int:
         recipe = dataclasses.replace(recipe, init=args.init)
     if args.epochs is not None:
         recipe = dataclasses.replace(recipe, schedule=dataclasses.replace(recipe.schedule, epochs=args.epochs))
-    data_set = open_data_set(args.data)
-    recipe = recipe.with_classes(data_set.classes)
+    data_set, *further_sets = (open_data_set(folder) for folder in recipe.folders(args.data))
+    recipe = recipe.with_classes(data_set.classes, *(further.classes for further in further_sets))
     config = recipe.model_config()
     run_dir = args.out or Path("runs") / recipe.name
     strict = args.bad_data == "strict"
-    names = ["train"] if args.folds else ["train", args.val_split]
+    names = ["train"] if folds > 0 else ["train", args.val_split]
+    opened = {name: data_set.open(name, len(config.classes), strict) for name in names}
+    for source, other in zip(recipe.sources[1:], further_sets, strict=True):
+        opened[source.name] = other.open("train", len(source.classes), strict)
     left_out: list[BadFile] = []
     splits: dict[str, LabelledImages] = {}
-    for name in names:
-        data = data_set.open(name, len(config.classes), strict)
+    for name, data in opened.items():
         splits[name], findings = usable(data, args.bad_data, config.network.patch_size)
         left_out += findings
+    parts = _group_parts(run_dir, splits, args.val_split, data_set.group) if by_group else None
+    parts = parts or _parts(run_dir, splits, args.val_split, folds)
+    if args.folds_only:
+        parts.pop()
+    further = [splits[source.name] for source in recipe.sources[1:]]
     with processes(args.device) as (here, device_name):
         device, reason = select_device(device_name)
         if here.is_main:
@@ -197,17 +188,29 @@ def run(args: argparse.Namespace) -> int:
             print(f"{recipe.name}: device {device}{f' ({reason})' if reason else ''}, run folder {run_dir}")
         here.wait()
         try:
-            results = [
-                _train_part(part, recipe, args, device, here, started)
-                for part in _parts(run_dir, splits, args.val_split, args.folds)
-            ]
+            results = [_train_part(part, further, recipe, args, device, here, started) for part in parts]
         except TimeUp:
             if here.is_main:
                 print(f"time limit of {args.time_limit:g} min reached; the same command continues in {run_dir}")
             return EXIT_TIME_UP
-        if args.folds and here.is_main:
-            _summarise_folds(run_dir, config, results[:-1], results[-1])
+        if folds and here.is_main:
+            _summarise_folds(run_dir, config, [part for part in parts if part.is_fold], results, str(device))
     return 0
+
+
+def _group_parts(
+    run_dir: Path, splits: dict[str, LabelledImages], val_split: str, group: str | tuple[str, ...]
+) -> list[_Part]:
+    """A fold for each group, which trains on the others, and the training that there would be without folds."""
+    data = joined([splits["train"], splits[val_split]], same_classes=True)
+    groups = group_images(data, group)
+    parts = []
+    for name, held_out in groups.items():
+        train = data.subset(index for other, indices in groups.items() if other != name for index in indices)
+        parts.append(_Part(run_dir / f"fold_{name}", train, data.subset(held_out), f"{name}, held out", is_fold=True))
+    outside = len(data) - sum(map(len, groups.values()))
+    print(f"folds: {', '.join(f'{name} ({len(i)} images)' for name, i in groups.items())}; {outside} images in none")
+    return [*parts, *_parts(run_dir, splits, val_split, 0)]
 
 
 def _parts(run_dir: Path, splits: dict[str, LabelledImages], val_split: str, folds: int) -> list[_Part]:
@@ -220,13 +223,15 @@ def _parts(run_dir: Path, splits: dict[str, LabelledImages], val_split: str, fol
     for fold in range(folds):
         held_out = range(fold, len(data), folds)
         train = data.subset(index for index in range(len(data)) if index % folds != fold)
-        parts.append(_Part(run_dir / f"fold{fold + 1}", train, data.subset(held_out), f"fold {fold + 1} of {folds}"))
+        name = f"fold {fold + 1} of {folds}"
+        parts.append(_Part(run_dir / f"fold{fold + 1}", train, data.subset(held_out), name, is_fold=True))
     return [*parts, _Part(run_dir, data, None, "")]
 
 
 def _train_part(
-    part: _Part, recipe: Recipe, args: argparse.Namespace, device: torch.device, here: Processes, started: float
-) -> dict[str, Any]:
+    part: _Part, further: list[LabelledImages], recipe: Recipe, args: argparse.Namespace, device: torch.device,
+    here: Processes, started: float,
+) -> dict[str, Any]:  # fmt: skip
     """Train one part to its end, or look up what came of it before; its scores."""
     done = part.run_dir / _DONE_FILE
     if done.exists():
@@ -237,7 +242,7 @@ def _train_part(
             return content["scores"]
     options = run_options(args, part.run_dir, here.is_main, spent_s=time.monotonic() - started)
     cache_bytes = round(args.cache_gb * 1e9)
-    trainer = Trainer(recipe, part.train, part.run_dir, device, here, options, cache_bytes)
+    trainer = Trainer(recipe, part.train, part.run_dir, device, here, options, cache_bytes, further)
     config = trainer.config
     if here.is_main:
         parameters = sum(parameter.numel() for parameter in trainer.network.parameters())
@@ -251,17 +256,19 @@ def _train_part(
             write_text(part.run_dir / "init.json", json.dumps(trainer.init_report._asdict(), indent=1) + "\n")
     model_dir = part.run_dir / "model"
 
-    def score(network: Segmenter) -> dict[str, Any]:
-        return evaluate(TorchEngine(network, config, str(device)), part.val) if part.val else {}
+    def engine(network: Segmenter) -> TorchEngine:
+        return TorchEngine(network, config, str(device))
 
     def validate(network: Segmenter) -> dict[str, Any]:
-        return score(_rounded(network))
+        return evaluate(engine(_rounded(network)), part.val) if part.val else {}
 
-    trainer.train(validate if part.val else None, lambda network: _save(model_dir, config, network))
+    # What a fold holds out scores its last weights, and chooses none.
+    chooses = part.val is not None and not part.is_fold
+    trainer.train(validate if chooses else None, lambda network: _save(model_dir, config, network))
     scores: dict[str, Any] = {}
     if here.is_main:
         origin = args.recipe.name + (" --without-merging" if args.without_merging else "")
-        scores = _finish(model_dir, config, recipe, origin, part, score)
+        scores = _finish(model_dir, config, recipe, origin, part, engine)
         write_text(done, json.dumps({"recipe": to_mapping(recipe), "scores": scores}, indent=1) + "\n")
     here.wait()
     return scores
@@ -269,17 +276,27 @@ def _train_part(
 
 def _finish(
     model_dir: Path, config: ModelConfig, recipe: Recipe, recipe_name: str, part: _Part,
-    score: Callable[[Segmenter], dict[str, Any]],
+    engine: Callable[[Segmenter], TorchEngine],
 ) -> dict[str, Any]:  # fmt: skip
-    """Write the best weights of all validations, halved on disk unless that costs accuracy; their scores."""
+    """Write the best weights of all validations, halved on disk unless that costs accuracy; their scores.
+
+    Their temperature is fitted on the images that score them, and written where those have chosen them before: a fold's
+    comes from the other folds.
+    """
     best = load_segmenter(model_dir)
+    best.temperature = 1.0  # interrupted after it was written, this runs again
     dtype = torch.float16
     scores: dict[str, Any] = {}
     if part.val:
-        halved, full = score(_rounded(best)), score(best)
+        halved, full = (evaluate(engine(network), part.val) for network in (_rounded(best), best))
         if halved["miou"] < full["miou"] - _MAX_HALF_PRECISION_LOSS:
             dtype, halved = torch.float32, full
-        scores = {"split": part.val_name, "merge_threshold": Settings().merge_threshold, **halved}
+        fitted = fit_temperature(engine(best), part.val)
+        scores = {
+            "split": part.val_name, "merge_threshold": Settings().merge_threshold, **halved, "temperature": fitted,
+        }  # fmt: skip
+        if not part.is_fold:
+            config = dataclasses.replace(config, temperature=fitted)
     config = dataclasses.replace(config, training=_provenance(recipe, recipe_name), scores=scores)
     _save(model_dir, config, best, dtype)
     print(f"{_describe(scores)}; model in {model_dir}")
@@ -302,7 +319,7 @@ def _rounded(network: Segmenter) -> Segmenter:
 
 def _provenance(recipe: Recipe, recipe_name: str) -> dict[str, Any]:
     return {
-        "data": recipe.data, "recipe": recipe_name, "init": "/".join(Path(recipe.init).parts[-2:]),
+        "data": recipe.about_data, "recipe": recipe_name, "init": "/".join(Path(recipe.init).parts[-2:]),
         "augmentation": to_mapping(recipe.augmentation), "schedule": to_mapping(recipe.schedule),
     }  # fmt: skip
 
@@ -313,26 +330,57 @@ def _describe(scores: dict[str, Any]) -> str:
     return f"mIoU {scores['miou']:.2f} with {100 * scores['tokens_merged_mean']:.1f} % of the tokens merged"
 
 
-def _summarise_folds(run_dir: Path, config: ModelConfig, folds: list[dict[str, Any]], final: dict[str, Any]) -> None:
-    """Write the folds' scores, and put their mean and spread into the final model, which nothing is left to score."""
+def _mean_temperature(temperatures: list[float]) -> float:
+    return round(statistics.geometric_mean(temperatures), 3)
+
+
+def _summarise_folds(
+    run_dir: Path, config: ModelConfig, parts: list[_Part], results: list[dict[str, Any]], device: str
+) -> None:
+    """Write the folds' scores, and put their mean and spread into the final model, beside what the last split says.
+
+    The final model gets the mean of the folds' temperatures, each fold's the mean of the others'.
+    """
+    folds = results[: len(parts)]
+    temperatures = [scores["temperature"] for scores in folds]
+    errors = []
+    for index, part in enumerate(parts):
+        others = temperatures[:index] + temperatures[index + 1 :]
+        fold_dir = part.run_dir / "model"
+        save_config(fold_dir, dataclasses.replace(load_config(fold_dir), temperature=_mean_temperature(others)))
+        errors.append(evaluate(TorchEngine.from_model(fold_dir, device), cast(LabelledImages, part.val))["ece"])
     mious = [scores["miou"] for scores in folds]
     per_class: dict[str, float | None] = {}
     for name in config.classes.names:
         values = [scores["per_class_iou"][name] for scores in folds if scores["per_class_iou"][name] is not None]
         per_class[name] = round(statistics.fmean(values), 3) if values else None
     summary = {
-        "split": f"mean of {len(folds)} held-out folds of train", "merge_threshold": Settings().merge_threshold,
-        "miou": round(statistics.fmean(mious), 3), "miou_std": round(statistics.stdev(mious), 3), "miou_folds": mious,
+        "split": f"mean of {len(folds)} held-out folds: {', '.join(part.val_name for part in parts)}",
+        "merge_threshold": Settings().merge_threshold, "miou": round(statistics.fmean(mious), 3),
+        "miou_std": round(statistics.stdev(mious), 3), "miou_folds": mious,
+        "ece": round(statistics.fmean(errors), 4), "ece_folds": errors,
+        "ece_uncalibrated": round(statistics.fmean(scores["ece"] for scores in folds), 4),
         "per_class_iou": per_class, "images": sum(scores["images"] for scores in folds),
         "tokens_total": folds[0]["tokens_total"],
         "tokens_kept_mean": round(statistics.fmean(scores["tokens_kept_mean"] for scores in folds), 2),
         "tokens_merged_mean": round(statistics.fmean(scores["tokens_merged_mean"] for scores in folds), 4),
     }  # fmt: skip
     write_text(run_dir / _FOLDS_FILE, json.dumps({"summary": summary, "folds": folds}, indent=1) + "\n")
+    text = (
+        f"{len(folds)} folds: mIoU {summary['miou']:.2f} +- {summary['miou_std']:.2f} "
+        f"({', '.join(f'{part.val_name} {miou:.2f}' for part, miou in zip(parts, mious, strict=True))}), "
+        f"{100 * summary['tokens_merged_mean']:.1f} % merged, calibration error {summary['ece']:.3f} with the other "
+        f"folds' temperature, {summary['ece_uncalibrated']:.3f} without"
+    )
+    if len(results) == len(folds):
+        print(f"{text}; no model of all images was asked for")
+        return
+    final = results[-1]
     model_dir = run_dir / "model"
     trained = load_config(model_dir)
-    _save(model_dir, dataclasses.replace(trained, scores=summary), load_segmenter(model_dir), torch.float16)
-    print(
-        f"{len(folds)} folds: mIoU {summary['miou']:.2f} +- {summary['miou_std']:.2f}, "
-        f"{100 * summary['tokens_merged_mean']:.1f} % merged; the model of all images is in {model_dir}"
-    )
+    if "miou" in final:
+        summary["beside"] = {key: final[key] for key in ("split", "miou", "images", "tokens_merged_mean")}
+        text += f"; {final['split']} mIoU {final['miou']:.2f}"
+    trained = dataclasses.replace(trained, scores=summary, temperature=_mean_temperature(temperatures))
+    _save(model_dir, trained, load_segmenter(model_dir), torch.float16)
+    print(f"{text}; the model of {'the training split' if 'miou' in final else 'all images'} is in {model_dir}")

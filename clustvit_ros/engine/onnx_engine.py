@@ -178,8 +178,9 @@ class OnnxEngine(NetworkEngine):
         if shipped.exists():
             inside(shipped.parent, ONNX_FILE)
         if shipped.is_file():
-            found = read_metadata(shipped)
-            stale = [name for name in ("format", "weights_sha256", "network") if found.get(name) != wanted[name]]
+            found = {"temperature": "1.0", **read_metadata(shipped)}
+            decisive = ("format", "weights_sha256", "network", "temperature")
+            stale = [name for name in decisive if found.get(name) != wanted[name]]
             if stale:
                 raise ModelError(
                     f"{shipped}: its {', '.join(stale)} differs from the model's; delete the file, or make it again "

@@ -146,6 +146,7 @@ def describe_export(
         "normalisation": {"channels": "RGB", "range": [0, 255], "mean": config.input.mean, "std": config.input.std},
         "input_size": size, "batch": batch or "dynamic", "patch_size": config.network.patch_size,
         "capacity_ladder": default_ladder(grid_size[0] * grid_size[1]), "network": dataclasses.asdict(config.network),
+        "temperature": config.temperature,
     }  # fmt: skip
     return {
         "format": FORMAT, "optional_inputs": EXEMPT_NAME, "model": config.name, "architecture": config.architecture,

@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+import cv2
 import numpy as np
+import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from clustvit_ros.engine.engine import Engine, Prediction, Settings
+from clustvit_ros.engine.network_engine import NetworkEngine
 from clustvit_ros.images import Sample
 from clustvit_ros.measure.flops import count_cost
-from clustvit_ros.measure.metrics import BoundaryIoU, ConfusionMatrix
-from clustvit_ros.networks.model_folder import ModelConfig
+from clustvit_ros.measure.metrics import BoundaryIoU, CalibrationError, ConfusionMatrix
+from clustvit_ros.networks.model_folder import TEMPERATURES, ModelConfig
 from clustvit_ros.policy import percentile
 
 GflopsCounter = Callable[[tuple[int, int], int], float]
@@ -38,7 +42,7 @@ class LabelledSamples(Protocol):
 def evaluate(
     engine: Engine, data: LabelledSamples, settings: Settings = Settings(),
     on_image: Callable[[Sample, Prediction], None] | None = None,
-    count_gflops: GflopsCounter | None = None, details: bool = False,
+    count_gflops: GflopsCounter | None = None, details: bool = False, groups: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Segment every image and compare with its labels at the image's own size.
 
@@ -49,16 +53,19 @@ def evaluate(
         on_image: called with each sample and its prediction.
         count_gflops: counts operations; None leaves them out.
         details: boundary IoU, confusion matrix and a record for each image as well.
+        groups: indices of images that are scored by themselves as well, such as those of a drive.
 
     Returns:
         `miou`, `per_class_iou` (None for a class that occurs nowhere) and `pixel_accuracy` in percent; `images`;
         `tokens_total` and `tokens_kept_mean` per image, `tokens_merged_mean` as a share 0..1; `latency_ms_p50` and
-        `latency_ms_p95`, from image in to mask out; `gflops_mean` per image when counted. With `details`,
+        `latency_ms_p95`, from image in to mask out; `ece`, the expected calibration error 0..1, where there is a
+        confidence map; `gflops_mean` per image when counted; `groups`, `miou` and `images` of each. With `details`,
         `boundary_iou` and `per_class_boundary_iou` in percent, `confusion` (rows: truth, columns: prediction, the last
         one unlabelled; pixels), and `per_image` records.
     """
     names = engine.info.classes.names
-    matrix = ConfusionMatrix(len(names))
+    matrix, calibration = ConfusionMatrix(len(names)), CalibrationError()
+    by_group = {name: (frozenset(indices), ConfusionMatrix(len(names))) for name, indices in (groups or {}).items()}
     boundaries = BoundaryIoU(len(names)) if details else None
     latencies_ms, kept, total = [], [], 0
     gflops: list[float] = []
@@ -67,7 +74,10 @@ def evaluate(
     for index in tqdm(range(len(data)), desc="evaluate", leave=False, mininterval=1.0):
         sample = data[index]
         prediction = engine.segment(sample.image, settings)
-        matrix.add(sample.labels, prediction.mask[0])
+        for counted in (matrix, *(each for indices, each in by_group.values() if index in indices)):
+            counted.add(sample.labels, prediction.mask[0])
+        if prediction.confidence is not None:
+            calibration.add(sample.labels, prediction.mask[0], prediction.confidence[0])
         latencies_ms.append(prediction.stats.total_ms)
         kept.append(prediction.stats.tokens_kept / prediction.stats.tokens_total)
         total = prediction.stats.tokens_total
@@ -86,6 +96,13 @@ def evaluate(
         "latency_ms_p50": round(statistics.median(latencies_ms), 3),
         "latency_ms_p95": round(percentile(latencies_ms, 0.95), 3),
     }  # fmt: skip
+    if settings.confidence:
+        scores["ece"] = round(calibration.value(), 4)
+    if by_group:
+        scores["groups"] = {
+            name: {"miou": round(100 * each.miou(), 3), "images": len(indices)}
+            for name, (indices, each) in by_group.items()
+        }
     if gflops:
         scores["gflops_mean"] = round(statistics.fmean(gflops), 3)
     if boundaries:
@@ -94,6 +111,37 @@ def evaluate(
         scores["confusion"] = matrix.counts.tolist()
         scores["per_image"] = records
     return scores
+
+
+_MOST_FITTED, _FITTED_STRIDE = 200, 4
+
+
+def fit_temperature(engine: NetworkEngine, data: LabelledSamples, settings: Settings = Settings()) -> float:
+    """The temperature at which the true classes of images get the highest likelihood (Guo et al., arXiv 1706.04599).
+
+    Args:
+        engine: what it runs already divides its logits by is part of the result.
+        data: images that nothing was learnt from; some hundred of them are used, and every fourth logit of those.
+        settings: settings of the calls.
+    """
+    found = []
+    for index in range(0, len(data), -(-len(data) // _MOST_FITTED)):
+        sample = data[index]
+        size = engine.input_size(sample.image.shape[:2], settings.input_scale)
+        with torch.inference_mode():
+            logits = engine.infer(engine.preprocess(sample.image[None], size), settings).logits[0].float().cpu()
+        labels = cv2.resize(sample.labels, (logits.shape[2], logits.shape[1]), interpolation=cv2.INTER_NEAREST)
+        truth = torch.from_numpy(labels[::_FITTED_STRIDE, ::_FITTED_STRIDE]).long().flatten()
+        sampled = logits[:, ::_FITTED_STRIDE, ::_FITTED_STRIDE].flatten(1).T
+        found.append((sampled[truth < len(logits)], truth[truth < len(logits)]))
+    sampled, truth = (torch.cat(part) for part in zip(*found, strict=True))
+    low, high = TEMPERATURES
+
+    def loss(temperature: float) -> float:
+        return float(F.cross_entropy(sampled / temperature, truth))
+
+    best: float = min(np.geomspace(low, high, 241).tolist(), key=loss)
+    return round(best, 3)
 
 
 def gflops_counter(config: ModelConfig) -> GflopsCounter:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
+from clustvit_ros.classes import IGNORE_INDEX
 from clustvit_ros.errors import DataError
 
 
@@ -63,6 +64,41 @@ class ConfusionMatrix:
     def pixel_accuracy(self) -> float:
         """Share of labelled pixels whose class is right, 0..1."""
         return float(np.trace(self.counts) / max(self.counts.sum(), 1))
+
+
+class CalibrationError:
+    """Expected calibration error: by how much confidence and share of right pixels differ, mean over pixels.
+
+    Guo et al., arXiv 1706.04599: pixels are sorted into bins of equal width by their confidence. Void pixels of the
+    truth, and those that the mask leaves unlabelled, do not count.
+
+    Args:
+        bins: 15 as published.
+    """
+
+    def __init__(self, bins: int = 15) -> None:
+        self.bins = bins
+        # By the 256 values that a confidence map can hold.
+        self._right, self._all = np.zeros(256, np.int64), np.zeros(256, np.int64)
+
+    def add(self, truth: np.ndarray, prediction: np.ndarray, confidence: np.ndarray) -> None:
+        """Count one image.
+
+        Args:
+            truth, prediction: (H, W) integers, 255 = none.
+            confidence: (H, W) uint8, probability scaled to 0..255.
+        """
+        counted = (truth != IGNORE_INDEX) & (prediction != IGNORE_INDEX)
+        self._all += np.bincount(confidence[counted], minlength=256)
+        self._right += np.bincount(confidence[counted & (truth == prediction)], minlength=256)
+
+    def value(self) -> float:
+        """0 (confidence means what it says) to 1; NaN where nothing was counted."""
+        values = np.arange(256)
+        index = np.minimum(values * self.bins // 255, self.bins - 1)
+        stated, right = (np.bincount(index, sums, self.bins) for sums in (self._all * values / 255, self._right))
+        total = self._all.sum()
+        return float(np.abs(stated - right).sum() / total) if total else float("nan")
 
 
 class BoundaryIoU:

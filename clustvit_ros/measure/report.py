@@ -26,7 +26,8 @@ from clustvit_ros.networks.vit_config import ViTConfig
 _MERGED_POINT = 0.6
 _COLUMNS = (
     ("model", "model", ""), ("miou", "mIoU %", ".2f"), ("boundary_iou", "boundary IoU %", ".2f"),
-    ("pixel_accuracy", "pixel accuracy %", ".2f"), ("tokens_kept_mean", "tokens kept", ".0f"),
+    ("pixel_accuracy", "pixel accuracy %", ".2f"), ("ece", "calibration error", ".3f"),
+    ("tokens_kept_mean", "tokens kept", ".0f"),
     ("tokens_merged_mean", "merged", ".1%"), ("gflops_mean", "GFLOPs", ".2f"), ("latency_ms_p50", "p50 ms", ".1f"),
     ("latency_ms_p95", "p95 ms", ".1f"),
 )  # fmt: skip

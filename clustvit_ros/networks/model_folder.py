@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,12 +23,14 @@ from clustvit_ros.config import from_mapping, read_yaml, to_mapping
 from clustvit_ros.errors import ConfigError, ModelError
 from clustvit_ros.networks.architectures import build_network, network_config
 from clustvit_ros.networks.segmenter import NetworkConfig, Segmenter
-from clustvit_ros.paths import MODEL_FILE, find_model, hash_file, replacing
+from clustvit_ros.paths import MODEL_FILE, find_model, hash_file, model_name, replacing
 
 WEIGHTS_FILE = "model.safetensors"
 # Far above any vision transformer; what is within is held against the weights before memory is spent on it.
 _LARGEST_INPUT_PX = 8192
 _LARGEST_SIZE, _DEEPEST = 65_536, 512
+TEMPERATURES = (0.05, 20.0)
+"""Range of a model's temperature."""
 _MOST_CLASSES = 65_535  # of a mono16 mask
 
 
@@ -85,6 +86,7 @@ class _ModelFile:
     scores: dict[str, Any] = field(default_factory=dict)
     licence: str = ""
     operating_points: tuple[MeasuredPoint, ...] = ()
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class ModelConfig:
     """A model without its weights.
 
     Args:
-        name: the folder's name.
+        name: the folder's name; of a run folder's `model`, the run's.
         architecture: a name in `ARCHITECTURES`.
         network: its hyper-parameters, overrides applied.
         classes: names and colours.
@@ -100,6 +102,8 @@ class ModelConfig:
         overrides: what `network` states beyond the architecture, as written.
         training, scores, licence: provenance, free form.
         operating_points: input sizes and capacities, and what they are worth; empty where nobody measured.
+        temperature: what class logits are divided by, so that a confidence is the share of such pixels that are right
+            (Guo et al., "On Calibration of Modern Neural Networks", arXiv 1706.04599); 1 leaves them as trained.
     """
 
     name: str
@@ -112,6 +116,7 @@ class ModelConfig:
     scores: dict[str, Any] = field(default_factory=dict)
     licence: str = ""
     operating_points: tuple[MeasuredPoint, ...] = ()
+    temperature: float = 1.0
 
 
 def load_config(model: str | Path) -> ModelConfig:
@@ -129,10 +134,14 @@ def load_config(model: str | Path) -> ModelConfig:
     _check_sizes(content.network, f"{where}: network")
     network = network_config(content.architecture, content.network, f"{where}: network")
     check_points(content.operating_points, content.input.size, network, where)
+    low, high = TEMPERATURES
+    if not low <= content.temperature <= high:
+        raise ConfigError(f"{where}: temperature is {content.temperature:g}, expected {low:g} to {high:g}; 1 is none")
     return ModelConfig(
-        name=folder.resolve().name, architecture=content.architecture, network=network,
+        name=model_name(folder), architecture=content.architecture, network=network,
         classes=ClassSet.of(content.classes), input=content.input, overrides=content.network, training=content.training,
         scores=content.scores, licence=content.licence, operating_points=content.operating_points,
+        temperature=content.temperature,
     )  # fmt: skip
 
 
@@ -199,6 +208,7 @@ def load_segmenter(model: str | Path) -> Segmenter:
     config = load_config(model)
     network = _hollow_network(config)
     load_weights(network, weights_path(model), config.network.unused_weights)
+    network.temperature = config.temperature
     return network.eval()
 
 
@@ -290,31 +300,6 @@ def _check_sizes(network: dict[str, Any], where: str) -> None:
                 raise ConfigError(f"{where}: {name} is {value}, expected at most {largest}")
 
 
-def write_variant(model: str | Path, folder: Path, network: dict[str, Any]) -> Path:
-    """A model folder with a model's weights and some of its `network` section replaced, e.g. another way to merge.
-
-    Args:
-        model: a model folder, or a shipped model's name.
-        folder: to make; its name becomes the variant's.
-        network: hyper-parameters to replace, as in `model.yaml`.
-
-    Returns:
-        `folder`, with a copy of the weights.
-
-    Raises:
-        ModelError: no such model.
-        ConfigError: `model.yaml` cannot be used, or not with these values.
-    """
-    source = find_model(model).resolve()
-    content = read_yaml(source / MODEL_FILE)
-    content["network"] = {**(content.get("network") or {}), **network}
-    folder.mkdir(parents=True)
-    (folder / MODEL_FILE).write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    shutil.copyfile(weights_path(source), folder / WEIGHTS_FILE)
-    load_config(folder)
-    return folder
-
-
 def hash_weights(model: str | Path) -> str:
     """SHA-256 of a model's weights file, as `sha256sum` prints it.
 
@@ -381,15 +366,14 @@ def save_config(folder: Path, config: ModelConfig) -> None:
         "format": 1,
         "architecture": config.architecture,
         "network": config.overrides,
-        "classes": [
-            {"name": name, "colour": list(colour)}
-            for name, colour in zip(config.classes.names, config.classes.colours, strict=True)
-        ],
+        "classes": config.classes.entries(),
         "input": {"size": list(config.input.size), "mean": list(config.input.mean), "std": list(config.input.std)},
         "training": config.training,
         "scores": config.scores,
         "licence": config.licence,
     }
+    if config.temperature != 1.0:
+        content["temperature"] = config.temperature
     if config.operating_points:
         content["operating_points"] = [to_mapping(point) for point in config.operating_points]
     text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)

@@ -153,10 +153,14 @@ class Segmenter(nn.Module):
     Args:
         backbone: images to features.
         head: maps `Features` to class logits (B, Q, h, w).
+
+    Attributes:
+        temperature: what class logits are divided by; no arg-max changes, confidences do.
     """
 
     def __init__(self, backbone: Backbone, head: nn.Module) -> None:
         super().__init__()
+        self.temperature = 1.0
         self.backbone = backbone
         self.head = head
 
@@ -177,8 +181,11 @@ class Segmenter(nn.Module):
 
     def decode(self, features: Features) -> SegmenterOutput:
         """Run the head on backbone features."""
+        logits = self.head(features)
+        if self.temperature != 1.0:
+            logits = logits / self.temperature
         return SegmenterOutput(
-            self.head(features), features.cluster_logits, features.cluster_ids, features.cluster_positions
+            logits, features.cluster_logits, features.cluster_ids, features.cluster_positions
         )
 
 

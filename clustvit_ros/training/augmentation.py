@@ -4,11 +4,12 @@
 # applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
 # governing permissions and limitations under the License.
-"""Joint augmentation of image and labels: one affine warp into the crop, flip, colour, blur and noise.
+"""Joint augmentation of image and labels: one affine warp into the crop, flip, then what light and cameras do.
 
 What a crop looks like is drawn on the CPU from the recipe's seed alone; the drawing is then carried out wherever the
 image lies, with the same operations on a CPU and a GPU. Hue and saturation turn and stretch the chroma plane of YIQ,
-so that all colour changes of a crop are one 3x3 matrix and an offset.
+so that all colour changes of a crop, its white balance included, are one 3x3 matrix and an offset. Shadow, colour,
+gamma, blur, noise and JPEG follow each other as they do on the way from a scene to a recorded file.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -33,6 +35,9 @@ _YIQ = np.array([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.
 _RGB = np.linalg.inv(_YIQ)
 # A thinned copy of the labels is enough to find a place, and sixteen times faster to search.
 _THINNING = 4
+# A shadow leaves this much of the light; its edge is soft over this share of the crop.
+_SHADOW_LEAVES, _SHADOW_EDGE = (0.3, 0.8), (0.005, 0.05)
+_BEST_JPEG_QUALITY = 95
 
 
 class Crop(NamedTuple):
@@ -44,6 +49,10 @@ class Crop(NamedTuple):
         blur_px: standard deviation of a Gaussian blur, 0 = none.
         noise: standard deviation of additive noise, on the 0..255 scale.
         noise_seed: seed of the noise itself.
+        gamma: exponent of brightness.
+        shadow: (x, y, offset, leaves): a pixel at (u, v), -1..1 each, lies in the shadow where x u + y v > offset, and
+            the longer (x, y), the harder the edge; `leaves` is the share of the light there, 1 = no shadow.
+        jpeg_quality: quality of a JPEG file in between, 0 = none.
     """
 
     to_source: np.ndarray
@@ -51,6 +60,9 @@ class Crop(NamedTuple):
     blur_px: float
     noise: float
     noise_seed: int
+    gamma: float = 1.0
+    shadow: tuple[float, float, float, float] = (1.0, 0.0, 0.0, 1.0)
+    jpeg_quality: int = 0
 
 
 class ClassPlaces:
@@ -90,6 +102,10 @@ class Augmentation:
         blur_px: largest blur (standard deviation); half of the crops stay sharp.
         noise: largest standard deviation of noise, on the 0..255 scale; half of the crops stay clean.
         vertical_flip: mirror half of the crops upside down as well, for cameras that look down.
+        gamma: largest exponent of brightness; its smallest is the inverse, and 1 is none.
+        white_balance: largest relative gain of red, with the inverse of blue, either way.
+        shadow: share of crops with a straight, soft edge beyond which there is less light.
+        jpeg_quality: lowest quality of a JPEG file that half of the crops go through; 0 is none.
     """
 
     crop_size: tuple[int, int]
@@ -103,15 +119,24 @@ class Augmentation:
     blur_px: float = 0.0
     noise: float = 0.0
     vertical_flip: bool = False
+    gamma: float = 1.0
+    white_balance: float = 0.0
+    shadow: float = 0.0
+    jpeg_quality: int = 0
 
     def __post_init__(self) -> None:
         if min(self.crop_size) < 1:
             raise ConfigError(f"augmentation: crop_size is {list(self.crop_size)}, expected positive (height, width)")
         if not 0.0 < self.scale[0] <= self.scale[1]:
             raise ConfigError(f"augmentation: scale is {list(self.scale)}, expected (smallest, largest) above 0")
-        if self.stretch < 1.0:
-            raise ConfigError(f"augmentation: stretch is {self.stretch}, expected at least 1")
-        for name in ("jitter", "rare_class"):
+        for name in ("stretch", "gamma"):
+            if getattr(self, name) < 1.0:
+                raise ConfigError(f"augmentation: {name} is {getattr(self, name)}, expected at least 1")
+        if not 0 <= self.jpeg_quality <= _BEST_JPEG_QUALITY:
+            raise ConfigError(
+                f"augmentation: jpeg_quality is {self.jpeg_quality}, expected 1 to {_BEST_JPEG_QUALITY}, or 0 for none"
+            )
+        for name in ("jitter", "rare_class", "white_balance", "shadow"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"augmentation: {name} is {getattr(self, name)}, expected 0 to 1")
         for name in ("rotation_deg", "hue_deg", "blur_px", "noise"):
@@ -137,7 +162,7 @@ class Augmentation:
         return images[0].round().byte().permute(1, 2, 0).numpy(), labels[0].byte().numpy()
 
     def draw(
-        self, image_size: Sequence[int], places: ClassPlaces, input_size: tuple[int, int], rng: np.random.Generator,
+        self, image_size: Sequence[int], places: ClassPlaces, input_size: tuple[float, float], rng: np.random.Generator,
     ) -> Crop:  # fmt: skip
         """Draw a crop of an image of (height, width) `image_size`; other arguments as for a call."""
         height, width = self.crop_size
@@ -157,6 +182,9 @@ class Augmentation:
             np.hstack([linear, offset[:, None]]), self._draw_colour(rng),
             rng.uniform(0.0, self.blur_px) if rng.random() < 0.5 else 0.0,
             rng.uniform(0.0, self.noise) if rng.random() < 0.5 else 0.0, int(rng.integers(2**31)),
+            math.exp(rng.uniform(-1.0, 1.0) * math.log(self.gamma)), self._draw_shadow(rng),
+            int(rng.integers(self.jpeg_quality, _BEST_JPEG_QUALITY, endpoint=True))
+            if self.jpeg_quality and rng.random() < 0.5 else 0,
         )  # fmt: skip
 
     def cut(self, images: Sequence[Tensor], labels: Sequence[Tensor], crops: Sequence[Crop]) -> tuple[Tensor, Tensor]:
@@ -174,9 +202,14 @@ class Augmentation:
             self._warp(image, label, crop.to_source) for image, label, crop in zip(images, labels, crops, strict=True)
         ]
         batch = torch.stack([image for image, _ in warped])
+        if any(crop.shadow[3] < 1.0 for crop in crops):
+            batch = batch * _shadows([crop.shadow for crop in crops], self.crop_size, batch.device)
         colour = torch.from_numpy(np.stack([crop.colour for crop in crops])).to(batch.device, torch.float32)
         batch = torch.einsum("bij,bjhw->bihw", colour[:, :, :3], batch) + colour[:, :, 3, None, None]
         batch = batch.clamp(0.0, 255.0)
+        if any(crop.gamma != 1.0 for crop in crops):
+            gamma = torch.tensor([crop.gamma for crop in crops], device=batch.device)[:, None, None, None]
+            batch = 255.0 * (batch / 255.0) ** gamma
         if any(crop.blur_px > 0 for crop in crops):
             batch = _blur(batch, [crop.blur_px for crop in crops])
         for image, crop in zip(batch, crops, strict=True):
@@ -184,6 +217,8 @@ class Augmentation:
                 generator = torch.Generator(batch.device).manual_seed(crop.noise_seed)
                 noise = torch.randn(image.shape, generator=generator, device=batch.device)
                 image.add_(noise, alpha=crop.noise).clamp_(0.0, 255.0)
+            if crop.jpeg_quality:
+                image.copy_(_through_jpeg(image, crop.jpeg_quality))
         return batch, torch.stack([label for _, label in warped]).long()
 
     def _warp(self, image: Tensor, labels: Tensor, to_source: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -220,9 +255,36 @@ class Augmentation:
         hue = math.radians(rng.uniform(-self.hue_deg, self.hue_deg))
         cos, sin = saturation * math.cos(hue), saturation * math.sin(hue)
         chroma = np.array([[1.0, 0.0, 0.0], [0.0, cos, -sin], [0.0, sin, cos]])
+        red = 1.0 + rng.uniform(-self.white_balance, self.white_balance) / 2
         # Contrast turns about mid-grey.
-        matrix = contrast * (_RGB @ chroma @ _YIQ)
+        matrix = contrast * (_RGB @ chroma @ _YIQ @ np.diag([red, 1.0, 1.0 / red]))
         return np.hstack([matrix, np.full((3, 1), 127.5 * (brightness - contrast))])
+
+    def _draw_shadow(self, rng: np.random.Generator) -> tuple[float, float, float, float]:
+        if rng.random() >= self.shadow:
+            return 1.0, 0.0, 0.0, 1.0
+        angle, steepness = rng.uniform(0.0, 2 * math.pi), 1.0 / rng.uniform(*_SHADOW_EDGE)
+        x, y = steepness * math.cos(angle), steepness * math.sin(angle)
+        return x, y, steepness * rng.uniform(-0.8, 0.8), rng.uniform(*_SHADOW_LEAVES)
+
+
+def _shadows(
+    shadows: Sequence[tuple[float, float, float, float]], size: tuple[int, int], device: torch.device
+) -> Tensor:
+    """Share of the light that is left: (B, 1, h, w)."""
+    x, y, offset, leaves = torch.tensor(shadows, device=device).T[:, :, None, None, None]
+    v = torch.linspace(-1.0, 1.0, size[0], device=device)[:, None]
+    u = torch.linspace(-1.0, 1.0, size[1], device=device)
+    return 1.0 - (1.0 - leaves) * torch.sigmoid(x * u + y * v - offset)
+
+
+def _through_jpeg(image: Tensor, quality: int) -> Tensor:
+    """A (3, h, w) image, 0..255, as a JPEG file of a quality has it, on the CPU."""
+    # Which channel is called blue matters to the file's colour space: OpenCV wants BGR.
+    pixels = image.flip(0).round().byte().permute(1, 2, 0).cpu().numpy()
+    _, file = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    decoded = cv2.imdecode(file, cv2.IMREAD_COLOR)
+    return torch.from_numpy(decoded).permute(2, 0, 1).flip(0).float()
 
 
 def _blur(images: Tensor, deviations_px: Sequence[float]) -> Tensor:

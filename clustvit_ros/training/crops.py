@@ -9,8 +9,9 @@
 from __future__ import annotations
 
 import concurrent.futures
+import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import cv2
@@ -64,6 +65,8 @@ class Crops:
         seed: seed of the drawing.
         device: device that crops are made on.
         cache_bytes: images are kept there if all of them fit into this.
+        own: images from here on are none of the model's own camera: at scale 1 they are as large as its input, but keep
+            their shape. None means that there are none.
     """
 
     def __init__(
@@ -75,8 +78,9 @@ class Crops:
         seed: int,
         device: torch.device,
         cache_bytes: int = DEFAULT_CACHE_BYTES,
+        own: int | None = None,
     ) -> None:
-        self._read, self._count = read, count
+        self._read, self._count, self._own = read, count, count if own is None else own
         self._augmentation, self._input_size, self._seed = augmentation, input_size, seed
         self._device = device
         self._readers = concurrent.futures.ThreadPoolExecutor(_READERS)
@@ -121,13 +125,20 @@ class Crops:
             self._augmentation.draw(
                 item.labels.shape,
                 item.places,
-                self._input_size,
+                self._size_of(index, item.labels.shape),
                 np.random.default_rng((self._seed, epoch, position, index)),
             )
             for (position, index), item in zip(batch, items, strict=True)
         ]
         images, labels = self._augmentation.cut([i.image for i in items], [i.labels for i in items], crops)
         return Batch(images, labels, [item.name for item in items])
+
+    def _size_of(self, index: int, image_size: Sequence[int]) -> tuple[float, float]:
+        """(height, width) of a whole image at scale 1."""
+        if index < self._own:
+            return self._input_size
+        scale = math.sqrt(math.prod(self._input_size) / math.prod(image_size))
+        return image_size[0] * scale, image_size[1] * scale
 
     def _prepare(self, index: int) -> _Stored:
         """Read an image, no larger than the largest zoom can use."""

@@ -9,15 +9,18 @@
 from __future__ import annotations
 
 import concurrent.futures
+import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
+from tqdm import tqdm
 
 from clustvit_ros.classes import IGNORE_INDEX
-from clustvit_ros.errors import DataError
+from clustvit_ros.errors import ConfigError, DataError
 from clustvit_ros.images import IMAGE_SUFFIXES, Sample, list_images, read_image
 
 _READERS = 8
@@ -118,6 +121,81 @@ class LabelledImages:
         return Sample(image, labels, pair.stem)
 
 
+def group_images(
+    data: LabelledImages, group: str | Sequence[str], to_hold_out: bool = True
+) -> dict[str, list[int]]:
+    """Which images were taken together: neighbouring frames of one drive are no test of each other.
+
+    Args:
+        data: images whose names say it.
+        group: a regular expression for the beginning of a file's stem, whose match (its first group, if it has one)
+            names the drive, e.g. "[^_]+" for what stands before the first "_"; or the names themselves, as stems begin
+            with them, and images of no such name belong nowhere.
+        to_hold_out: whether each is to be held out in turn, for which there have to be two.
+
+    Returns:
+        Indices of the images of each drive, in the order of their names or of the list.
+
+    Raises:
+        ConfigError: no rule, or one that cannot be used.
+        DataError: names that the rule does not fit, a listed name without images, or one group alone, which leaves
+            nothing to hold out.
+    """
+    stems = [pair.stem for pair in data.pairs]
+    found: dict[str, list[int]] = {}
+    if not group:
+        raise ConfigError(f"{data.where}: nothing says which images belong together, expected group in dataset.yaml")
+    if isinstance(group, str):
+        try:
+            pattern = re.compile(group)
+        except re.error as error:
+            raise ConfigError(f"group: {group!r} is no regular expression ({error})") from error
+        part = 1 if pattern.groups else 0
+        names = [(match[part] or "") if (match := pattern.match(stem)) else "" for stem in stems]
+        strange = [stem for stem, name in zip(stems, names, strict=True) if not name]
+        if strange:
+            raise DataError(f"{data.where}: group {group!r} finds nothing in {len(strange)} names: {_names(strange)}")
+        for name in sorted(set(names)):
+            found[name] = [index for index, other in enumerate(names) if other == name]
+    else:
+        clash = [(a, b) for a in group for b in group if a is not b and b.startswith(a)]
+        if clash or "" in group:
+            raise ConfigError(f"group: got {list(group)}, expected names of which none begins with another")
+        for name in group:
+            found[name] = [index for index, stem in enumerate(stems) if stem.startswith(name)]
+    if not to_hold_out:
+        return {name: indices for name, indices in found.items() if indices}
+    empty = [name for name, indices in found.items() if not indices]
+    if empty:
+        raise DataError(f"{data.where}: no image belongs to group {', '.join(empty)}; check group in dataset.yaml")
+    if len(found) < 2:
+        raise DataError(f"{data.where}: all images belong to group {next(iter(found))}, expected two or more")
+    return found
+
+
+def joined(data: Sequence[LabelledImages], same_classes: bool = False) -> LabelledImages:
+    """Several data sets behind each other.
+
+    Args:
+        data: the data sets.
+        same_classes: whether they have the same classes; else the ids of each follow on those of the ones before.
+    """
+    readers: dict[Pair, tuple[LabelReader, int]] = {}
+    first_id, total = 0, 0
+    for part in data:
+        readers.update({pair: (part._read, first_id) for pair in part.pairs})
+        total = first_id + part.num_classes
+        first_id = 0 if same_classes else total
+
+    def read(pair: Pair) -> np.ndarray:
+        read_part, first = readers[pair]
+        labels = read_part(pair)
+        return np.where(labels == IGNORE_INDEX, IGNORE_INDEX, labels + first).astype(np.uint8)
+
+    pairs = [pair for part in data for pair in part.pairs]
+    return LabelledImages.of_pairs(pairs, total, read, " and ".join(part.where for part in data))
+
+
 def check_images(
     data: LabelledImages, min_side_px: int = 1, progress: Callable[[Iterable], Iterable] = lambda items: items
 ) -> list[BadFile]:
@@ -156,6 +234,34 @@ def list_findings(findings: Sequence[BadFile], where: str, limit: int = 10) -> s
     if len(findings) > limit:
         lines.append(f"  and {len(findings) - limit} more")
     return f"{where}: {len(findings)} file(s) cannot be used:\n" + "\n".join(lines)
+
+
+def usable(data: LabelledImages, bad_data: str, patch_size: int) -> tuple[LabelledImages, list[BadFile]]:
+    """Check every file of a split.
+
+    Args:
+        bad_data: "strict" or "skip".
+        patch_size: images must have at least one patch.
+
+    Returns:
+        What can be used, and what is left out.
+
+    Raises:
+        DataError: strict, and something cannot be used (each file is listed); or nothing is left.
+    """
+    found = check_images(
+        data,
+        patch_size,
+        lambda items: tqdm(items, desc=f"check {data.where}", total=len(data), leave=False, mininterval=1.0),
+    )
+    findings = [*data.findings, *found]
+    if not findings:
+        return data, []
+    text = list_findings(findings, data.where)
+    if bad_data == "strict":
+        raise DataError(f"{text}\nrepair or remove them, or pass --bad-data skip to go on without them")
+    print(text, file=sys.stderr)
+    return (without(data, found) if found else data), findings
 
 
 def _problem(data: LabelledImages, index: int, min_side_px: int) -> BadFile | None:

@@ -18,14 +18,14 @@ from __future__ import annotations
 import functools
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import cv2
 import numpy as np
 
-from clustvit_ros.classes import IGNORE_INDEX, ClassEntry, ClassSet, load_class_set
+from clustvit_ros.classes import IGNORE_INDEX, ClassEntry, ClassSet, load_class_set, write_out_classes
 from clustvit_ros.config import from_mapping, read_yaml
 from clustvit_ros.errors import ConfigError, DataError
 from clustvit_ros.images import list_images, read_image
@@ -171,6 +171,7 @@ class _DatasetFile:
         ignore: values that mean void: ids, or colours as [red, green, blue].
         label_suffix: a label file is called <stem of its image><label_suffix>.
         splits: image lists by split name.
+        group: which images were taken together, for instance on one drive: see `group_images`.
     """
 
     layout: Literal["folders", "ade20k", "suim", "rumexweeds", "cityscapes"] = "folders"
@@ -180,6 +181,7 @@ class _DatasetFile:
     ignore: tuple[Any, ...] = ()
     label_suffix: str = ".png"
     splits: dict[str, Any] = field(default_factory=dict)
+    group: str | tuple[str, ...] = ""
 
 
 @dataclass(frozen=True)
@@ -190,11 +192,13 @@ class DataSet:
         root: its folder.
         classes: None for plain folders, which do not say.
         splits: split name -> function (number of classes, strict) that gives its images.
+        group: which images were taken together, as `group_images` has it; empty where nobody said.
     """
 
     root: Path
     classes: ClassSet | None
     splits: dict[str, Callable[[int, bool], LabelledImages]]
+    group: str | tuple[str, ...] = ""
 
     def open(self, split: str, num_classes: int, strict: bool = True) -> LabelledImages:
         """The images of a split.
@@ -244,12 +248,14 @@ def _plain_folders(root: Path) -> DataSet:
 
 
 def _from_file(path: Path) -> DataSet:
-    content = from_mapping(_DatasetFile, read_yaml(path), str(path))
+    mapping = read_yaml(path)
+    write_out_classes(mapping, str(path))
+    content = from_mapping(_DatasetFile, mapping, str(path))
     root = path.parent / content.root
     if content.layout != "folders":
         if content.classes or content.splits:
             raise ConfigError(f"{path}: layout {content.layout} has its own classes and splits; leave them out")
-        return _LAYOUTS[content.layout](root)
+        return replace(_LAYOUTS[content.layout](root), group=content.group)
     if not content.classes:
         raise ConfigError(f"{path}: classes is missing, expected at least one {{name, colour}} entry")
     if not content.splits:
@@ -272,7 +278,7 @@ def _from_file(path: Path) -> DataSet:
 
         return open_split
 
-    return DataSet(root, classes, {name: folders(split) for name, split in splits.items()})
+    return DataSet(root, classes, {name: folders(split) for name, split in splits.items()}, content.group)
 
 
 def _reader(content: _DatasetFile, classes: ClassSet, path: Path) -> LabelReader:

@@ -100,7 +100,8 @@ class TrainingLoop(abc.ABC, Generic[Network]):
                 f"schedule: batch_size is {optimisation.batch_size}, which cannot be divided between "
                 f"{processes.world_size} processes"
             )
-        self.network = network.to(device)
+        # Channels last in memory is how convolutions run fastest, in bfloat16 above all.
+        self.network = network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.averaged = copy.deepcopy(network).eval().requires_grad_(False)
         self.optimisation, self.run_dir, self.device = optimisation, Path(run_dir), device
         self.processes, self.options = processes, options
@@ -133,6 +134,10 @@ class TrainingLoop(abc.ABC, Generic[Network]):
     @abc.abstractmethod
     def _inputs(self, step: int, batch: Batch) -> tuple[Any, ...]:
         """Arguments of the step module."""
+
+    def _order(self, generator: torch.Generator) -> list[int]:
+        """Indices of the images of an epoch, `num_images` of them, as they are drawn."""
+        return torch.randperm(self.num_images, generator=generator).tolist()
 
     def _to_training_mode(self) -> None:
         self.network.train()
@@ -182,7 +187,7 @@ class TrainingLoop(abc.ABC, Generic[Network]):
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         """Train from the current step to the end of an epoch; means over its steps."""
         size = self.optimisation.batch_size
-        order = torch.randperm(self.num_images, generator=seeded_generator(self.optimisation.seed, epoch)).tolist()
+        order = self._order(seeded_generator(self.optimisation.seed, epoch))
         # An epoch of fewer images than a batch has starts anew within it.
         order = (order * math.ceil(size / len(order)))[: self.steps_per_epoch * size]
         places = list(enumerate(order))

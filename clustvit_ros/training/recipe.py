@@ -9,11 +9,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from clustvit_ros.classes import ClassEntry, ClassSet, load_class_set
+from clustvit_ros.classes import IGNORE_INDEX, ClassEntry, ClassSet, write_out_classes
 from clustvit_ros.config import from_mapping, read_yaml
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.networks.architectures import network_config, plain_twin
@@ -34,8 +35,8 @@ class Optimisation:
         weight_decay: on matrices and kernels only, not on biases, norms and embeddings.
         clip_norm: largest gradient norm.
         ema_decay: decay of the averaged weights that are validated and shipped.
-        precision: precision of the forward pass; "auto" is bfloat16 on GPUs that have it, float32 elsewhere. Weights
-            and losses are float32 in any case.
+        precision: precision of the forward pass; "auto" is bfloat16 on GPUs and CPUs that have instructions for it,
+            float32 elsewhere. Weights and losses are float32 in any case.
         seed: seed of everything random.
     """
 
@@ -161,6 +162,27 @@ class Pretraining(Optimisation):
 
 
 @dataclass(frozen=True)
+class DataSource:
+    """One data set of a joint training: all share encoder and decoder, each has a classifier of its own.
+
+    Args:
+        name: what `--data NAME=DIR` calls it.
+        weight: its share of the crops, relative to the others'.
+        classes: as in the recipe; may be left out where the data set names its classes itself, and for the first one.
+        about: what the data is, for the model card.
+    """
+
+    name: str
+    weight: float = 1.0
+    classes: tuple[ClassEntry, ...] = ()
+    about: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise ConfigError(f"data: weight of {self.name} is {self.weight}, expected above 0")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A recipe file.
 
@@ -174,7 +196,8 @@ class Recipe:
         pretraining: settings of `clustvit-ros pretrain`.
         init: weights to start from: a model folder, an encoder of `clustvit-ros pretrain`, or ViT weights of timm
             or mmsegmentation; empty starts from random ones.
-        data: what the data is, for the model card.
+        data: what the data is, for the model card; or, for a joint training, the data sets, the model's own first. Only
+            what was learnt for the first is kept at the end.
         licence: licence of the data, for the model card.
     """
 
@@ -187,38 +210,86 @@ class Recipe:
     network: dict[str, Any] = field(default_factory=dict)
     pretraining: Pretraining | None = None
     init: str = ""
-    data: str = ""
+    data: str | tuple[DataSource, ...] = ""
     licence: str = ""
 
     def __post_init__(self) -> None:
+        names = [source.name for source in self.sources]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"recipe {self.name}: data: names are {', '.join(names)}, expected each once")
+        if names and self.sources[0].classes not in ((), self.classes):
+            raise ConfigError(
+                f"recipe {self.name}: data: the first, {names[0]}, has another class list than the recipe; leave it out"
+            )
+        if len(names) > 1 and self.schedule.teacher == "init":
+            raise ConfigError(
+                f"recipe {self.name}: teacher is 'init', which knows nothing of {', '.join(names[1:])}; expected 'self'"
+            )
         if self.schedule.teacher == "init" and not self.init:
             raise ConfigError(f"recipe {self.name}: teacher is 'init', and there is none; name weights to start from")
 
-    def with_classes(self, classes: ClassSet | None) -> Recipe:
-        """This recipe with the class list of its data.
+    @property
+    def sources(self) -> tuple[DataSource, ...]:
+        """The data sets of a joint training; empty where there is one without a name."""
+        return self.data if isinstance(self.data, tuple) else ()
+
+    @property
+    def about_data(self) -> str:
+        """What the data is, for people."""
+        return self.data if isinstance(self.data, str) else "; ".join(s.about or s.name for s in self.data)
+
+    def folders(self, arguments: Sequence[str]) -> list[Path]:
+        """Folders of the data sets that a recipe learns from, the model's own first.
+
+        Raises:
+            ConfigError: a data set without a folder, or a folder for which the recipe has no classifier.
+        """
+        names = [source.name for source in self.sources]
+        folders: dict[str, Path] = {}
+        for argument in arguments:
+            name, separator, folder = argument.partition("=")
+            if not separator or Path(argument).is_dir():
+                name, folder = next(iter(names), ""), argument
+            if name in folders:
+                raise ConfigError(f"--data: got {folders[name]} and {folder}, expected one folder for each data set")
+            folders[name] = Path(folder)
+        expected = names or [""]
+        unknown = [name for name in folders if name not in expected]
+        if unknown:
+            raise ConfigError(
+                f"--data: got {unknown[0]}={folders[unknown[0]]}, and recipe {self.name} has no classifier for "
+                f"{unknown[0]}; its data names {', '.join(names) or 'no data sets'}"
+            )
+        missing = [name for name in expected if name not in folders]
+        if missing:
+            raise ConfigError(
+                f"--data: recipe {self.name} learns from {', '.join(names)} as well as from what was given, expected "
+                f"{' '.join(f'{name}=DIR' for name in missing)}"
+            )
+        return [folders[name] for name in expected]
+
+    def with_classes(self, classes: ClassSet | None, *further: ClassSet | None) -> Recipe:
+        """This recipe with the class lists of its data.
 
         Args:
             classes: as the data set states them; None where it states none.
+            further: the same of a joint training's other data sets.
 
         Raises:
-            ConfigError: neither states them, or they differ.
+            ConfigError: neither states them, they differ, or they are too many together.
         """
-        if classes is None and not self.classes:
-            raise ConfigError(
-                f"recipe {self.name}: classes is missing, and the data set names none; list them in either"
-            )
-        if classes is None:
-            return self
-        if self.classes and tuple(entry.name for entry in self.classes) != classes.names:
-            raise ConfigError(
-                f"recipe {self.name}: its class list differs from the data set's: got "
-                f"{', '.join(entry.name for entry in self.classes)}; expected {', '.join(classes.names)}; "
-                "leave classes out of the recipe to take the data set's"
-            )
-        if self.classes:
-            return self
-        entries = tuple(ClassEntry(n, c) for n, c in zip(classes.names, classes.colours, strict=True))
-        return dataclasses.replace(self, classes=entries)
+        recipe = dataclasses.replace(self, classes=_agreed(f"recipe {self.name}", self.classes, classes))
+        if not further:
+            return recipe
+        own, *others = self.sources
+        others = [
+            dataclasses.replace(s, classes=_agreed(f"recipe {self.name}: data: {s.name}", s.classes, stated))
+            for s, stated in zip(others, further, strict=True)
+        ]
+        total = sum(len(classes) for classes in (recipe.classes, *(source.classes for source in others)))
+        if total > IGNORE_INDEX:
+            raise ConfigError(f"recipe {self.name}: data: got {total} classes together, expected up to {IGNORE_INDEX}")
+        return dataclasses.replace(recipe, data=(own, *others))
 
     def without_merging(self) -> Recipe:
         """The recipe of this ClustViT's plain ViT twin: everything alike, `_vit` behind its name.
@@ -253,6 +324,24 @@ class Recipe:
         )  # fmt: skip
 
 
+def _agreed(
+    where: str, written: tuple[ClassEntry, ...], stated: ClassSet | None
+) -> tuple[ClassEntry, ...]:
+    """The class list that a recipe writes and a data set states; either may leave it out."""
+    if stated is None and not written:
+        raise ConfigError(f"{where}: classes is missing, and the data set names none; list them in either")
+    if stated is None:
+        return written
+    if not written:
+        return tuple(ClassEntry(n, c) for n, c in zip(stated.names, stated.colours, strict=True))
+    if tuple(entry.name for entry in written) != stated.names:
+        raise ConfigError(
+            f"{where}: its class list differs from the data set's: got {', '.join(entry.name for entry in written)}; "
+            f"expected {', '.join(stated.names)}; leave classes out of the recipe to take the data set's"
+        )
+    return written
+
+
 def read_recipe(path: Path) -> Recipe:
     """Read and check a recipe file.
 
@@ -260,11 +349,7 @@ def read_recipe(path: Path) -> Recipe:
         ConfigError: unreadable, or it holds something unknown, mis-typed or out of range.
     """
     content = read_yaml(path)
-    if isinstance(content.get("classes"), str):
-        try:
-            known = load_class_set(content["classes"])
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from error
-        entries = zip(known.names, known.colours, strict=True)
-        content["classes"] = [{"name": name, "colour": list(colour)} for name, colour in entries]
+    sources = content["data"] if isinstance(content.get("data"), list) else []
+    for section in (content, *(source for source in sources if isinstance(source, dict))):
+        write_out_classes(section, str(path))
     return from_mapping(Recipe, content, str(path))

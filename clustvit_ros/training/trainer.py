@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +26,7 @@ from clustvit_ros.networks.clustering import Clusterer, Regenerator
 from clustvit_ros.networks.segmenter import Backbone, Segmenter
 from clustvit_ros.networks.vit import grid_size_of
 from clustvit_ros.training.crops import COUNTED_IMAGES, DEFAULT_CACHE_BYTES, Batch, Crops, Place
-from clustvit_ros.training.dataset import LabelledImages
+from clustvit_ros.training.dataset import LabelledImages, joined
 from clustvit_ros.training.distributed import Processes
 from clustvit_ros.training.initialisation import InitReport, load_init
 from clustvit_ros.training.loop import LOG, Losses, RunOptions, TrainingLoop, seeded_generator
@@ -42,6 +43,8 @@ from clustvit_ros.training.run_folder import CHECKPOINT
 
 __all__ = ["CHECKPOINT", "LOG", "Trainer"]
 
+_NEVER = -1e4  # logit of a class that an image cannot have; finite, for differences of such logits are taken
+
 
 class Trainer(TrainingLoop[Segmenter]):
     """Trains the network of a recipe.
@@ -54,6 +57,7 @@ class Trainer(TrainingLoop[Segmenter]):
         processes: those that train together.
         options: how the run is carried out.
         cache_bytes: images are held on the device if all of them fit into this.
+        further: training images of a joint training's other data sets, in the recipe's order.
 
     Raises:
         DataError: the checkpoint in `run_dir` was made with another recipe or class list.
@@ -65,11 +69,19 @@ class Trainer(TrainingLoop[Segmenter]):
     def __init__(
         self, recipe: Recipe, data: LabelledImages, run_dir: Path, device: torch.device,
         processes: Processes = Processes(), options: RunOptions = RunOptions(), cache_bytes: int = DEFAULT_CACHE_BYTES,
+        further: Sequence[LabelledImages] = (),
     ) -> None:  # fmt: skip
         self.recipe, self.schedule = recipe, recipe.schedule
         torch.manual_seed(self.schedule.seed)
         self.config = recipe.model_config()
-        network = build_network(self.config.network, len(self.config.classes))
+        # Classes of the data sets stand behind each other; `_own_network` keeps the first set's.
+        self._class_counts = [len(self.config.classes), *(part.num_classes for part in further)]
+        network = build_network(self.config.network, sum(self._class_counts))
+        if further and not isinstance(getattr(network.head, "classify", None), (nn.Linear, nn.Conv2d)):
+            raise ConfigError(
+                f"recipe {recipe.name}: data: its head scores classes against each other, so that none can be left out "
+                "later; a joint training needs head detail, linear or upernet"
+            )
         self.init_report: InitReport | None = None
         if recipe.init and not (Path(run_dir) / CHECKPOINT).exists():
             self.init_report = load_init(network, recipe.init)
@@ -81,19 +93,23 @@ class Trainer(TrainingLoop[Segmenter]):
             self._teacher = self._teacher.requires_grad_(False).eval().to(device)
         if self.schedule.trains == "merging":
             _freeze_all_but_merging(network, recipe.name)
+        images = joined([data, *further]) if further else data
+        self._counts = _images_per_epoch(recipe, [len(part) for part in (data, *further)])
         self.crops = Crops(
-            data.__getitem__, len(data), recipe.augmentation, recipe.input.size, self.schedule.seed, device,
-            cache_bytes,
+            images.__getitem__, len(images), recipe.augmentation, recipe.input.size, self.schedule.seed, device,
+            cache_bytes, len(data),
         )  # fmt: skip
         self._class_weights: Tensor | None = None
-        counts = self.crops.pixel_counts(len(self.config.classes))
-        if len(data) <= COUNTED_IMAGES:  # else a rare class may be in none of those that were counted
-            _check_counts(counts, self.config.classes.names, data.where)
+        counts = self.crops.pixel_counts(images.num_classes)
+        if len(images) <= COUNTED_IMAGES:  # else a rare class may be in none of those that were counted
+            others = [f"{source.name}'s {entry.name}" for source in recipe.sources[1:] for entry in source.classes]
+            _check_counts(counts, [*self.config.classes.names, *others], images.where)
         if self.schedule.class_weighting:
             self._class_weights = frequency_weights(counts).to(device)
         fingerprint = to_mapping(recipe)
         super().__init__(
-            network, self.schedule, len(data), fingerprint, run_dir, device, processes, options
+            network, self.schedule, sum(drawn for _, drawn in self._counts), fingerprint, run_dir, device, processes,
+            options,
         )  # fmt: skip
         self._mean, self._std = (
             torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (recipe.input.mean, recipe.input.std)
@@ -118,21 +134,46 @@ class Trainer(TrainingLoop[Segmenter]):
             last = epoch == self.schedule.epochs
             if validate is None:
                 if last:
-                    save_best(self.averaged)
+                    save_best(self._own_network())
                 return
             if epoch % self.schedule.validate_every and not last:
                 return
-            scores = validate(self.averaged)
+            own = self._own_network()
+            scores = validate(own)
             record.update(scores)
             if scores["miou"] > self.best_score:
                 self.best_score = scores["miou"]
-                save_best(self.averaged)
+                save_best(own)
             tqdm.write(
                 f"epoch {epoch}/{self.schedule.epochs}: loss {record['loss']:.3f}, mIoU {scores['miou']:.2f} "
                 f"(best {self.best_score:.2f})"
             )
 
         self.run(end_of_epoch)
+
+    def _own_network(self) -> Segmenter:
+        """The averaged network, as a model of its own data's classes alone."""
+        own = self._class_counts[0]
+        if len(self._class_counts) == 1:
+            return self.averaged
+        network = copy.deepcopy(self.averaged)
+        classify = cast(nn.Linear | nn.Conv2d, network.head.classify)
+        for name, values in list(classify.named_parameters()):
+            setattr(classify, name, nn.Parameter(values[:own].clone(), requires_grad=False))
+        return network
+
+    def _order(self, generator: torch.Generator) -> list[int]:
+        """All of the model's own images, and as many of the others as their weights say."""
+        order: list[int] = []
+        first = 0
+        for images, drawn in self._counts:
+            again = -(-drawn // images)
+            places = torch.cat([torch.randperm(images, generator=generator) for _ in range(again)])[:drawn]
+            order += (places + first).tolist()
+            first += images
+        if len(self._counts) == 1:
+            return order
+        return [order[place] for place in torch.randperm(len(order), generator=generator).tolist()]
 
     def _to_training_mode(self) -> None:
         # What is frozen has to compute what it will compute in use: no dropped paths, no batch statistics.
@@ -146,8 +187,9 @@ class Trainer(TrainingLoop[Segmenter]):
     def _step_module(self) -> nn.Module:
         patch_size = self.config.network.patch_size
         return _TrainingStep(
-            self.network, self.schedule, patch_size, self._class_weights, self.processes, self._teacher
-        )
+            self.network, self.schedule, patch_size, self._class_weights, self.processes, self._teacher,
+            self._class_counts,
+        )  # fmt: skip
 
     def _batches(self, epoch: int, batches: list[list[Place]]) -> Iterator[Batch]:
         return self.crops.batches(epoch, [self.processes.share(batch) for batch in batches])
@@ -212,9 +254,10 @@ class _TrainingStep(nn.Module):
 
     def __init__(
         self, network: Segmenter, schedule: Schedule, patch_size: int, class_weights: Tensor | None,
-        processes: Processes, teacher: Segmenter | None,
+        processes: Processes, teacher: Segmenter | None, class_counts: Sequence[int],
     ) -> None:  # fmt: skip
         super().__init__()
+        self._class_counts = class_counts
         self.network = network
         self._teacher = [teacher] if teacher is not None else []  # in a list: no part of what is trained
         self._schedule, self._patch_size, self._processes = schedule, patch_size, processes
@@ -231,6 +274,7 @@ class _TrainingStep(nn.Module):
         # What no setting but the size changes, stem and first blocks, is computed once for both passes.
         state = backbone.encode(resized(images, input_size))
         merged = self.network.decode(backbone.finish(state, merge_threshold, token_capacity))
+        merged = merged._replace(logits=self._own_logits(merged.logits, labels))
         losses = self._supervise(merged.logits.float(), labels)
         measures: dict[str, Tensor] = {}
         # Heads may answer on a finer grid than the patches'.
@@ -247,6 +291,7 @@ class _TrainingStep(nn.Module):
             fixed = self._schedule.trains == "merging"
             with torch.set_grad_enabled(not fixed):
                 full_logits = self._full(self.network, images, state if input_size == full_size else None)
+            full_logits = self._own_logits(full_logits, labels)
             if not fixed:
                 full_losses = self._supervise(full_logits.float(), labels)
                 losses = {name: (losses[name] + full_losses[name]) / 2 for name in losses}
@@ -273,6 +318,12 @@ class _TrainingStep(nn.Module):
         state = backbone.encode(images) if state is None else state
         return network.decode(backbone.finish(state, 1.0, rows * columns)).logits
 
+    def _own_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Logits with those of other data sets' classes out of the game."""
+        if len(self._class_counts) == 1:
+            return logits
+        return logits.float().masked_fill(foreign_classes(labels, self._class_counts), _NEVER)
+
     def _divergence(self, logits: Tensor, full_logits: Tensor) -> Tensor:
         size = (full_logits.shape[2], full_logits.shape[3])
         temperature = self._schedule.distillation_temperature
@@ -288,6 +339,27 @@ class _TrainingStep(nn.Module):
         if schedule.lovasz_weight > 0:
             losses["lovasz_loss"] = schedule.lovasz_weight * lovasz_softmax(logits, labels)
         return losses
+
+
+def foreign_classes(labels: Tensor, class_counts: Sequence[int]) -> Tensor:
+    """Which classes belong to another data set than an image: (B, Q, 1, 1) bool.
+
+    Args:
+        labels: (B, H, W) int64, ids of one data set in each image, 255 = void.
+        class_counts: classes of each data set, whose ids stand behind each other.
+    """
+    ends = torch.tensor(class_counts, device=labels.device).cumsum(0)
+    home = torch.bucketize(labels.flatten(1).amin(1), ends, right=True)  # of a void image: none
+    classes = torch.bucketize(torch.arange(int(sum(class_counts)), device=labels.device), ends, right=True)
+    return (classes != home[:, None])[:, :, None, None]
+
+
+def _images_per_epoch(recipe: Recipe, sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """(images, images drawn in an epoch) of each data set: all of the first, of the others as their weights say."""
+    weights = [source.weight for source in recipe.sources[: len(sizes)]] or [1.0]
+    return [
+        (size, max(round(sizes[0] * weight / weights[0]), 1)) for size, weight in zip(sizes, weights, strict=True)
+    ]
 
 
 def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:

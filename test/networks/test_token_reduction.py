@@ -11,13 +11,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from clustvit_ros.cli.arguments import write_variant
 from clustvit_ros.errors import ConfigError, ModelError
 from clustvit_ros.networks import ModelConfig, ViTConfig, build_network, load_segmenter, network_config, save_model
 from clustvit_ros.networks.architectures import without_merging
 from clustvit_ros.networks.bipartite_merging import Groups, merge_most_similar, most_similar
 from clustvit_ros.networks.clustering import GROUP_SIZE, group_merged
 from clustvit_ros.networks.local_kmeans import grid_of_centres, local_kmeans, middles
-from clustvit_ros.networks.model_folder import InputConfig, write_variant
+from clustvit_ros.networks.model_folder import InputConfig
 from clustvit_ros.networks.official import to_official
 from clustvit_ros.networks.segmenter import Features
 

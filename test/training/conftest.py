@@ -32,6 +32,7 @@ RECIPE: dict[str, Any] = {
         "batch_size": 4,
         "learning_rate": 0.002,
         "validate_every": 2,
+        "precision": "float32",
         "merge_after": 0.0,
         "kept_fractions": [1.0, 0.5],
     },

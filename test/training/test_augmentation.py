@@ -105,9 +105,50 @@ def test_blur_and_noise_do_what_they_say():
     assert max(sharpness) == 100 and min(sharpness) < 50
 
 
+def seen_by(sample, count=40, **options):
+    augment = Augmentation(sample.labels.shape, **STILL, **PLAIN, **options)
+    return [augment(sample, sample.labels.shape, np.random.default_rng(s))[0].astype(int) for s in range(count)]
+
+
+def flat(value, size=(48, 64)):
+    return Sample(np.full((*size, 3), value, np.uint8), np.zeros(size, np.uint8), "x")
+
+
+def test_gamma_leaves_black_and_white_alone():
+    assert all((image == value).all() for value in (0, 255) for image in seen_by(flat(value), gamma=2.0))
+    greys = [int(image[0, 0, 0]) for image in seen_by(flat(128), gamma=2.0)]
+    assert 64 <= min(greys) < 80 and 170 < max(greys) <= 181  # 255 * (128 / 255) ** 2 and ** 0.5
+
+
+def test_white_balance_shifts_red_against_blue():
+    ratios = [image[0, 0, 0] / image[0, 0, 2] for image in seen_by(flat(100), white_balance=0.4)]
+    assert 0.63 <= min(ratios) < 0.75 and 1.3 < max(ratios) <= 1.45  # 0.8 ** 2 and 1.2 ** 2
+    assert all(abs(image[0, 0, 1] - 100) <= 1 for image in seen_by(flat(100), white_balance=0.4))
+
+
+def test_a_shadow_darkens_one_side_of_an_edge():
+    images = seen_by(flat(200), shadow=0.5)
+    shaded = [image for image in images if image.min() < 195]
+    assert 10 <= len(shaded) <= 30  # half of them
+    assert all(image.max() <= 200 and image.min() >= 0.3 * 200 - 1 for image in shaded)
+    assert sum(image.max() >= 198 for image in shaded) > len(shaded) / 2  # most edges run through the crop
+    assert all((np.ptp(image, axis=2) == 0).all() for image in shaded)
+
+
+def test_jpeg_leaves_flat_colours_and_blurs_noise():
+    red = flat(0)
+    red.image[..., 0] = 200
+    assert all(np.abs(image - red.image).max() <= 4 for image in seen_by(red, jpeg_quality=30))
+    changed = [np.abs(image - picture(48, 64).image).mean() for image in seen_by(picture(48, 64), jpeg_quality=30)]
+    assert 10 <= sum(change > 2 for change in changed) <= 30 and max(changed) > 10
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"gamma": 0.5}, "gamma is 0.5, expected at least 1"),
+        ({"jpeg_quality": 99}, "jpeg_quality is 99, expected 1 to 95, or 0 for none"),
+        ({"shadow": -0.1}, "shadow is -0.1, expected 0 to 1"),
         ({"crop_size": (0, 5)}, "crop_size"),
         ({"scale": (2.0, 1.0)}, "scale"),
         ({"stretch": 0.5}, "stretch"),

@@ -1,0 +1,111 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
+"""Groups of images, such as drives: held out together in training, scored by themselves in evaluation."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from conftest import RECIPE
+
+from clustvit_ros.cli.main import main
+from clustvit_ros.networks import load_config
+
+
+@pytest.fixture
+def drives(scenes, tmp_path):
+    """The scenes as two drives, `a` and `b`, both with images of train and val; writes the rule into dataset.yaml."""
+    root = tmp_path / "drives"
+    for split in ("train", "val"):
+        for folder in ("images", "labels"):
+            (root / split / folder).mkdir(parents=True)
+            for path in (scenes / split / folder).iterdir():
+                drive = "a" if int(path.stem) % 2 else "b"
+                (root / split / folder / f"{drive}_{split}{path.name}").symlink_to(path)
+
+    def write(group):
+        splits = {name: {"images": f"{name}/images", "labels": f"{name}/labels"} for name in ("train", "val")}
+        content = {"classes": RECIPE["classes"], "splits": splits, "group": group}
+        (root / "dataset.yaml").write_text(yaml.safe_dump(content))
+        return root
+
+    return write
+
+
+@pytest.mark.parametrize("group", ["[^_]+", "(.)_", ["a_train", "b_"]])
+def test_folds_hold_each_drive_out(train, write_recipe, drives, tmp_path, capsys, group):
+    data = drives(group)
+    recipe = write_recipe(schedule={"epochs": 1, "validate_every": 1})
+    assert train(recipe, tmp_path / "run", "--folds", "group", data=data) == 0
+    first, second = ("a_train", "b_") if isinstance(group, list) else ("a", "b")
+    folds = json.loads((tmp_path / "run/folds.json").read_text())
+    assert [fold["split"] for fold in folds["folds"]] == [f"{first}, held out", f"{second}, held out"]
+    # Five and five training images, one and two of val; the list leaves out the one of a's in val.
+    assert [fold["images"] for fold in folds["folds"]] == ([5, 7] if isinstance(group, list) else [6, 7])
+    scores = load_config(tmp_path / "run/model").scores
+    assert scores["miou_folds"] == [fold["miou"] for fold in folds["folds"]]
+    assert scores["beside"]["split"] == "val" and scores["beside"]["images"] == 3
+    output = capsys.readouterr().out
+    assert f"{first} (5 images), {second} (7 images); 1 images in none" in output or not isinstance(group, list)
+    assert f"{first}, held out {folds['folds'][0]['miou']:.2f}" in output and "val mIoU" in output
+    # What a fold holds out chooses nothing: its log knows no score.
+    log = [json.loads(line) for line in (tmp_path / f"run/fold_{first}/log.jsonl").read_text().splitlines()]
+    assert all("miou" not in record for record in log)
+    # Each fold is calibrated by the other one, the model of the run by both.
+    temperatures = [fold["temperature"] for fold in folds["folds"]]
+    assert load_config(tmp_path / f"run/fold_{first}/model").temperature == temperatures[1]
+    assert load_config(tmp_path / "run/model").temperature == pytest.approx(
+        (temperatures[0] * temperatures[1]) ** 0.5, abs=2e-3
+    )
+
+
+def test_folds_alone_train_no_model_of_all(train, write_recipe, drives, tmp_path):
+    recipe = write_recipe(schedule={"epochs": 1})
+    assert train(recipe, tmp_path / "run", "--folds", "group", "--folds-only", data=drives("[^_]+")) == 0
+    assert (tmp_path / "run/folds.json").exists() and not (tmp_path / "run/model").exists()
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ("", "nothing says which images belong together, expected group in dataset.yaml"),
+        ("c_", "finds nothing in 13 names"),
+        ("(x?)", "finds nothing in 13 names"),
+        ("(", "is no regular expression"),
+        ("(?=.)", "finds nothing in 13 names"),
+        ([""], "expected names of which none begins with another"),
+        (["a", "a_"], "expected names of which none begins with another"),
+        (["a", "b", "c"], "no image belongs to group c"),
+        (["a"], "all images belong to group a, expected two or more"),
+        ("._(?=t|v)|(.)", "finds nothing in 13 names"),
+    ],
+)
+def test_groups_that_give_no_folds_are_named_before_training(train, write_recipe, drives, tmp_path, capsys, group,
+                                                             message):  # fmt: skip
+    assert train(write_recipe(), tmp_path / "run", "--folds", "group", data=drives(group)) == 2
+    error = capsys.readouterr().err
+    assert message in error and not (tmp_path / "run/checkpoint.pt").exists()
+
+
+def test_evaluate_scores_each_drive(train, write_recipe, drives, tmp_path, capsys):
+    data = drives("[^_]+")
+    assert train(write_recipe(schedule={"epochs": 1}), tmp_path / "run", data=data) == 0
+
+    def evaluate(*arguments):
+        command = ["evaluate", "--model", str(tmp_path / "run/model"), "--data", str(data), "--device", "cpu"]
+        code = main([*command, "--json", str(tmp_path / "out.json"), *arguments])
+        return json.loads((tmp_path / "out.json").read_text()) if code == 0 else code
+
+    found = evaluate("--split", "train", "val")
+    assert {name: group["images"] for name, group in found["groups"].items()} == {"a": 6, "b": 7}
+    assert found["model"] == "run"  # not "model", as its folder is called
+    alone = evaluate("--split", "train", "val", "--group", "a")
+    assert alone["images"] == 6 and alone["miou"] == found["groups"]["a"]["miou"]
+    assert evaluate("--group", "c") == 2
+    assert "--group: got c; the groups of these images are a, b" in capsys.readouterr().err
