@@ -106,6 +106,8 @@ class Augmentation:
         white_balance: largest relative gain of red, with the inverse of blue, either way.
         shadow: share of crops with a straight, soft edge beyond which there is less light.
         jpeg_quality: lowest quality of a JPEG file that half of the crops go through; 0 is none.
+        paste: share of crops into which the pixels of one class of the batch's next crop are pasted, a rare class more
+            often than a common one (as ClassMix does; Olsson et al., arXiv 2007.07936).
     """
 
     crop_size: tuple[int, int]
@@ -123,6 +125,7 @@ class Augmentation:
     white_balance: float = 0.0
     shadow: float = 0.0
     jpeg_quality: int = 0
+    paste: float = 0.0
 
     def __post_init__(self) -> None:
         if min(self.crop_size) < 1:
@@ -136,7 +139,7 @@ class Augmentation:
             raise ConfigError(
                 f"augmentation: jpeg_quality is {self.jpeg_quality}, expected 1 to {_BEST_JPEG_QUALITY}, or 0 for none"
             )
-        for name in ("jitter", "rare_class", "white_balance", "shadow"):
+        for name in ("jitter", "rare_class", "white_balance", "shadow", "paste"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"augmentation: {name} is {getattr(self, name)}, expected 0 to 1")
         for name in ("rotation_deg", "hue_deg", "blur_px", "noise"):
@@ -220,6 +223,31 @@ class Augmentation:
             if crop.jpeg_quality:
                 image.copy_(_through_jpeg(image, crop.jpeg_quality))
         return batch, torch.stack([label for _, label in warped]).long()
+
+    def paste_classes(
+        self, images: Tensor, labels: Tensor, takes_part: Sequence[bool], rng: np.random.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Paste pixels of one class of the next crop into some of the crops.
+
+        Args:
+            images, labels: as `cut` gives them; stay as they are.
+            takes_part: which crops may give and take.
+            rng: the only source of randomness.
+        """
+        pasted, pasted_labels = images.clone(), labels.clone()
+        places = [index for index, takes in enumerate(takes_part) if takes]
+        for place, donor in zip(places, places[1:] + places[:1], strict=True):
+            if rng.random() >= self.paste or place == donor:
+                continue
+            counts = labels[donor].flatten().bincount(minlength=IGNORE_INDEX + 1)[:IGNORE_INDEX].cpu().numpy()
+            present = np.flatnonzero(counts)
+            if not present.size:
+                continue
+            rarity = 1.0 / counts[present]
+            mask = labels[donor] == int(rng.choice(present, p=rarity / rarity.sum()))
+            pasted[place] = torch.where(mask, images[donor], pasted[place])
+            pasted_labels[place] = torch.where(mask, labels[donor], pasted_labels[place])
+        return pasted, pasted_labels
 
     def _warp(self, image: Tensor, labels: Tensor, to_source: np.ndarray) -> tuple[Tensor, Tensor]:
         height, width = self.crop_size

@@ -131,6 +131,10 @@ class Crops:
             for (position, index), item in zip(batch, items, strict=True)
         ]
         images, labels = self._augmentation.cut([i.image for i in items], [i.labels for i in items], crops)
+        if self._augmentation.paste:
+            rng = np.random.default_rng((self._seed, epoch, *batch[0]))
+            own = [index < self._own for _, index in batch]
+            images, labels = self._augmentation.paste_classes(images, labels, own, rng)
         return Batch(images, labels, [item.name for item in items])
 
     def _size_of(self, index: int, image_size: Sequence[int]) -> tuple[float, float]:

@@ -11,7 +11,7 @@ Targets of the Clusterer, made from segmentation labels (ClustViT, arXiv 2510.01
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -113,6 +113,28 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
     log_teacher = (teacher.detach() / temperature).log_softmax(dim=1)
     divergence = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=1)
     return temperature**2 * divergence.mean()
+
+
+def foreign_classes(labels: Tensor, class_counts: Sequence[int]) -> Tensor:
+    """Which classes belong to another data set than an image: (B, Q, 1, 1) bool.
+
+    Args:
+        labels: (B, H, W) int64, ids of one data set in each image, 255 = void.
+        class_counts: classes of each data set, whose ids stand behind each other.
+    """
+    ends = torch.tensor(class_counts, device=labels.device).cumsum(0)
+    home = torch.bucketize(labels.flatten(1).amin(1), ends, right=True)  # of a void image: none
+    classes = torch.bucketize(torch.arange(int(sum(class_counts)), device=labels.device), ends, right=True)
+    return (classes != home[:, None])[:, :, None, None]
+
+
+def mean_prediction(logits: Sequence[Tensor]) -> Tensor:
+    """Log of the mean of an ensemble's probabilities: (B, Q, h_i, w_i) logits of each -> (B, Q, h_0, w_0)."""
+    size = (logits[0].shape[2], logits[0].shape[3])
+    probabilities = [
+        F.interpolate(each.float(), size=size, mode="bilinear", align_corners=False).softmax(dim=1) for each in logits
+    ]
+    return torch.stack(probabilities).mean(dim=0).clamp(min=1e-6).log()
 
 
 def frequency_weights(pixel_counts: Tensor, bound: float = 10.0) -> Tensor:

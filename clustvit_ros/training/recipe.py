@@ -86,6 +86,8 @@ class Schedule(Optimisation):
         distillation_temperature: softens both sides of that divergence.
         teacher: whose unmerged result at full size that is: "self", the network's own; or "init", that of the weights
             which training starts from, as they were, so that other sizes are learnt and the full one does not change.
+        teachers: further models, folders or shipped names, of the same classes and normalisation, whose mean unmerged
+            result at full size is learnt as well, with `distillation_weight`.
         trains: "all", or "merging": Clusterers and Regenerators alone, while the plain ViT around them stays as it is.
         validate_every: epochs between validations.
     """
@@ -100,6 +102,7 @@ class Schedule(Optimisation):
     distillation_weight: float = 0.0
     distillation_temperature: float = 2.0
     teacher: Literal["self", "init"] = "self"
+    teachers: tuple[str, ...] = ()
     trains: Literal["all", "merging"] = "all"
     validate_every: int = 5
 
@@ -122,6 +125,11 @@ class Schedule(Optimisation):
             raise ConfigError(
                 "schedule: teacher is 'init', expected a distillation_weight above 0, and trains 'all': else nothing "
                 "is learnt from it"
+            )
+        if self.teachers and self.distillation_weight == 0:
+            raise ConfigError(
+                f"schedule: teachers is {list(self.teachers)}, expected a distillation_weight above 0: else nothing is "
+                "learnt from them"
             )
         if self.trains == "merging" and self.input_scales != (1.0,):
             raise ConfigError(
@@ -304,7 +312,7 @@ class Recipe:
                 f"model that this one starts from ({self.init or 'no init'})"
             )
         schedule = self.schedule
-        if schedule.teacher == "self" and schedule.input_scales == (1.0,):
+        if schedule.teacher == "self" and schedule.input_scales == (1.0,) and not schedule.teachers:
             # What is distilled is the merged pass, and there is none.
             schedule = dataclasses.replace(schedule, distillation_weight=0.0)
         return dataclasses.replace(

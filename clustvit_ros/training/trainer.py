@@ -23,6 +23,7 @@ from clustvit_ros.engine.ladder import scaled_size
 from clustvit_ros.errors import ConfigError, DataError
 from clustvit_ros.networks.architectures import build_network
 from clustvit_ros.networks.clustering import Clusterer, Regenerator
+from clustvit_ros.networks.model_folder import load_config, load_segmenter
 from clustvit_ros.networks.segmenter import Backbone, Segmenter
 from clustvit_ros.networks.vit import grid_size_of
 from clustvit_ros.training.crops import COUNTED_IMAGES, DEFAULT_CACHE_BYTES, Batch, Crops, Place
@@ -33,8 +34,10 @@ from clustvit_ros.training.loop import LOG, Losses, RunOptions, TrainingLoop, se
 from clustvit_ros.training.losses import (
     cluster_loss,
     distillation_loss,
+    foreign_classes,
     frequency_weights,
     lovasz_softmax,
+    mean_prediction,
     pseudo_clusters,
     segmentation_loss,
 )
@@ -91,6 +94,7 @@ class Trainer(TrainingLoop[Segmenter]):
             self._teacher = build_network(self.config.network, len(self.config.classes))
             load_init(self._teacher, recipe.init)
             self._teacher = self._teacher.requires_grad_(False).eval().to(device)
+        self._teachers = [_load_teacher(name, recipe).to(device) for name in self.schedule.teachers]
         if self.schedule.trains == "merging":
             _freeze_all_but_merging(network, recipe.name)
         images = joined([data, *further]) if further else data
@@ -188,7 +192,7 @@ class Trainer(TrainingLoop[Segmenter]):
         patch_size = self.config.network.patch_size
         return _TrainingStep(
             self.network, self.schedule, patch_size, self._class_weights, self.processes, self._teacher,
-            self._class_counts,
+            self._class_counts, self._teachers,
         )  # fmt: skip
 
     def _batches(self, epoch: int, batches: list[list[Place]]) -> Iterator[Batch]:
@@ -255,8 +259,10 @@ class _TrainingStep(nn.Module):
     def __init__(
         self, network: Segmenter, schedule: Schedule, patch_size: int, class_weights: Tensor | None,
         processes: Processes, teacher: Segmenter | None, class_counts: Sequence[int],
+        teachers: Sequence[Segmenter] = (),
     ) -> None:  # fmt: skip
         super().__init__()
+        self._teachers = tuple(teachers)
         self._class_counts = class_counts
         self.network = network
         self._teacher = [teacher] if teacher is not None else []  # in a list: no part of what is trained
@@ -298,6 +304,8 @@ class _TrainingStep(nn.Module):
             losses["distillation_loss"] = weight * self._divergence(merged.logits, full_logits)
         else:
             measures["distillation_loss"] = losses["segmentation_loss"].new_zeros(())
+        if self._teachers:
+            losses["teacher_loss"] = weight * self._from_teachers(merged.logits, images, labels)
         if merged.cluster_logits is not None:
             cluster_logits = merged.cluster_logits.float()
             small = labels
@@ -314,7 +322,7 @@ class _TrainingStep(nn.Module):
     def _full(self, network: Segmenter, images: Tensor, state: Any = None) -> Tensor:
         """Logits of the unmerged pass over images at full size, whose `encode` may be done already."""
         backbone = cast(Backbone, network.backbone)
-        rows, columns = grid_size_of((images.shape[2], images.shape[3]), self._patch_size)
+        rows, columns = grid_size_of((images.shape[2], images.shape[3]), backbone.patch_size)
         state = backbone.encode(images) if state is None else state
         return network.decode(backbone.finish(state, 1.0, rows * columns)).logits
 
@@ -323,6 +331,18 @@ class _TrainingStep(nn.Module):
         if len(self._class_counts) == 1:
             return logits
         return logits.float().masked_fill(foreign_classes(labels, self._class_counts), _NEVER)
+
+    def _from_teachers(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        """Divergence from what the further models say of the model's own images; they know no others."""
+        own = self._class_counts[0]
+        known = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
+        if len(self._class_counts) > 1:
+            known = ~foreign_classes(labels, self._class_counts)[:, 0, 0, 0]
+        if not bool(known.any()):
+            return logits.sum() * 0.0
+        with torch.no_grad():
+            said = mean_prediction([self._full(teacher, images[known]) for teacher in self._teachers])
+        return self._divergence(logits[known, :own], said)
 
     def _divergence(self, logits: Tensor, full_logits: Tensor) -> Tensor:
         size = (full_logits.shape[2], full_logits.shape[3])
@@ -341,17 +361,24 @@ class _TrainingStep(nn.Module):
         return losses
 
 
-def foreign_classes(labels: Tensor, class_counts: Sequence[int]) -> Tensor:
-    """Which classes belong to another data set than an image: (B, Q, 1, 1) bool.
+def _load_teacher(name: str, recipe: Recipe) -> Segmenter:
+    """A further model that a recipe learns from.
 
-    Args:
-        labels: (B, H, W) int64, ids of one data set in each image, 255 = void.
-        class_counts: classes of each data set, whose ids stand behind each other.
+    Raises:
+        ModelError: there is no such model.
+        ConfigError: its classes or the normalisation of its input are others.
     """
-    ends = torch.tensor(class_counts, device=labels.device).cumsum(0)
-    home = torch.bucketize(labels.flatten(1).amin(1), ends, right=True)  # of a void image: none
-    classes = torch.bucketize(torch.arange(int(sum(class_counts)), device=labels.device), ends, right=True)
-    return (classes != home[:, None])[:, :, None, None]
+    config, names = load_config(name), tuple(entry.name for entry in recipe.classes)
+    if config.classes.names != names:
+        raise ConfigError(
+            f"schedule: teachers: {name} has the classes {', '.join(config.classes.names)}; expected {', '.join(names)}"
+        )
+    if (config.input.mean, config.input.std) != (recipe.input.mean, recipe.input.std):
+        raise ConfigError(
+            f"schedule: teachers: {name} is normalised by {config.input.mean} and {config.input.std}, expected the "
+            f"recipe's {recipe.input.mean} and {recipe.input.std}"
+        )
+    return load_segmenter(name).requires_grad_(False)
 
 
 def _images_per_epoch(recipe: Recipe, sizes: Sequence[int]) -> list[tuple[int, int]]:

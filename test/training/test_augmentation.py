@@ -143,6 +143,34 @@ def test_jpeg_leaves_flat_colours_and_blurs_noise():
     assert 10 <= sum(change > 2 for change in changed) <= 30 and max(changed) > 10
 
 
+def test_one_class_of_the_next_crop_is_pasted_a_rare_one_rather():
+    labels = torch.zeros(3, 40, 50, dtype=torch.int64)
+    labels[1, :2, :2], labels[1, 2:4, :], labels[2] = 4, 255, 3  # a rare class, void, and a foreign crop
+    images = torch.arange(3.0)[:, None, None, None].expand(3, 3, 40, 50)
+    augment = Augmentation((40, 50), paste=0.5)
+    seen = []
+    for seed in range(60):
+        pasted, ids = augment.paste_classes(images, labels, [True, True, False], np.random.default_rng(seed))
+        taken = pasted[0, 0] == 1.0
+        assert (pasted[2] == 2.0).all() and (ids[2] == 3).all()  # does not take part, nor is it pasted
+        assert torch.equal(ids[0][taken], labels[1][taken]) and not (ids[0][~taken]).any()
+        assert not (taken & (labels[1] == 255)).any()
+        seen.append(int(taken.sum()))
+    assert set(seen) == {0, 4, 40 * 50 - 4 - 100} and 18 <= seen.count(4) <= 42 and seen.count(0) > 15
+
+
+def test_what_is_pasted_hangs_on_the_place_in_the_run_alone():
+    samples = [picture(40, 56, seed=index) for index in range(4)]
+
+    def drawn(paste, epoch):
+        augment = Augmentation((24, 32), paste=paste)
+        crops = Crops(samples.__getitem__, 4, augment, (40, 56), 7, torch.device("cpu"))
+        return next(iter(crops.batches(epoch, [[(0, 2), (1, 0), (2, 1)]])))
+
+    assert torch.equal(drawn(1.0, 3).labels, drawn(1.0, 3).labels)
+    assert not torch.equal(drawn(1.0, 3).labels, drawn(0.0, 3).labels)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -21,8 +21,9 @@ from clustvit_ros.classes import ClassEntry
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.networks import load_config, load_segmenter
 from clustvit_ros.training.dataset import LabelledImages, joined
+from clustvit_ros.training.losses import foreign_classes, mean_prediction
 from clustvit_ros.training.recipe import read_recipe
-from clustvit_ros.training.trainer import Trainer, foreign_classes
+from clustvit_ros.training.trainer import Trainer
 
 DETAIL = {**{name: value for name, value in RECIPE["network"].items() if name != "head_depth"}, "head": "detail"}
 OTHERS = [{"name": name, "colour": [0, 0, index]} for index, name in enumerate(("ground", "thing"))]
@@ -155,3 +156,33 @@ def test_too_many_classes_are_refused(joint_recipe):
     with pytest.raises(ConfigError, match="got 256 classes together, expected up to 255"):
         recipe.with_classes(None, None)
     assert recipe.sources[1].classes[0] == ClassEntry("thing_0", (0, 0, 0))
+
+
+def test_an_ensemble_teaches_its_own_data_s_classes(
+    train, joint_recipe, write_recipe, scenes, others, tmp_path, capsys
+):
+    network = {"network": {**DETAIL, "head_depth": 1}}
+    for name in ("one", "two"):
+        seed = {"seed": len(name) + ord(name[0])}
+        assert train(write_recipe(**network, schedule={"epochs": 8, **seed}), tmp_path / name) == 0
+    teachers = [str(tmp_path / name / "model") for name in ("one", "two")]
+    taught = {"teachers": teachers, "distillation_weight": 20.0, "epochs": 8, "kept_fractions": [1.0]}
+    folders = ["--data", str(scenes), f"others={others}"]
+    assert train(joint_recipe(schedule=taught), tmp_path / "run", *folders) == 0
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert log[-1]["teacher_loss"] < 0.7 * log[0]["teacher_loss"]
+    capsys.readouterr()
+    for schedule, message in (
+        ({"teachers": teachers}, "expected a distillation_weight above 0: else nothing is learnt from them"),
+        ({**taught, "teachers": ["cwfid_tiny"]}, "has the classes soil, crop, weed; expected sky, road, car"),
+        ({**taught, "teachers": ["nowhere"]}, "model 'nowhere' is not shipped"),
+    ):
+        assert train(joint_recipe(schedule=schedule), tmp_path / "none", *folders) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "none/checkpoint.pt").exists()
+
+
+def test_the_ensemble_says_the_mean_of_its_probabilities():
+    sure, unsure = torch.tensor([4.0, 0.0]).view(1, 2, 1, 1), torch.zeros(1, 2, 2, 2)
+    said = mean_prediction([sure.expand(1, 2, 4, 4), unsure]).exp()
+    assert said.shape == (1, 2, 4, 4)
+    assert float(said[0, 0, 0, 0]) == pytest.approx((float(torch.tensor(4.0).sigmoid()) + 0.5) / 2)

@@ -16,6 +16,7 @@ import pytest
 
 from clustvit_ros.classes import load_class_set
 from clustvit_ros.errors import ConfigError
+from clustvit_ros.measure.flops import count_cost
 from clustvit_ros.networks.architectures import without_merging
 from clustvit_ros.networks.model_folder import load_config
 from clustvit_ros.training.augmentation import Augmentation
@@ -71,6 +72,14 @@ def test_recipes_start_from_what_ships_or_from_another_recipe_s_model(path):
         assert before.name == stage[1], "or its model would lie elsewhere"
     else:
         assert not start or load_config(start)
+
+
+def test_merging_still_pays_where_more_of_the_network_is_convolutions():
+    """At least 60 % of the operations of the unmerged network can be merged away."""
+    recipe = read_recipe(FOLDER / "camvid_tiny_drives.yaml")
+    network = recipe.model_config().network
+    unmerged, merged = (count_cost(network, 11, recipe.input.size, 1, tokens).flops for tokens in (660, 1))
+    assert merged <= 0.4 * unmerged
 
 
 def test_classes_may_be_named_instead_of_listed(tmp_path):
