@@ -172,7 +172,7 @@ def written_to(place: Path) -> Iterator[None]:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else error
             raise BagError(
                 f"{place}: cannot be written ({reason}); make room or choose another disk, and run the same command "
-                "again: it continues"
+                "again, without --restart: it continues"
             ) from error
         raise _damaged(place, error) from error
 

@@ -206,7 +206,7 @@ def choose_topics(bag: BagReader, chosen: tuple[str, ...]) -> tuple[dict[str, st
     types = {topic.name: topic.msgtype for topic in bag.topics}
     skipped: dict[str, str] = {}
     if not images:
-        names = ", ".join(sorted(map(shown, types))) or "none at all"
+        names = ", ".join(sorted(f"{shown(name)} ({shown(kind)})" for name, kind in types.items())) or "none at all"
         raise BagError(f"{bag.path}: no topic of {IMAGE} or {COMPRESSED_IMAGE}; its topics are: {names}")
     for name in chosen:
         if name not in images:
@@ -262,7 +262,9 @@ def _why_not(bag: BagReader, topic: str) -> str:
             continue
         count = sum(entry.message_count for entry in bag.topics if entry.name == topic)
         return reason and f"{reason}: {count} messages"
-    return f"holds {unreadable} messages of which none can be read ({problem})" if unreadable else "holds no messages"
+    if unreadable:
+        return f"holds {unreadable} messages of which none can be read ({problem})"
+    return f"holds no messages that can be read ({'; '.join(bag.damage)})" if bag.damage else "holds no messages"
 
 
 def _image_messages(bag: BagReader, topics: Iterable[str]) -> Iterator[Salvaged]:

@@ -311,8 +311,8 @@ def _open(path: Path, stack: contextlib.ExitStack) -> tuple[Any, str]:
         link = stack.enter_context(plain_link(path, kind))
         reader: Any = Ros1Reader(link) if kind == ".bag" else Reader(link)
         reader.open()
-        if path.is_dir() and {c.topic for c in reader.connections if c.msgcount} - {
-            c.topic for storage in reader.storage.storages for c in storage.connections
+        if path.is_dir() and {(c.topic, c.msgtype) for c in reader.connections if c.msgcount} - {
+            (c.topic, c.msgtype) for storage in reader.storage.storages for c in storage.connections
         }:
             reader.close()
             return None, "its metadata names topics that are not there"

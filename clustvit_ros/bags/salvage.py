@@ -22,6 +22,7 @@ Source: https://sqlite.org/fileformat2.html, sections 1.3, 1.5, 1.6 and 2.1.
 from __future__ import annotations
 
 import mmap
+import os
 import sqlite3
 import struct
 import zlib
@@ -295,7 +296,7 @@ def _next_mcap_record(file: BinaryIO) -> tuple[int, bytes, bool]:
     opcode, size = struct.unpack("<BQ", head)
     if not 0 < opcode <= _LAST_MCAP_OPCODE:
         raise SalvageError(f"no MCAP record begins at byte {offset}")
-    content = file.read(min(size, 1 << 40))
+    content = file.read(min(size, os.fstat(file.fileno()).st_size))
     return opcode, content, len(content) == size
 
 

@@ -60,8 +60,9 @@ CUSTOM_DATA_KEY = "clustvit_ros"
 
 MANIFEST, RUN_FILE = "manifest.jsonl", "run.json"
 _ABOUT = {"identity": dict, "classes": list, "labelled": int, "unlabelled": int, "problems": list, "damage": list}
-_PNG_FILE = re.compile(r"(.*/)?(mask|confidence)/\d{8,}_-?\d+\.png")
 _TYPES = {"mask": IMAGE, "confidence": IMAGE, "stats": DIAGNOSTIC_ARRAY}
+_TOPIC = re.compile(rf"(/\w+)*/segmentation/({'|'.join(_TYPES)})")
+_PNG_FILE = re.compile(r"(.*/)?(mask|confidence)/\d{8,}_-?\d+\.png")
 # Version 8 is the newest that says its QoS in the way that Humble reads; Jazzy and Kilted read it too.
 _BAG_VERSION: Literal[8] = 8
 
@@ -199,7 +200,11 @@ def remove_output(output: Path) -> None:
         for folder, folders, names in os.walk(output)
         for name in [*names, *(name for name in folders if os.path.islink(os.path.join(folder, name)))]
     ]
-    listed = {str(name) for name in read_metadata(output).get("relative_file_paths") or ()}
+    metadata = read_metadata(output)
+    listed = {str(name) for name in metadata.get("relative_file_paths") or ()}
+    for topic in metadata.get("topics_with_message_count") or ():
+        if not _TOPIC.fullmatch(str(topic["topic_metadata"]["name"])):
+            raise ConfigError(f"{output}: has topics that label-bag did not write, so it stays; choose another output")
     written = {RUN_FILE, MANIFEST, METADATA_FILE} | {name + end for name in listed for end in ("", "-wal", "-shm")}
     foreign = sorted(name for name in found if name not in written and not _PNG_FILE.fullmatch(name))
     if foreign:

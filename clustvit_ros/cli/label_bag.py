@@ -115,7 +115,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         report = label_bag(args.bag, args.output, engine, options, args.restart, show)
     except KeyboardInterrupt:
-        print("\nstopped; the same command continues", file=sys.stderr)
+        without = ", without --restart," if args.restart else ""
+        print(f"\nstopped; the same command{without} continues", file=sys.stderr)
         raise
     finally:
         if bar is not None:

@@ -285,7 +285,7 @@ def test_a_full_disk_is_a_sentence_and_the_same_command_continues(tmp_path, stor
     arguments = command(source, tmp_path / "out", "--storage", storage, "--output-size", "200x200")
     done = subprocess.run([sys.executable, "-c", code, str(limit_bytes), *arguments], capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
-    assert "cannot be written" in done.stderr and "run the same command again" in done.stderr
+    assert "cannot be written" in done.stderr and "run the same command again, without --restart" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
     if (tmp_path / "out.partial" / "output").exists():

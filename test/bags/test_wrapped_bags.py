@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import shutil
 import sqlite3
@@ -22,7 +23,7 @@ import recordings
 from recordings import FRAMES, camera_bag, image, label, masks, replay, storage_file, tree, truncate
 
 from clustvit_ros.bags import BagReader, find_bags
-from clustvit_ros.errors import BagError
+from clustvit_ros.errors import BagError, ClustvitError
 
 
 def zstd_file(path: Path, content: bytes) -> Path:
@@ -202,3 +203,48 @@ def test_messages_that_cannot_be_read_are_not_called_none(tmp_path):
         label(source, tmp_path / "out")
     with BagReader(truncate(source, 0.99)) as bag:
         assert bag.topics
+
+
+def cut(content: bytes, chance: random.Random) -> bytes:
+    return content[: chance.randrange(len(content))]
+
+
+def garble(content: bytes, chance: random.Random) -> bytes:
+    """A few bytes anywhere, or at the front, where the structure is."""
+    changed = bytearray(content)
+    for _ in range(chance.choice([1, 8, 60])):
+        changed[chance.randrange(chance.choice([min(300, len(changed)), len(changed)]))] = chance.randrange(256)
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("harm", [cut, garble])
+@pytest.mark.parametrize("wrapping", ["plain", "messages", "file", "ros1"])
+@pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
+def test_whatever_is_garbled_is_told_in_words(tmp_path, storage, wrapping, harm):
+    """Labelled, in part and said so, or refused; never another error, and never fewer frames in silence."""
+    whole = tmp_path / "whole"
+    if wrapping == "ros1":
+        whole.mkdir()
+        ros1_bag(whole / "drive.bag", FRAMES)
+    else:
+        WRAPPINGS.get(wrapping, lambda folder, kind: camera_bag(folder, FRAMES, kind))(whole, storage)
+    files = sorted(whole.iterdir())
+    for seed in range(12):
+        chance = random.Random(f"{storage} {wrapping} {harm.__name__} {seed}")
+        bag = shutil.copytree(whole, tmp_path / f"bag_{seed}")
+        file = bag / chance.choice(files).name
+        file.write_bytes(harm(file.read_bytes(), chance))
+        try:
+            report = label(bag, tmp_path / f"out_{seed}", format=chance.choice(["bag", "png"]))
+        except ClustvitError:
+            continue
+        assert report.labelled == FRAMES or not report.complete, seed
+
+
+def test_a_length_that_no_file_has_takes_no_memory(tmp_path):
+    source = storage_file(camera_bag(tmp_path / "in", FRAMES))
+    content = bytearray(source.read_bytes())
+    content[9:17] = b"\xff" * 8
+    source.write_bytes(content)
+    with pytest.raises(BagError, match="ends inside the record at byte 8"):
+        label(source, tmp_path / "out")
