@@ -16,14 +16,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from clustvit_ros.dds import node_environment
+from clustvit_ros.dds import claim_domain, node_environment
 from clustvit_ros.demo.processes import NodeProcess
 
 
@@ -34,7 +33,7 @@ def run(seed: int, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         SystemExit: a process failed; its last words are in the message.
     """
     environ = node_environment(os.environ)
-    environ |= {"ROS_DOMAIN_ID": str(random.randint(1, 100)), "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}
+    environ |= {"ROS_DOMAIN_ID": str(claim_domain()), "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}
     node = {"model": options.model, **dict(text.split(":=", 1) for text in options.parameter)}
     output = folder / "streaming.json"
     streaming = {"source": f"sim:{seed}", "rate_hz": options.rate, "frames": options.frames, "output": output}
