@@ -13,11 +13,13 @@ the last committed row ends.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import shutil
 import sqlite3
+import tempfile
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -118,23 +120,23 @@ class WorkFolder:
             os.close(self._lock)
 
     def _lock_it(self) -> bool:
-        if self.path.exists() and not self._is_ours():
+        lock = self.path / _LOCK
+        if not lock.exists():
+            self._make()
+        if not self._is_ours():
             raise ConfigError(
                 f"{self.path}: is needed for unfinished output, but exists and is not label-bag's; move it away, or "
                 "choose another output"
             )
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = self.path / _LOCK
         try:
             # Held until the process ends, however it ends.
-            self._lock = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            self._lock = os.open(lock, os.O_RDWR | os.O_NOFOLLOW)
         except FileNotFoundError:
             return False
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if lock.exists() and os.path.samestat(lock.stat(), os.fstat(self._lock)):
-                os.ftruncate(self._lock, 0)
-                os.write(self._lock, _MARK + f"{os.getpid()}\n".encode())
+                os.pwrite(self._lock, _mark(), 0)
                 return True
         except BlockingIOError as error:
             os.close(self._lock)
@@ -145,14 +147,34 @@ class WorkFolder:
         os.close(self._lock)
         return False
 
+    def _make(self) -> None:
+        """The folder with its mark in one step: without a mark, it is somebody else's."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(prefix=f"{self.path.name}.", dir=self.path.parent))
+        try:
+            (fresh / _LOCK).write_bytes(_mark())
+            with contextlib.suppress(FileExistsError, NotADirectoryError):
+                fresh.rename(self.path)
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:
+                raise
+        finally:
+            if fresh.exists():
+                shutil.rmtree(fresh)
+
     def _is_ours(self) -> bool:
-        """Nothing but our files, and the mark; a process that was killed at its very start left less."""
+        """Nothing but our files, and the mark; or what its last owner is just removing."""
         try:
             names = set(os.listdir(self.path))
-            mark = (self.path / _LOCK).read_bytes() if _LOCK in names else b""
+            return names <= {_LOCK, _STAGE, *_DATABASE_FILES} and (self.path / _LOCK).read_bytes().startswith(_MARK)
+        except FileNotFoundError:
+            return not self.path.exists() or not os.listdir(self.path)
         except OSError:
             return False
-        return names <= ({_LOCK, _STAGE, *_DATABASE_FILES} if mark.startswith(_MARK) else set() if mark else {_LOCK})
+
+
+def _mark() -> bytes:
+    return _MARK + f"{os.getpid():<10}\n".encode()
 
 
 @contextlib.contextmanager

@@ -62,7 +62,6 @@ MANIFEST, RUN_FILE = "manifest.jsonl", "run.json"
 _ABOUT = {"identity": dict, "classes": list, "labelled": int, "unlabelled": int, "problems": list, "damage": list}
 _TYPES = {"mask": IMAGE, "confidence": IMAGE, "stats": DIAGNOSTIC_ARRAY}
 _TOPIC = re.compile(rf"(/\w+)*/segmentation/({'|'.join(_TYPES)})")
-_PNG_FILE = re.compile(r"(.*/)?(mask|confidence)/\d{8,}_-?\d+\.png")
 # Version 8 is the newest that says its QoS in the way that Humble reads; Jazzy and Kilted read it too.
 _BAG_VERSION: Literal[8] = 8
 
@@ -200,23 +199,41 @@ def remove_output(output: Path) -> None:
         for folder, folders, names in os.walk(output)
         for name in [*names, *(name for name in folders if os.path.islink(os.path.join(folder, name)))]
     ]
-    metadata = read_metadata(output)
-    listed = {str(name) for name in metadata.get("relative_file_paths") or ()}
-    for topic in metadata.get("topics_with_message_count") or ():
-        if not _TOPIC.fullmatch(str(topic["topic_metadata"]["name"])):
-            raise ConfigError(f"{output}: has topics that label-bag did not write, so it stays; choose another output")
-    written = {RUN_FILE, MANIFEST, METADATA_FILE} | {name + end for name in listed for end in ("", "-wal", "-shm")}
-    foreign = sorted(name for name in found if name not in written and not _PNG_FILE.fullmatch(name))
+    try:
+        written = _written(output)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ConfigError(
+            f"{output}: is damaged ({error}), so it stays; remove it, or choose another output"
+        ) from error
+    foreign = sorted(name for name in found if name not in written)
     if foreign:
         raise ConfigError(
             f"{output}: holds {len(foreign)} files that label-bag did not write, e.g. {foreign[0]!r}, so it stays; "
             "move them away, or choose another output"
         )
     # Last what tells whose it is: a removal that was cut short can be repeated.
-    for name in sorted(found, key=lambda name: name in (RUN_FILE, METADATA_FILE)):
+    for name in sorted(found, key=lambda name: (name in (MANIFEST, METADATA_FILE, RUN_FILE), name == RUN_FILE)):
         (output / name).unlink()
     for folder, _, _ in os.walk(output, topdown=False):
         os.rmdir(folder)
+
+
+def _written(output: Path) -> set[str]:
+    """The files of finished output, by what it says of itself."""
+    if (output / RUN_FILE).is_file():
+        manifest = output / MANIFEST  # which an earlier removal may have removed
+        lines = manifest.read_text(encoding="utf-8").splitlines() if manifest.exists() else []
+        listed = [json.loads(line) for line in lines]
+        return {RUN_FILE, MANIFEST} | {
+            str(line[name]) for line in listed for name in ("mask", "confidence") if name in line
+        }
+    metadata = read_metadata(output)
+    topics = [str(topic["topic_metadata"]["name"]) for topic in metadata["topics_with_message_count"]]
+    if not all(_TOPIC.fullmatch(topic) for topic in topics):
+        return set()  # somebody has put something into the bag
+    # SQLite leaves two files where somebody looks into a database.
+    files = {str(name) + end for name in metadata["relative_file_paths"] for end in ("", "-wal", "-shm")}
+    return {METADATA_FILE} | files
 
 
 def _output_qos() -> Any:

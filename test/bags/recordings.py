@@ -125,3 +125,8 @@ def label(source: Path, target: Path, *, restart: bool = False, **options: Any) 
 def tree(folder: Path) -> dict[str, bytes | None]:
     """Everything below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def command(source: Path, target: Path, *arguments: str) -> list[str]:
+    """Arguments of the command, with the scripted engine."""
+    return ["label-bag", str(source), str(target), "--engine", "scripted", *arguments]
