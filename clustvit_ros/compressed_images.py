@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import cv2
 import numpy as np
 
 from clustvit_ros.errors import ImageError
-from clustvit_ros.images import check_pixels, message_bytes
+from clustvit_ros.images import check_pixels, message_bytes, narrow
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _JPEG_SIGNATURE = b"\xff\xd8\xff"
@@ -47,21 +48,32 @@ _MOST_PIXELS_PER_JPEG_BYTE = 2048
 _MOST_BYTES_PER_PIXEL, _METADATA_BYTES = 9, 4 << 20
 
 
-def decode_compressed(message: Any, max_pixels: int) -> np.ndarray:
+def holds_depth(format_text: str) -> bool:
+    """Whether a CompressedImage's `format` says that it holds distances, which are no picture to segment."""
+    return "depth" in format_text.lower() or format_text.lstrip().startswith("32FC1")
+
+
+def decode_compressed(
+    message: Any, max_pixels: int, narrow: Callable[[np.ndarray], np.ndarray] = narrow
+) -> np.ndarray:  # fmt: skip
     """Decode a sensor_msgs/CompressedImage.
 
     Args:
         message: anything with `format` and `data`.
         max_pixels: larger images are refused before they are decoded.
+        narrow: makes uint8 of uint16 values, for PNG images of 16 bits.
 
     Returns:
         (H, W, 3) uint8 RGB. Orientation tags are ignored: camera_info knows the picture as the sensor saw it.
 
     Raises:
-        ImageError: neither JPEG nor PNG, too large, truncated or damaged.
+        ImageError: depth, neither JPEG nor PNG, too large, truncated or damaged.
     """
-    if "compressedDepth" in message.format:
-        raise ImageError(f"format: got {message.format[:60]!r}, expected a colour or grey JPEG or PNG image")
+    if holds_depth(message.format):
+        raise ImageError(
+            f"format: got {message.format[:60]!r}, which is depth, expected a colour or grey JPEG or PNG image; "
+            "subscribe to the colour camera"
+        )
     view = message_bytes(message.data).data
     height, width = _size(view)
     check_pixels(height, width, max_pixels)
@@ -71,12 +83,13 @@ def decode_compressed(message: Any, max_pixels: int) -> np.ndarray:
     examine = _pixels_of_png if data.startswith(_PNG_SIGNATURE) else _checked_jpeg
     data = examine(data, height, width)
     try:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:
         raise ImageError(f"data: a damaged {width}x{height} image that cannot be decoded ({error.err})") from error
     if pixels is None or pixels.shape[:2] != (height, width):
         raise ImageError(f"data: {len(data)} bytes of a damaged {width}x{height} image that cannot be decoded")
-    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+    return cv2.cvtColor(narrow(pixels) if pixels.dtype == np.uint16 else pixels, cv2.COLOR_BGR2RGB)
 
 
 def compressed_size(data: bytes) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,9 +65,10 @@ class _Encoding:
 
     Args:
         channels: values per pixel in memory.
-        to_rgb: (H, W) or (H, W, channels) uint8 or uint16 -> (H, W, 3) uint8.
-        value_bytes: bytes per value.
+        to_rgb: (H, W) or (H, W, channels) uint8 -> (H, W, 3) uint8.
+        value_bytes: bytes per value; two become one before anything else is done with them.
         width_multiple: the width must be a multiple of this.
+        half_plane: rows of brightness, and half as many of two colours, each for 2x2 pixels; the height must be even.
         smallest_side_px: width and height must be at least this.
     """
 
@@ -75,6 +76,7 @@ class _Encoding:
     to_rgb: Callable[[np.ndarray], np.ndarray]
     value_bytes: int = 1
     width_multiple: int = 1
+    half_plane: bool = False
     smallest_side_px: int = 1
 
 
@@ -82,11 +84,38 @@ def _converted(code: int) -> Callable[[np.ndarray], np.ndarray]:
     return lambda pixels: cv2.cvtColor(pixels, code)
 
 
-def _from_mono16(pixels: np.ndarray) -> np.ndarray:
-    # The full 16-bit range onto 8 bits, as cv_bridge scales it.
-    return cv2.cvtColor(cv2.convertScaleAbs(pixels, alpha=255.0 / 65535.0), cv2.COLOR_GRAY2RGB)
+def narrow(pixels: np.ndarray, low: int = 0, high: int = 65_535) -> np.ndarray:
+    """16 bits to 8, `low` to 0 and `high` to 255; as cv_bridge scales them where the range is the full one.
+
+    Args:
+        pixels: uint16 of one or more channels.
+        low: what becomes 0, as everything below does.
+        high: what becomes 255, as everything above does.
+    """
+    above = np.maximum(pixels, np.uint16(low)) - np.uint16(low) if low else pixels
+    return cv2.convertScaleAbs(above, alpha=255.0 / (high - low))
 
 
+class AutoRange:
+    """A range of 16-bit values that follows the pictures of one camera: their 1st to 99th percentile, smoothed.
+
+    Thermal cameras use a small part of 16 bits, and what they see of it drifts.
+    """
+
+    def __init__(self) -> None:
+        self._limits: np.ndarray | None = None
+
+    def narrow(self, pixels: np.ndarray) -> np.ndarray:
+        """16 bits to 8, by the pictures so far, this one included."""
+        limits = np.percentile(pixels[::_SAMPLE_STEP_PX, ::_SAMPLE_STEP_PX], _AUTO_PERCENTILES)
+        before = limits if self._limits is None else self._limits
+        self._limits = before + _AUTO_WEIGHT * (limits - before)
+        low, high = (round(float(limit)) for limit in self._limits)
+        return narrow(pixels, low, max(high, low + 1))
+
+
+# Some ten pictures decide: a shutter that closes for one does not flicker.
+_AUTO_PERCENTILES, _AUTO_WEIGHT, _SAMPLE_STEP_PX = (1.0, 99.0), 0.1, 4
 _MONO = _Encoding(1, _converted(cv2.COLOR_GRAY2RGB))
 _BGR = _Encoding(3, _converted(cv2.COLOR_BGR2RGB))
 _BGRA = _Encoding(4, _converted(cv2.COLOR_BGRA2RGB))
@@ -99,6 +128,10 @@ def _bayer(code: int) -> _Encoding:
     return _Encoding(1, _converted(code), smallest_side_px=4)
 
 
+def _half_plane(code: int) -> _Encoding:
+    return _Encoding(1, _converted(code), width_multiple=2, half_plane=True)
+
+
 # ROS names a mosaic by its first two rows from the corner; OpenCV's older constants by the square one pixel further in.
 _ENCODINGS = {
     "rgb8": _Encoding(3, np.ascontiguousarray),
@@ -106,11 +139,12 @@ _ENCODINGS = {
     "rgba8": _Encoding(4, _converted(cv2.COLOR_RGBA2RGB)),
     "bgra8": _BGRA,
     "mono8": _MONO,
-    "mono16": _Encoding(1, _from_mono16, value_bytes=2),
     "yuv422": _UYVY,
     "yuv422_yuy2": _YUYV,
     "uyvy": _UYVY,
     "yuyv": _YUYV,
+    "nv12": _half_plane(cv2.COLOR_YUV2RGB_NV12),
+    "nv21": _half_plane(cv2.COLOR_YUV2RGB_NV21),
     "bayer_rggb8": _bayer(cv2.COLOR_BayerBG2RGB),
     "bayer_bggr8": _bayer(cv2.COLOR_BayerRG2RGB),
     "bayer_gbrg8": _bayer(cv2.COLOR_BayerGR2RGB),
@@ -119,6 +153,11 @@ _ENCODINGS = {
     "8UC1": _MONO,
     "8UC3": _BGR,
     "8UC4": _BGRA,
+}
+_ENCODINGS |= {
+    name[:-1] + "16" if name.endswith("8") else f"16{name[1:]}": replace(encoding, value_bytes=2)
+    for name, encoding in _ENCODINGS.items()
+    if name.endswith("8") or name.startswith("8U")
 }
 
 SUPPORTED_ENCODINGS = tuple(_ENCODINGS)
@@ -188,12 +227,15 @@ def pixel_rows(message: Any, rows: int, pixel_bytes: int) -> np.ndarray:
     return data.reshape(rows, step)[:, :row_bytes]
 
 
-def decode_image(message: Any, max_pixels: int) -> np.ndarray:
+def decode_image(
+    message: Any, max_pixels: int, narrow: Callable[[np.ndarray], np.ndarray] = narrow
+) -> np.ndarray:  # fmt: skip
     """Decode a sensor_msgs/Image.
 
     Args:
         message: anything with the fields of sensor_msgs/Image.
         max_pixels: larger images are refused before memory is allocated for them.
+        narrow: makes uint8 of uint16 values, for 16-bit images.
 
     Returns:
         (H, W, 3) uint8 RGB. It shares the message's memory where no conversion is needed.
@@ -210,19 +252,24 @@ def decode_image(message: Any, max_pixels: int) -> np.ndarray:
     height, width = int(message.height), int(message.width)
     check_pixels(height, width, max_pixels)
     size = f"{width}x{height} {message.encoding}"
-    if width % encoding.width_multiple:
-        raise ImageError(f"width: got {width} of {size}, expected an even number; crop the image in the camera driver")
+    multiples = ("width", width, encoding.width_multiple), ("height", height, 1 + encoding.half_plane)
+    for name, side, multiple in multiples:
+        if side % multiple:
+            raise ImageError(
+                f"{name}: got {side} of {size}, expected an even number; crop the image in the camera driver"
+            )
     if min(height, width) < encoding.smallest_side_px:
         raise ImageError(
             f"image size: got {size}, expected at least {encoding.smallest_side_px}x{encoding.smallest_side_px} "
             "to interpolate colours"
         )
-    rows = pixel_rows(message, height, encoding.channels * encoding.value_bytes)
+    count = height + height // 2 * encoding.half_plane
+    rows = pixel_rows(message, count, encoding.channels * encoding.value_bytes)
+    shape = (count, width, encoding.channels) if encoding.channels > 1 else (count, width)
     if encoding.value_bytes == 2:
         # Padding can leave rows at odd addresses; the copy also swaps bytes where needed.
         stored = np.ascontiguousarray(rows).view(">u2" if message.is_bigendian else "<u2")
-        return encoding.to_rgb(stored.astype(np.uint16, copy=False))
-    shape = (height, width, encoding.channels) if encoding.channels > 1 else (height, width)
+        return encoding.to_rgb(narrow(stored.astype(np.uint16, copy=False).reshape(shape)))
     return encoding.to_rgb(rows.reshape(shape))
 
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clustvit_ros.bags.salvage import ZSTD_MAGIC, Salvaged, decompress_file, decompress_message, salvage, text
-from clustvit_ros.compressed_images import decode_compressed
+from clustvit_ros.compressed_images import decode_compressed, holds_depth
 from clustvit_ros.config import read_yaml
 from clustvit_ros.errors import BagError, ConfigError, ImageError
 from clustvit_ros.images import SUPPORTED_ENCODINGS, decode_image
@@ -369,7 +369,7 @@ def unusable(message: Any) -> str:
         message: what `read_message` gave.
     """
     if hasattr(message, "format"):
-        return _depth("compressedDepth") if "compressedDepth" in message.format else ""
+        return _depth(message.format[:40]) if holds_depth(message.format) else ""
     if message.encoding in _DEPTH_ENCODINGS:
         return _depth(message.encoding)
     return "" if message.encoding in SUPPORTED_ENCODINGS else f"has encoding {str(message.encoding)[:40]!r}"

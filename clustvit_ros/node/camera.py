@@ -22,6 +22,7 @@ from rclpy.lifecycle import LifecycleNode
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud2
 
 from clustvit_ros.classes import ClassSet
+from clustvit_ros.images import AutoRange
 from clustvit_ros.node.messages import LabelInfo, image_message, label_info_message, scaled_camera_info, stamp_ns
 from clustvit_ros.node.points import LabelledPoints, PointsOrder
 from clustvit_ros.node.qos import (
@@ -209,6 +210,8 @@ class Camera:
         self._camera_info: CameraInfo | None = None
         self._points: LabelledPoints | None = None
         self._points_checked_s = 0.0
+        self.auto_range = AutoRange()
+        """Of its 16-bit images."""
         self.watch: InputWatch | None = None
         """Of the image topic; None while there is no subscription."""
         self.ledger = Ledger()

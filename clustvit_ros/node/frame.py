@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import cv2
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray
 from sensor_msgs.msg import CompressedImage, Image
@@ -24,7 +25,7 @@ from clustvit_ros.engine.engine import OVERTAKEN, FrameRecord
 from clustvit_ros.engine.masks import ClassGrouping, Groups, draw_overlay, group_classes
 from clustvit_ros.engine.worker import DeviceLost, FrameSlot
 from clustvit_ros.errors import ClustvitError, ImageError
-from clustvit_ros.images import decode_image
+from clustvit_ros.images import decode_image, narrow
 from clustvit_ros.node.camera import Camera, Frame
 from clustvit_ros.node.messages import calibrated_size, diagnostic_status, png_message
 from clustvit_ros.policy import Plan, Policy
@@ -46,7 +47,7 @@ class Decoded:
         frame: the message.
         camera: the camera that it is from.
         parameters: values in force for it.
-        image: (H, W, 3) uint8 RGB.
+        image: (H, W, 3) uint8 RGB, upright.
         wants: whether confidence and cluster maps are wanted.
         watched: False when nobody is to get anything of it.
         decode_ms: milliseconds from message to array.
@@ -67,14 +68,18 @@ def is_watched(camera: Camera) -> bool:
 
 
 def decode(frame: Frame, camera: Camera, parameters: SegmentationParameters) -> Decoded:
-    """Get a frame's picture.
+    """Get a frame's picture, upright: everything up to the publisher sees it so.
 
     Raises:
         ImageError: the message holds none that can be segmented.
     """
     start_s = time.perf_counter()
     read = decode_image if isinstance(frame.message, Image) else decode_compressed
-    image = frame.image(lambda: read(frame.message, parameters.max_image_pixels))
+    limits = parameters.intensity_range
+    to_bytes = camera.auto_range.narrow if limits is None else lambda pixels: narrow(pixels, *limits)
+    image = frame.image(
+        lambda: turned(read(frame.message, parameters.max_image_pixels, to_bytes), parameters.rotate)
+    )
     wants = frame.points is not None or camera.outputs.wanted("confidence"), camera.outputs.wanted("clusters")
     return Decoded(frame, camera, parameters, image, wants, is_watched(camera), _since_ms(start_s))
 
@@ -129,8 +134,8 @@ class MaskPublisher:
             The mask's age, and the milliseconds that this took; None when it was too late to be published.
         """
         start_s = time.perf_counter()
-        outputs, header = one.camera.outputs, one.frame.message.header
-        mask = masks.mask[index]
+        outputs, header, degrees = one.camera.outputs, one.frame.message.header, one.parameters.rotate
+        mask = turned(masks.mask[index], degrees)
         age_ms = self.age_ms(one.frame)
         if plan.parameters.deadline_policy == "drop" and plan.is_missed(engine_ms, age_ms):
             return age_ms, None
@@ -139,7 +144,7 @@ class MaskPublisher:
         age_ms = self.age_ms(one.frame)
         for name, maps in (("confidence", masks.confidence), ("clusters", masks.cluster_map)):
             if maps is not None:
-                outputs.publish_pixels(name, maps[index], "mono8", header)
+                outputs.publish_pixels(name, turned(maps[index], degrees), "mono8", header)
         if one.frame.camera_info is not None:
             image_size = (one.image.shape[0], one.image.shape[1])
             calibrated = calibrated_size(one.frame.camera_info)
@@ -155,13 +160,15 @@ class MaskPublisher:
 
     def publish_views(self, one: Decoded, masks: Prediction, index: int, grouping: ClassGrouping) -> None:
         """Publish what is for people and recordings, or made from the mask elsewhere, which no budget counts."""
-        outputs, header, mask = one.camera.outputs, one.frame.message.header, masks.mask[index]
+        outputs, header, degrees = one.camera.outputs, one.frame.message.header, one.parameters.rotate
+        mask = turned(masks.mask[index], degrees)
         if one.frame.points is not None and masks.confidence is not None:
-            one.frame.points.fulfil(mask, masks.confidence[index])
+            one.frame.points.fulfil(mask, turned(masks.confidence[index], degrees))
         if outputs.wanted("mask/compressed"):
             outputs.publish("mask/compressed", png_message(mask, _encoding(mask), header))
         if outputs.wanted("overlay"):
-            overlay = draw_overlay(one.image, mask, grouping.classes.palette(), one.parameters.overlay_alpha)
+            image = turned(one.image, degrees)
+            overlay = draw_overlay(image, mask, grouping.classes.palette(), one.parameters.overlay_alpha)
             outputs.publish_pixels("overlay", overlay, "rgb8", header)
 
     def publish_stats(self, one: Decoded, device: str, what: str, pairs: Mapping[str, str]) -> None:
@@ -354,6 +361,11 @@ class FrameSession:
 def _kind_of(message: Image | CompressedImage) -> Any:
     """What messages of one camera have in common for as long as nothing about it changes."""
     return (message.height, message.width, message.encoding) if isinstance(message, Image) else message.format
+
+
+def turned(pixels: np.ndarray, degrees: int) -> np.ndarray:
+    """An image or a map, turned by 0 or 180 degrees: from the camera's orientation to upright, or back."""
+    return cv2.rotate(pixels, cv2.ROTATE_180) if degrees else pixels
 
 
 def _encoding(mask: np.ndarray) -> str:

@@ -184,7 +184,7 @@ class MergeGuard:
             # A camera without a mask yet has nothing to exempt.
             previous = np.stack([np.full_like(known[0], IGNORE_INDEX) if mask is None else mask for mask in masks])
         return replace(
-            settings, min_tokens=floor, merge_exempt_region=parameters.merge_exempt_region,
+            settings, min_tokens=floor, merge_exempt_region=parameters.exempt_region,
             merge_exempt_classes=class_ids, merge_exempt_source=parameters.merge_exempt_source, previous_mask=previous,
         )  # fmt: skip
 

@@ -37,7 +37,7 @@ class ParameterSpec:
         description: one sentence.
         minimum: lowest accepted number, None for no bound.
         maximum: highest accepted number, None for no bound.
-        choices: accepted strings, empty for no restriction.
+        choices: accepted values, empty for no restriction.
         pattern: regular expression that a string must match in full, empty for no restriction.
         form: what `pattern` accepts, in words.
         separator: what joins the strings of an array, which a string parameter with a separator takes as well.
@@ -54,7 +54,7 @@ class ParameterSpec:
     description: str
     minimum: float | None = None
     maximum: float | None = None
-    choices: tuple[str, ...] = ()
+    choices: tuple[Any, ...] = ()
     pattern: str = ""
     form: str = ""
     separator: str = ""
@@ -73,7 +73,7 @@ class ParameterSpec:
     def range_text(self) -> str:
         """The accepted values in words, e.g. "0.0 to 1.0"; empty when every value of the type is accepted."""
         if self.choices:
-            return ", ".join(self.choices)
+            return ", ".join(map(str, self.choices))
         if self.form:
             return self.form
         if self.minimum is not None and self.maximum is not None:
@@ -115,16 +115,20 @@ class ParameterSpec:
         return value
 
     def _in_range(self, value: Any) -> bool:
+        if self.choices:
+            return value in self.choices
         if self.kind is str:
-            return (not self.choices or value in self.choices) and bool(re.fullmatch(self.pattern or ".*", value, re.S))
+            return bool(re.fullmatch(self.pattern or ".*", value, re.S))
         low = -math.inf if self.minimum is None else self.minimum
         high = math.inf if self.maximum is None else self.maximum
         return math.isfinite(value) and low <= value <= high
 
     def _refusal(self, got: str) -> ConfigError:
         wanted = f"{'an' if self.kind is int else 'a'} {self.type_name}"
-        if self.kind is str and self.range_text:
-            wanted = f"one of {self.range_text}" if self.choices else self.range_text
+        if self.choices:
+            wanted = f"one of {self.range_text}"
+        elif self.kind is str and self.range_text:
+            wanted = self.range_text
         elif self.range_text:
             wanted += f" from {self.range_text}"
         unit = f" {self.unit}" if self.unit else ""

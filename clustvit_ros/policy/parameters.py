@@ -51,6 +51,20 @@ def parse_output_size(text: str) -> str | tuple[int, int]:
     return (int(height), int(width)) if by else text
 
 
+def parse_intensity_range(text: str) -> tuple[int, int] | None:
+    """LOW and HIGH; None is automatic.
+
+    Raises:
+        ConfigError: they span nothing, or more than 16 bits.
+    """
+    if text == "auto":
+        return None
+    low, high = map(int, text.split())
+    if not low < high <= 65_535:
+        raise ConfigError(f"intensity_range: got {text}, expected auto or LOW HIGH with LOW below HIGH, at most 65535")
+    return low, high
+
+
 @dataclass(frozen=True)
 class SegmentationParameters:
     """One consistent set of values; a frame is processed under exactly one of these."""
@@ -179,6 +193,14 @@ class SegmentationParameters:
     image_transport: str = parameter(
         "raw", "`compressed` subscribes to JPEG or PNG on `<image>/compressed`.", choices=("raw", "compressed")
     )
+    rotate: int = parameter(
+        0, "180 for a camera that hangs upside down: the network sees the image turned; outputs are as the camera's.",
+        choices=(0, 180), unit="degrees", live=True,
+    )  # fmt: skip
+    intensity_range: tuple[int, int] | None = parameter(
+        "0 65535", "Of 16-bit images, what is black and white; `auto` follows the pictures, for thermal cameras.",
+        pattern=r"auto|\d{1,5}\s+\d{1,5}", form="auto or LOW HIGH", parse=parse_intensity_range, live=True,
+    )  # fmt: skip
     processing: str = parameter(
         "live", "`every_frame` queues all frames and adapts nothing, so that masks of a replay repeat bit for bit.",
         choices=("live", "every_frame"),
@@ -224,6 +246,15 @@ class SegmentationParameters:
         return min(self.min_tokens, self.token_capacity or self.min_tokens)
 
     @property
+    def exempt_region(self) -> tuple[Region, ...]:
+        """`merge_exempt_region`, which is of the camera's image, as the network sees it."""
+        if not self.rotate:
+            return self.merge_exempt_region
+        return tuple(
+            (1.0 - bottom, 1.0 - right, 1.0 - top, 1.0 - left) for top, left, bottom, right in self.merge_exempt_region
+        )
+
+    @property
     def is_guarded(self) -> bool:
         """Whether classes or regions are exempt from merging, or masks are compared with unmerged ones."""
         return bool(self.merge_exempt_classes or self.merge_exempt_region or self.accuracy_check_period_s)
@@ -257,12 +288,14 @@ class CameraParameters:
     merge_threshold: float = parameter(
         -1.0, "As `merge_threshold`, for this camera; -1 takes the node's.", minimum=-1.0, maximum=1.0, live=True
     )
+    rotate: int = parameter(
+        -1, "As `rotate`, for this camera; -1 takes the node's.", choices=(-1, 0, 180), unit="degrees", live=True
+    )
 
     def over(self, parameters: SegmentationParameters) -> SegmentationParameters:
         """The node's parameters as they hold for this camera."""
-        if self.merge_threshold < 0.0:
-            return parameters
-        return replace(parameters, merge_threshold=self.merge_threshold)
+        own = {name: value for name, value in vars(self).items() if value >= 0}
+        return replace(parameters, **own) if own else parameters
 
 
 PARAMETERS: tuple[ParameterSpec, ...] = specs_of(SegmentationParameters)

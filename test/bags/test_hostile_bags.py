@@ -235,7 +235,7 @@ def test_depth_is_refused_in_words_and_counted(tmp_path, capsys):
     assert main(command(source, tmp_path / "out")) == 0
     said = capsys.readouterr().out
     assert "left out: /depth holds depth (32FC1), which is no picture to segment: 4 messages" in said
-    assert "left out: /depth/compressedDepth holds depth (compressedDepth), which is no picture" in said
+    assert "left out: /depth/compressedDepth holds depth (16UC1; compressedDepth png), which is no picture" in said
     assert "(16UC1), which is no picture to segment: 2 messages" in said
     assert len(masks(tmp_path / "out")) == 3
     for topic in ("/depth", "/depth/compressedDepth", "/range"):

@@ -70,14 +70,15 @@ def encoded(pixels: np.ndarray, suffix: str, *options: int) -> bytes:
 def _good_raw(rng: np.random.Generator) -> Image:
     encoding = str(rng.choice(SUPPORTED_ENCODINGS))
     height, width = (int(value) for value in rng.integers(1, 80, 2))
-    pixel_bytes = 4 if encoding in ("rgba8", "bgra8", "8UC4") else 3 if encoding in ("rgb8", "bgr8", "8UC3") else 1
-    if encoding.startswith(("yu", "uyvy")) or encoding == "mono16":
+    bytes_of = {"rgba8": 4, "bgra8": 4, "8UC4": 4, "rgb8": 3, "bgr8": 3, "8UC3": 3}
+    pixel_bytes = bytes_of.get(encoding.replace("16", "8"), 1) * (2 if "16" in encoding else 1)
+    if encoding.startswith(("yu", "uyvy")):
         pixel_bytes = 2
     message = Image(encoding=encoding, height=height, width=width, step=width * pixel_bytes + int(rng.integers(0, 5)))
     message.header.stamp.sec = int(rng.integers(-(2**31), 2**31))
     message.header.stamp.nanosec = int(rng.integers(0, 2**32))
     message.header.frame_id = "camera"
-    message.data = array.array("B", rng.bytes(message.step * height))
+    message.data = array.array("B", rng.bytes(message.step * (height * 3 // 2 if encoding[:2] == "nv" else height)))
     return message
 
 

@@ -23,6 +23,7 @@ pytest.importorskip("sensor_msgs", reason="needs ROS 2 (sensor_msgs)")
 
 from clustvit_ros.compressed_images import compressed_size, decode_compressed
 from clustvit_ros.errors import ImageError
+from clustvit_ros.images import narrow
 
 MAX_PIXELS = 1 << 20
 RAMP = np.add.outer(np.arange(48), np.arange(64))
@@ -75,9 +76,22 @@ def test_errors_say_what_is_wrong(data: bytes, text: str) -> None:
     assert text in str(error.value)
 
 
-def test_depth_is_refused() -> None:
-    with pytest.raises(ImageError, match="expected a colour or grey JPEG or PNG"):
-        decode_compressed(message_of(PNG, "16UC1; compressedDepth png"), MAX_PIXELS)
+@pytest.mark.parametrize(
+    "text", ["16UC1; compressedDepth png", "32FC1; compressedDepth", "32FC1; png compressed", "compresseddepth"]
+)
+def test_depth_is_refused(text: str) -> None:
+    with pytest.raises(ImageError, match="which is depth, expected a colour or grey JPEG or PNG"):
+        decode_compressed(message_of(PNG, text), MAX_PIXELS)
+
+
+def test_16_bits_are_scaled_as_those_of_raw_images() -> None:
+    values = np.linspace(8000, 9000, 48 * 64).reshape(48, 64).astype(np.uint16)
+    message = message_of(cv2.imencode(".png", values)[1].tobytes(), "16UC1; png compressed ")
+    full = decode_compressed(message, MAX_PIXELS)
+    np.testing.assert_array_equal(full[..., 0], np.rint(values * (255.0 / 65_535)).astype(np.uint8))
+    stretched = decode_compressed(message, MAX_PIXELS, lambda pixels: narrow(pixels, 8000, 9000))
+    np.testing.assert_array_equal(stretched[..., 0], narrow(values, 8000, 9000))
+    assert (stretched.min(), stretched.max()) == (0, 255)
 
 
 @settings(max_examples=150, deadline=None)

@@ -24,7 +24,7 @@ pytest.importorskip("sensor_msgs", reason="needs ROS 2 (sensor_msgs)")
 from std_msgs.msg import Header
 
 from clustvit_ros.errors import ImageError
-from clustvit_ros.images import SUPPORTED_ENCODINGS, decode_image
+from clustvit_ros.images import SUPPORTED_ENCODINGS, AutoRange, decode_image, narrow
 from clustvit_ros.node.messages import image_message
 
 MAX_PIXELS = 1 << 20
@@ -104,6 +104,73 @@ def test_yuv422(encoding: str, luma_first: bool, padding: int) -> None:
     )
     assert decoded.shape == (HEIGHT, WIDTH, 3)
     assert np.abs(decoded - np.array(expected)).max() <= 1.5
+
+
+@pytest.mark.parametrize("padding", [0, 6])
+@pytest.mark.parametrize(("encoding", "blue_first"), [("nv12", True), ("nv21", False)])
+def test_nv12_and_nv21(encoding: str, blue_first: bool, padding: int) -> None:
+    # Four squares of one colour each: what OpenCV makes of RGB in YUV 4:2:0 planes, the two of colour interleaved.
+    squares = np.array([[[200, 30, 40], [30, 180, 60]], [[20, 60, 210], [128, 128, 128]]], np.uint8)
+    picture = squares.repeat(HEIGHT // 2, axis=0).repeat(WIDTH // 2, axis=1)
+    planes = cv2.cvtColor(picture, cv2.COLOR_RGB2YUV_I420).ravel()
+    count = HEIGHT * WIDTH
+    colours = planes[count:].reshape(2, -1)
+    chroma = (colours if blue_first else colours[::-1]).T.reshape(HEIGHT // 2, WIDTH)
+    message = message_of(np.vstack([planes[:count].reshape(HEIGHT, WIDTH), chroma]), encoding, padding)
+    message.height = HEIGHT
+    decoded = decode_image(message, MAX_PIXELS)
+    assert decoded.shape == (HEIGHT, WIDTH, 3)
+    assert np.abs(decoded.astype(int) - picture).max() <= 3
+    for change in ({"height": HEIGHT - 1}, {"width": WIDTH - 1}):
+        odd = SimpleNamespace(**{**vars(message), **change})
+        with pytest.raises(ImageError, match="expected an even number"):
+            decode_image(odd, MAX_PIXELS)
+    message.height = HEIGHT * 3 // 2  # as a driver has it that counts rows of memory
+    with pytest.raises(ImageError, match=r"data: got \d+ bytes for 64x72 nv"):
+        decode_image(message, MAX_PIXELS)
+
+
+@pytest.mark.parametrize("bigendian", [0, 1])
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("encoding", [name for name in SUPPORTED_ENCODINGS if "16" in name])
+def test_16_bits_decode_as_8_bits_of_the_same_name(encoding: str, padding: int, bigendian: int) -> None:
+    narrow_name = encoding.replace("16", "8")
+    channels = {"rgb8": 3, "bgr8": 3, "8UC3": 3, "rgba8": 4, "bgra8": 4, "8UC4": 4}.get(narrow_name, 1)
+    pixels = np.random.default_rng(1).integers(0, 256, (HEIGHT, WIDTH, channels), np.uint8).squeeze()
+    wide = (pixels.astype(np.uint16) * 257).astype(">u2" if bigendian else "<u2")
+    np.testing.assert_array_equal(
+        decode_image(message_of(wide, encoding, padding, bigendian), MAX_PIXELS),
+        decode_image(message_of(pixels, narrow_name), MAX_PIXELS),
+    )
+
+
+def test_a_range_of_intensities_is_stretched_and_what_lies_beyond_is_clipped() -> None:
+    values = np.array([[0, 7999, 8000, 8500, 9000, 9001, 65_535]] * 4, np.uint16)
+    decoded = decode_image(message_of(values, "16UC1"), MAX_PIXELS, lambda pixels: narrow(pixels, 8000, 9000))
+    assert decoded[0, :, 0].tolist() == [0, 0, 0, 128, 255, 255, 255]
+
+
+def test_an_automatic_range_shows_what_a_thermal_camera_sees_and_follows_its_drift() -> None:
+    rng, auto = np.random.default_rng(5), AutoRange()
+    scene = rng.normal(0.0, 30.0, (HEIGHT, WIDTH))
+
+    def seen(offset: float) -> np.ndarray:
+        values = (29_500 + offset + scene).astype(np.uint16)
+        values[0, 0] = 65_535  # a dead pixel
+        return decode_image(message_of(values, "mono16"), MAX_PIXELS, auto.narrow)[..., 0]
+
+    first = seen(0.0)
+    assert first.std() > 50 and (first == 0).mean() < 0.03 and (first == 255).mean() < 0.03
+    flash = seen(400.0)  # one picture of the shutter changes little
+    assert (flash == 255).mean() > 0.9
+    assert abs(float(seen(0.0).mean()) - float(first.mean())) < 80
+    for _ in range(60):
+        later = seen(100.0)
+    assert abs(float(later.mean()) - float(first.mean())) < 3, "it has followed"
+    again = AutoRange()
+    np.testing.assert_array_equal(decode_image(
+        message_of(np.full((4, 4), 700, np.uint16), "16UC1"), MAX_PIXELS, again.narrow), np.zeros((4, 4, 3), np.uint8)
+    )  # fmt: skip
 
 
 def test_rgb8_shares_the_messages_memory() -> None:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from std_msgs.msg import Header
 from clustvit_ros.engine import Engine, EngineInfo, Prediction, ScriptedEngine, Settings
 from clustvit_ros.engine.worker import DeviceLost, FrameSlot
 from clustvit_ros.errors import EngineError
+from clustvit_ros.images import AutoRange
 from clustvit_ros.node.camera import Frame, Outputs
 from clustvit_ros.node.filling import FrameFiller
 from clustvit_ros.node.frame import FrameSession, MaskPublisher
@@ -54,6 +56,7 @@ class SpyEngine(Engine):
     def __init__(self) -> None:
         self._engine = ScriptedEngine()
         self.settings: list[Settings] = []
+        self.images: list[np.ndarray] = []
         self.warmed: list[tuple[int, int] | None] = []
         self.failure: Exception | None = None
 
@@ -72,6 +75,7 @@ class SpyEngine(Engine):
 
     def segment(self, images: Any, settings: Settings = Settings()) -> Prediction:
         self.settings.append(settings)
+        self.images.append(images)
         if self.failure is not None:
             raise self.failure
         return self._engine.segment(images, settings)
@@ -104,6 +108,7 @@ class FakeCamera:
             return self.published.setdefault(output, FakePublisher(int(output in subscribed)))
 
         self.outputs = Outputs(create, name)
+        self.auto_range = AutoRange()
 
 
 class Bench:
@@ -302,3 +307,35 @@ def test_a_budget_is_calibrated_before_anybody_subscribes(pixels: np.ndarray) ->
     bench.session.use_idle_time(lambda: True)
     assert bench.session.policy.status.table is not None
     assert bench.camera.ledger.segmented == 0
+
+
+def test_a_camera_upside_down_is_seen_upright_and_answered_in_its_own_orientation(pixels: np.ndarray) -> None:
+    pixels[:16] = 0  # something to tell up from down by
+    outputs = (*ALL, "mask/compressed")
+    plain = Bench(*outputs, merge_exempt_region="0 0 0.25 1")
+    hanging = Bench(*outputs, merge_exempt_region="0 0 0.25 1", rotate=180)
+    for bench in (plain, hanging):
+        bench.session.handle(replace(bench.frame(pixels), points=(order := Order())))  # type: ignore[arg-type]
+        np.testing.assert_array_equal(order.maps[0], pixels[..., 1] >> 6)
+    np.testing.assert_array_equal(hanging.engine.images[0], pixels[::-1, ::-1])
+    np.testing.assert_array_equal(plain.engine.images[0], pixels)
+    assert hanging.engine.settings[0].merge_exempt_region == ((0.75, 0.0, 1.0, 1.0),), "the same rows of the scene"
+    for name in outputs:
+        assert plain.published[name].messages[0] == hanging.published[name].messages[0], name
+
+
+class Order:
+    """Stands in for an order of labelled points."""
+
+    def fulfil(self, mask: np.ndarray, confidence: np.ndarray) -> None:
+        self.maps = mask, confidence
+
+
+def test_intensities_of_a_thermal_camera_follow_the_parameter() -> None:
+    values = np.linspace(29_000, 30_000, 32 * 48).reshape(32, 48).astype(np.uint16)
+    for text, levels in (("0 65535", {1}), ("auto", {0, 1, 2, 3}), ("29000 29500", {0, 1, 2, 3})):
+        bench = Bench("mask", intensity_range=text)
+        frame = Frame(image_message(values, "mono16", Header()), bench.now_ns)
+        bench.session.handle(frame)
+        mask = np.frombuffer(bench.published["mask"].messages[0].data, np.uint8)
+        assert set(mask) == levels

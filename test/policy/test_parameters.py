@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from clustvit_ros.engine import ENGINES
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.policy.parameter_spec import build, parameter_table, specs_of
-from clustvit_ros.policy.parameters import PARAMETERS, SegmentationParameters, as_markdown_table
+from clustvit_ros.policy.parameters import PARAMETERS, CameraParameters, SegmentationParameters, as_markdown_table
 
 SPECS = {spec.name: spec for spec in PARAMETERS}
 
@@ -115,3 +115,30 @@ def test_a_source_may_be_an_integer() -> None:
 
     source = next(spec for spec in specs_of(CameraNodeParameters) if spec.name == "source")
     assert source.coerce(0) == "0"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("rotate", 90, "rotate: got 90, expected one of 0, 180 degrees"),
+        ("rotate", "180", "rotate: got '180' (string), expected one of 0, 180 degrees"),
+        ("intensity_range", "9 9", "expected auto or LOW HIGH with LOW below HIGH, at most 65535"),
+        ("intensity_range", "0 65536", "expected auto or LOW HIGH with LOW below HIGH, at most 65535"),
+        ("intensity_range", "7", "intensity_range: got '7', expected auto or LOW HIGH"),
+    ],
+)
+def test_pictures_are_turned_and_scaled_in_the_ways_there_are(name: str, value: object, text: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        build(SegmentationParameters, {name: value})
+    assert text in str(error.value)
+
+
+def test_a_camera_has_its_own_orientation() -> None:
+    node = build(SegmentationParameters, {"rotate": 180, "merge_exempt_region": "0.7 0 1 0.5"})
+    assert node.exempt_region == (pytest.approx((0.0, 0.5, 0.3, 1.0)),)
+    assert build(CameraParameters, {}).over(node) is node
+    upright = build(CameraParameters, {"rotate": 0}).over(node)
+    assert (upright.rotate, upright.merge_threshold) == (0, 0.5)
+    assert upright.exempt_region == node.merge_exempt_region
+    both = build(CameraParameters, {"rotate": 180, "merge_threshold": 0.25}).over(upright)
+    assert (both.rotate, both.merge_threshold) == (180, 0.25)
