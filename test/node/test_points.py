@@ -15,11 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 pytest.importorskip("rclpy", reason="needs ROS 2 (rclpy)")
 
 from clouds import SECOND_NS, SIZE, cloud, depth_image, header, labelled, positions_of, scene
-from sensor_msgs.msg import CameraInfo, PointCloud2, PointField, RegionOfInterest
+from sensor_msgs.msg import CameraInfo, Image, PointCloud2, PointField, RegionOfInterest
 
 from clustvit_ros.demo.camera import camera_info_message
 from clustvit_ros.errors import ImageError
@@ -164,6 +166,49 @@ def test_depth_that_cannot_be_used_says_why(
     with pytest.raises(ImageError) as error:
         read_depth(make(depth_image(scene(rng)[..., 2], "32FC1")), info, MOST)
     assert text in str(error.value)
+
+
+@pytest.mark.parametrize("encoding", ["16UC1", "32FC1"])
+def test_depth_of_the_simulated_world_gives_its_points_within_a_millimetre(encoding: str) -> None:
+    pytest.importorskip("panda3d", reason="needs the renderer of the simulated world")
+    from clustvit_ros.sim import SimulatedCamera
+
+    size = (240, 320)
+    camera = SimulatedCamera(5, size)
+    exact = camera.frame(40, points=True).points
+    assert exact is not None
+    camera.close()
+    exact[exact[..., 2] > 65.0] = np.nan  # farther than 16 bits reach
+    info = camera_info_message(size, camera.focal_px, header(1))
+    found = read_depth(depth_image(exact[..., 2], encoding), info, MOST)[..., :3]
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(exact))
+    assert np.nanmax(np.linalg.norm(found - exact, axis=-1)) < 1e-3
+    assert np.isfinite(exact).mean() > 0.3
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_any_cloud_and_any_depth_gives_its_points_or_an_image_error(data: st.DataObject) -> None:
+    number = st.one_of(st.integers(0, 40), st.sampled_from([2**16, 2**31, 2**32 - 1]))
+    fields = [
+        PointField(name=name, offset=data.draw(number), datatype=data.draw(st.integers(0, 9)), count=data.draw(number))
+        for name in data.draw(st.sampled_from(["xyz", "xy", "", "zyxx"]))
+    ]
+    height, width, bigendian = data.draw(number), data.draw(number), data.draw(st.booleans())
+    source = PointCloud2(
+        height=height, width=width, point_step=data.draw(number), row_step=data.draw(number), fields=fields,
+        is_bigendian=bigendian, data=bytes(data.draw(st.integers(0, 3000))),
+    )  # fmt: skip
+    depth = Image(
+        height=height, width=width, step=source.row_step, is_bigendian=bigendian, data=source.data,
+        encoding=data.draw(st.sampled_from(["16UC1", "32FC1", "mono8", ""])),
+    )  # fmt: skip
+    info = camera_info_message(SIZE, 9.0, header(1))
+    for read in (lambda: read_cloud(source, 10_000), lambda: read_depth(depth, info, 10_000)):
+        try:
+            assert read().shape == (height, width, 5)
+        except ImageError:
+            continue
 
 
 class Desk:
