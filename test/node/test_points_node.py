@@ -75,6 +75,8 @@ def test_a_node_labels_what_lies_beside_its_camera_while_somebody_wants_it(
     rig.drive(make, lambda: rig.source.get_subscription_count() == 0, pixels)
     last = {pair.key: pair.value for pair in rig.stats[-1].status[0].values}
     assert int(last["points_published"]) >= 3
+    again = ros_client.collect(PointCloud2, f"/{topic}_rig/segmentation/points")
+    rig.drive(make, lambda: bool(again), pixels)
 
 
 def test_frames_whose_masks_were_carried_to_them_get_points_too(
