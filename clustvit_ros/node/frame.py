@@ -77,9 +77,8 @@ def decode(frame: Frame, camera: Camera, parameters: SegmentationParameters) -> 
     read = decode_image if isinstance(frame.message, Image) else decode_compressed
     limits = parameters.intensity_range
     to_bytes = camera.auto_range.narrow if limits is None else lambda pixels: narrow(pixels, *limits)
-    image = frame.image(
-        lambda: turned(read(frame.message, parameters.max_image_pixels, to_bytes), parameters.rotate)
-    )
+    # What is kept is not turned: the parameter may change before another thread asks for it.
+    image = turned(frame.image(lambda: read(frame.message, parameters.max_image_pixels, to_bytes)), parameters.rotate)
     wants = frame.points is not None or camera.outputs.wanted("confidence"), camera.outputs.wanted("clusters")
     return Decoded(frame, camera, parameters, image, wants, is_watched(camera), _since_ms(start_s))
 
