@@ -28,6 +28,7 @@ _PARAMETERS = {
     "image_transport": (str, "raw, or compressed for JPEG and PNG on <image_topic>/compressed."),
     "engine": (str, "What runs the network: auto, torch, cuda_graph, onnxruntime or scripted."),
     "device": (str, "Where it runs: auto, cpu, cuda or cuda:N."),
+    "precision": (str, "What the network computes in: auto, float32, float16, bfloat16 or int8."),
     "merge_threshold": (float, "0.0 merges all tokens (fastest), 1.0 none (plain ViT)."),
     "token_capacity": (int, "At most so many tokens are kept; 0 leaves it to the threshold."),
     "latency_budget_ms": (float, "A frame may take so many milliseconds; 0 is no budget."),

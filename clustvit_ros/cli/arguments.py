@@ -111,13 +111,16 @@ def find_variants(args: argparse.Namespace, model: str | Path, folder: Path) -> 
     return models
 
 
-def write_variant(model: str | Path, folder: Path, network: dict[str, Any]) -> Path:
+def write_variant(
+    model: str | Path, folder: Path, network: dict[str, Any], input_size: tuple[int, int] | None = None
+) -> Path:
     """A model folder with a model's weights and some of its `network` section replaced, e.g. another way to merge.
 
     Args:
         model: a model folder, or a shipped model's name.
         folder: to make; its name becomes the variant's.
         network: hyper-parameters to replace, as in `model.yaml`.
+        input_size: another (height, width) of the input; None keeps the model's.
 
     Returns:
         `folder`, with a copy of the weights.
@@ -129,7 +132,9 @@ def write_variant(model: str | Path, folder: Path, network: dict[str, Any]) -> P
     source = find_model(model).resolve()
     content = read_yaml(source / MODEL_FILE)
     content["network"] = {**(content.get("network") or {}), **network}
-    folder.mkdir(parents=True)
+    if input_size is not None:
+        content["input"] = {**content["input"], "size": list(input_size)}
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / MODEL_FILE).write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
     shutil.copyfile(weights_path(source), folder / WEIGHTS_FILE)
     load_config(folder)

@@ -27,6 +27,7 @@ from clustvit_ros.cli.arguments import (
     parse_fractions,
     parse_names,
     parse_size,
+    write_variant,
 )
 from clustvit_ros.engine.ladder import scaled_size
 from clustvit_ros.engine.network_engine import select_device
@@ -124,15 +125,16 @@ def _cases(args: argparse.Namespace, folder: Path) -> Iterator[BenchCase]:
     for model in models:
         config = load_config(model)
         full_size, patch_size = args.size or config.input.size, config.network.patch_size
+        if full_size != config.input.size:
+            model = write_variant(model, folder / "sized" / config.name, {}, full_size)
         for engine, scale in itertools.product(args.engine, args.input_scale):
-            size = scaled_size(full_size, scale, patch_size)
-            rows, columns = grid_size_of(size, patch_size)
+            rows, columns = grid_size_of(scaled_size(full_size, scale, patch_size), patch_size)
             capacities = _capacities(args, rows * columns) if config.network.merges else [0]
             provider = args.provider if engine == "onnxruntime" else ""
             for precision, capacity in itertools.product(args.precision, capacities):
                 yield BenchCase(
-                    config.name, model, engine, args.device, args.threads, size, args.batch, capacity, provider,
-                    cache_dir, precision, args.compile,
+                    config.name, model, engine, args.device, args.threads, full_size, args.batch, capacity, provider,
+                    cache_dir, precision, args.compile, scale,
                 )  # fmt: skip
 
 
@@ -180,5 +182,5 @@ def _bounds_ms(rows: list[dict[str, Any]], cases: list[BenchCase], device: torch
         pixels = case.batch * case.size[0] * case.size[1]
         cost = Cost(int(row["gflops"] * 1e9), row["parameters"])
         weight_bytes = _WEIGHT_BYTES[row["precision"]]
-        bounds.append(roofline_ms(cost, rates[row["precision"]], 12 * pixels, pixels, weight_bytes))
+        bounds.append(roofline_ms(cost, rates[row["precision"]], 3 * pixels, pixels, weight_bytes))
     return bounds

@@ -9,15 +9,24 @@
 from __future__ import annotations
 
 from clustvit_ros.classes import ClassSet
-from clustvit_ros.engine.engine import PRECISIONS, Engine, EngineInfo, Prediction, Settings, Stats
+from clustvit_ros.engine.engine import (
+    PRECISION_CHOICES,
+    PRECISIONS,
+    Engine,
+    EngineInfo,
+    Prediction,
+    Settings,
+    Stats,
+    check_precision,
+)
 from clustvit_ros.engine.scripted_engine import ScriptedEngine
 from clustvit_ros.errors import ConfigError, EngineError, missing_package
 
 ENGINES = ("auto", "torch", "cuda_graph", "onnxruntime", "scripted")
 
 __all__ = [
-    "ENGINES", "PRECISIONS", "Engine", "EngineInfo", "Prediction", "ScriptedEngine", "Settings", "Stats",
-    "check_model", "create_engine",
+    "ENGINES", "PRECISIONS", "PRECISION_CHOICES", "Engine", "EngineInfo", "Prediction", "ScriptedEngine", "Settings",
+    "Stats", "check_model", "create_engine",
 ]  # fmt: skip
 
 
@@ -32,7 +41,7 @@ def create_engine(
         engine: one of `ENGINES`; "auto" is "cuda_graph" on a GPU and "torch" on a CPU.
         device: "auto", "cpu", "cuda" or "cuda:N".
         threads: CPU threads; 0 is automatic.
-        precision: one of `PRECISIONS`; `onnxruntime` has float16 with TensorRT alone, and int8 is for a CPU.
+        precision: one of `PRECISION_CHOICES`; `onnxruntime` has float16 with TensorRT alone, and int8 is for a CPU.
         compiled: `torch.compile` the blocks of "torch" and "cuda_graph".
         share_cores: let "torch" on a CPU, with `threads` 0, compute with fewer threads while others use cores.
 
@@ -41,8 +50,7 @@ def create_engine(
         ModelError: the model cannot be loaded.
         EngineError: the device does not work, or the engine's packages are not installed.
     """
-    if precision not in PRECISIONS:
-        raise ConfigError(f"precision: got {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    check_precision(precision)
     if engine == "scripted":
         return ScriptedEngine()
     try:

@@ -26,6 +26,9 @@ from clustvit_ros.errors import ConfigError, ImageError
 PRECISIONS = ("float32", "float16", "bfloat16", "int8")
 """What a network may compute in; what decides or sums stays in float32. int8 is for a CPU, the halves are for a GPU."""
 
+PRECISION_CHOICES = ("auto", *PRECISIONS)
+"""What may be asked for: "auto" is float16 on a GPU, float32 on a CPU."""
+
 
 EXEMPT_SOURCES = ("previous_mask", "two_pass")
 """Where classes that are exempt from merging are looked for."""
@@ -260,6 +263,16 @@ def as_batch(images: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
     if batch.dtype != np.uint8 or batch.ndim != 4 or batch.shape[3] != 3 or 0 in batch.shape:
         raise ImageError(f"images: got shape {images.shape} of {images.dtype}, expected (height, width, 3) uint8 RGB")
     return batch
+
+
+def check_precision(precision: str) -> None:
+    """Refuse what is none of `PRECISION_CHOICES`.
+
+    Raises:
+        ConfigError: with the choices.
+    """
+    if precision not in PRECISION_CHOICES:
+        raise ConfigError(f"precision: got {precision!r}, expected one of {', '.join(PRECISION_CHOICES)}")
 
 
 OUTCOMES = ("segmented", "filled", "late", "unwatched", "rejected", "failed")

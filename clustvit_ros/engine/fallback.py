@@ -23,7 +23,7 @@ from typing import TypeVar
 import numpy as np
 
 from clustvit_ros.engine.engine import Engine, EngineInfo, Prediction, Settings
-from clustvit_ros.engine.worker import DeviceLost
+from clustvit_ros.engine.worker import DeviceLost, RestartNeeded
 from clustvit_ros.errors import ConfigError, EngineError, ImageError, ModelError
 
 T = TypeVar("T")
@@ -35,18 +35,38 @@ class FaultKind(enum.Enum):
     """What an exception says about the device."""
 
     OUT_OF_MEMORY = "out of memory"
+    CAPTURE = "cannot capture graphs"
+    STICKY = "process lost its device"
     DEVICE_LOST = "device lost"
     OTHER = "engine failed"
 
 
-# Texts of CUDA, cuBLAS, cuDNN, TensorRT and ONNX Runtime; PyTorch raises most of them as plain RuntimeErrors.
-_OUT_OF_MEMORY_TEXTS = (
-    "out of memory", "failed to allocate memory", "alloc_failed", "bad allocation", "bad_alloc",
-    "can't allocate memory",
-)  # fmt: skip
-_DEVICE_LOST_TEXTS = (
-    "cuda error", "cuda failure", "cudaerror", "cublas_status", "cudnn_status", "cuda driver", "device lost",
-    "device-side assert", "unspecified launch failure", "illegal memory access", "illegal address", "xid",
+# Texts of CUDA, cuBLAS, cuDNN, TensorRT, ONNX Runtime and Tegra's driver, in the order in which they decide; PyTorch
+# raises most of them as plain RuntimeErrors. "CUDA error: out of memory" leaves the device usable; so does what a
+# library does not support, and what is not permitted while a graph is captured (errors 900 to 906).
+_TEXTS = (
+    (FaultKind.OUT_OF_MEMORY, (
+        "out of memory", "failed to allocate memory", "alloc_failed", "bad allocation", "bad_alloc",
+        "can't allocate memory", "outofmemoryerror", "memoryerror", "nvml_success == r internal assert failed",
+        "nvmapmemalloc",
+    )),
+    # After these every call to CUDA fails with the same error, until the process ends.
+    (FaultKind.STICKY, (
+        "illegal memory access", "illegal address", "illegal instruction", "misaligned address",
+        "invalid program counter", "address space error", "hardware stack error", "device-side assert",
+        "unspecified launch failure", "launch timed out", "uncorrectable ecc error",
+    )),
+    (FaultKind.CAPTURE, (
+        "when stream is capturing", "previous error during capture", "merge of separate capture sequences",
+        "capture was not ended in the same stream", "capturing stream has unjoined work",
+        "dependency created on uncaptured work", "depend on a capturing blocking stream",
+        "captures_underway.empty() internal assert",
+    )),
+    (FaultKind.OTHER, ("cudnn_status_not_supported",)),
+    (FaultKind.DEVICE_LOST, (
+        "cuda error", "cuda failure", "cudaerror", "cublas_status", "cudnn_status", "cuda driver", "device lost", "xid",
+        "acceleratorerror",
+    )),
 )  # fmt: skip
 
 
@@ -58,12 +78,7 @@ def classify(error: BaseException) -> FaultKind:
         texts.append(f"{type(link).__name__}: {link}".lower())
         link = link.__cause__ or link.__context__
     said = " | ".join(texts)
-    # First: "CUDA error: out of memory" leaves the device usable.
-    if any(text in said for text in (*_OUT_OF_MEMORY_TEXTS, "outofmemoryerror", "memoryerror")):
-        return FaultKind.OUT_OF_MEMORY
-    if any(text in said for text in (*_DEVICE_LOST_TEXTS, "acceleratorerror")):
-        return FaultKind.DEVICE_LOST
-    return FaultKind.OTHER
+    return next((kind for kind, known in _TEXTS if any(text in said for text in known)), FaultKind.OTHER)
 
 
 @dataclass(frozen=True)
@@ -96,14 +111,16 @@ class Action(enum.Enum):
     RETRY = "retry"
     STEP_DOWN = "step down"
     GIVE_UP = "give up"
+    RESTART = "restart the process"
 
 
 class FallbackPolicy:
     """Which step an engine is on.
 
     Every call may fail once and is tried again. When that fails too, the next step is taken, and when there is none,
-    the call is given up. A lost device skips the steps that stay on it. From a lower step the first one is tried again
-    after a pause, which doubles with every attempt that fails.
+    the call is given up. A lost device skips the steps that stay on it; after an error that no later call of the
+    process gets over, only a new process helps. From a lower step the first one is tried again after a pause, which
+    doubles with every attempt that fails.
 
     Args:
         steps: ways to run, from what was asked for to the last resort.
@@ -171,6 +188,8 @@ class FallbackPolicy:
         self.failures += 1
         self.cause = first_line(error)
         kind = kind or classify(error)
+        if kind is FaultKind.STICKY:
+            return Action.RESTART
         if not self._retried:
             self._retried = True
             return Action.RETRY
@@ -201,8 +220,11 @@ class FallbackPolicy:
         """The device could not even be started: take the step that does without it.
 
         Raises:
+            RestartNeeded: the process can use no device any more.
             Exception: `error`, where there is no such step.
         """
+        if classify(error) is FaultKind.STICKY:
+            raise RestartNeeded(first_line(error)) from error
         while self.failed(error, FaultKind.DEVICE_LOST) is not Action.GIVE_UP:
             if self.step.on_cpu:
                 return
@@ -234,16 +256,17 @@ class ResilientEngine(Engine):
         self.image_size: tuple[int, int] | None = None
         """(height, width) of the images that it was last warmed for."""
         self._on_cpu = engine.info.device.startswith("cpu")
-        self._info = replace(engine.info, device_reason=device_reason or engine.info.device_reason)
+        self._device_reason = device_reason
         self._closed = False
 
     @property
     def info(self) -> EngineInfo:
-        return self._info
+        info = self._engine.info
+        return replace(info, device_reason=self._device_reason) if self._device_reason else info
 
     @property
     def fault(self) -> str:
-        return self._policy.fault
+        return self._policy.fault or self._engine.fault
 
     @property
     def thread_counts(self) -> tuple[int, ...]:
@@ -265,7 +288,7 @@ class ResilientEngine(Engine):
 
         Raises:
             ImageError, ConfigError: the caller's mistake.
-            DeviceLost: only another device can go on.
+            DeviceLost: only another device can go on, or as `RestartNeeded` only another process.
             Exception: the engine's own, when nothing helps.
         """
         return self._attempt(lambda: self._engine.segment(images, self._limited(images, settings)))
@@ -285,12 +308,14 @@ class ResilientEngine(Engine):
             failure: Exception | None = None
             try:
                 result = call()
-            except (ImageError, ConfigError, ModelError):
+            except (ImageError, ConfigError, ModelError, RestartNeeded):
                 raise
             except Exception as error:  # whatever a device raises
                 action = self._policy.failed(error)
                 if action is Action.GIVE_UP:
                     raise
+                if action is Action.RESTART:
+                    raise RestartNeeded(self._policy.cause) from error
                 if self._policy.step.on_cpu and not self._on_cpu:
                     raise DeviceLost(self._policy.cause) from error
                 failure = error
@@ -322,5 +347,7 @@ def _free_device_memory() -> None:
     """Give PyTorch's cached blocks back to the device, where PyTorch runs on one."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
-        with contextlib.suppress(RuntimeError):
+        from clustvit_ros.engine.recorded_graph import CAPTURE_LOCK  # needs PyTorch
+
+        with CAPTURE_LOCK, contextlib.suppress(RuntimeError):
             torch.cuda.empty_cache()

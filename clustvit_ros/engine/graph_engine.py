@@ -6,38 +6,44 @@
 # governing permissions and limitations under the License.
 """The engine that records a network's work once and replays it: CUDA graphs, for a GPU that waits for its host.
 
-Four kinds of graphs, each replayed as a whole: the input (resize, normalise), stage A (embed, blocks before the
-injection point, clusterer, kept count), stage B with the decode head (one for each token capacity), and the label maps
-(one for each output size and set of maps). Between A and B one number is read back, the kept count. All of them work on
-static buffers, so that nothing is allocated on the device from frame to frame, and settings are values in buffers.
+Three graphs make a frame, each replayed as a whole: stage A (resize, normalise, embed, blocks before the injection
+point, clusterer, kept count), stage B with the decode head (one for each token capacity), and the label maps (one for
+each output size and set of maps). Between A and B one number is read back, the kept count. All of them work on static
+buffers, so that nothing is allocated on the device from frame to frame, and settings are values in buffers.
+
+Recording takes a quarter of a second on a small GPU, so what is recorded is kept few: batches are padded to the next
+power of two, capacities are those of the ladder, and memory bounds how many sizes are remembered.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from clustvit_ros.engine.engine import Prediction, Settings
+from clustvit_ros.engine.fallback import FaultKind, classify, first_line
 from clustvit_ros.engine.labels import cluster_map, static_label_maps, upsampling
-from clustvit_ros.engine.ladder import choose_capacity, default_ladder
+from clustvit_ros.engine.ladder import choose_capacity, default_ladder, rung_within
 from clustvit_ros.engine.network_engine import Lap, Maps, NetworkOutput, StageTimer, most_exempt
 from clustvit_ros.engine.pixels import device_input
-from clustvit_ros.engine.recorded_graph import CudaRecorder, EagerRecorder, Graph, Recorder
+from clustvit_ros.engine.recorded_graph import CudaRecorder, EagerRecorder, Graph, Recorder, held_bytes
 from clustvit_ros.engine.torch_engine import TorchEngine
+from clustvit_ros.engine.worker import RestartNeeded
 from clustvit_ros.errors import EngineError
 from clustvit_ros.networks.vit import grid_size_of
 
 T = TypeVar("T")
+_LOG = logging.getLogger(__name__)
 
-# Of each kind; a ladder has eight capacities, and a camera as many sizes as the ladder of input sizes has.
-_MOST_GRAPHS = 16
-_MOST_SIZES = 16
+# Of the memory that recordings may take, for the label maps of one plan.
+_MAPS_SHARE = 8
 
 
 class CaptureError(EngineError):
@@ -48,33 +54,25 @@ class _Recent(OrderedDict):
     """Keeps the entries that were used last; what is forgotten frees its memory.
 
     Args:
-        size: entries that are kept.
+        limit_bytes: memory of what is kept; the newest entry is, whatever it takes.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, limit_bytes: int) -> None:
         super().__init__()
-        self._size = size
+        self._limit_bytes = limit_bytes
 
     def get_or_make(self, key: Hashable, make: Callable[[], T]) -> T:
         """The entry, made first if need be."""
         if key not in self:
-            value = make()
-            while len(self) >= self._size:
+            self[key] = make()
+            while len(self) > 1 and held_bytes(self) > self._limit_bytes:
                 self.popitem(last=False)
-            self[key] = value
         self.move_to_end(key)
         return self[key]
 
 
-class _Source(NamedTuple):
-    """Where camera images of one size enter, and how they become the network's input."""
-
-    host: Tensor
-    device: Tensor
-    graph: Graph[Tensor]
-
-
-class _LabelMaps(NamedTuple):
+@dataclasses.dataclass
+class _LabelMaps:
     """One set of label maps: the graph that makes them, and where they arrive in host memory."""
 
     graph: Graph[Maps]
@@ -83,32 +81,47 @@ class _LabelMaps(NamedTuple):
 
 @dataclasses.dataclass
 class _Plan:
-    """Everything for one shape of the network's input.
+    """Everything for images of one size and number.
 
     Args:
-        x: (B, 3, H, W) float32, the input.
+        host, images: (B, H, W, 3) uint8, where images enter: host buffer and device.
         merge_threshold, confidence_threshold: () float32, settings as the graphs read them.
         exempt: (B, N) bool, tokens that are not to be merged.
         exempt_host, kept_host: host buffers of `exempt` and the kept count.
-        stage_a: the state, and the kept count () int64 (None for a network that merges nothing).
+        label_maps: (output size, maps wanted) -> recording of the label maps.
+        count: images at hand, at most B; the others repeat the first one.
+        stage_a: the network's input, the state, and the kept count () int64 (None for a network that merges nothing).
         logits, cluster_ids: what every stage B leaves; the second None for a network that does not cluster.
         stage_b: token capacity -> recording of what follows the merge.
-        label_maps: (output size, maps wanted) -> recording of the label maps.
+        set: what the buffers of settings hold, by name.
     """
 
-    x: Tensor
+    host: Tensor
+    images: Tensor
     merge_threshold: Tensor
     confidence_threshold: Tensor
     exempt: Tensor
     exempt_host: Tensor
     kept_host: Tensor
     grid_size: tuple[int, int]
-    stage_a: Graph[tuple[Any, Tensor | None]] = None  # type: ignore[assignment]  # recorded on the buffers above
+    label_maps: _Recent
+    count: int = 1
+    stage_a: Graph[tuple[Tensor, Any, Tensor | None]] = None  # type: ignore[assignment]  # recorded on the buffers
     logits: Tensor = None  # type: ignore[assignment]
     cluster_ids: Tensor | None = None
-    any_exempt: bool = False
-    stage_b: _Recent = dataclasses.field(default_factory=lambda: _Recent(_MOST_GRAPHS))
-    label_maps: _Recent = dataclasses.field(default_factory=lambda: _Recent(_MOST_GRAPHS))
+    stage_b: dict[int, Graph] = dataclasses.field(default_factory=dict)
+    set: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def x(self) -> Tensor:
+        """(B, 3, H, W) float32, normalised: what the network gets, once stage A has been replayed."""
+        return self.stage_a.outputs[0]
+
+    def fill(self, name: str, value: float) -> None:
+        """Let the graphs find a setting in its buffer; a kernel only where it is another one than before."""
+        if self.set.get(name) != value:
+            getattr(self, name).fill_(value)
+            self.set[name] = value
 
 
 class GraphEngine(TorchEngine):
@@ -126,16 +139,20 @@ class GraphEngine(TorchEngine):
 
     def __init__(self, *arguments: Any, recorder: Recorder | None = None, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._sources, self._plans = _Recent(_MOST_SIZES), _Recent(_MOST_SIZES)
         self._plan: _Plan | None = None
+        self._fault = ""
         self._recorder: Recorder = EagerRecorder()
-        self._eager = False
         if recorder is not None:
             self._recorder = recorder
         elif self._device.type == "cuda":
             self._recorder = CudaRecorder(self._device)
         else:
             self._go_eager("CUDA graphs need a CUDA GPU")
+        self._plans = _Recent(self._recorder.memory_bytes)
+
+    @property
+    def fault(self) -> str:
+        return self._fault
 
     def warmup(self, image_size: tuple[int, int] | None = None) -> None:
         """Record every capacity for images of (height, width) `image_size`, with and without confidence."""
@@ -143,62 +160,66 @@ class GraphEngine(TorchEngine):
         self.segment(np.zeros((*(image_size or self._config.input.size), 3), np.uint8), Settings(confidence=False))
 
     def preprocess(self, batch: np.ndarray, size: tuple[int, int]) -> Tensor:
-        with self._recorder.in_order():
-            source = self._sources.get_or_make((batch.shape, size), lambda: self._make_source(batch.shape, size))
-            source.host.numpy()[:] = batch
-            self._recorder.upload(source.device, source.host)
-            source.graph.replay()
-        return source.graph.outputs
+        """Bring images to the device; the input that is returned holds them once `infer` ran."""
+        padded = 1 << (len(batch) - 1).bit_length()
+        shape = (padded, *batch.shape[1:])
+        plan = self._plans.get_or_make((shape, size), lambda: self._make_plan(shape, size))
+        self._plan, plan.count = plan, len(batch)
+        host = plan.host.numpy()
+        host[: len(batch)], host[len(batch) :] = batch, batch[0]
+        self._recorder.upload(plan.images, plan.host)
+        return plan.x
 
     def infer(
         self, x: Tensor, settings: Settings, lap: Lap = lambda stage: None, exempt: Tensor | None = None
     ) -> NetworkOutput:
-        """Run the network alone; stages are `encode` and `finish`, which holds the decode head as well.
+        """Run the network on what `preprocess` returned last; stages are `encode` and `finish`, with the decode head.
 
         The result is overwritten by the next call.
         """
-        with self._recorder.in_order():
-            plan = self._plans.get_or_make(tuple(x.shape), lambda: self._make_plan(x))
-            self._plan = plan
-            plan.x.copy_(x)
-            tokens_total = capacity = plan.grid_size[0] * plan.grid_size[1]
-            if self._network.backbone.merges:
-                self._set_inputs(plan, settings, exempt)
-            plan.stage_a.replay()
-            state, kept = plan.stage_a.outputs
-            if kept is not None:
-                count = tokens_total
-                if settings.merge_threshold < 1.0:
-                    self._recorder.download(plan.kept_host, kept)
-                    self._recorder.wait()
-                    count = max(int(plan.kept_host), min(settings.min_tokens, tokens_total))
-                capacity = choose_capacity(
-                    default_ladder(tokens_total), count, settings.token_capacity, most_exempt(exempt)
-                )
-            lap("encode")
-            stage_b = plan.stage_b.get_or_make(capacity, lambda: self._record(self._stage_b(plan, state, capacity)))
-            stage_b.replay()
-            lap("finish")
-        return NetworkOutput(plan.logits, plan.cluster_ids, plan.grid_size, capacity)
+        plan = self._plan
+        if plan is None or x is not plan.x:
+            raise EngineError("infer: got another input, expected what the latest preprocess() returned")
+        tokens_total = capacity = plan.grid_size[0] * plan.grid_size[1]
+        if self._network.backbone.merges:
+            self._set_inputs(plan, settings, exempt)
+        plan.stage_a.replay()
+        _, state, kept = plan.stage_a.outputs
+        if kept is not None:
+            count, ladder = tokens_total, default_ladder(tokens_total)
+            if settings.merge_threshold < 1.0:
+                self._recorder.download(plan.kept_host, kept)
+                self._recorder.wait()
+                count = max(int(plan.kept_host), min(settings.min_tokens, tokens_total))
+            ceiling = rung_within(ladder, settings.token_capacity)
+            capacity = choose_capacity(ladder, count, ceiling, most_exempt(exempt))
+        lap("encode")
+        if capacity not in plan.stage_b:
+            plan.stage_b[capacity] = self._record(self._stage_b(plan, state, capacity))
+        plan.stage_b[capacity].replay()
+        lap("finish")
+        ids = None if plan.cluster_ids is None else plan.cluster_ids[: plan.count]
+        return NetworkOutput(plan.logits[: plan.count], ids, plan.grid_size, capacity)
 
     def postprocess(self, output: NetworkOutput, size: tuple[int, int], settings: Settings) -> Maps:
         """Label maps in host buffers that the next call overwrites; `output` is of the latest `infer`."""
         plan = self._plan
-        if plan is None or output.logits is not plan.logits:
+        if plan is None or output.logits.data_ptr() != plan.logits.data_ptr():
             raise EngineError("postprocess: got the output of an earlier call, expected that of the latest infer()")
         confident = settings.confidence or settings.confidence_threshold > 0.0
         clusters = settings.clusters and plan.cluster_ids is not None
-        with self._recorder.in_order():
-            plan.confidence_threshold.fill_(settings.confidence_threshold)
-            maps = plan.label_maps.get_or_make(
-                (size, confident, clusters), lambda: self._make_label_maps(plan, size, confident, clusters)
-            )
-            maps.graph.replay()
-            for host, device in zip(maps.host, maps.graph.outputs, strict=True):
-                if host is not None and device is not None:
-                    self._recorder.download(host, device)
-            self._recorder.wait()
-        return maps.host._replace(confidence=maps.host.confidence if settings.confidence else None)
+        plan.fill("confidence_threshold", settings.confidence_threshold)
+        maps = plan.label_maps.get_or_make(
+            (size, confident, clusters), lambda: self._make_label_maps(plan, size, confident, clusters)
+        )
+        maps.graph.replay()
+        for host, device in zip(maps.host, maps.graph.outputs, strict=True):
+            if host is not None and device is not None:
+                self._recorder.download(host, device)
+        self._recorder.wait()
+        mask, confidence, cluster_maps, kept = (None if t is None else t[: plan.count] for t in maps.host)
+        assert mask is not None and kept is not None  # these two are always made
+        return Maps(mask, confidence if settings.confidence else None, cluster_maps, kept)
 
     def download(self, maps: Tensor) -> np.ndarray:
         # Copied: the host buffer is the next call's.
@@ -206,22 +227,41 @@ class GraphEngine(TorchEngine):
 
     def close(self) -> None:
         self._forget()
+        super().close()
 
     def _segment(self, batch: np.ndarray, settings: Settings, timer: StageTimer) -> Prediction:
         try:
-            return super()._segment(batch, settings, timer)
+            with self._recorder.in_order():
+                return super()._segment(batch, settings, timer)
         except CaptureError as error:
-            self._forget()
-            self._go_eager(str(error))
-            return super()._segment(batch, settings, timer)
+            self._check_capture(error)
+            with self._recorder.in_order():
+                return super()._segment(batch, settings, StageTimer(self._device))
+
+    def _check_capture(self, error: CaptureError) -> None:
+        """Go on without graphs, where the device still can.
+
+        Raises:
+            RestartNeeded: it cannot.
+        """
+        self._forget()
+        try:
+            self._recorder.check()
+        except RuntimeError as problem:
+            raise RestartNeeded(
+                f"{error}, and left PyTorch {torch.__version__} unable to go on ({first_line(problem)}); "
+                "a new process is needed"
+            ) from error
+        self._fault = f"{error}: frames run without graphs, which is slower"
+        _LOG.warning(self._fault)
+        self._go_eager(str(error))
 
     def _go_eager(self, reason: str) -> None:
-        self._recorder, self._eager = EagerRecorder(), True
+        self._recorder = EagerRecorder()
         told = "; ".join(filter(None, (self._info.device_reason, f"{reason}: frames run without graphs")))
         self._info = dataclasses.replace(self._info, engine=TorchEngine.engine_name, device_reason=told)
 
     def _forget(self) -> None:
-        self._sources.clear()
         self._plans.clear()
         self._plan = None
 
@@ -229,43 +269,40 @@ class GraphEngine(TorchEngine):
         try:
             return self._recorder.record(work)
         except RuntimeError as error:
-            if self._eager:
+            if classify(error) is not FaultKind.CAPTURE:
                 raise
-            problem = str(error).strip().splitlines()[0]
-            raise CaptureError(f"{self._info.device} cannot capture CUDA graphs ({problem})") from error
+            raise CaptureError(f"{self._info.device} cannot capture CUDA graphs ({first_line(error)})") from error
 
-    def _make_source(self, shape: tuple[int, ...], size: tuple[int, int]) -> _Source:
-        host = self._recorder.host_buffer(shape, torch.uint8)
-        device = torch.zeros(shape, dtype=torch.uint8, device=self._device)
-        mean, std = (
-            torch.tensor(values, device=self._device).view(1, 3, 1, 1)
-            for values in (self._config.input.mean, self._config.input.std)
-        )
-        return _Source(host, device, self._record(lambda: device_input(device, size, mean, std)))
-
-    def _make_plan(self, x: Tensor) -> _Plan:
-        backbone = self._network.backbone
-        grid_size = grid_size_of((x.shape[2], x.shape[3]), backbone.patch_size)
-        B, N = x.shape[0], grid_size[0] * grid_size[1]
+    def _make_plan(self, shape: tuple[int, ...], size: tuple[int, int]) -> _Plan:
+        backbone, device = self._network.backbone, self._device
+        grid_size = grid_size_of(size, backbone.patch_size)
+        B, N = shape[0], grid_size[0] * grid_size[1]
         plan = _Plan(
-            x=torch.empty_like(x, memory_format=torch.contiguous_format).copy_(x),
-            merge_threshold=torch.ones((), device=x.device), confidence_threshold=torch.zeros((), device=x.device),
-            exempt=torch.zeros(B, N, dtype=torch.bool, device=x.device),
+            host=self._recorder.host_buffer(shape, torch.uint8),
+            images=torch.zeros(shape, dtype=torch.uint8, device=device),
+            merge_threshold=torch.ones((), device=device), confidence_threshold=torch.zeros((), device=device),
+            exempt=torch.zeros(B, N, dtype=torch.bool, device=device),
             exempt_host=self._recorder.host_buffer((B, N), torch.bool),
             kept_host=self._recorder.host_buffer((), torch.int64), grid_size=grid_size,
+            label_maps=_Recent(self._recorder.memory_bytes // _MAPS_SHARE),
         )  # fmt: skip
+        mean, std = (
+            torch.tensor(values, device=device).view(1, 3, 1, 1)
+            for values in (self._config.input.mean, self._config.input.std)
+        )
 
-        def stage_a() -> tuple[Any, Tensor | None]:
-            state = self.encode(plan.x)
+        def stage_a() -> tuple[Tensor, Any, Tensor | None]:
+            x = device_input(plan.images, size, mean, std)
+            state = self.encode(x)
             if not backbone.merges:
-                return state, None
+                return x, state, None
             if backbone.exempts:
                 state = backbone.exempt(state, plan.exempt)
-            return state, backbone.count_kept(state, plan.merge_threshold).max()
+            return x, state, backbone.count_kept(state, plan.merge_threshold).max()
 
         plan.stage_a = self._record(stage_a)
         # Once without a graph: the head knows the shape of its logits.
-        features = backbone.finish(plan.stage_a.outputs[0], token_capacity=N)
+        features = backbone.finish(plan.stage_a.outputs[1], token_capacity=N)
         plan.logits = self.decode(features)
         plan.cluster_ids = None if features.cluster_ids is None else features.cluster_ids.clone()
         return plan
@@ -289,9 +326,9 @@ class GraphEngine(TorchEngine):
             mask, confidence = static_label_maps(plan.logits, how, plan.confidence_threshold if confident else None)
             ids = plan.cluster_ids
             if ids is None:
-                return Maps(mask, confidence, None, torch.full((), tokens_total, device=self._device))
+                return Maps(mask, confidence, None, torch.full((len(mask),), tokens_total, device=self._device))
             cluster_maps = cluster_map(ids, plan.grid_size, size) if clusters else None
-            return Maps(mask, confidence, cluster_maps, (ids == 0).sum(dim=1).float().mean())
+            return Maps(mask, confidence, cluster_maps, (ids == 0).sum(dim=1).float())
 
         graph = self._record(label_maps)
         found = graph.outputs
@@ -307,10 +344,12 @@ class GraphEngine(TorchEngine):
         return self._recorder.host_buffer(tuple(tensor.shape), tensor.dtype)
 
     def _set_inputs(self, plan: _Plan, settings: Settings, exempt: Tensor | None) -> None:
-        plan.merge_threshold.fill_(settings.merge_threshold)
+        plan.fill("merge_threshold", settings.merge_threshold)
         if exempt is not None and not self._network.backbone.exempts:
             self._network.backbone.exempt(None, plan.exempt)  # says that it cannot
-        if exempt is not None or plan.any_exempt:
-            plan.exempt_host.copy_(torch.zeros((), dtype=torch.bool) if exempt is None else exempt)
+        if exempt is not None or plan.set.get("exempt"):
+            none = torch.zeros((), dtype=torch.bool)
+            plan.exempt_host[: plan.count] = none if exempt is None else exempt
+            plan.exempt_host[plan.count :] = plan.exempt_host[0]
             self._recorder.upload(plan.exempt, plan.exempt_host)
-            plan.any_exempt = exempt is not None
+            plan.set["exempt"] = exempt is not None

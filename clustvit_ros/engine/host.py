@@ -18,8 +18,16 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from clustvit_ros.engine.engine import Engine
-from clustvit_ros.engine.fallback import AS_CONFIGURED, FallbackPolicy, ResilientEngine, steps_for
-from clustvit_ros.engine.worker import DeviceLost, EngineWorker, FrameSlot, Session
+from clustvit_ros.engine.fallback import (
+    AS_CONFIGURED,
+    FallbackPolicy,
+    FaultKind,
+    ResilientEngine,
+    classify,
+    first_line,
+    steps_for,
+)
+from clustvit_ros.engine.worker import DeviceLost, EngineWorker, FrameSlot, RestartNeeded, Session
 from clustvit_ros.errors import ConfigError, EngineError, ModelError
 
 T = TypeVar("T")
@@ -60,6 +68,7 @@ class EngineHost(Generic[T]):
         slot: slot that frames wait in.
         on_loading: called with the engine that has been made, before it is warmed.
         clock: gives monotonic seconds.
+        on_restart: called in an engine's thread when only a new process can go on; nothing is loaded any more then.
     """
 
     def __init__(
@@ -67,8 +76,9 @@ class EngineHost(Generic[T]):
         slot: FrameSlot[T],
         on_loading: Callable[[Engine], None] = lambda engine: None,
         clock: Callable[[], float] = time.monotonic,
+        on_restart: Callable[[RestartNeeded], None] = lambda error: None,
     ) -> None:
-        self._slot, self._on_loading, self._clock = slot, on_loading, clock
+        self._slot, self._on_loading, self._clock, self._on_restart = slot, on_loading, clock, on_restart
         self._lock = threading.RLock()
         self._current: EngineWorker[T] | None = None
         self._successor: EngineWorker[T] | None = None
@@ -100,7 +110,8 @@ class EngineHost(Generic[T]):
             return ""
         if self._current is None and not self._slot.busy and self._successor is None:
             return f"no engine runs: {order.policy.cause}; another attempt is made in {order.policy.pause_left_s:.0f} s"
-        return order.policy.fault
+        session = self.session
+        return session.engine.fault if session is not None else order.policy.fault
 
     def start(self, order: EngineOrder[T]) -> None:
         """Load an engine beside the one in charge; an engine that was still loading is given up."""
@@ -158,7 +169,7 @@ class EngineHost(Generic[T]):
             load, self._slot,
             on_loaded=lambda worker: self._on_loaded(worker, order),
             on_frame=lambda worker: self._on_frame(worker, order),
-            on_lost=lambda worker, error: self._on_lost(worker, order),
+            on_lost=lambda worker, error: self._on_lost(worker, order, error),
         )  # fmt: skip
 
     def _load(self, order: EngineOrder[T], device: str, image_size: tuple[int, int] | None = None) -> Session[T]:
@@ -183,6 +194,9 @@ class EngineHost(Generic[T]):
                 engine.warmup(image_size)
                 self._check_wanted(order)
                 return order.assemble(engine)
+            except RestartNeeded:
+                engine.close()
+                raise
             except DeviceLost:
                 engine.close()
                 device = "cpu"
@@ -216,6 +230,8 @@ class EngineHost(Generic[T]):
         return order.policy
 
     def _on_loaded(self, worker: EngineWorker[T], order: EngineOrder[T]) -> None:
+        if worker.error is not None and self._needs_restart(worker.error):
+            return
         with self._lock:
             if worker is not self._successor:
                 return  # given up meanwhile: it is not in charge, and frees its engine
@@ -228,6 +244,18 @@ class EngineHost(Generic[T]):
                 self._current, self._order = worker, order
                 self._slot.hand_over(worker)
         self._end(worker, worker.error)
+
+    def _needs_restart(self, error: BaseException) -> bool:
+        """Whether an error leaves this process without a device; whoever can end it is told."""
+        needed = error if isinstance(error, RestartNeeded) else None
+        if needed is None and isinstance(error, Exception) and classify(error) is FaultKind.STICKY:
+            needed = RestartNeeded(first_line(error))
+        if needed is not None:
+            with self._lock:
+                self._current, self._order, self._successor = None, None, None
+            self._on_restart(needed)
+            self.cancel()
+        return needed is not None
 
     def _end(self, worker: EngineWorker[T], error: BaseException | None) -> None:
         with self._lock:
@@ -253,7 +281,9 @@ class EngineHost(Generic[T]):
                 image_size = getattr(worker.session.engine, "image_size", None)
                 self._begin(order, lambda: self._load_again(order, image_size))
 
-    def _on_lost(self, worker: EngineWorker[T], order: EngineOrder[T]) -> None:
+    def _on_lost(self, worker: EngineWorker[T], order: EngineOrder[T], error: DeviceLost) -> None:
+        if self._needs_restart(error):
+            return
         with self._lock:
             if worker is not self._current:
                 return

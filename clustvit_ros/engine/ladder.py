@@ -86,6 +86,11 @@ def choose_capacity(ladder: Sequence[int], tokens_below_threshold: int, ceiling:
     return next((capacity for capacity in ladder if capacity >= exempt), ladder[-1])
 
 
+def rung_within(ladder: Sequence[int], ceiling: int) -> int:
+    """The largest capacity of a ladder that an upper bound allows, at least its lowest; 0, no bound, stays 0."""
+    return max((capacity for capacity in ladder if capacity <= ceiling), default=ladder[0]) if ceiling > 0 else 0
+
+
 @dataclass(frozen=True)
 class Accuracy:
     """What an operating point was measured to be worth, on validation images.

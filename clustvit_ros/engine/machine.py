@@ -17,10 +17,11 @@ import ctypes
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _ROOT = Path("/")
+_POWER_MODE = "var/lib/nvpmodel/status"
 
 
 def machine_name(root: Path = _ROOT) -> str:
@@ -36,14 +37,22 @@ def machine_name(root: Path = _ROOT) -> str:
 
 
 def power_mode(root: Path = _ROOT) -> str:
-    """What decides the clocks: Jetson's power mode and the CPU's frequency governor, e.g. "pmode:0002, schedutil"."""
+    """What decides the clocks: Jetson's power mode, the CPU's governor, the GPU's bounds, which `jetson_clocks` moves.
+
+    E.g. "pmode:0002, schedutil, gpu 306-624 MHz".
+    """
     governor = _read(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
-    return ", ".join(filter(None, (_read(root / "var/lib/nvpmodel/status"), governor)))
+    clocks = [
+        f"gpu {low // 1_000_000}-{high // 1_000_000} MHz"
+        for gpu in _gpu_clocks(root)
+        if (low := _read_int(gpu / "min_freq")) is not None and (high := _read_int(gpu / "max_freq")) is not None
+    ]
+    return ", ".join(filter(None, (_read(root / _POWER_MODE), governor, *clocks)))
 
 
 def throttling(root: Path = _ROOT) -> str:
-    """Why the platform makes this machine slower than it could be, in a sentence; empty when it does not say so."""
-    return "; ".join(filter(None, (_hot_zones(root), _limited_clock(root))))
+    """Why the platform makes this machine slower than its user set it, in a sentence; empty when nothing says so."""
+    return "; ".join(filter(None, (_hot_zones(root), *_cooled(root), _limited_clock(root))))
 
 
 def available_bytes(root: Path = _ROOT) -> int | None:
@@ -106,7 +115,27 @@ def _hot_zones(root: Path) -> str:
     return f"thermal throttling ({', '.join(hot)})" if hot else ""
 
 
+def _cooled(root: Path) -> Iterator[str]:
+    """What the platform's heat or power guard holds back on a Jetson now, and a GPU below the clock set for it."""
+    for device in _glob(root / "sys/class/thermal", "cooling_device*"):
+        kind = _read(device / "type")
+        if ("throttle" in kind or "gpu" in kind) and (_read_int(device / "cur_state") or 0) > 0:
+            yield f"{kind} is active"
+    for gpu in _gpu_clocks(root):
+        now, least = _read_int(gpu / "cur_freq"), _read_int(gpu / "min_freq")
+        if now and least and now < least:
+            yield f"GPU clock at {now // 1_000_000} MHz, set to at least {least // 1_000_000} MHz"
+
+
+def _gpu_clocks(root: Path) -> list[Path]:
+    """Folders of the clocks of a Jetson's GPU; other GPUs have none there."""
+    names = (".gpu", ".ga10b", ".gv11b", "gpu-gpc-0")
+    return [path for path in _glob(root / "sys/class/devfreq", "*") if path.name.endswith(names)]
+
+
 def _limited_clock(root: Path) -> str:
+    if _read(root / _POWER_MODE):
+        return ""  # the CPU's limit is that of the power mode, as it was chosen
     for policy in _glob(root / "sys/devices/system/cpu/cpufreq", "policy*"):
         limit, maximum = _read_int(policy / "scaling_max_freq"), _read_int(policy / "cpuinfo_max_freq")
         if limit and maximum and limit < maximum:

@@ -14,7 +14,8 @@ import platform
 import re
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -61,6 +62,11 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return f"cuda:{device.index or 0} ({torch.cuda.get_device_name(device)})"
     return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def has_fast_half(device: torch.device) -> bool:
+    """Whether a GPU computes in float16 faster than in float32: from Volta on, which has tensor cores."""
+    return torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 def _gpu_problem(name: str) -> str:
@@ -118,7 +124,7 @@ class Maps(NamedTuple):
         mask: (B, H, W) uint8 (int32 above 255 classes).
         confidence: (B, H, W) uint8; None when not asked for.
         clusters: (B, H, W) uint8; None when not asked for or without clusters.
-        tokens_kept: () float, mean over the batch.
+        tokens_kept: (B,) float.
     """
 
     mask: Tensor
@@ -183,9 +189,9 @@ class NetworkEngine(Engine):
         ids = output.cluster_ids
         if ids is None:
             tokens_total = output.grid_size[0] * output.grid_size[1]
-            return Maps(mask, confidence, None, torch.tensor(float(tokens_total)))
+            return Maps(mask, confidence, None, torch.full((len(mask),), float(tokens_total)))
         clusters = cluster_map(ids, output.grid_size, size) if settings.clusters else None
-        return Maps(mask, confidence, clusters, (ids == 0).sum(dim=1).float().mean())
+        return Maps(mask, confidence, clusters, (ids == 0).sum(dim=1).float())
 
     def download(self, maps: Tensor) -> np.ndarray:
         """Maps in host memory, in an array that is the caller's own."""
@@ -252,8 +258,8 @@ class NetworkEngine(Engine):
         mask = self.download(maps.mask)
         confidence = None if maps.confidence is None else self.download(maps.confidence)
         clusters = None if maps.clusters is None else self.download(maps.clusters)
-        tokens_kept = float(maps.tokens_kept)
-        timer.lap("postprocess")
+        tokens_kept = float(maps.tokens_kept.mean())
+        timer.finish("postprocess")
         stats = Stats(
             tokens_total=output.grid_size[0] * output.grid_size[1], tokens_kept=tokens_kept,
             token_capacity=output.token_capacity, merge_threshold=settings.merge_threshold, total_ms=timer.total_ms,
@@ -283,21 +289,31 @@ def most_exempt(exempt: Tensor | None) -> int:
 
 
 class StageTimer:
-    """Milliseconds by stage; on a GPU each lap waits for the device, so that a stage's time is its own."""
+    """Milliseconds by stage: on a GPU by events on the stream that computes, which nothing waits for."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._start = self._last = time.perf_counter()
+        self._start_s = time.perf_counter()
+        self._marks = [self._mark()]
+        self._names: list[str] = []
         self.stages_ms: dict[str, float] = {}
+        self.total_ms = 0.0
 
     def lap(self, stage: str) -> None:
         """End a stage; the next one begins."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        now = time.perf_counter()
-        self.stages_ms[stage] = (now - self._last) * 1000.0
-        self._last = now
+        self._marks.append(self._mark())
+        self._names.append(stage)
 
-    @property
-    def total_ms(self) -> float:
-        return (self._last - self._start) * 1000.0
+    def finish(self, stage: str) -> None:
+        """End the last stage, after everything before it has been waited for, and sum up."""
+        self.total_ms = (time.perf_counter() - self._start_s) * 1000.0
+        for name, (begin, end) in zip(self._names, pairwise(self._marks), strict=True):
+            self.stages_ms[name] = begin.elapsed_time(end) if self._device.type == "cuda" else (end - begin) * 1000.0
+        self.stages_ms[stage] = max(self.total_ms - sum(self.stages_ms.values()), 0.0)
+
+    def _mark(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event

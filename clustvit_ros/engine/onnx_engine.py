@@ -49,6 +49,7 @@ class OnnxEngine(NetworkEngine):
             builds for minutes on first use).
         cache_dir: folder of exported files and TensorRT's engines; None is the user's cache.
         precision: "float32", or "float16" with TensorRT, which builds its engine for it; files are float32 either way.
+            "auto" takes the latter where it can.
 
     Raises:
         ModelError, ConfigError: the model cannot be loaded, or the provider does not run on such a device.
@@ -59,6 +60,8 @@ class OnnxEngine(NetworkEngine):
         self, model: str | Path, device: str = "auto", threads: int = 0, execution_provider: str = "",
         cache_dir: Path | None = None, precision: str = "float32",
     ) -> None:  # fmt: skip
+        if precision == "auto":
+            precision = "float16" if execution_provider == "tensorrt" else "float32"
         if precision != "float32" and (precision, execution_provider) != ("float16", "tensorrt"):
             raise ConfigError(
                 f"precision: got {precision!r}, expected float32 with the engine onnxruntime"

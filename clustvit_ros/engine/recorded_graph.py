@@ -9,12 +9,20 @@
 A CUDA graph launches hundreds of kernels at once, always the same ones on the same memory. So what a recorded function
 reads must lie in buffers that stay where they are, and what it returns is overwritten by the next replay.
 `CalledAgain` has exactly this behaviour without a GPU: everything but the capture itself runs, and is tested, on a CPU.
+
+While any thread captures, nothing in the process may wait for the whole device: that spoils the capture, and the other
+thread's call fails as well. So captures are made one at a time, frames wait for their own stream alone, and what must
+touch the whole device, such as giving memory back, waits for `CAPTURE_LOCK`.
 """
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator
+import contextlib
+import dataclasses
+import gc
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
@@ -23,7 +31,13 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+CAPTURE_LOCK = threading.RLock()
+"""Held while a thread captures, or does what would spoil a capture."""
+
 _WARMUP_CALLS = 2
+_HOST_MEMORY_BYTES = 512_000_000
+# Of the device's memory, which on a Jetson is everybody's.
+_MEMORY_SHARE = 4
 
 
 class Graph(abc.ABC, Generic[T]):
@@ -42,6 +56,9 @@ class Graph(abc.ABC, Generic[T]):
 
 class Recorder(abc.ABC):
     """Records functions, and moves data between host and device, in one order."""
+
+    memory_bytes: int = _HOST_MEMORY_BYTES
+    """What recordings and their buffers may take; whoever holds them forgets those not used for longest."""
 
     @abc.abstractmethod
     def record(self, work: Callable[[], T]) -> Graph[T]:
@@ -69,6 +86,13 @@ class Recorder(abc.ABC):
     @abc.abstractmethod
     def wait(self) -> None:
         """Wait for all downloads."""
+
+    def check(self) -> None:  # noqa: B027 (most have nothing to be checked)
+        """After a failed recording: is the device still usable?
+
+        Raises:
+            RuntimeError: it is not.
+        """
 
     @contextmanager
     def in_order(self) -> Iterator[None]:
@@ -116,65 +140,97 @@ class CudaRecorder(Recorder):
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._compute = torch.cuda.Stream(device)
-        self._copies = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
+        self.memory_bytes = torch.cuda.get_device_properties(device).total_memory // _MEMORY_SHARE
 
     def record(self, work: Callable[[], T]) -> Graph[T]:
-        with self.in_order():
+        with CAPTURE_LOCK, self.in_order():
             # Libraries choose their kernels and allocate their workspaces in the first calls.
             for _ in range(_WARMUP_CALLS):
                 work()
-            self._compute.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            # Other threads may use the device in the meantime.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._compute, capture_error_mode="thread_local"):
-                outputs = work()
-            recorded = _Captured(graph, self._compute, outputs)
+            self._stream.synchronize()
+            recorded = _Captured(*self._capture(work), work)
             # A captured function has not run yet.
             recorded.replay()
         return recorded
+
+    def _capture(self, work: Callable[[], T]) -> tuple[Any, T]:
+        # Not by `torch.cuda.graph`: it waits for the device and collects garbage, which holds up whatever else runs.
+        graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
+        gc.disable()  # what it destroys may be forbidden during a capture
+        try:
+            # Other threads may use the device in the meantime.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                outputs = work()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        finally:
+            if collects:
+                gc.enable()
+        return graph, outputs
 
     def host_buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, pin_memory=True)
 
     def upload(self, target: Tensor, source: Tensor) -> None:
-        # Not before what was replayed has read the last upload.
-        self._copies.wait_stream(self._compute)
-        with torch.cuda.stream(self._copies):
+        with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
-        self._compute.wait_stream(self._copies)
 
     def download(self, target: Tensor, source: Tensor) -> None:
-        self._copies.wait_stream(self._compute)
-        with torch.cuda.stream(self._copies):
+        with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
 
     def wait(self) -> None:
-        self._copies.synchronize()
+        self._stream.synchronize()
+
+    def check(self) -> None:
+        # Several PyTorch versions count a failed capture as going on: freeing and allocating memory then fails.
+        with CAPTURE_LOCK:
+            torch.cuda.empty_cache()
+            torch.ones(8, device=self._device).sum().item()
 
     @contextmanager
     def in_order(self) -> Iterator[None]:
         callers = torch.cuda.current_stream(self._device)
-        self._compute.wait_stream(callers)
-        with torch.cuda.stream(self._compute):
+        if callers == self._stream:
             yield
-        callers.wait_stream(self._compute)
+            return
+        self._stream.wait_stream(callers)
+        with torch.cuda.stream(self._stream):
+            yield
+        callers.wait_stream(self._stream)
 
 
 class _Captured(Graph[T]):
-    def __init__(self, graph: Any, stream: Any, outputs: T) -> None:
-        self._graph, self._stream, self.outputs = graph, stream, outputs
+    def __init__(self, graph: Any, outputs: T, work: Callable[[], T]) -> None:
+        self._graph, self.outputs = graph, outputs
+        # The graph reads the memory of whatever the function holds on to.
+        self._work = work
 
     def replay(self) -> None:
-        with torch.cuda.stream(self._stream):
-            self._graph.replay()
+        self._graph.replay()
+
+
+def held_bytes(value: Any) -> int:
+    """Memory of the tensors in a record of buffers and graphs; what they share is counted once."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in _tensors(value)}.values())
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """The tensors in nested tuples, in order."""
+    """The tensors in nested tuples, records and graphs, in order."""
     if isinstance(value, Tensor):
         return [value]
+    if isinstance(value, Graph):
+        return _tensors(value.outputs)
+    if dataclasses.is_dataclass(value):
+        value = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    elif isinstance(value, Mapping):
+        value = list(value.values())
     return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, (tuple, list)) else []
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clustvit_ros.engine.engine import PRECISIONS, Prediction, Settings
+from clustvit_ros.engine.engine import Prediction, Settings, check_precision
 from clustvit_ros.engine.ladder import choose_capacity, default_ladder
 from clustvit_ros.engine.machine import CoreShare, return_freed_memory
 from clustvit_ros.engine.network_engine import (
@@ -24,6 +24,7 @@ from clustvit_ros.engine.network_engine import (
     NetworkEngine,
     NetworkOutput,
     describe_device,
+    has_fast_half,
     most_exempt,
     select_device,
 )
@@ -45,8 +46,10 @@ class TorchEngine(NetworkEngine):
         device: "auto", "cpu", "cuda" or "cuda:N".
         threads: CPU threads; 0 leaves PyTorch's choice. Process-wide, as PyTorch has it.
         weights_sha256: hash of the weights file, where the network comes from one.
-        precision: one of `PRECISIONS`. Half precisions are for a GPU; a CPU without instructions for them is slower.
-            int8 is for a CPU: linear and large convolutional layers in 8-bit integers, all else in float32.
+        precision: "auto" or one of `PRECISIONS`. Half precisions are for a GPU; a CPU without instructions for them is
+            slower. "auto" is float16 on a GPU that computes in it fast, else float32, of whose products a GPU's tensor
+            cores (TF32) round the factors to 10 bits. int8 is for a CPU: linear and large convolutional layers in 8-bit
+            integers, all else in float32.
         compiled: run the transformer blocks through `torch.compile`, which needs a C++ compiler on a CPU and Triton on
             a GPU, and minutes at the first start.
         share_cores: compute with fewer threads while other processes use cores; has an effect on a CPU, with `threads`
@@ -63,9 +66,10 @@ class TorchEngine(NetworkEngine):
         self, network: Segmenter, config: ModelConfig, device: str = "auto", threads: int = 0, weights_sha256: str = "",
         precision: str = "float32", compiled: bool = False, share_cores: bool = False,
     ) -> None:  # fmt: skip
-        if precision not in PRECISIONS:
-            raise ConfigError(f"precision: got {precision!r}, expected one of {', '.join(PRECISIONS)}")
+        check_precision(precision)
         selected, reason = select_device(device)
+        if precision == "auto":
+            precision = "float16" if selected.type == "cuda" and has_fast_half(selected) else "float32"
         if precision == "int8":
             _check_int8(selected, compiled)
         self._core_share: CoreShare | None = None
@@ -78,7 +82,13 @@ class TorchEngine(NetworkEngine):
             self.engine_name, config, selected, describe_device(selected), reason, weights_sha256, precision
         )
         self._dtype: torch.dtype = torch.float32 if precision == "int8" else getattr(torch, precision)
-        self._network = for_inference(network.to(selected), self._dtype)
+        # Halved before it is moved: in float32, a large network would need twice the device's memory for a moment.
+        self._network = for_inference(network, self._dtype)
+        if selected.type == "cuda":
+            # Tensor cores take channels last, and sizes are few: the fastest kernel is looked for once.
+            self._network.to(selected).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            torch.backends.cudnn.benchmark = True
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         if precision == "int8":
             to_int8(self._network)
         elif precision == "float32" and selected.type == "cpu" and not compiled:
@@ -138,6 +148,11 @@ class TorchEngine(NetworkEngine):
             if threads != torch.get_num_threads():
                 torch.set_num_threads(threads)
         return super().segment(images, settings)
+
+    def close(self) -> None:
+        """Forget the network, which gives its memory back."""
+        del self._network
+        super().close()
 
     def infer(
         self, x: Tensor, settings: Settings, lap: Lap = lambda stage: None, exempt: Tensor | None = None

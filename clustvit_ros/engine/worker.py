@@ -33,6 +33,10 @@ class DeviceLost(EngineError):
     """The engine's device is of no use any more; another engine must go on with the frame."""
 
 
+class RestartNeeded(DeviceLost):
+    """Nor can this process use it again, by any engine: a new process must go on."""
+
+
 class Session(Protocol[F]):
     """What is done with an engine; every call comes from the thread that owns it."""
 

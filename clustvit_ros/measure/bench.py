@@ -6,7 +6,7 @@
 # governing permissions and limitations under the License.
 """Timing networks fairly: one pipeline for all, interleaved, so that whatever drifts on the machine hits all alike.
 
-What is timed is normalised image in (in host memory), uint8 mask out (in host memory): the network and its label map
+What is timed is what a node runs for a frame: camera image in (uint8, in host memory), mask out (in host memory),
 without confidence.
 """
 
@@ -28,16 +28,14 @@ import numpy as np
 import torch
 
 from clustvit_ros.engine import create_engine
-from clustvit_ros.engine.engine import Settings
+from clustvit_ros.engine.engine import Settings, Stats
 from clustvit_ros.engine.machine import machine_name
-from clustvit_ros.engine.network_engine import Lap, NetworkEngine, NetworkOutput, StageTimer
+from clustvit_ros.engine.network_engine import NetworkEngine
 from clustvit_ros.engine.onnx_engine import OnnxEngine
-from clustvit_ros.engine.pixels import to_input
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.measure.flops import count_cost
 from clustvit_ros.measure.tables import markdown_table, new_figure, save_figure
 from clustvit_ros.networks.model_folder import load_config
-from clustvit_ros.networks.vit import grid_size_of
 from clustvit_ros.policy import percentile
 
 ROW_KEYS = (
@@ -55,11 +53,12 @@ class BenchCase:
         arch: what results call it.
         model: its model folder.
         engine, device, threads, precision, compiled: as `create_engine` takes them.
-        size: (height, width) of the input.
+        size: (height, width) of the images, which are of the aspect of the model's input.
         batch: images per call.
         token_capacity: tokens kept; 0 is all.
         execution_provider: name of ONNX Runtime's provider; empty is the device's own.
         cache_dir: folder of exported files; None is the user's cache.
+        input_scale: share of the sides of the model's input at which the network sees them.
     """
 
     arch: str
@@ -74,6 +73,7 @@ class BenchCase:
     cache_dir: Path | None = None
     precision: str = "float32"
     compiled: bool = False
+    input_scale: float = 1.0
 
     def open(self) -> NetworkEngine:
         """The engine, ready to run.
@@ -92,41 +92,18 @@ class BenchCase:
 
 
 class Pipeline:
-    """A case with its engine and an input, ready to be called again and again."""
+    """A case with its engine and images, ready to be called again and again."""
 
     def __init__(self, case: BenchCase, engine: NetworkEngine) -> None:
         self.case, self.engine = case, engine
-        self._settings = Settings(merge_threshold=1.0, token_capacity=case.token_capacity, confidence=False)
-        generator = torch.Generator().manual_seed(0)
-        self._images = torch.randn(case.batch, 3, *case.size, generator=generator)
-        if engine.device.type == "cuda":
-            self._images = self._images.pin_memory()
+        self._settings = Settings(
+            merge_threshold=1.0, token_capacity=case.token_capacity, confidence=False, input_scale=case.input_scale
+        )
+        self._images = np.random.default_rng(0).integers(0, 256, (case.batch, *case.size, 3), np.uint8)
 
-    def __call__(self, lap: Lap = lambda stage: None) -> NetworkOutput:
-        """Segment the input once; the mask has arrived in host memory on return."""
-        with torch.inference_mode():
-            x = self._images.to(self.engine.device, non_blocking=True)
-            lap("copy_in")
-            output = self.engine.infer(x, self._settings, lap)
-            maps = self.engine.postprocess(output, self.case.size, self._settings)
-            lap("postprocess")
-            self.engine.download(maps.mask)
-            lap("copy_out")
-        return output
-
-    def stages_ms(self, runs: int) -> dict[str, float]:
-        """Median milliseconds by stage, and of `preprocess`, which the timed pipeline does not include."""
-        laps: dict[str, list[float]] = {}
-        images = np.random.default_rng(0).integers(0, 256, (self.case.batch, *self.case.size, 3), np.uint8)
-        config = load_config(self.case.model).input
-        for _ in range(runs):
-            timer = StageTimer(self.engine.device)
-            to_input(images, self.case.size, config, self.engine.device)
-            timer.lap("preprocess")
-            self(timer.lap)
-            for stage, elapsed_ms in timer.stages_ms.items():
-                laps.setdefault(stage, []).append(elapsed_ms)
-        return {stage: round(statistics.median(values), 4) for stage, values in laps.items()}
+    def __call__(self) -> Stats:
+        """Segment the images once; their masks have arrived in host memory on return."""
+        return self.engine.segment(self._images, self._settings).stats
 
 
 def run_cases(cases: list[BenchCase], runs: int, warmup: int) -> list[dict[str, Any]]:
@@ -152,33 +129,33 @@ def run_cases(cases: list[BenchCase], runs: int, warmup: int) -> list[dict[str, 
         if key not in engines:
             engines[key] = case.open()
         pipelines.append(Pipeline(case, engines[key]))
-    outputs = [[pipeline() for _ in range(max(warmup, 1))][-1] for pipeline in pipelines]
+    for pipeline in pipelines:
+        for _ in range(max(warmup, 1)):
+            pipeline()
+    samples: list[list[Stats]] = [[] for _ in pipelines]
     times_ms: list[list[float]] = [[] for _ in pipelines]
     for _ in range(runs):
-        for pipeline, samples in zip(pipelines, times_ms, strict=True):
+        for pipeline, stats, times in zip(pipelines, samples, times_ms, strict=True):
             start = time.perf_counter()
-            pipeline()
-            samples.append((time.perf_counter() - start) * 1000.0)
-    return [
-        _row(pipeline, output, samples, pipeline.stages_ms(max(runs // 4, 3)))
-        for pipeline, output, samples in zip(pipelines, outputs, times_ms, strict=True)
-    ]
+            stats.append(pipeline())
+            times.append((time.perf_counter() - start) * 1000.0)
+    return [_row(*measured) for measured in zip(pipelines, samples, times_ms, strict=True)]
 
 
-def _row(pipeline: Pipeline, output: NetworkOutput, times_ms: list[float], stages_ms: dict) -> dict[str, Any]:
-    case, info = pipeline.case, pipeline.engine.info
+def _row(pipeline: Pipeline, samples: Sequence[Stats], times_ms: list[float]) -> dict[str, Any]:
+    case, info, stats = pipeline.case, pipeline.engine.info, samples[-1]
     config = load_config(case.model)
-    grid_size = grid_size_of(case.size, config.network.patch_size)
-    tokens_total = grid_size[0] * grid_size[1]
-    # A plain ViT has no clusters and keeps all tokens, whatever capacity it is offered.
-    kept = output.token_capacity if output.cluster_ids is not None else tokens_total
-    cost = count_cost(config.network, len(config.classes), case.size, case.batch, kept)
+    size, kept = stats.input_size, stats.token_capacity
+    cost = count_cost(config.network, len(config.classes), size, case.batch, kept)
+    stages_ms = {
+        stage: round(statistics.median(each.stages_ms[stage] for each in samples), 4) for stage in stats.stages_ms
+    }
     p50_ms, p95_ms, p99_ms = (round(percentile(times_ms, share), 3) for share in (0.5, 0.95, 0.99))
     # What ran, not what was asked for: graphs fall back to eager frames where they cannot be captured.
     engine = f"{info.engine}:{case.execution_provider}" if case.execution_provider else info.engine
     values = (
         case.arch, f"{engine}:compiled" if case.compiled else engine, info.device, info.precision,
-        torch.get_num_threads(), f"{case.size[0]}x{case.size[1]}", case.batch, len(config.classes), tokens_total, kept,
+        torch.get_num_threads(), f"{size[0]}x{size[1]}", case.batch, len(config.classes), stats.tokens_total, kept,
         p50_ms, p95_ms, p99_ms, round(cost.flops / 1e9, 3), cost.parameters, round(_peak_memory_mb(case), 1), stages_ms,
     )  # fmt: skip
     return dict(zip(ROW_KEYS, values, strict=True))
@@ -219,7 +196,7 @@ def _status_bytes(name: str) -> int:
 
 
 # In the order of time; each engine has those that it can tell apart.
-_STAGES = ("preprocess", "copy_in", "network", "encode", "finish", "decode", "postprocess", "copy_out")
+_STAGES = ("preprocess", "network", "encode", "finish", "decode", "postprocess")
 
 
 def format_table(rows: Sequence[dict[str, Any]], bounds_ms: Sequence[float] | None = None) -> str:

@@ -27,7 +27,7 @@ from clustvit_ros.engine.host import EngineHost, EngineOrder
 from clustvit_ros.engine.machine import available_bytes
 from clustvit_ros.engine.masks import ClassGrouping, group_classes
 from clustvit_ros.engine.scripted_engine import proportional
-from clustvit_ros.engine.worker import FrameQueue, FrameSlot
+from clustvit_ros.engine.worker import FrameQueue, FrameSlot, RestartNeeded
 from clustvit_ros.errors import ClustvitError, ConfigError
 from clustvit_ros.node.camera import Camera, Frame
 from clustvit_ros.node.filling import FrameFiller
@@ -85,16 +85,19 @@ class EngineControl:
         on_change: called in the executor's thread when another model has taken over.
         publisher: publishes masks.
         filler: carries masks on to frames that the engine does not get to.
+        on_restart: called in the executor's thread, with the reason, when only a new process can go on.
     """
 
     def __init__(
         self, node: LifecycleNode, parameters: Callable[[], SegmentationParameters], cameras: Mapping[str, Camera],
         factory: EngineFactory, recovery_pause_s: float, on_change: Callable[[], None], publisher: MaskPublisher,
-        filler: FrameFiller,
+        filler: FrameFiller, on_restart: Callable[[str], None],
     ) -> None:  # fmt: skip
         self._publisher, self._filler = publisher, filler
         self._node, self._parameters, self._cameras = node, parameters, cameras
-        self._factory, self._recovery_pause_s, self._on_change = factory, recovery_pause_s, on_change
+        self._factory, self._recovery_pause_s = factory, recovery_pause_s
+        self._on_change, self._on_restart = on_change, on_restart
+        self._restart: RestartNeeded | None = None
         self.slot: FrameSlot[Frame] = FrameSlot()
         """Where frames wait; a new one for every load."""
         self._host: EngineHost[Frame] = EngineHost(self.slot)
@@ -138,7 +141,10 @@ class EngineControl:
         """
         if self._loaded is None:
             self._loaded, self.slot = Future(), self._make_slot()
-            self._host = EngineHost(self.slot, lambda e: self._say(f"warming {e.info.model} up on {e.info.device}"))
+            self._host = EngineHost(
+                self.slot, lambda e: self._say(f"warming {e.info.model} up on {e.info.device}"),
+                on_restart=self._need_restart,
+            )  # fmt: skip
             self._start()
         return self._loaded
 
@@ -255,8 +261,15 @@ class EngineControl:
             node.context.ok,
         )  # fmt: skip
 
+    def _need_restart(self, error: RestartNeeded) -> None:
+        self._restart = error
+        self._guard.trigger()
+
     def _hear(self) -> None:
-        """In the executor's thread: an engine took over, or cannot be had."""
+        """In the executor's thread: an engine took over, or cannot be had, by this process or at all."""
+        restart, self._restart = self._restart, None
+        if restart is not None:
+            self._on_restart(str(restart))
         while self._ended:
             order, error = self._ended.popleft()
             if order is not self._order:

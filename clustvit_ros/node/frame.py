@@ -207,7 +207,6 @@ class FrameSession:
     ) -> None:  # fmt: skip
         self.engine, self.policy = engine, policy
         self._cameras, self._slot, self._publisher, self._filler = cameras, slot, publisher, filler
-        self._device = engine.info.device
         self._logger, self._context_ok = logger, context_ok
         self._grouping: tuple[Groups | None, ClassGrouping] = None, ClassGrouping(engine.info.classes)
         # Of each camera: what the engine is ready for while nobody subscribes.
@@ -304,7 +303,7 @@ class FrameSession:
                 age_ms=age_ms, stamped=one.frame.stamp_ns != 0, filled=False if fills else None,
             )  # fmt: skip
             if fills:
-                made = Made(masks.alone(index), plan, grouping, record, self._device, self.policy.misses)
+                made = Made(masks.alone(index), plan, grouping, record, self.engine.info.device, self.policy.misses)
                 self._filler.learn(one.frame, made)
             is_first = one.camera.ledger.add(record)
             if is_first:
@@ -312,7 +311,8 @@ class FrameSession:
             if outcome == OVERTAKEN:
                 continue
             if tells[index]:
-                self._publisher.publish_stats(one, self._device, "segmented", one.camera.ledger.frame_pairs(record))
+                pairs = one.camera.ledger.frame_pairs(record)
+                self._publisher.publish_stats(one, self.engine.info.device, "segmented", pairs)
             if outcome == "segmented":
                 self._publisher.publish_views(one, masks, index, grouping)
 

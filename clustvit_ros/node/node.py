@@ -23,6 +23,7 @@ from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState
 from rclpy.callback_groups import CallbackGroup, ReentrantCallbackGroup
 from rclpy.clock import Clock, ClockType
+from rclpy.duration import Duration
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
@@ -37,7 +38,7 @@ from clustvit_ros.node.filling import FrameFiller
 from clustvit_ros.node.frame import MaskPublisher
 from clustvit_ros.node.messages import NO_LABEL_INFO, LabelInfo
 from clustvit_ros.node.parameter_server import ParameterServer
-from clustvit_ros.node.process import ShieldedExecutor, answered, run_node
+from clustvit_ros.node.process import RESTART_CODE, ShieldedExecutor, answered, run_node
 from clustvit_ros.node.qos import QosWatch
 from clustvit_ros.node.status import camera_status
 from clustvit_ros.policy import BudgetStatus
@@ -46,6 +47,7 @@ from clustvit_ros.policy.parameters import CameraParameters, SegmentationParamet
 _REPORT_PERIOD_S = 1.0
 # A frame at hand may be finished when the node is deactivated; nobody who asks for that waits longer.
 _FINISH_S = 0.8
+_FAREWELL_S = 1.0
 
 class SegmentationNode(LifecycleNode):
     """Segments the newest image of each camera, again and again.
@@ -69,12 +71,13 @@ class SegmentationNode(LifecycleNode):
         self._service_change_state.callback = self._on_change_state  # type: ignore[assignment]
         self._state = "unconfigured"
         self._fault = self._engine_fault = ""
+        self._exit_code = 0
         self._cameras: dict[str, Camera] = {}
         publisher = MaskPublisher(self.get_name(), self.get_logger(), lambda: self.get_clock().now().nanoseconds)
         self._filler = FrameFiller(self._cameras, publisher, self.get_logger(), self.context.ok)
         self._engines = EngineControl(
             self, lambda: self.parameters, self._cameras, engine_factory, recovery_pause_s, self._publish_labels,
-            publisher, self._filler,
+            publisher, self._filler, self._end_for_restart,
         )  # fmt: skip
         self._qos = QosWatch(self)
         self._server = ParameterServer(
@@ -132,12 +135,12 @@ class SegmentationNode(LifecycleNode):
         """Stop working in whatever state the node is, and free the engine unless a frame still holds it.
 
         Returns:
-            0: every way to end is a good one.
+            0: every way to end is a good one, but for the need of a new process.
         """
         self._filler.close()
         finished = self._engines.slot.close(_FINISH_S)
         self._engines.free(_FINISH_S if finished else 0.0)
-        return 0
+        return self._exit_code
 
     async def _on_change_state(
         self, request: ChangeState.Request, response: ChangeState.Response
@@ -273,6 +276,14 @@ class SegmentationNode(LifecycleNode):
             header = Header(stamp=self.get_clock().now().to_msg())
             for camera in self._cameras.values():
                 camera.outputs.publish_labels(classes, parameters.confidence_threshold, header)
+
+    def _end_for_restart(self, reason: str) -> None:
+        self._exit_code = RESTART_CODE
+        self._fault = f"this process can use its GPU no more, and ends to be started again: {reason}"
+        self.get_logger().fatal(self._fault)
+        self._report()
+        self._diagnostics.wait_for_all_acked(Duration(seconds=_FAREWELL_S))  # else nobody hears of it
+        self.context.try_shutdown()
 
     # Diagnostics, once a second.
 

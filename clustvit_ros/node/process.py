@@ -36,6 +36,8 @@ _LOG = "callbacks"
 _AFTER_FAILURE_S = 0.02
 _LOG_PERIOD_S = 5.0
 
+RESTART_CODE = 75  # EX_TEMPFAIL of sysexits.h: another attempt may well succeed
+"""Exit code of a process that can use its GPU no more, and that its launch file is to start again."""
 _NATIVE_THREADS = ("engine",)
 _HELP = """The {name} node of clustvit_ros. It takes ROS arguments, after --ros-args:
   -p NAME:=VALUE        a parameter; docs/reference.md lists them, `ros2 param describe` explains them
@@ -61,7 +63,8 @@ def run_node(
         executor_type: class of the executor.
 
     Returns:
-        The worst of the exit codes; 1 when the node cannot start. SIGINT and SIGTERM are no errors.
+        The worst of the exit codes; 1 when the node cannot start, `RESTART_CODE` when a new process is needed. SIGINT
+        and SIGTERM are no errors.
     """
     given = sys.argv[1:] if arguments is None else arguments
     own = given[: given.index("--ros-args")] if "--ros-args" in given else given
@@ -204,12 +207,12 @@ def spin_until_done(node: Any, executor: SingleThreadedExecutor) -> int:
 
 
 def _leave_native_threads(code: int) -> None:
-    """End the process here when a thread is still in native code: loading a model, or an engine call that hangs.
+    """End the process here when a thread is still in native code (loading a model, an engine call that hangs).
 
     Python ends such threads by unwinding them, which aborts the process where a C++ frame does not allow it.
     """
     stuck = [thread for thread in threading.enumerate() if thread.name in _NATIVE_THREADS and thread.is_alive()]
-    if stuck:
+    if stuck or code == RESTART_CODE:  # nor can CUDA be torn down after what made a restart necessary
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from clustvit_ros.engine import ENGINES, PRECISIONS, Settings
+from clustvit_ros.engine import ENGINES, PRECISION_CHOICES, Settings
 from clustvit_ros.engine.engine import EXEMPT_SOURCES
 from clustvit_ros.engine.exemption import Region, parse_regions
 from clustvit_ros.engine.masks import parse_groups
@@ -82,8 +82,8 @@ class SegmentationParameters:
         pattern=r"auto|cpu|cuda(:\d{1,3})?", form="auto, cpu, cuda or cuda:N",
     )  # fmt: skip
     precision: str = parameter(
-        "float32", "What the network computes in; half precisions are for a GPU, int8 is for a CPU with VNNI.",
-        choices=PRECISIONS,
+        "auto", "What the network computes in: `auto` is float16 on a GPU, float32 on a CPU; int8: a CPU with VNNI.",
+        choices=PRECISION_CHOICES,
     )  # fmt: skip
     threads: int = parameter(
         0, "CPU threads of the engine; 0: as many as other processes leave cores.", minimum=0, maximum=MOST_THREADS

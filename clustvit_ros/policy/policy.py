@@ -52,10 +52,11 @@ class _ImageSize:
 
     Args:
         worth: orders operating points by what they are worth.
+        engine: name of what runs, which is another one where graphs turn out not to be captured.
     """
 
-    def __init__(self, worth: WorthOrder) -> None:
-        self._worth = worth
+    def __init__(self, worth: WorthOrder, engine: str) -> None:
+        self._worth, self.engine = worth, engine
         self.calibration: Calibration | None = None
         self.controller: BudgetController | None = None
         self.table: LatencyTable | None = None
@@ -109,12 +110,11 @@ class Policy:
         self._input_size = engine.info.input_size
         self._worth = WorthOrder(engine.info.accuracies)
         self._guard = MergeGuard(engine, self._worth, clock)
-        self._guarded = False
+        self._guarded = self._recalibrated = False
         self._sizes: dict[tuple[int, int], _ImageSize] = {}
         self._newest: tuple[int, int] | None = None
         self._parameters = SegmentationParameters()
         self.misses = Misses()
-        self._recalibrated = False
         self._plan: Plan | None = None
         # Eighths of the tokens that were exempt from merging, of late and at most.
         self._exempt_eighths: deque[int] = deque(maxlen=10)
@@ -289,11 +289,11 @@ class Policy:
         again = parameters.recalibrate and not self._recalibrated
         self._recalibrated = self._recalibrated and parameters.recalibrate
         entry = self._sizes.get(image_size)
-        if entry is None:
+        if entry is None or entry.engine != self._engine.info.engine:
             self._engine.warmup(image_size)
             if len(self._sizes) >= _REMEMBERED_SIZES:
                 self._sizes.clear()
-            entry = self._sizes[image_size] = _ImageSize(self._worth)
+            entry = self._sizes[image_size] = _ImageSize(self._worth, self._engine.info.engine)
         limits = (
             parameters.input_scale, parameters.min_input_scale, parameters.fewest_tokens, parameters.token_capacity,
             self._exempt,

@@ -67,7 +67,7 @@ def test_ways_to_merge_and_decode_are_measured_side_by_side(model_dir, tmp_path,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--precision", "int4"], "precision: got 'int4', expected one of float32, float16, bfloat16, int8"),
+        (["--precision", "int4"], "precision: got 'int4', expected one of auto, float32, float16, bfloat16, int8"),
         (["--arch", "resnet"], "unknown architecture 'resnet'"),
         (["--arch", "clustvit_t", "--size", "32x32", "--capacity", "5"], "capacity: got 5, the input has 4 tokens"),
         (["--engine", "scripted", "--size", "32x32"], "engine 'scripted' runs no network"),

@@ -87,7 +87,9 @@ def test_optional_maps_are_left_out(engine, image):
 
 def test_capacity_bounds_the_kept_tokens(engine, image):
     stats = engine.segment(image, Settings(merge_threshold=1.0, token_capacity=10)).stats
-    assert stats.tokens_kept <= stats.token_capacity == 10 < stats.tokens_total
+    # Engines that record or build what they run round it to their ladder.
+    assert stats.token_capacity in (10, max(c for c in engine.capacities(image.shape[:2]) if c <= 10))
+    assert stats.tokens_kept <= stats.token_capacity < stats.tokens_total
     stats = engine.segment(image, Settings(merge_threshold=1.0)).stats
     assert stats.tokens_kept == stats.token_capacity == stats.tokens_total
 

@@ -9,42 +9,21 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Callable, Iterator
-from typing import ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
+from failing_machine import IMAGE, Machine, Part
 
-from clustvit_ros.engine import Engine, Prediction, ScriptedEngine, Settings
+from clustvit_ros.engine import Engine, ScriptedEngine, Settings
 from clustvit_ros.engine.fallback import Action, FallbackPolicy, FaultKind, ResilientEngine, classify, steps_for
-from clustvit_ros.engine.host import LOAD_LIMIT_S, EngineHost, EngineOrder
-from clustvit_ros.engine.worker import DeviceLost, FrameSlot
+from clustvit_ros.engine.host import LOAD_LIMIT_S
 from clustvit_ros.errors import EngineError, ImageError, ModelError
 
-IMAGE = np.arange(64 * 96 * 3, dtype=np.uint8).reshape(64, 96, 3)  # 24 tokens: rungs of 3
 OUT_OF_MEMORY = EngineError("cuda:0 (Fake) failed on an image of (64, 96): CUDA out of memory. Tried to allocate 2 GiB")
-LOST = RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be reported later")
-WAIT_S = 10.0
-
-
-class Session:
-    """Segments the frames that it gets, under the settings that come with them."""
-
-    def __init__(self, engine: Engine, slot: FrameSlot[Settings], results: list[Prediction]) -> None:
-        self.engine, self._slot, self._results = engine, slot, results
-
-    def handle(self, frame: Settings) -> None:
-        try:
-            self._results.append(self.engine.segment(IMAGE, frame))
-        except DeviceLost:
-            self._slot.put_back(frame)
-            raise
-        except Exception as error:
-            self._results.append(error)
-
-    def use_idle_time(self, is_free: Callable[[], bool]) -> None:
-        pass
+LOST = RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nIt might be reported later")
+STICKY = RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be reported later")
 
 
 @pytest.fixture(autouse=True)
@@ -54,90 +33,6 @@ def no_engine_is_left() -> Iterator[None]:
         machine = Machine.all.pop()
         machine.may_load.set()
         machine.host.close()
-
-
-class Machine:
-    """A GPU that fails while `failure` is set, and optionally only above `most_tokens`; a CPU that always works."""
-
-    all: ClassVar[list[Machine]] = []
-
-    def __init__(self, device: str = "cuda", gpu_works_at_start: bool = True, adapts: bool = True) -> None:
-        Machine.all.append(self)
-        self.now_s = 0.0
-        self.failure: Exception | None = None
-        self.most_tokens = 0
-        self.made: list[str] = []
-        self.closed: list[str] = []
-        self.warmed: list[tuple[int, int] | None] = []
-        self.gpu_can_be_made, self.gpu_is_a_cpu = gpu_works_at_start, False
-        self.may_load = threading.Event()
-        self.may_load.set()
-        self.ended: list[BaseException | None] = []
-        self.results: list = []
-        self.slot: FrameSlot[Settings] = FrameSlot()
-        self.slot.open()
-        self.host: EngineHost[Settings] = EngineHost(self.slot, clock=lambda: self.now_s)
-        self.device, self.adapts = device, adapts
-        self.start("a")
-        self.wait_for(lambda: bool(self.ended))
-
-    def start(self, model: str) -> None:
-        def bind(engine: Engine) -> Session:
-            return Session(engine, self.slot, self.results)
-
-        self.host.start(EngineOrder(model, self.make, bind, self.device, self.adapts, self.ended.append))
-
-    def make(self, device: str) -> Engine:
-        self.made.append(device)
-        self.may_load.wait(WAIT_S)
-        if device != "cpu" and not self.gpu_can_be_made:
-            raise RuntimeError("CUDA error: no CUDA-capable device is detected")
-        return Part(self, "cpu (fake)" if device == "cpu" or self.gpu_is_a_cpu else "cuda:0 (Fake)")
-
-    def segment(self, **settings: float) -> int:
-        """The token capacity that a frame was segmented with."""
-        before = len(self.results)
-        self.slot.put(Settings(**{"merge_threshold": 1.0, **settings}))  # type: ignore[arg-type]
-        self.wait_for(lambda: len(self.results) > before and not self.slot.busy)
-        result = self.results[-1]
-        if isinstance(result, Exception):
-            raise result
-        np.testing.assert_array_equal(result.mask[0], IMAGE[..., 1] >> 6)
-        return result.stats.token_capacity
-
-    def wait_for(self, condition: Callable[[], bool]) -> None:
-        pause = threading.Event()
-        for _ in range(int(WAIT_S / 0.002)):
-            if condition():
-                return
-            pause.wait(0.002)
-        pytest.fail("not in time")
-
-    @property
-    def device_in_use(self) -> str:
-        self.wait_for(lambda: self.host.session is not None)
-        return self.host.session.engine.info.device  # type: ignore[union-attr]
-
-
-class Part(ScriptedEngine):
-    """One of the machine's engines."""
-
-    def __init__(self, machine: Machine, device: str) -> None:
-        super().__init__(device=device)
-        self.machine = machine
-
-    def warmup(self, image_size: tuple[int, int] | None = None) -> None:
-        self.machine.warmed.append(image_size)
-
-    def segment(self, images, settings=Settings()):
-        prediction = super().segment(images, settings)
-        machine, tokens = self.machine, prediction.stats.token_capacity
-        if machine.failure is not None and "cuda" in self.info.device and tokens > machine.most_tokens:
-            raise machine.failure
-        return prediction
-
-    def close(self) -> None:
-        self.machine.closed.append(self.info.device)
 
 
 def resilient(*failures: Exception | None) -> ResilientEngine:
@@ -182,7 +77,7 @@ def test_a_lost_device_goes_to_the_cpu_at_once_and_the_frame_gets_its_mask() -> 
     machine.failure = LOST
     machine.segment()
     assert len(machine.results) == 1 and machine.made == ["cuda", "cpu"]
-    assert "after 2 failed calls: CUDA error: unspecified launch failure;" in machine.host.fault
+    assert "after 2 failed calls: CUDA error: CUDA-capable device(s) is/are busy or unavailable;" in machine.host.fault
 
 
 def test_comes_back_from_fewer_tokens_and_waits_longer_each_time_it_fails() -> None:
@@ -258,6 +153,40 @@ def test_warming_may_fail_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Part, "warmup", warmup)
     assert Machine().device_in_use == "cpu (fake)"
+
+
+@pytest.mark.parametrize("when", ["frame", "warmup", "start", "way back"])
+def test_after_a_sticky_error_nothing_is_loaded_and_whoever_can_end_the_process_is_told(
+    when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine, told = Machine("auto"), []
+    machine.host._on_restart = told.append
+    machine.segment()
+    if when == "frame":
+        machine.failure = STICKY
+        machine.slot.put(Settings())
+    elif when == "way back":
+        machine.failure = LOST
+        machine.segment()
+        monkeypatch.setattr(Part, "warmup", raising(STICKY))
+        machine.now_s = 11.0
+        machine.segment()
+    else:
+        monkeypatch.setattr(*((Part, "warmup") if when == "warmup" else (machine, "make")), raising(STICKY))
+        machine.start("b")
+    machine.wait_for(lambda: bool(told))
+    assert "unspecified launch failure" in str(told[0])
+    made = list(machine.made)
+    machine.now_s += 1000.0
+    machine.host.check()
+    assert machine.made == made and machine.host.session is None and not machine.host.loading
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def call(*_: Any, **__: Any) -> None:
+        raise error
+
+    return call
 
 
 def test_callers_mistakes_are_not_repeated() -> None:

@@ -79,6 +79,28 @@ def test_a_limited_clock_is_named(root, limit, expected):
     assert throttling(path) == expected
 
 
+GPU = "sys/class/devfreq/17000000.gpu"
+
+
+def test_a_jetsons_gpu_clocks_belong_to_its_power_mode(root):
+    files = {"var/lib/nvpmodel/status": "pmode:0002", f"{GPU}/min_freq": "306000000", f"{GPU}/max_freq": "624750000"}
+    assert power_mode(root(files)) == "pmode:0002, gpu 306-624 MHz"
+    assert power_mode(root({f"{GPU}/min_freq": "624750000"})) == "pmode:0002, gpu 624-624 MHz", "jetson_clocks"
+    assert power_mode(root({"sys/class/devfreq/13e40000.host1x/min_freq": "1", GPU + "/max_freq": "?"})) == "pmode:0002"
+
+
+def test_a_power_mode_is_no_throttling_and_a_gpu_below_its_clock_is(root):
+    chosen = {"var/lib/nvpmodel/status": "pmode:0002", f"{POLICY}/scaling_max_freq": "1497600"}
+    path = root({**chosen, f"{POLICY}/cpuinfo_max_freq": "2201600", f"{GPU}/max_freq": "624750000"})
+    assert throttling(path) == ""
+    root({f"{GPU}/min_freq": "624750000", f"{GPU}/cur_freq": "306000000"})
+    assert throttling(path) == "GPU clock at 306 MHz, set to at least 624 MHz"
+    root({f"{GPU}/cur_freq": "624750000", "sys/class/thermal/cooling_device3/type": "gpu-throttle-alert"})
+    assert throttling(path) == ""
+    root({"sys/class/thermal/cooling_device3/cur_state": "1"})
+    assert throttling(path) == "gpu-throttle-alert is active"
+
+
 def test_busy_seconds_count_what_any_process_computed_on_usable_cores(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 2}, raising=False)
     (tmp_path / "proc").mkdir()

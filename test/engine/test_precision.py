@@ -103,7 +103,7 @@ def test_representatives_of_many_large_tokens_neither_overflow_nor_lose_count(dt
 
 def test_an_unknown_precision_is_refused(toy_model):
     for engine in ("torch", "cuda_graph", "onnxruntime", "scripted"):
-        with pytest.raises(ConfigError, match="got 'int4', expected one of float32, float16, bfloat16, int8"):
+        with pytest.raises(ConfigError, match="got 'int4', expected one of auto, float32, float16, bfloat16, int8"):
             create_engine(str(toy_model), engine, "cpu", precision="int4")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -29,6 +30,7 @@ from std_msgs.msg import Header
 from clustvit_ros.engine import ScriptedEngine
 from clustvit_ros.errors import EngineError
 from clustvit_ros.node.messages import image_message
+from clustvit_ros.node.process import RESTART_CODE
 
 pytestmark = pytest.mark.ros
 
@@ -177,10 +179,11 @@ def test_a_gpu_that_fails_and_comes_back(ros_client: Any, failing: FailingNode, 
 
     segment()
     ros_client.spin_until(lambda: reported(b"\0", "segmenting"), "a good report")
-    failing.failure = EngineError("cuda:0 failed on an image: CUDA error: unspecified launch failure")
+    busy = "CUDA error: CUDA-capable device(s) is/are busy or unavailable"
+    failing.failure = EngineError(f"cuda:0 failed on an image: {busy}")
     segment()  # the frame that meets the fault gets its mask as well
     ros_client.spin_until(
-        lambda: reported(b"\2", "engine runs on the CPU", "CUDA error: unspecified launch failure", "coming back"),
+        lambda: reported(b"\2", "engine runs on the CPU", busy, "coming back"),
         "the fault in diagnostics",
     )
     assert {pair.key: pair.value for pair in status().values}["device"] == "cpu (fallback)"
@@ -193,6 +196,24 @@ def test_a_gpu_that_fails_and_comes_back(ros_client: Any, failing: FailingNode, 
     ros_client.spin_until(healthy, "the way back")
     assert {pair.key: pair.value for pair in status().values}["device"] == "cuda:0 (scripted)"
     assert {pair.key: pair.value for pair in status().values}["frames_failed"] == "0"
+
+
+def test_a_process_that_lost_its_gpu_for_good_says_so_and_ends_to_be_started_again(
+    ros_client: Any, start_node: Callable[..., Any], rng: np.random.Generator
+) -> None:
+    process = start_node(Path(__file__).parent / "lost_node.py", "-r", "__ns:=/lost", "-p", "input_timeout_s:=60.0")
+    reports: list[DiagnosticArray] = ros_client.collect(DiagnosticArray, "/diagnostics")
+    ros_client.collect(Image, "/lost/segmentation/mask")  # a node that nobody listens to segments nothing
+    camera = ros_client.image_publisher("/lost/image")
+    frame = image_message(pixels_of(rng, 48, 64), "rgb8", Header())
+    told = "this process can use its GPU no more, and ends to be started again: CUDA error: an illegal memory access"
+
+    def reported() -> bool:
+        return any(s.level == b"\2" and told in s.message for report in reports for s in report.status)
+
+    ros_client.send_until(camera, frame, reported, "the end in diagnostics")
+    assert process.wait() == RESTART_CODE == 75
+    assert told in process.output and "Traceback" not in process.output
 
 
 def test_a_killed_node_leaves_nothing_that_hinders_the_next(

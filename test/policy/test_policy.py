@@ -342,6 +342,15 @@ def test_exempt_tokens_bind_at_every_size_and_are_part_of_what_a_budget_can_hold
     bench.set(latency_budget_ms=0.55)
 
 
+def test_an_engine_that_goes_on_without_graphs_is_measured_anew(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, latency_budget_ms=20.0)
+    bench.frame(idle=200)
+    assert bench.policy.status.table is not None
+    bench.engine._info = replace(bench.engine.info, engine="slower")
+    bench.frame()
+    assert bench.policy.status.table is None and bench.logger.lines["info"][-1].startswith("calibrating")
+
+
 @pytest.mark.parametrize(("others_s", "kept"), [(0.0, 1), (1000.0, 0)])
 def test_a_calibration_beside_other_work_is_used_but_not_kept(others_s: float, kept: int, tmp_path: Path) -> None:
     bench = Bench(tmp_path, latency_budget_ms=21)
