@@ -4,6 +4,8 @@
 #                                                 several latency budgets; film and pictures in demo_output/
 #   make demo SOURCE=<folder|video|/dev/video0>   the same chain on your own pictures; VIEW=1 opens a window
 #   make test                                     lint, types, tests
+#   make test-oldest                              networks, engines and policy with the oldest releases that setup.py
+#                                                 promises, on Python 3.10 (PYTHON310 chooses it); not part of `make test`
 #   make train DATA=<folder>                      train camvid_tiny again, in its four stages; MODEL=<recipe>: another
 #   make overhead                                 the node's own cost per frame
 #   make reference                                write docs/reference.md and the viewers' configurations again
@@ -22,13 +24,26 @@ VIEW ?=
 DATA ?= ../shared/data/camvid
 PYTEST_ARGS ?=
 
-.PHONY: demo test lint train overhead reference clean
+.PHONY: demo test test-oldest lint train overhead reference clean
 
 demo: $(STAMP)
 	@$(BIN)/clustvit-ros demo $(if $(MODEL),--model "$(MODEL)") $(if $(SOURCE),--source "$(SOURCE)") $(if $(VIEW),--view)
 
 test: lint $(TEST_STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# JetPack 6's: Ubuntu 22.04's NumPy and OpenCV, NVIDIA's first PyTorch for it.
+PYTHON310 ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python) python3.10)
+OLDEST := torch==2.3.0 numpy==1.21.5 opencv-python-headless==4.5.4.60 safetensors==0.4.0 pyyaml
+OLDEST_STAMP := .venv-oldest/.installed
+
+test-oldest: $(OLDEST_STAMP)
+	PYTHONPATH=. .venv-oldest/bin/python -m pytest -p no:cacheprovider test/networks test/engine test/policy $(PYTEST_ARGS)
+
+$(OLDEST_STAMP): Makefile
+	$(PYTHON310) -m venv --clear .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check $(OLDEST) "pytest>=7" pytest-timeout hypothesis
+	@touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -54,10 +69,10 @@ $(STAMP): setup.py Makefile scripts/find_python.sh
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[ros,opencv,train,onnx,sim,bags,test]"
 	@touch $@
 
-# Ray is large, and only the tests of label-bags need it.
+# Ray and Triton are large, and only the tests of label-bags and of the fused label kernel need them.
 $(TEST_STAMP): $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[fleet]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[fleet,triton]"
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build install log dist *.egg-info demo_output
+	rm -rf $(VENV) .venv-oldest build install log dist *.egg-info demo_output

@@ -57,14 +57,19 @@ setup(
     extras_require={
         # Linux x86-64 wheels of ROS 2 Jazzy, for machines without a ROS installation.
         "ros": ["ros-rclpy[fastrtps]==7.1.6", "ros-sensor-msgs~=5.3.6", "ros-diagnostic-msgs~=5.3.6"],
-        "torch": ["torch>=2.1"],
+        # 2.3 is JetPack 6's oldest; earlier ones lack half precision on a CPU. `make test-oldest` holds this.
+        "torch": ["torch>=2.3"],
         "opencv": ["opencv-python-headless>=4.5,<5"],
         "train": ["tqdm>=4.60", "matplotlib>=3.5"],
         # Recorded bags without a ROS installation, and many of them on many machines.
         "bags": ["rosbags>=0.11", "opencv-python-headless>=4.5,<5", "tqdm>=4.60"],
         "fleet": ["ray[data]>=2.40"],
         "tensorboard": ["tensorboard>=2.10"],
+        # One or the other: both packages install the same module, and the one that comes last replaces the first.
         "onnx": ["onnx>=1.15", "onnxruntime>=1.17"],
+        "onnx-gpu": ["onnx>=1.15", "onnxruntime-gpu>=1.17"],
+        # The fused label kernel, where PyTorch did not bring Triton along; its test needs no GPU.
+        "triton": ["triton>=3.0; sys_platform == 'linux'"],
         "sim": ["panda3d>=1.10.13", "opencv-python-headless>=4.5,<5"],
         "test": ["pytest>=7", "pytest-timeout>=2", "hypothesis>=6", "ruff>=0.6", "mypy>=1.8", "types-PyYAML"],
     },

@@ -7,7 +7,8 @@
 # governing permissions and limitations under the License.
 """What only a GPU can tell: see gpu_check.sh, which calls this once for each part.
 
-Usage: `python scripts/gpu_check.py agreement|graphs --device DEVICE --json FILE`.
+Usage: `python scripts/gpu_check.py agreement|graphs|swap|batches|memory --device DEVICE --json FILE`, or
+`python scripts/gpu_check.py report OUTDIR`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import json
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,11 @@ import numpy as np
 import torch
 
 from clustvit_ros.classes import ClassSet
-from clustvit_ros.engine import Settings
+from clustvit_ros.engine import Engine, Settings, create_engine
 from clustvit_ros.engine.graph_engine import GraphEngine
+from clustvit_ros.engine.host import EngineHost, EngineOrder
 from clustvit_ros.engine.torch_engine import TorchEngine
+from clustvit_ros.engine.worker import FrameSlot
 from clustvit_ros.errors import ClustvitError
 from clustvit_ros.networks.architectures import build_network, network_config
 from clustvit_ros.networks.model_folder import InputConfig, ModelConfig, save_model
@@ -43,13 +47,20 @@ def main(arguments: list[str] | None = None) -> int:
         0 when it shows what it should, 1 when not.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("agreement", "graphs"))
+    parts = {
+        "agreement": check_agreement, "graphs": check_graphs, "swap": check_swap, "batches": check_batches,
+        "memory": check_memory,
+    }  # fmt: skip
+    parser.add_argument("part", choices=(*parts, "report"))
+    parser.add_argument("folder", type=Path, nargs="?", help="of a report")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
-    part = {"agreement": check_agreement, "graphs": check_graphs}[args.part]
+    if args.part == "report":
+        write_report(args.folder)
+        return 0
     try:
-        rows = part(args.device)
+        rows = parts[args.part](args.device)
     except ClustvitError as error:
         print(f"gpu_check: {error}", file=sys.stderr)
         return 1
@@ -89,7 +100,8 @@ def check_graphs(device: str) -> list[dict[str, Any]]:
                 eager = TorchEngine.from_model(model, device, precision=precision)
                 graphs.warmup()
                 frames = _frames(size)[:3]
-                settings = [Settings(merge_threshold=t, token_capacity=c) for t in (0.5, 1.0) for c in (0, 5, 307)]
+                rungs = graphs.capacities(size)
+                settings = [Settings(t, c) for t in (0.5, 1.0) for c in (0, rungs[0], rungs[2])]
                 equal = min(
                     float((graphs.segment(frame, setting).mask == eager.segment(frame, setting).mask).mean())
                     for frame in frames
@@ -101,6 +113,98 @@ def check_graphs(device: str) -> list[dict[str, Any]]:
                 rows.append({**row, "reason": graphs.info.device_reason, "passed": passed})
                 graphs.close()
     return rows
+
+
+class _Session:
+    """What a node does with an engine, without ROS: segment whatever comes, and keep what it was told."""
+
+    def __init__(self, engine: Engine, results: list[tuple[str, str, float]]) -> None:
+        self.engine, self._results = engine, results
+
+    def handle(self, frame: np.ndarray) -> None:
+        stats = self.engine.segment(frame, Settings(confidence=False)).stats
+        self._results.append((self.engine.info.engine, self.engine.fault, stats.total_ms))
+
+    def use_idle_time(self, is_free: Any) -> None:
+        pass
+
+
+def check_swap(device: str) -> list[dict[str, Any]]:
+    """The node's own path: a model is loaded, warmed and captured while another one's frames run, three times."""
+    slot: FrameSlot[np.ndarray] = FrameSlot()
+    slot.open()
+    results: list[tuple[str, str, float]] = []
+    ended: list[BaseException | None] = []
+    host: EngineHost[np.ndarray] = EngineHost(slot)
+    frame, rows = _frames((352, 480))[0], []
+    name = "torch" if device == "cpu" else "cuda_graph"
+    for model in ("camvid_tiny", "sim_tiny", "camvid_tiny", "cwfid_tiny"):
+        before, count = len(results), len(ended)
+        host.start(
+            EngineOrder(
+                model, lambda device, model=model: create_engine(model, "auto", device, precision="auto"),
+                lambda engine: _Session(engine, results), device, on_end=ended.append,
+            )
+        )  # fmt: skip
+        while len(ended) == count:
+            if host.session is not None:
+                slot.put(frame)
+            time.sleep(0.01)
+        new = results[before:]
+        wrong = sorted({f"{engine} {fault}" for engine, fault, _ in new if engine != name or fault})
+        row = {"model": model, "frames_meanwhile": len(new), "error": str(ended[-1] or ""), "wrong": wrong}
+        slowest_ms = max((ms for *_, ms in new), default=0.0)
+        rows.append({**row, "slowest_ms": slowest_ms, "passed": not wrong and not ended[-1]})
+    host.close(60.0)
+    return rows
+
+
+def check_batches(device: str) -> list[dict[str, Any]]:
+    """Batches of 1 to 6 and six camera sizes: slow the first time, and nothing is recorded or allocated after it."""
+    engine = create_engine("camvid_tiny", "auto", device, precision="auto")
+    sizes = ((352, 480), (360, 640), (480, 480), (300, 480), (240, 640), (480, 640))
+    rows = []
+    for turn in range(2):
+        for batch, size in [(batch, sizes[0]) for batch in range(1, 7)] + [(1, size) for size in sizes]:
+            stats = engine.segment(np.zeros((batch, *size, 3), np.uint8), Settings(confidence=False)).stats
+            reserved = torch.cuda.memory_reserved() if device != "cpu" else 0
+            row = {"turn": turn, "batch": batch, "size": size, "ms": stats.total_ms, "reserved_mb": reserved / 1e6}
+            rows.append({**row, "passed": True})
+    first, second = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+    for row in second:
+        row["passed"] = row["reserved_mb"] == first[-1]["reserved_mb"]
+    engine.close()
+    return rows
+
+
+def check_memory(device: str) -> list[dict[str, Any]]:
+    """The device's memory at its peak while a model loads and runs, and what closing leaves."""
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="clustvit_gpu_") as folder:
+        for arch in ("clustvit_t",) if device == "cpu" else ("clustvit_t", "clustvit_b"):
+            model = _random_model(Path(folder) / arch, (64, 64) if device == "cpu" else (512, 512))
+            if device != "cpu":
+                torch.cuda.reset_peak_memory_stats()
+            engine = create_engine(str(model), "auto", device, precision="auto")
+            loaded = torch.cuda.max_memory_allocated() / 1e6 if device != "cpu" else 0.0
+            engine.warmup()
+            peak = torch.cuda.max_memory_allocated() / 1e6 if device != "cpu" else 0.0
+            weights = (model / "model.safetensors").stat().st_size / 2e6  # halved
+            engine.close()
+            del engine
+            left = torch.cuda.memory_allocated() / 1e6 if device != "cpu" else 0.0
+            row = {"arch": arch, "weights_mb": weights, "peak_loading_mb": loaded, "peak_mb": peak, "left_mb": left}
+            rows.append({**row, "passed": loaded <= 1.5 * weights + 50 and left <= 50})
+    return rows
+
+
+def write_report(folder: Path) -> None:
+    """Join what a check left behind into `report.json`, which is all that has to be sent back."""
+    content: dict[str, Any] = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    content.pop("report", None)
+    logs = {path.stem: path.read_text(errors="replace")[-4000:] for path in sorted(folder.glob("*.log"))}
+    content |= {"summary": (folder / "summary.txt").read_text().splitlines(), "logs": logs}
+    (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _masks(engine: TorchEngine, frames: list[np.ndarray]) -> np.ndarray:

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, on a bare machine with PyTorch and a CUDA GPU, without ROS, within 9 minutes:
+# Everything that only a GPU can show, on a bare machine with PyTorch and a CUDA GPU, without ROS, within 12 minutes on a
+# workstation and 45 on a Jetson:
 #
 #   scripts/gpu_check.sh OUTDIR
 #
-# gpu-marked tests, float16 against float32, captured graphs against eager frames, and the benchmark tables, each as JSON
-# (or a log) in OUTDIR, and a summary. Needs what `import clustvit_ros` needs besides PyTorch (numpy, OpenCV, PyYAML,
+# gpu-marked tests, float16 against float32, captured graphs against eager frames, models that change under load, batches
+# and camera sizes, memory at its peak, and the benchmark tables, ONNX Runtime's CUDA and TensorRT among them where it is
+# installed; each as JSON (or a log) in OUTDIR, a summary, and all of it in OUTDIR/report.json, to be sent back. Needs what `import clustvit_ros` needs besides PyTorch (numpy, OpenCV, PyYAML,
 # safetensors) and pytest with hypothesis and pytest-timeout; installs nothing.
 # PYTHON chooses the interpreter. GPU_CHECK_DEVICE=cpu goes through all the steps with tiny cases, to test this script.
 #
@@ -44,14 +46,19 @@ except ClustvitError as error:
 PY
 fi
 
-deadline=$((SECONDS + 520))
+# A Jetson's limits are four times a workstation's.
+scale="$("$python" -c "
+import sys, torch
+small = sys.argv[1] != 'cpu' and torch.cuda.get_device_properties(0).multi_processor_count < 20
+print(4 if small else 1)" "$device")" || exit 3
+deadline=$((SECONDS + 720 * scale))
 failed=0
 summary="$out/summary.txt"
 : >"$summary"
 
 # step NAME SECONDS COMMAND...: runs it, its output in NAME.log, at most so long and never past the deadline.
 step() {
-  local name="$1" limit="$2" began=$SECONDS status
+  local name="$1" limit=$(($2 * scale)) began=$SECONDS status
   shift 2
   local left=$((deadline - SECONDS))
   if [ $left -lt 10 ]; then
@@ -82,20 +89,32 @@ print(json.dumps({"name": result_stem(device), "torch": torch.__version__, "cuda
                   "python": platform.python_version()}, indent=2))
 PY
 
-sizes=(--size 512x512 --classes 150 --warmup 20 --runs 200)
+sizes=(--warmup 20 --runs 200)
+random=(--size 512x512 --classes 150)
 archs=vit_t,clustvit_t,vit_s,clustvit_s,vit_b,clustvit_b
 if [ "$device" = cpu ]; then
-  sizes=(--size 64x64 --classes 5 --warmup 1 --runs 2)
+  sizes=(--warmup 1 --runs 2)
+  random=(--size 64x64 --classes 5)
   archs=vit_t,clustvit_t
 fi
-step tests 150 "$python" -m pytest -q -p no:cacheprovider -m gpu test/engine --junitxml "$out/tests.xml"
+# Their limits sum to 700 s.
+step tests 120 "$python" -m pytest -q -p no:cacheprovider -m gpu test/engine --junitxml "$out/tests.xml"
 step agreement 60 "$python" scripts/gpu_check.py agreement --device "$device" --json "$out/agreement.json"
-step graphs 90 "$python" scripts/gpu_check.py graphs --device "$device" --json "$out/graphs.json"
+step graphs 80 "$python" scripts/gpu_check.py graphs --device "$device" --json "$out/graphs.json"
+for part in swap batches memory; do
+  step "$part" 40 "$python" scripts/gpu_check.py "$part" --device "$device" --json "$out/$part.json"
+done
 for precision in float16 float32; do
   for engine in cuda_graph torch; do
-    bench "bench_${precision}_$engine" 120 --arch "$archs" --engine "$engine" --precision "$precision"
+    bench "bench_${precision}_$engine" 60 --arch "$archs" "${random[@]}" --engine "$engine" --precision "$precision"
   done
 done
+if [ "$device" != cpu ] && "$python" -c 'import onnx, onnxruntime' 2>/dev/null; then
+  bench bench_float32_onnx_cuda 30 --model camvid_tiny --engine onnxruntime --provider cuda
+  bench bench_float16_onnx_tensorrt 50 --model camvid_tiny --engine onnxruntime --provider tensorrt --precision float16
+else
+  echo "onnxruntime: not tried, it is not installed" | tee -a "$summary"
+fi
 
 "$python" - "$out" "$device" <<'PY' | tee -a "$summary"
 import json, pathlib, sys
@@ -103,9 +122,11 @@ out, device = pathlib.Path(sys.argv[1]), sys.argv[2]
 for path in sorted(out.glob("bench_*.json")):
     rows = json.loads(path.read_text())
     for row in rows:
-        if row["arch"].startswith("clustvit"):
+        if row["arch"].startswith("clustvit_"):
             plain = next(r for r in rows if r["arch"] == row["arch"][5:] and r["engine"] == row["engine"])
             print(f"{path.stem}: {row['arch']} {row['engine']}: {row['p50_ms']:.2f} ms, "
                   f"{plain['p50_ms'] / row['p50_ms']:.2f}x of {plain['arch']}, p99/p50 {row['p99_ms'] / row['p50_ms']:.2f}")
 PY
+"$python" scripts/gpu_check.py report "$out"
+echo "everything is in $out/report.json; please send it back"
 exit $failed

@@ -12,6 +12,7 @@ is a finding then, not the end of the doctor.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import platform
@@ -100,7 +101,7 @@ def _gpu_remedy(built_for_cuda: bool) -> str:
 
 
 def check_onnxruntime() -> list[Finding]:
-    """Every provider of ONNX Runtime that this build claims to have runs a session."""
+    """Every provider of ONNX Runtime that this build claims to have runs a session, and none is missing for a GPU."""
     if importlib.util.find_spec("onnxruntime") is None:
         return [Finding("onnxruntime", Level.OK, "is not installed; only engine onnxruntime needs it")]
     try:
@@ -114,7 +115,7 @@ def check_onnxruntime() -> list[Finding]:
         return [Finding("onnxruntime", Level.FAIL, f"cannot be imported: {error}", remedy)]
     providers = [name for name in onnxruntime.get_available_providers() if name not in _REMOTE_PROVIDERS]
     x = np.arange(4, dtype=np.float32)
-    findings = []
+    findings = _check_onnxruntime_builds(providers)
     for provider in providers:
         check = f"onnxruntime {provider}"
         remedy = (
@@ -137,6 +138,31 @@ def check_onnxruntime() -> list[Finding]:
         else:
             findings.append(Finding(check, Level.OK, f"runs ({onnxruntime.__version__})"))
     return findings
+
+
+def _check_onnxruntime_builds(providers: list[str]) -> list[Finding]:
+    """Both builds at once overwrite each other's files; the CPU's beside a GPU leaves that idle."""
+    installed = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(name)]
+    again = "pip uninstall -y onnxruntime onnxruntime-gpu, then "
+    if platform.machine() == "aarch64":
+        again += "pip install onnxruntime-gpu from the Jetson index (docs/quick_start_jetson.md)"
+    else:
+        again += "pip install onnxruntime-gpu (extra onnx-gpu)"
+    if len(installed) > 1:
+        text = "onnxruntime and onnxruntime-gpu are both installed and share one folder; the last one's providers count"
+        return [Finding("onnxruntime", Level.FAIL, text, f"{again}; on a machine without a GPU, onnxruntime alone")]
+    hardware = gpu_hardware()
+    if hardware and "CUDAExecutionProvider" not in providers:
+        text = f"{hardware} is there, but this build has no CUDA provider: engine onnxruntime runs on the CPU"
+        return [Finding("onnxruntime", Level.WARN, text, again)]
+    return []
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        return bool(importlib.metadata.version(distribution))
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def try_model(model: str, device: str = "auto") -> list[Finding]:

@@ -29,10 +29,10 @@ from torch import Tensor
 
 from clustvit_ros.engine.engine import Prediction, Settings
 from clustvit_ros.engine.fallback import FaultKind, classify, first_line
-from clustvit_ros.engine.labels import cluster_map, static_label_maps, upsampling
+from clustvit_ros.engine.labels import cluster_map, on_device
 from clustvit_ros.engine.ladder import choose_capacity, default_ladder, rung_within
 from clustvit_ros.engine.network_engine import Lap, Maps, NetworkOutput, StageTimer, most_exempt
-from clustvit_ros.engine.pixels import device_input
+from clustvit_ros.engine.pixels import device_input, normalisation
 from clustvit_ros.engine.recorded_graph import CudaRecorder, EagerRecorder, Graph, Recorder, held_bytes
 from clustvit_ros.engine.torch_engine import TorchEngine
 from clustvit_ros.engine.worker import RestartNeeded
@@ -94,6 +94,7 @@ class _Plan:
         logits, cluster_ids: what every stage B leaves; the second None for a network that does not cluster.
         stage_b: token capacity -> recording of what follows the merge.
         set: what the buffers of settings hold, by name.
+        constants: what the network reads in every call and would forget.
     """
 
     host: Tensor
@@ -111,10 +112,11 @@ class _Plan:
     cluster_ids: Tensor | None = None
     stage_b: dict[int, Graph] = dataclasses.field(default_factory=dict)
     set: dict[str, Any] = dataclasses.field(default_factory=dict)
+    constants: tuple[Tensor, ...] = ()
 
     @property
     def x(self) -> Tensor:
-        """(B, 3, H, W) float32, normalised: what the network gets, once stage A has been replayed."""
+        """(B, 3, H, W), normalised: what the network gets, once stage A has been replayed."""
         return self.stage_a.outputs[0]
 
     def fill(self, name: str, value: float) -> None:
@@ -286,13 +288,13 @@ class GraphEngine(TorchEngine):
             kept_host=self._recorder.host_buffer((), torch.int64), grid_size=grid_size,
             label_maps=_Recent(self._recorder.memory_bytes // _MAPS_SHARE),
         )  # fmt: skip
-        mean, std = (
-            torch.tensor(values, device=device).view(1, 3, 1, 1)
-            for values in (self._config.input.mean, self._config.input.std)
-        )
+        # A CPU cannot shrink images in float16.
+        half = self._dtype == torch.float16 and device.type == "cuda"
+        normalised = normalisation(self._config.input, device, torch.float16 if half else torch.float32)
+        plan.constants = backbone.constants(grid_size)
 
         def stage_a() -> tuple[Tensor, Any, Tensor | None]:
-            x = device_input(plan.images, size, mean, std)
+            x = device_input(plan.images, size, *normalised)
             state = self.encode(x)
             if not backbone.merges:
                 return x, state, None
@@ -319,11 +321,11 @@ class GraphEngine(TorchEngine):
         return stage_b
 
     def _make_label_maps(self, plan: _Plan, size: tuple[int, int], confident: bool, clusters: bool) -> _LabelMaps:
-        how = upsampling((plan.logits.shape[2], plan.logits.shape[3]), size, self._device)
+        make = on_device(plan.logits, size)
         tokens_total = float(plan.grid_size[0] * plan.grid_size[1])
 
         def label_maps() -> Maps:
-            mask, confidence = static_label_maps(plan.logits, how, plan.confidence_threshold if confident else None)
+            mask, confidence = make(plan.logits, plan.confidence_threshold if confident else None)
             ids = plan.cluster_ids
             if ids is None:
                 return Maps(mask, confidence, None, torch.full((len(mask),), tokens_total, device=self._device))

@@ -21,7 +21,7 @@ for a shape.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -92,9 +92,10 @@ def label_maps(
     """
     needs_confidence = with_confidence or confidence_threshold > 0.0
     if logits.device.type != "cpu":
-        how = upsampling((logits.shape[2], logits.shape[3]), size, logits.device, logits.dtype)
-        mask, confidence = static_label_maps(logits, how, confidence_threshold if needs_confidence else None)
+        threshold = torch.full((), float(confidence_threshold), device=logits.device)
+        mask, confidence = on_device(logits, size)(logits, threshold if needs_confidence else None)
         return mask, confidence if with_confidence else None
+    logits = logits.float()
     if needs_confidence:
         mask, confidence = _banded_label_maps(logits, size, float(confidence_threshold), True)
         return mask, confidence if with_confidence else None
@@ -105,6 +106,32 @@ def label_maps(
             for image, mask in zip(logits, masks, strict=True)
         ]
     ), None
+
+
+DeviceMaps = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+"""Label maps of logits and a () float32 threshold; None computes no confidence."""
+
+
+def on_device(logits: Tensor, size: tuple[int, int]) -> DeviceMaps:
+    """How label maps of such logits are made on their device: by one kernel where there is one, else by operations.
+
+    Args:
+        logits: (B, Q, h, w) float.
+        size: (H, W) of the result.
+
+    Returns:
+        To be called with such logits; a recorded graph must hold on to it.
+    """
+    if logits.device.type == "cuda":
+        from clustvit_ros.engine.label_kernel import find_launcher, fused_label_maps  # Triton takes a second to load
+
+        launch = find_launcher(logits.device, logits.dtype)
+        if launch is not None:
+            return lambda logits, threshold: fused_label_maps(launch, logits, size, threshold)
+    # In float16 half of the traffic; bfloat16's digits are too few to be interpolated.
+    dtype = torch.float16 if logits.dtype == torch.float16 else torch.float32
+    how = upsampling((logits.shape[2], logits.shape[3]), size, logits.device, dtype)
+    return lambda logits, threshold: static_label_maps(logits.to(dtype), how, threshold)
 
 
 def static_label_maps(

@@ -51,29 +51,40 @@ def to_input(images: np.ndarray, size: tuple[int, int], config: InputConfig, dev
     if device.type == "cpu":
         if images.shape[1:3] != size:
             interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-            images = np.stack([cv2.resize(image, size[::-1], interpolation=interpolation) for image in images])
+            if images.shape[1:3] == (1, 1):  # OpenCV 4.5.4, JetPack's, cannot enlarge a single pixel
+                images = np.broadcast_to(images, (len(images), *size, 3))
+            else:
+                images = np.stack([cv2.resize(image, size[::-1], interpolation=interpolation) for image in images])
         x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float()
         return x.sub_(_per_channel(config.mean, device)).div_(_per_channel(config.std, device))
     pixels = torch.from_numpy(np.ascontiguousarray(images)).to(device, non_blocking=True)
-    return device_input(pixels, size, _per_channel(config.mean, device), _per_channel(config.std, device))
+    return device_input(pixels, size, *normalisation(config, device))
 
 
-def device_input(images: Tensor, size: tuple[int, int], mean: Tensor, std: Tensor) -> Tensor:
+@lru_cache(maxsize=16)
+def normalisation(config: InputConfig, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    """Offset and scale with which normalised = offset + scale * value: (1, 3, 1, 1) each, on the device."""
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1) for values in (config.mean, config.std))
+    return (-mean / std).to(device, dtype), (1.0 / std).to(device, dtype)
+
+
+def device_input(images: Tensor, size: tuple[int, int], offset: Tensor, scale: Tensor) -> Tensor:
     """Resize and normalise on the images' own device, in operations that a CUDA graph can record.
 
     Args:
         images: (B, H, W, 3) uint8 RGB.
         size: (height, width) of the result.
-        mean, std: (1, 3, 1, 1) on the device.
+        offset, scale: as `normalisation` has them, of the type of the result. In float16, which has all of a byte's
+            values, what is in between is rounded to an eighth.
 
     Returns:
-        (B, 3, *size) float32.
+        (B, 3, *size), channels last in memory.
     """
     shrinks = images.shape[1] > size[0] or images.shape[2] > size[1]
-    x = images.permute(0, 3, 1, 2).float()
+    x = images.permute(0, 3, 1, 2).to(scale.dtype)
     if tuple(x.shape[2:]) != size:
         x = F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=shrinks)
-    return (x - mean) / std
+    return torch.addcmul(offset, x, scale)
 
 
 @lru_cache(maxsize=16)

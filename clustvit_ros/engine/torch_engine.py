@@ -179,12 +179,12 @@ class TorchEngine(NetworkEngine):
         return NetworkOutput(logits, features.cluster_ids, grid_size, capacity)
 
     def encode(self, x: Tensor) -> Any:
-        """Normalised images (B, 3, H, W) float32 to the backbone's state."""
+        """Normalised images (B, 3, H, W) to the backbone's state."""
         return self._network.backbone.encode(x.to(self._dtype))
 
     def decode(self, features: Features) -> Tensor:
-        """Features to class logits (B, Q, h, w) float32."""
-        return self._network.decode(features).logits.float()
+        """Features to class logits (B, Q, h, w), as precise as the network has them."""
+        return self._network.decode(features).logits
 
 
 def _check_int8(device: torch.device, compiled: bool) -> None:

@@ -229,7 +229,7 @@ def unmerge(processed: Tensor, x: Tensor, merge: Merge, num_clusters: int, regen
         regenerated = regenerator(gather_rows(tokens, merge.merged_index), reps, merged_ids)
         full = torch.cat([kept, regenerated], dim=1)
         index = torch.cat([merge.kept_index, merge.merged_index], dim=1)
-        tokens = torch.empty_like(full).scatter(1, index[..., None].expand_as(full), full)
+        tokens = put_rows(full, index)
     else:
         regenerated = regenerator(tokens, reps, merge.cluster_ids)
         is_kept = merge.cluster_ids == 0
@@ -240,7 +240,16 @@ def unmerge(processed: Tensor, x: Tensor, merge: Merge, num_clusters: int, regen
 
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:
     """Rows of each image: (B, N, C), (B, M) -> (B, M, C)."""
+    if x.shape[0] == 1:  # one index for a row, not one for each of its values
+        return x.index_select(1, index[0])
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+
+
+def put_rows(x: Tensor, index: Tensor) -> Tensor:
+    """The way back, to all rows: (B, N, C), (B, N) a permutation of each image's rows -> (B, N, C)."""
+    if x.shape[0] == 1:
+        return torch.empty_like(x).index_copy(1, index[0], x)
+    return torch.empty_like(x).scatter(1, index[..., None].expand_as(x), x)
 
 
 GROUP_SIZE = 16

@@ -115,6 +115,10 @@ class Backbone(nn.Module, abc.ABC):
             "merge_exempt_region empty"
         )
 
+    def constants(self, grid_size: tuple[int, int]) -> tuple[Tensor, ...]:
+        """Tensors that are made once for a grid (h, w) of tokens, and that every call reads."""
+        return ()
+
     @abc.abstractmethod
     def finish(self, state: Any, merge_threshold: float = 0.5, token_capacity: int | Tensor | None = None) -> Features:
         """Features of a state.

@@ -258,13 +258,13 @@ class VisionTransformer(Backbone):
         """Position embedding for a grid: (1, 1+h*w, C).
 
         A grid of another shape but the same count uses the entries as they are, in flattened order, as the reference
-        implementation does. Without gradients, one resizing serves all images of a grid.
+        implementation does. Without gradients, one resizing serves all images of a grid; whoever records a network
+        that reads it holds on to it (`constants`), for the cache forgets.
         """
         if grid_size[0] * grid_size[1] == self.grid_size[0] * self.grid_size[1]:
             return self.pos_embed
         source = self.pos_embed
-        # A CUDA graph that is being captured would outlive what this cache holds.
-        if torch.is_grad_enabled() or (source.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if torch.is_grad_enabled():
             return self._resize_pos_embed(grid_size)
         version = 0 if source.is_inference() else source._version
         key = (grid_size, source.device, source.dtype, version)
@@ -273,6 +273,9 @@ class VisionTransformer(Backbone):
                 self._resized.clear()
             self._resized[key] = self._resize_pos_embed(grid_size)
         return self._resized[key]
+
+    def constants(self, grid_size: tuple[int, int]) -> tuple[Tensor, ...]:
+        return (self.resized_pos_embed(grid_size),)
 
     def _resize_pos_embed(self, grid_size: tuple[int, int]) -> Tensor:
         cls, grid = self.pos_embed[:, :1], self.pos_embed[:, 1:]

@@ -104,12 +104,31 @@ def test_a_gpu_that_torch_was_not_built_for_fails(monkeypatch: pytest.MonkeyPatc
     assert worst(compute_checks.check_torch("cuda")).level is Level.FAIL
 
 
+@pytest.mark.parametrize(
+    ("installed", "gpu", "level", "said", "remedy"),
+    [
+        (("onnxruntime", "onnxruntime-gpu"), "", Level.FAIL, "are both installed", "pip uninstall -y onnxruntime"),
+        (("onnxruntime",), "Orin", Level.WARN, "Orin is there, but this build has no CUDA provider", "onnxruntime-gpu"),
+        (("onnxruntime",), "", Level.OK, "", ""),
+    ],
+)
+def test_onnxruntimes_builds_exclude_each_other(
+    installed: tuple[str, ...], gpu: str, level: Level, said: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compute_checks, "gpu_hardware", lambda: gpu)
+    monkeypatch.setattr(compute_checks, "_is_installed", lambda name: name in installed)
+    findings = compute_checks._check_onnxruntime_builds(["CPUExecutionProvider"])
+    assert [finding.level for finding in findings] == ([] if level is Level.OK else [level])
+    assert all(said in finding.finding and remedy in finding.remedy for finding in findings)
+
+
 def test_a_provider_that_does_not_run_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     names = ["CUDAExecutionProvider", "AzureExecutionProvider", "CPUExecutionProvider"]
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("needs a CPU build of onnxruntime")
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
+    monkeypatch.setattr(compute_checks, "_is_installed", lambda name: name == "onnxruntime")
     levels = {finding.check: finding.level for finding in compute_checks.check_onnxruntime()}
     assert levels == {
         "onnxruntime CUDAExecutionProvider": Level.FAIL, "onnxruntime CPUExecutionProvider": Level.OK,

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from clustvit_ros.engine.label_kernel import fused_label_maps
 from clustvit_ros.engine.labels import cluster_map, static_label_maps, upsampling
 from clustvit_ros.engine.pixels import device_input
 from clustvit_ros.networks import build_network, load_config, network_config
@@ -64,11 +65,11 @@ def record(config, num_classes, size, dtype=torch.float16):
         N = grid_size[0] * grid_size[1]
         with META:
             images = torch.empty(1, *CAMERA, 3, dtype=torch.uint8)
-            mean, std, number = torch.empty(1, 3, 1, 1), torch.empty(1, 3, 1, 1), torch.empty(())
+            offset, scale, number = torch.empty(1, 3, 1, 1), torch.empty(1, 3, 1, 1), torch.empty(())
             exempt = torch.empty(1, N, dtype=torch.bool)
 
         def run(how=None):
-            state = backbone.encode(device_input(images, size, mean, std).to(dtype))
+            state = backbone.encode(device_input(images, size, offset, scale).to(dtype))
             capacities = [N]
             if backbone.merges:
                 state = backbone.exempt(state, exempt) if backbone.exempts else state
@@ -76,7 +77,7 @@ def record(config, num_classes, size, dtype=torch.float16):
                 capacities = [N, N // 2, N // 8]
             for capacity in capacities:
                 features = backbone.finish(state, token_capacity=capacity)
-                logits = network.decode(features).logits.float()
+                logits = network.decode(features).logits
             if how is not None:
                 for threshold in (number, None):
                     static_label_maps(logits, how, threshold)
@@ -84,7 +85,7 @@ def record(config, num_classes, size, dtype=torch.float16):
                     cluster_map(features.cluster_ids, grid_size, CAMERA)
             return logits
 
-        how = upsampling(tuple(run().shape[2:]), CAMERA, META)
+        how = upsampling(tuple(run().shape[2:]), CAMERA, META, run().dtype)
         with NothingFromTheHost(), NothingBetweenDevices():
             run(how)
 
@@ -113,6 +114,93 @@ def test_shipped_models(name):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_architectures(arch, overrides, dtype):
     record(network_config(arch, {"image_size": [512, 512], **overrides}), 20, (512, 512), dtype)
+
+
+# Operations that start no kernel on a device.
+VIEWS = {
+    "view", "_unsafe_view", "reshape", "permute", "transpose", "expand", "slice", "select", "unsqueeze", "squeeze", "t",
+    "split", "unbind", "detach", "alias", "as_strided", "empty", "empty_strided", "empty_like", "new_empty", "narrow",
+    "split_with_sizes", "unflatten", "flatten", "_reshape_alias", "lift_fresh",
+}  # fmt: skip
+
+
+class Counted(TorchDispatchMode):
+    """Counts kernels, and the bytes that they read and write."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernels = self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name not in VIEWS:
+            read, made = ([t for t in tree_leaves(tree) if isinstance(t, Tensor)] for tree in ((args, kwargs), result))
+            # Who picks rows reads as much as is written.
+            read = [*read[1:], *made] if name in ("index", "gather", "index_select") else read
+            self.kernels += 1
+            self.bytes += sum(tensor.nbytes for tensor in (*read, *made))
+        return result
+
+
+@torch.library.custom_op("clustvit_test::attention", mutates_args=())
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.empty_like(q)
+
+
+@attention.register_fake
+def _(q, k, v):
+    B, H, L, D = q.shape
+    return torch.empty(B, L, H, D, dtype=q.dtype, device=q.device).transpose(1, 2)
+
+
+@torch.library.custom_op("clustvit_test::labels", mutates_args={"mask", "confidence"})
+def labels(logits: Tensor, mask: Tensor, confidence: Tensor | None, threshold: Tensor | None) -> None:
+    pass
+
+
+@labels.register_fake
+def _(logits, mask, confidence, threshold):
+    return None
+
+
+def count_frame(name, camera, share, monkeypatch):
+    """Kernels and bytes of each of the three graphs of a frame in float16; B at a share of the tokens."""
+    fused = "scaled_dot_product_attention"
+    monkeypatch.setattr(torch.nn.functional, fused, lambda q, k, v, attn_mask: attention(q, k, v))
+    config = load_config(name)
+    size, half = config.input.size, {"dtype": torch.float16, "device": META}
+    with torch.no_grad():
+        network = for_inference(build_network(config.network, len(config.classes)).eval(), torch.float16).to(META)
+        backbone = network.to(memory_format=torch.channels_last).backbone
+        grid_size = grid_size_of(size, backbone.patch_size)
+        N = grid_size[0] * grid_size[1]
+        images, exempt = torch.empty(1, *camera, 3, dtype=torch.uint8, device=META), torch.empty(1, N, device=META) > 0
+        offset, scale = torch.empty(1, 3, 1, 1, **half), torch.empty(1, 3, 1, 1, **half)
+        number = torch.empty((), device=META)
+        backbone.constants(grid_size)
+        counts = {}
+        with Counted() as counts["A"]:
+            state = backbone.exempt(backbone.encode(device_input(images, size, offset, scale)), exempt)
+            backbone.count_kept(state, number).max()
+        with Counted() as counts["B"]:
+            features = backbone.finish(state, token_capacity=int(N * share))
+            logits = network.decode(features).logits
+            logits.clone(), features.cluster_ids.clone()  # into the buffers that all capacities share
+        with Counted() as counts["maps"]:
+            fused_label_maps(labels, logits, camera, number)
+            (features.cluster_ids == 0).sum(dim=1).float()
+    return {stage: (count.kernels, count.bytes / 1e6) for stage, count in counts.items()}
+
+
+def test_a_frame_stays_lean(monkeypatch):
+    counts = count_frame("camvid_tiny", (480, 640), 0.625, monkeypatch)
+    assert counts["maps"][1] <= 2 and counts["B"][0] <= 161, counts
+    assert sum(kernels for kernels, _ in counts.values()) <= 230, counts
+    assert sum(megabytes for _, megabytes in counts.values()) <= 190, counts
+    unmerged = count_frame("camvid_tiny", (480, 640), 1.0, monkeypatch)
+    few = count_frame("camvid_tiny", (480, 640), 0.125, monkeypatch)
+    assert few["B"][1] < 0.55 * unmerged["B"][1], "merging saves traffic"
 
 
 def test_the_watch_notices():
