@@ -32,8 +32,10 @@ from torch.onnx import symbolic_helper
 
 from clustvit_ros import __version__
 from clustvit_ros.engine.ladder import default_ladder
-from clustvit_ros.engine.onnx_session import check_against_torch
+from clustvit_ros.engine.onnx_session import check_against_torch, check_images, fold_and_check
+from clustvit_ros.engine.recorded_graph import rebuilt, tensors_of
 from clustvit_ros.errors import ConfigError, EngineError
+from clustvit_ros.networks.inference import for_inference
 from clustvit_ros.networks.model_folder import ModelConfig, hash_weights, load_config, load_segmenter
 from clustvit_ros.networks.segmenter import Segmenter
 from clustvit_ros.networks.vit import grid_size_of
@@ -46,6 +48,7 @@ EXEMPT_NAME = "exempt"
 OUTPUT_NAMES = ("logits", "cluster_ids", "capacity")
 # LayerNormalization appeared in 17; onnxruntime 1.17 and TensorRT 8.6 (JetPack 6) both read it.
 _OPSET = 17
+_MOST_SORTED = 3840  # TensorRT's TopK
 
 
 class Export(NamedTuple):
@@ -183,6 +186,119 @@ def export_onnx(model: str | Path, path: Path, size: tuple[int, int] | None = No
     return Export(path, difference, metadata)
 
 
+class StaticExport(NamedTuple):
+    """A network as files of which no shape depends on an image.
+
+    Attributes:
+        first: stage A; the whole network where it merges nothing.
+        by_capacity: stage B for each rung of the ladder; empty where nothing is merged.
+        max_difference: largest difference from PyTorch that the check found.
+    """
+
+    first: Path
+    by_capacity: dict[int, Path]
+    max_difference: float
+
+
+class _First(nn.Module):
+    """Up to the kept count: images, threshold and exempt tokens to the state's tensors and the count, or to logits."""
+
+    def __init__(self, network: Segmenter) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor, *settings: Tensor) -> tuple[Tensor, ...]:
+        backbone = self.network.backbone
+        state = backbone.encode(images)
+        if not backbone.merges:
+            return (self.network.decode(backbone.finish(state)).logits,)
+        if len(settings) > 1:
+            state = backbone.exempt(state, settings[1])
+        # While it is traced, sizes are tensors as well.
+        tensors = [tensor for tensor in tensors_of(state) if tensor.ndim > 0]
+        return (*tensors, backbone.count_kept(state, settings[0]).max())
+
+
+class _Rest(nn.Module):
+    """From there: the state's tensors to logits and cluster ids."""
+
+    def __init__(self, network: Segmenter, state: Any, capacity: int) -> None:
+        super().__init__()
+        self.network, self._state, self._capacity = network, state, capacity
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        given = iter(tensors)
+        features = self.network.backbone.finish(
+            rebuilt(self._state, lambda _: next(given)), token_capacity=self._capacity
+        )
+        logits, ids = self.network.decode(features).logits, features.cluster_ids
+        return (logits,) if ids is None else (logits, ids.contiguous())
+
+
+def export_static(model: str | Path, folder: Path, size: tuple[int, int] | None = None, batch: int = 1) -> StaticExport:
+    """Export a model for compilers that want all shapes: what runs before the kept count, and the rest per capacity.
+
+    A compiler of whole files such as TensorRT keeps out of a graph where a shape depends on the image, which in the
+    one file of `export_onnx` is nearly all of it. Files are compared with PyTorch before the folder appears complete.
+
+    Args:
+        model: a shipped model's name or a model folder's path.
+        folder: where the files go; made if it does not exist.
+        size: (height, width) of the network's input; None is the size the model was trained for.
+        batch: images per call.
+
+    Raises:
+        ModelError, ConfigError: the model cannot be loaded, or the input has more tokens than TensorRT can sort.
+        EngineError: a package of the `onnx` extra is missing, the exporter failed, or the numbers do not match.
+    """
+    config = load_config(model)
+    size = size or config.input.size
+    network = for_inference(load_segmenter(model))
+    backbone = network.backbone
+    rows, columns = grid_size_of(size, backbone.patch_size)
+    tokens_total = rows * columns
+    if backbone.merges and tokens_total > _MOST_SORTED:
+        raise ConfigError(
+            f"export: {size[0]}x{size[1]} has {tokens_total} tokens, TensorRT sorts at most {_MOST_SORTED}; choose a "
+            "smaller size"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    images = check_images(size, batch)
+    settings: tuple[Tensor, ...] = (torch.tensor(0.5),) if backbone.merges else ()
+    if backbone.exempts:
+        settings += (torch.zeros(batch, tokens_total, dtype=torch.bool),)
+    with torch.inference_mode():
+        state = rebuilt(backbone.encode(images), Tensor.clone)
+    names = [f"state_{index}" for index in range(len(tensors_of(state)))] if backbone.merges else []
+    metadata = describe_export(config, hash_weights(model), size, batch)
+    first = folder / ("stage_a.onnx" if backbone.merges else "network.onnx")
+    inputs = [INPUT_NAMES[0], INPUT_NAMES[1], EXEMPT_NAME][: 1 + len(settings)]
+    outputs = [*names, "kept"] if backbone.merges else [OUTPUT_NAMES[0]]
+    difference = _write_static(_First(network), (images, *settings), inputs, outputs, first, metadata)
+    by_capacity = {}
+    for capacity in default_ladder(tokens_total) if backbone.merges else ():
+        by_capacity[capacity] = path = folder / f"stage_b_{capacity}.onnx"
+        rest = _Rest(network, state, capacity)
+        found = _write_static(rest, tuple(tensors_of(state)), names, list(OUTPUT_NAMES[:2]), path, metadata)
+        difference = max(difference, found)
+    return StaticExport(first, by_capacity, difference)
+
+
+def _write_static(
+    module: nn.Module, example: tuple[Tensor, ...], inputs: list[str], outputs: list[str], path: Path,
+    metadata: dict[str, str],
+) -> float:  # fmt: skip
+    """Write one file, its shapes folded into constants; returns its largest difference from PyTorch."""
+    with torch.inference_mode():
+        expected = [tensor.clone() for tensor in module.eval()(*example)]
+    names = outputs[: len(expected)]
+    with replacing(path, shared=True) as partial:
+        _export(module, example, partial, inputs, names, None)
+        difference = fold_and_check(partial, dict(zip(inputs, example, strict=True)), expected)
+        _write_metadata(partial, metadata)
+    return difference
+
+
 def _trace(network: Segmenter, path: Path, size: tuple[int, int], batch: int | None) -> tuple[int, int]:
     """Write the file; returns (h, w) of its logits, which heads may compute on a finer grid than the tokens'."""
     grid_size = grid_size_of(size, network.backbone.patch_size)
@@ -199,6 +315,14 @@ def _trace(network: Segmenter, path: Path, size: tuple[int, int], batch: int | N
     with torch.inference_mode():
         height, width = network(example[0][:1], token_capacity=int(example[2])).logits.shape[2:]
     dynamic_axes = None if batch else {name: {0: "batch"} for name in (INPUT_NAMES[0], *OUTPUT_NAMES[:2])}
+    _export(module, example, path, names, list(OUTPUT_NAMES), dynamic_axes)
+    return height, width
+
+
+def _export(
+    module: nn.Module, example: tuple[Tensor, ...], path: Path, inputs: list[str], outputs: list[str],
+    dynamic_axes: dict[str, dict[int, str]] | None,
+) -> None:  # fmt: skip
     # Older versions of PyTorch have no such choice, and only this exporter.
     choice: dict[str, Any] = {"dynamo": False} if "dynamo" in signature(torch.onnx.export).parameters else {}
     with warnings.catch_warnings(), _stable_argsort():
@@ -208,12 +332,11 @@ def _trace(network: Segmenter, path: Path, size: tuple[int, int], batch: int | N
         try:
             torch.onnx.export(
                 module, example, str(path), opset_version=_OPSET,
-                input_names=names, output_names=list(OUTPUT_NAMES), dynamic_axes=dynamic_axes, **choice,
+                input_names=inputs, output_names=outputs, dynamic_axes=dynamic_axes, **choice,
             )  # fmt: skip
         except (torch.onnx.errors.OnnxExporterError, RuntimeError, ImportError) as error:
             problem = str(error).strip().splitlines()[-1]
             raise EngineError(f"PyTorch {torch.__version__} cannot export the network to ONNX: {problem}") from error
-    return height, width
 
 
 @contextmanager
@@ -244,11 +367,15 @@ def _write_metadata(path: Path, metadata: dict[str, str]) -> None:
         ) from error
     file = onnx.load(str(path))
     for value in file.graph.input:
-        if value.name == EXEMPT_NAME:
+        if value.name == EXEMPT_NAME and len(value.type.tensor_type.shape.dim) == 1:
             # An input with a value of its own is optional (ONNX IR, "graph inputs and initializers").
             tokens_total = value.type.tensor_type.shape.dim[0].dim_value
             none = onnx.numpy_helper.from_array(np.zeros(tokens_total, bool), EXEMPT_NAME)
             file.graph.initializer.append(none)
+    domains = {node.domain for node in file.graph.node}
+    unused = [entry for entry in file.opset_import if entry.domain not in domains]  # ONNX Runtime names its own
+    for entry in unused:
+        file.opset_import.remove(entry)
     file.producer_name, file.producer_version = "clustvit_ros", __version__
     onnx.helper.set_model_props(file, metadata)
     onnx.save(file, str(path))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -164,6 +165,56 @@ def check_against_torch(path: Path, network: Segmenter, size: tuple[int, int], b
     for images, many_settings in zip(_images(size, batch), (True, False), strict=True):
         with torch.inference_mode():
             difference = max(difference, _check_images(session, network, images, many_settings))
+    return difference
+
+
+STATIC_TOLERANCE = 1e-4
+
+
+def check_images(size: tuple[int, int], batch: int) -> Tensor:
+    """Smooth normalised images (batch, 3, *size) to compare networks on."""
+    return _images(size, batch)[1]
+
+
+def fold_and_check(path: Path, inputs: Mapping[str, Tensor], expected: Sequence[Tensor]) -> float:
+    """Replace what an exported file of static shapes computes from shapes by constants, and compare it with PyTorch.
+
+    Args:
+        path: the file, which is rewritten.
+        inputs: values of its inputs by name; the file may do without some.
+        expected: what PyTorch makes of them.
+
+    Returns:
+        The largest difference of its floating-point outputs, relative to their largest value where that is above 1.
+
+    Raises:
+        EngineError: the file cannot be run, or an output differs by more than `STATIC_TOLERANCE`.
+    """
+    onnxruntime = import_onnxruntime()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # Constants are folded and nothing is fused into operators of ONNX Runtime's own.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = f"{path}.folded"
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        os.replace(f"{path}.folded", path)
+        found = session.run(None, {value.name: inputs[value.name].numpy() for value in session.get_inputs()})
+    except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
+        raise EngineError(f"export: ONNX Runtime {onnxruntime.__version__} cannot run the file: {error}") from error
+    difference = 0.0
+    for value, wanted in zip(map(torch.from_numpy, map(np.asarray, found)), expected, strict=True):
+        if wanted.is_floating_point():
+            finite = wanted.isfinite()
+            apart = float((value - wanted)[finite].abs().max() / wanted[finite].abs().max().clamp(min=1.0))
+        else:
+            apart = float((value != wanted).float().mean())
+        difference = max(difference, apart)
+    if not difference <= STATIC_TOLERANCE:
+        raise EngineError(
+            f"export: {path.name} differs from PyTorch by {difference:.2g}, allowed {STATIC_TOLERANCE}; the file was "
+            "removed"
+        )
     return difference
 
 

@@ -105,10 +105,10 @@ class CalledAgain(Graph[T]):
 
     def __init__(self, work: Callable[[], T]) -> None:
         self._work = work
-        self.outputs = _own(work())
+        self.outputs = rebuilt(work(), Tensor.clone)  # its own, that share memory with nothing
 
     def replay(self) -> None:
-        for target, source in zip(_tensors(self.outputs), _tensors(self._work()), strict=True):
+        for target, source in zip(tensors_of(self.outputs), tensors_of(self._work()), strict=True):
             target.copy_(source)
 
 
@@ -218,27 +218,27 @@ class _Captured(Graph[T]):
 
 def held_bytes(value: Any) -> int:
     """Memory of the tensors in a record of buffers and graphs; what they share is counted once."""
-    return sum({tensor.data_ptr(): tensor.nbytes for tensor in _tensors(value)}.values())
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors_of(value)}.values())
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_of(value: Any) -> list[Tensor]:
     """The tensors in nested tuples, records and graphs, in order."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, Graph):
-        return _tensors(value.outputs)
+        return tensors_of(value.outputs)
     if dataclasses.is_dataclass(value):
         value = [getattr(value, field.name) for field in dataclasses.fields(value)]
     elif isinstance(value, Mapping):
         value = list(value.values())
-    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, (tuple, list)) else []
+    return [tensor for item in value for tensor in tensors_of(item)] if isinstance(value, (tuple, list)) else []
 
 
-def _own(value: Any) -> Any:
-    """The same with tensors of its own, that share memory with nothing."""
+def rebuilt(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Nested tuples with other tensors in the places of theirs; plain values stay."""
     if isinstance(value, Tensor):
-        return value.clone()
+        return change(value)
     if isinstance(value, tuple):
-        items = [_own(item) for item in value]
+        items = [rebuilt(item, change) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    return [_own(item) for item in value] if isinstance(value, list) else value
+    return [rebuilt(item, change) for item in value] if isinstance(value, list) else value

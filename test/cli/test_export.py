@@ -33,6 +33,12 @@ def test_without_out_the_file_lies_where_the_engine_looks(model_dir):
         (model_dir / "model.onnx").unlink(missing_ok=True)
 
 
+def test_files_of_static_shapes_lie_beside_the_model_or_where_they_are_wanted(model_dir, tmp_path, capsys):
+    assert main(["export", "--static", "--model", str(model_dir), "--out", str(tmp_path / "a"), "--size", "32x48"]) == 0
+    assert sorted(path.name for path in (tmp_path / "a").iterdir())[0] == "stage_a.onnx"
+    assert "and one for each of" in capsys.readouterr().out
+
+
 def test_an_official_checkpoint_comes_back_as_it_was(model_dir, tmp_path):
     first, second = tmp_path / "a.pth", tmp_path / "b.pth"
     assert main(["export", "--official", "--model", str(model_dir), "--out", str(first)]) == 0
