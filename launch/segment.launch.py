@@ -26,7 +26,7 @@ from clustvit_ros.paths import share_dir
 _PARAMETERS = {
     "model": (str, "Name of a shipped model, or path of a model folder."),
     "image_transport": (str, "raw, or compressed for JPEG and PNG on <image_topic>/compressed."),
-    "engine": (str, "What runs the network: auto, torch, cuda_graph, onnxruntime or scripted."),
+    "engine": (str, "What runs the network: auto, torch, cuda_graph, tensorrt, onnxruntime or scripted."),
     "device": (str, "Where it runs: auto, cpu, cuda or cuda:N."),
     "precision": (str, "What the network computes in: auto, float32, float16, bfloat16 or int8."),
     "merge_threshold": (float, "0.0 merges all tokens (fastest), 1.0 none (plain ViT)."),

@@ -22,7 +22,7 @@ from clustvit_ros.engine.engine import (
 from clustvit_ros.engine.scripted_engine import ScriptedEngine
 from clustvit_ros.errors import ConfigError, EngineError, missing_package
 
-ENGINES = ("auto", "torch", "cuda_graph", "onnxruntime", "scripted")
+ENGINES = ("auto", "torch", "cuda_graph", "tensorrt", "onnxruntime", "scripted")
 
 __all__ = [
     "ENGINES", "PRECISIONS", "PRECISION_CHOICES", "Engine", "EngineInfo", "Prediction", "ScriptedEngine", "Settings",
@@ -67,6 +67,12 @@ def create_engine(
             from clustvit_ros.engine.graph_engine import GraphEngine
 
             return GraphEngine.from_model(model, device, threads, precision, compiled)
+        if engine == "tensorrt":
+            from clustvit_ros.engine.tensorrt_engine import TensorRtEngine
+
+            if compiled:
+                raise ConfigError("compiled: the engine tensorrt compiles in its own way; leave compilation off")
+            return TensorRtEngine.from_model(model, device, threads, precision)
         if engine == "onnxruntime":
             from clustvit_ros.engine.onnx_engine import OnnxEngine
 

@@ -295,27 +295,42 @@ class GraphEngine(TorchEngine):
 
         def stage_a() -> tuple[Tensor, Any, Tensor | None]:
             x = device_input(plan.images, size, *normalised)
-            state = self.encode(x)
-            if not backbone.merges:
-                return x, state, None
-            if backbone.exempts:
-                state = backbone.exempt(state, plan.exempt)
-            return x, state, backbone.count_kept(state, plan.merge_threshold).max()
+            return x, *self.run_first(x, plan.merge_threshold, plan.exempt)
 
         plan.stage_a = self._record(stage_a)
         # Once without a graph: the head knows the shape of its logits.
-        features = backbone.finish(plan.stage_a.outputs[1], token_capacity=N)
-        plan.logits = self.decode(features)
-        plan.cluster_ids = None if features.cluster_ids is None else features.cluster_ids.clone()
+        logits, ids = self.run_rest(plan.stage_a.outputs[1], N)
+        plan.logits, plan.cluster_ids = logits.clone(), None if ids is None else ids.long()
         return plan
+
+    def run_first(self, x: Tensor, merge_threshold: Tensor, exempt: Tensor) -> tuple[Any, Tensor | None]:
+        """Stage A, as it is recorded: the state, and the kept count () int64 where the network merges.
+
+        Args:
+            x: (B, 3, H, W), normalised.
+            merge_threshold: () float32.
+            exempt: (B, N) bool, true where a token must not be merged.
+        """
+        backbone = self._network.backbone
+        state = self.encode(x)
+        if not backbone.merges:
+            return state, None
+        if backbone.exempts:
+            state = backbone.exempt(state, exempt)
+        return state, backbone.count_kept(state, merge_threshold).max()
+
+    def run_rest(self, state: Any, capacity: int) -> tuple[Tensor, Tensor | None]:
+        """Stage B, as it is recorded: class logits (B, Q, h, w), and cluster ids (B, N) where the network clusters."""
+        features = self._network.backbone.finish(state, token_capacity=capacity)
+        return self.decode(features), features.cluster_ids
 
     def _stage_b(self, plan: _Plan, state: Any, capacity: int) -> Callable[[], tuple]:
         def stage_b() -> tuple:
-            features = self._network.backbone.finish(state, token_capacity=capacity)
+            logits, ids = self.run_rest(state, capacity)
             # Into buffers that all capacities share: one set of label maps serves them all.
-            plan.logits.copy_(self.decode(features))
-            if plan.cluster_ids is not None and features.cluster_ids is not None:
-                plan.cluster_ids.copy_(features.cluster_ids)
+            plan.logits.copy_(logits)
+            if plan.cluster_ids is not None and ids is not None:
+                plan.cluster_ids.copy_(ids)
             return ()
 
         return stage_b

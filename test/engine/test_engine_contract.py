@@ -190,8 +190,8 @@ def test_settings_out_of_range_are_refused(values, message):
 
 
 def test_unknown_names_are_refused(toy_model):
-    with pytest.raises(ConfigError, match="engine: got 'tensorrt', expected one of"):
-        create_engine(str(toy_model), "tensorrt")
+    with pytest.raises(ConfigError, match="engine: got 'openvino', expected one of"):
+        create_engine(str(toy_model), "openvino")
     with pytest.raises(ConfigError, match="expected auto, cpu, cuda or cuda:N"):
         create_engine(str(toy_model), device="gpu")
     with pytest.raises(ModelError, match="is not shipped"):
