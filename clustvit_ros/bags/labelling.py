@@ -141,7 +141,7 @@ def label_bag(
     """Label a bag, or what is left of it.
 
     Args:
-        source: a rosbag2 folder, .mcap or .db3 file; it is only read.
+        source: what `BagReader` reads; it is only read.
         target: folder to be made; until then, `<target>.partial` beside it holds the work.
         engine: used in this thread.
         options: settings and outputs.

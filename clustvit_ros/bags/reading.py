@@ -91,9 +91,8 @@ class BagReader:
 
     @property
     def storage(self) -> str:
-        """The storage plugin: mcap or sqlite3."""
+        """The storage plugin: mcap, for ROS 1 as well, or sqlite3."""
         kind = _kind(self._files[0])
-        # Of ROS 1's bags, the newer one is the successor.
         return STORAGES[kind if kind in STORAGES else _kind(self._readable(self._files[0]))].replace("ros1", "mcap")
 
     @property
