@@ -12,7 +12,7 @@ import random
 import re
 import shutil
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -33,14 +33,14 @@ def zstd_file(path: Path, content: bytes) -> Path:
     return path
 
 
-def message_compressed(folder: Path, storage: str) -> Path:
+def message_compressed(folder: Path, storage: str, numbers: Iterable[int] = range(FRAMES)) -> Path:
     from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 
     writer = Writer(folder, version=8, storage_plugin=StoragePlugin[storage.upper()])
     writer.set_compression(CompressionMode.MESSAGE, CompressionFormat.ZSTD)
     with writer:
         connection = writer.add_connection("/camera/image_raw", recordings.IMAGE, typestore=recordings.STORE)
-        for number in range(FRAMES):
+        for number in numbers:
             data = recordings.STORE.serialize_cdr(image(number), recordings.IMAGE)
             writer.write(connection, recordings.START_NS + number * recordings.PERIOD_NS, data)
     return folder
@@ -193,6 +193,22 @@ def test_what_is_not_there_is_still_missing(tmp_path):
     (source / "in.mcap").unlink()
     report = label(source, tmp_path / "out")
     assert (report.labelled, report.complete, report.damage) == (FRAMES - 1, False, ["in.mcap: is missing"])
+
+
+@pytest.mark.parametrize("names", [("in_0.mcap", "in_1.mcap"), ("b_9.mcap", "b_10.mcap"), ("front", "rear")])
+@pytest.mark.parametrize("metadata", [True, False])
+def test_a_split_bag_may_be_renamed(tmp_path, names, metadata, expected):
+    source = camera_bag(tmp_path / "in", FRAMES)
+    for name, numbers in zip(names, (range(FRAMES // 2), range(FRAMES // 2, FRAMES)), strict=True):
+        storage_file(message_compressed(tmp_path / "part", "mcap", numbers)).rename(source / name)
+        shutil.rmtree(tmp_path / "part")
+    (source / "in.mcap").unlink()
+    listed = (source / "metadata.yaml").read_text().replace("- in.mcap", "- in_0.mcap\n  - in_1.mcap")
+    (source / "metadata.yaml").write_text(listed)
+    if not metadata:
+        (source / "metadata.yaml").unlink()
+    report = label(source, tmp_path / "out")
+    assert report.complete and masks(tmp_path / "out") == expected
 
 
 def test_messages_that_cannot_be_read_are_not_called_none(tmp_path):
