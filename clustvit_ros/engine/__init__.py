@@ -91,11 +91,14 @@ def check_model(model: str) -> tuple[ClassSet, int]:
         model: a shipped model's name or a model folder's path.
 
     Returns:
-        Its classes, and the bytes of its weights file.
+        Its classes, and the bytes that loading and running it take.
 
     Raises:
         ConfigError, ModelError: it cannot be loaded, and why.
     """
-    from clustvit_ros.networks.model_folder import check_folder  # needs PyTorch
+    from clustvit_ros.engine.network_engine import frame_bytes  # needs PyTorch
+    from clustvit_ros.networks.model_folder import check_folder
 
-    return check_folder(model)
+    config, weights_bytes = check_folder(model)
+    # Weights are there in several forms for a moment.
+    return config.classes, 6 * weights_bytes + frame_bytes(config)

@@ -25,7 +25,7 @@ from clustvit_ros.engine.engine import Accuracy, Engine, EngineInfo, Prediction,
 from clustvit_ros.engine.exemption import exempt_tokens
 from clustvit_ros.engine.labels import cluster_map, label_maps
 from clustvit_ros.engine.ladder import INPUT_SCALES, default_ladder, scaled_size
-from clustvit_ros.engine.machine import keep_freed_memory
+from clustvit_ros.engine.machine import available_bytes, keep_freed_memory
 from clustvit_ros.engine.pixels import network_size, to_input
 from clustvit_ros.errors import ConfigError, EngineError
 from clustvit_ros.networks.model_folder import MeasuredPoint, ModelConfig
@@ -80,6 +80,31 @@ def _gpu_problem(name: str) -> str:
         return "a test kernel gave a wrong result"
     except (RuntimeError, AssertionError) as error:
         return f"a test kernel failed ({str(error).splitlines()[0]})"
+
+
+# Measured with 384 channels at 1024x1024; 83 with 128. Below a megapixel or two, other buffers are what counts.
+_BYTES_PER_PIXEL, _LEAST_BYTES = 112, 256_000_000
+
+
+def frame_bytes(config: ModelConfig) -> int:
+    """About the memory that a frame of a model's full input takes while it is segmented."""
+    return max(_BYTES_PER_PIXEL * config.input.size[0] * config.input.size[1], _LEAST_BYTES)
+
+
+def check_memory(config: ModelConfig, device: torch.device) -> None:
+    """Refuse a model whose frames would not fit, before anything of their size is made.
+
+    Raises:
+        ConfigError: how much it takes and how much there is.
+    """
+    needed, free = frame_bytes(config), available_bytes()
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    if needed > _LEAST_BYTES and free is not None and needed > free:
+        raise ConfigError(
+            "model {}: a frame at its input of {}x{} px takes about ".format(config.name, *config.input.size)
+            + f"{needed / 1e6:.0f} MB of memory, {free / 1e6:.0f} MB are free; state a smaller input size in model.yaml"
+        )
 
 
 def _accuracy_of(point: MeasuredPoint, config: ModelConfig) -> Accuracy:
@@ -144,12 +169,16 @@ class NetworkEngine(Engine):
         device_reason: why this device, when it was chosen automatically; else empty.
         weights_sha256: hash of the model's weights file; empty for a network that comes from none.
         precision: one of `PRECISIONS`, what the network computes in.
+
+    Raises:
+        ConfigError: a frame takes more memory than there is.
     """
 
     def __init__(
         self, engine: str, config: ModelConfig, device: torch.device, device_name: str, device_reason: str,
         weights_sha256: str = "", precision: str = "float32",
     ) -> None:  # fmt: skip
+        check_memory(config, device)
         keep_freed_memory()
         self._config = config
         self._device = device

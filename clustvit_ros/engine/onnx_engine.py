@@ -21,7 +21,14 @@ from torch import Tensor
 
 from clustvit_ros.engine.engine import Settings
 from clustvit_ros.engine.ladder import choose_capacity, default_ladder
-from clustvit_ros.engine.network_engine import Lap, NetworkEngine, NetworkOutput, describe_device, select_device
+from clustvit_ros.engine.network_engine import (
+    Lap,
+    NetworkEngine,
+    NetworkOutput,
+    check_memory,
+    describe_device,
+    select_device,
+)
 from clustvit_ros.engine.onnx_export import EXEMPT_NAME, describe_export, export_onnx
 from clustvit_ros.engine.onnx_session import open_session, read_metadata
 from clustvit_ros.errors import ConfigError, EngineError, ModelError
@@ -75,6 +82,7 @@ class OnnxEngine(NetworkEngine):
         config = load_config(model)
         self._weights_sha256 = hash_weights(model)
         selected, reason = select_device(device)
+        check_memory(config, selected)  # the export runs the network, too
         session, problem = self._open(config, config.input.size, selected)
         if problem:
             if device != "auto" or execution_provider:

@@ -19,6 +19,9 @@ from torch import Tensor
 
 from clustvit_ros.networks.model_folder import InputConfig
 
+# Times the trained input's side.
+_LONGEST = 4
+
 
 def network_size(image_size: tuple[int, int], input_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
     """The size at which the network sees an image: about as many pixels as it was trained for, the image's aspect kept.
@@ -39,7 +42,9 @@ def network_size(image_size: tuple[int, int], input_size: tuple[int, int], patch
     area = input_size[0] * input_size[1]
     height = max(round(math.sqrt(area * aspect) / patch_size), 1) * patch_size
     width = max(round(area / height / patch_size), 1) * patch_size
-    return height, width
+    # A line of pixels is no reason for an input of one patch by hundreds, which nothing was trained for.
+    longest_height, longest_width = (max(_LONGEST * side // patch_size, 1) * patch_size for side in input_size)
+    return min(height, longest_height), min(width, longest_width)
 
 
 def to_input(images: np.ndarray, size: tuple[int, int], config: InputConfig, device: torch.device) -> Tensor:

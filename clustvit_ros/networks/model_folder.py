@@ -27,7 +27,7 @@ from clustvit_ros.paths import MODEL_FILE, find_model, hash_file, model_name, re
 
 WEIGHTS_FILE = "model.safetensors"
 # Far above any vision transformer; what is within is held against the weights before memory is spent on it.
-_LARGEST_INPUT_PX = 8192
+_LARGEST_INPUT_PX, _MOST_INPUT_PIXELS = 8192, 4096 * 4096
 _LARGEST_SIZE, _DEEPEST = 65_536, 512
 TEMPERATURES = (0.05, 20.0)
 """Range of a model's temperature."""
@@ -50,8 +50,11 @@ class InputConfig:
     def __post_init__(self) -> None:
         if min(self.size) < 1:
             raise ConfigError(f"input: size is {list(self.size)}, expected positive (height, width)")
-        if max(self.size) > _LARGEST_INPUT_PX:
-            raise ConfigError(f"input: size is {list(self.size)}, expected at most {_LARGEST_INPUT_PX} px each")
+        if max(self.size) > _LARGEST_INPUT_PX or self.size[0] * self.size[1] > _MOST_INPUT_PIXELS:
+            raise ConfigError(
+                f"input: size is {list(self.size)}, expected at most {_LARGEST_INPUT_PX} px each and "
+                f"{_MOST_INPUT_PIXELS} pixels in all (4096x4096); images are resized to what stands there"
+            )
         if min(self.std) <= 0:
             raise ConfigError(f"input: std is {list(self.std)}, expected positive numbers")
 
@@ -183,11 +186,11 @@ def _check_point(point: MeasuredPoint, full_size: tuple[int, int], network: Netw
         )
 
 
-def check_folder(model: str | Path) -> tuple[ClassSet, int]:
+def check_folder(model: str | Path) -> tuple[ModelConfig, int]:
     """Hold a model's weights file against its configuration, by the file's header.
 
     Returns:
-        The model's classes, and the bytes of its weights file.
+        The model's configuration, and the bytes of its weights file.
 
     Raises:
         ModelError: no such model, or weights that do not fit its configuration.
@@ -195,7 +198,7 @@ def check_folder(model: str | Path) -> tuple[ClassSet, int]:
     """
     config, path = load_config(model), weights_path(model)
     _check_file(_hollow_network(config), path, config.network.unused_weights)
-    return config.classes, path.stat().st_size
+    return config, path.stat().st_size
 
 
 def load_segmenter(model: str | Path) -> Segmenter:

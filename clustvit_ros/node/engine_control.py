@@ -38,8 +38,6 @@ from clustvit_ros.policy.parameters import SegmentationParameters
 EngineFactory = Callable[[SegmentationParameters, str], Engine]
 """Makes the engine that parameters name, on a device."""
 
-# Loading needs the weights in several forms for a moment, while the running model keeps its own.
-_COPIES_OF_WEIGHTS, _WORKING_BYTES = 6, 256_000_000
 # What a model's classes are named in: these change together with it.
 _NAMED = ("model", "class_groups", "merge_exempt_classes")
 
@@ -292,8 +290,7 @@ class EngineControl:
         if self._factory is not make_engine:
             return None
         try:
-            classes, weights_bytes = check_model(new.model)
-            needed, free = _COPIES_OF_WEIGHTS * weights_bytes + _WORKING_BYTES, available_bytes()
+            (classes, needed), free = check_model(new.model), available_bytes()
             if free is not None and free < needed:
                 raise ConfigError(
                     f"loading it beside the running model takes about {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are "

@@ -9,14 +9,17 @@
 from __future__ import annotations
 
 import gc
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
-from clustvit_ros.engine import Settings, create_engine
+from clustvit_ros.engine import Settings, check_model, create_engine, network_engine
 from clustvit_ros.engine.graph_engine import GraphEngine
 from clustvit_ros.engine.recorded_graph import EagerRecorder
+from clustvit_ros.errors import ConfigError
 
 
 def resident_mb():
@@ -65,3 +68,22 @@ def test_memory_is_constant_in_steady_state(toy_model, onnx_cache, request, name
     run(calls)
     gc.collect()
     assert resident_mb() - before_mb < allowed_mb
+
+
+@pytest.mark.parametrize("name", ["torch", "onnxruntime"])
+def test_an_input_that_does_not_fit_is_refused_before_it_is_made(toy_model, onnx_cache, tmp_path, monkeypatch, name):
+    if name == "onnxruntime":
+        pytest.importorskip("onnxruntime", reason="needs onnxruntime, of the extra 'onnx'")
+    shutil.copytree(toy_model, tmp_path / "huge")
+    content = yaml.safe_load((toy_model / "model.yaml").read_text()) | {"input": {"size": [4096, 4096]}}
+    (tmp_path / "huge" / "model.yaml").write_text(yaml.safe_dump(content))
+    _, needed = check_model(str(tmp_path / "huge"))
+    assert 1.8e9 < needed < 2.0e9
+    before_mb = resident_mb()
+    monkeypatch.setattr(network_engine, "available_bytes", lambda: 1_000_000_000)
+    message = r"huge: a frame at its input of 4096x4096 px takes about 1879 MB of memory, 1000 MB are free; state"
+    with pytest.raises(ConfigError, match=message):
+        create_engine(str(tmp_path / "huge"), name, "cpu")
+    assert resident_mb() - before_mb < 100
+    monkeypatch.setattr(network_engine, "available_bytes", lambda: 0)
+    create_engine(str(toy_model), name, "cpu")  # what is small is tried

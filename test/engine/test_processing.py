@@ -59,7 +59,11 @@ def test_cluster_map_is_nearest():
         ((480, 640), (352, 480)),
         ((720, 1280), (304, 560)),
         ((640, 480), (480, 352)),
-        ((10, 4000), (16, 10560)),
+        ((376, 1241), (224, 752)),
+        # Beyond four times a trained side the aspect is given up.
+        ((1, 2000), (16, 1920)),
+        ((2000, 1), (1408, 16)),
+        ((10, 4000), (16, 1920)),
     ],
 )
 def test_network_size_keeps_aspect_and_area(image, expected):

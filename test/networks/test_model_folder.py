@@ -148,9 +148,10 @@ def test_networks_of_absurd_size_cost_nothing(folder, network):
         load_segmenter(folder[0])
 
 
-def test_absurd_inputs_are_refused(folder):
-    edit(folder[0], input={"size": [10**6, 10**6]})
-    with pytest.raises(ConfigError, match="expected at most 8192 px"):
+@pytest.mark.parametrize("size", [[10**6, 10**6], [8192, 8192], [4096, 4112], [1, 10**5]])
+def test_absurd_inputs_are_refused(folder, size):
+    edit(folder[0], input={"size": size})
+    with pytest.raises(ConfigError, match=r"expected at most 8192 px each and 16777216 pixels in all"):
         load_config(folder[0])
 
 
