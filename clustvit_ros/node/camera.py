@@ -33,6 +33,7 @@ from clustvit_ros.node.qos import (
     latched_qos,
     output_qos,
     overridable,
+    overrides_told,
     replay_qos,
 )
 from clustvit_ros.policy.ledger import Ledger
@@ -113,26 +114,30 @@ class Frame:
 
     @cached_property
     def arrival_age_ms(self) -> float | None:
-        """Milliseconds from the stamp to the arrival, negative for a stamp in the future; None without a stamp."""
-        return (self.arrival_ns - self.stamp_ns) / 1e6 if self.stamp_ns else None
+        """Milliseconds from the stamp to the arrival, negative for one in the future; None without stamp or clock."""
+        return (self.arrival_ns - self.stamp_ns) / 1e6 if self.stamp_ns and self.arrival_ns else None
+
+    def age_ms(self, now_ns: int) -> float:
+        """Milliseconds since it was taken; since its arrival where stamp or clock (`now_ns` 0) is missing."""
+        if not (self.stamp_ns and self.arrival_ns):
+            return (time.monotonic() - self.fate.arrival_s) * 1000.0
+        return (now_ns - self.stamp_ns) / 1e6
 
 
 class Outputs:
-    """One camera's publishers, below `segmentation/`.
+    """One camera's publishers, below one name.
 
     Args:
         create: the node's `create_lifecycle_publisher` or `create_publisher`.
-        camera: name that comes before `segmentation/`; empty for the only camera.
+        base: what comes before the topics' own names.
         events: gives event callbacks for the publisher on a topic.
         depth: how many messages are kept for consumers that fall behind.
     """
 
     def __init__(
-        self, create: Callable[..., Any], camera: str = "", events: Callable[[str], Any] = lambda topic: None,
-        depth: int = 5,
+        self, create: Callable[..., Any], base: str = "segmentation",
+        events: Callable[[str], Any] = lambda topic: None, depth: int = 5,
     ) -> None:  # fmt: skip
-        base = f"{camera}/segmentation" if camera else "segmentation"
-
         def make(name: str, kind: type, qos: Any) -> Any:
             topic = f"{base}/{name}"
             return create(kind, topic, qos, event_callbacks=events(topic), qos_overriding_options=overridable())
@@ -201,7 +206,8 @@ class Camera:
         self._prefix = f"{name}/" if name else ""
         self.parameters = parameters
         self.outputs = Outputs(
-            node.create_lifecycle_publisher, name, lambda topic: qos.publisher_events(node.resolve_topic_name(topic)),
+            self._create_publisher, f"{self._prefix}{node.get_name()}",
+            lambda topic: qos.publisher_events(node.resolve_topic_name(topic)),
             **({} if parameters.adapts else {"depth": REPLAY_OUTPUT_DEPTH}),
         )  # fmt: skip
         self._subscriptions: list[Any] = []
@@ -220,7 +226,7 @@ class Camera:
     @property
     def mask_topic(self) -> str:
         """The resolved name."""
-        return self._node.resolve_topic_name(f"{self._prefix}segmentation/mask")
+        return self._node.resolve_topic_name(f"{self._prefix}{self._node.get_name()}/mask")
 
     def subscribe(self, on_frame: Callable[[Frame, str], None]) -> str:
         """Begin to hand frames, and the camera's name, to `on_frame`.
@@ -229,8 +235,7 @@ class Camera:
             The resolved topic that they come from.
         """
         compressed = self.parameters.image_transport == "compressed"
-        image_topic = self._node.resolve_topic_name(f"{self._prefix}image")
-        topic = f"{image_topic}/compressed" if compressed else image_topic
+        topic = f"{self._image_topic}/compressed" if compressed else self._image_topic
         kind = CompressedImage if compressed else Image
         self._on_frame = on_frame
         self.ledger = Ledger()
@@ -263,23 +268,33 @@ class Camera:
         outputs = (publisher.topic_name for publisher in self.outputs.all())
         return self._qos.problem_of(*inputs), self._qos.problem_of(*outputs)
 
+    def _create_publisher(self, kind: type, topic: str, *arguments: Any, **options: Any) -> Any:
+        with overrides_told(self._node, topic):
+            return self._node.create_lifecycle_publisher(kind, topic, *arguments, **options)
+
     def _listen(self, kind: type, topic: str, callback: Callable[[Any], None], profile: Any) -> None:
-        subscription = self._node.create_subscription(
-            kind, topic, callback, profile,
-            event_callbacks=self._qos.subscription_events(topic), qos_overriding_options=overridable(),
-        )  # fmt: skip
+        with overrides_told(self._node, topic):
+            subscription = self._node.create_subscription(
+                kind, topic, callback, profile,
+                event_callbacks=self._qos.subscription_events(topic), qos_overriding_options=overridable(),
+            )  # fmt: skip
         self._subscriptions.append(subscription)
 
     def _input_qos(self) -> Any:
         return input_qos() if self.parameters.adapts else replay_qos()
+
+    @property
+    def _image_topic(self) -> str:
+        topic = self._node.resolve_topic_name(f"{self._prefix}image")
+        # Whoever names the compressed topic itself means that camera.
+        return topic.removesuffix("/compressed") if self.parameters.image_transport == "compressed" else topic
 
     def _beside(self, name: str) -> str:
         """A topic beside the image's, as image_transport has `camera_info`, unless it is remapped."""
         own = f"{self._prefix}{name}"
         resolved = self._node.resolve_topic_name(own)
         remapped = resolved != self._node.resolve_topic_name(own, only_expand=True)
-        image_topic = self._node.resolve_topic_name(f"{self._prefix}image")
-        return resolved if remapped else f"{image_topic.rpartition('/')[0]}/{name}"
+        return resolved if remapped else f"{self._image_topic.rpartition('/')[0]}/{name}"
 
     def _follow_points(self, now_s: float) -> LabelledPoints | None:
         """Listen to clouds, or to depth where no cloud is published, as long as somebody subscribes to points."""
@@ -326,7 +341,7 @@ class Camera:
         frame = Frame(message, self._node.get_clock().now().nanoseconds, self.name, info, order)
         self.watch.saw_image()
         now_s = frame.fate.arrival_s
-        self.ledger.receive(now_s, frame.arrival_age_ms)
+        self.ledger.receive(now_s, frame.arrival_age_ms, frame.stamp_ns)
         rate_hz = self.parameters.max_rate_hz if self.parameters.adapts else 0.0
         frame.fate.over_rate = not self._pace.admits(now_s, rate_hz)
         self._on_frame(frame, self.name)

@@ -217,6 +217,8 @@ class EngineControl:
         parameters, start_s = self._parameters(), time.monotonic()
         model = "" if parameters.engine == "scripted" else f" with model {parameters.model}, device {parameters.device}"
         self._say(f"loading engine {parameters.engine}{model}")
+        if not model and parameters.model != SegmentationParameters.model:
+            self._node.get_logger().warning(f"model {parameters.model} has no effect: the engine scripted runs none")
         self._has_ended.clear()
 
         def end(error: BaseException | None) -> None:

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from clustvit_ros.node.filling import FrameFiller
 
 _LOG_PERIOD_S = 5.0
+# No camera is that slow.
+_OTHER_CLOCK_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ class MaskPublisher:
 
     def age_ms(self, frame: Frame) -> float:
         """Milliseconds since a frame's stamp, or since its arrival when it has none."""
-        return (self._now_ns() - frame.time_ns) / 1e6
+        return frame.age_ms(self._now_ns())
 
 
 class FrameSession:
@@ -328,9 +330,13 @@ class FrameSession:
 
     def _tell_first(self, record: FrameRecord) -> None:
         assert record.stats is not None  # it was segmented
+        apart_s = abs(record.arrival_age_ms) / 1000.0
+        age = f"{record.age_ms:.1f} ms after the image's stamp"
+        if apart_s > _OTHER_CLOCK_S:
+            age = f"its image's stamp is of another clock, {apart_s:.0f} s from this node's"
         self._logger.info(
             f"{record.camera + ': ' if record.camera else ''}first mask: {record.mask_size[1]}x{record.mask_size[0]}, "
-            f"{record.age_ms:.1f} ms after the image's stamp; engine {record.stats.total_ms:.1f} ms, "
+            f"{age}; engine {record.stats.total_ms:.1f} ms, "
             f"{record.stats.tokens_kept:g} of {record.stats.tokens_total} tokens"
         )
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from builtin_interfaces.msg import Time
 from diagnostic_msgs.msg import DiagnosticArray
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState
@@ -40,11 +41,13 @@ from clustvit_ros.node.messages import NO_LABEL_INFO, LabelInfo
 from clustvit_ros.node.parameter_server import ParameterServer
 from clustvit_ros.node.process import RESTART_CODE, ShieldedExecutor, answered, run_node
 from clustvit_ros.node.qos import QosWatch
-from clustvit_ros.node.status import camera_status
+from clustvit_ros.node.status import camera_status, losses_of
 from clustvit_ros.policy import BudgetStatus
 from clustvit_ros.policy.parameters import CameraParameters, SegmentationParameters
 
 _REPORT_PERIOD_S = 1.0
+# Reports: discovery of the clock's publisher takes its time.
+_CLOCK_GRACE = 3
 # A frame at hand may be finished when the node is deactivated; nobody who asks for that waits longer.
 _FINISH_S = 0.8
 _FAREWELL_S = 1.0
@@ -72,6 +75,7 @@ class SegmentationNode(LifecycleNode):
         self._state = "unconfigured"
         self._fault = self._engine_fault = ""
         self._exit_code = 0
+        self._reports_without_clock = 0
         self._cameras: dict[str, Camera] = {}
         publisher = MaskPublisher(self.get_name(), self.get_logger(), lambda: self.get_clock().now().nanoseconds)
         self._filler = FrameFiller(self._cameras, publisher, self.get_logger(), self.context.ok)
@@ -85,7 +89,8 @@ class SegmentationNode(LifecycleNode):
         )
         for camera in filter(None, self.parameters.cameras):
             self._server.add(f"{camera}.", CameraParameters)
-        self._server.warn_of_unknown({".weight": "of several cameras, the one that has waited longest is next"})
+        gone = {".weight": "of several cameras, the one that has waited longest is next"}
+        self._server.warn_of_unknown(gone, sys.argv)
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         # Steady, so that diagnostics keep their pace while simulated time stands still.
         self._timer = self.create_timer(_REPORT_PERIOD_S, self._report, clock=Clock(clock_type=ClockType.STEADY_TIME))
@@ -94,7 +99,7 @@ class SegmentationNode(LifecycleNode):
 
     def create_service(self, srv_type: Any, srv_name: str, callback: Any, **arguments: Any) -> Any:
         """As rclpy's, which uses it for the parameter services, too; whoever calls it is answered in any case."""
-        return super().create_service(srv_type, srv_name, answered(srv_type, callback), **arguments)
+        return super().create_service(srv_type, srv_name, answered(srv_type, callback, self.has_parameter), **arguments)
 
     @property
     def default_callback_group(self) -> CallbackGroup:
@@ -122,7 +127,9 @@ class SegmentationNode(LifecycleNode):
             False when either failed; the log says why.
         """
         success = TransitionCallbackReturn.SUCCESS
-        return self.trigger_configure() == success and self.trigger_activate() == success
+        # A manager may have been faster.
+        configured = self._state != "unconfigured" or self.trigger_configure() == success
+        return configured and (self._state != "inactive" or self.trigger_activate() == success)
 
     def destroy_node(self) -> None:
         """Leave ROS at once, whatever a thread of the engine still holds."""
@@ -214,6 +221,7 @@ class SegmentationNode(LifecycleNode):
         for camera in self._cameras.values():
             topic = camera.subscribe(self._accept)
             self.get_logger().info(f"active: {topic} -> {camera.mask_topic}")
+        self._server.warn_of_unknown_qos()
 
     def _accept(self, frame: Frame, camera: str) -> None:
         if self._filler.offer(frame):
@@ -273,7 +281,7 @@ class SegmentationNode(LifecycleNode):
         if session is not None:
             parameters = self.parameters
             classes = group_classes(session.engine.info.classes, parameters.class_groups).classes
-            header = Header(stamp=self.get_clock().now().to_msg())
+            header = Header(stamp=self._now())
             for camera in self._cameras.values():
                 camera.outputs.publish_labels(classes, parameters.confidence_threshold, header)
 
@@ -295,21 +303,45 @@ class SegmentationNode(LifecycleNode):
         if budget.recalibrated and parameters.recalibrate:
             self.set_parameters([Parameter("recalibrate", value=False)])
         self._tell_engine_fault()
-        array = DiagnosticArray(header=Header(stamp=self.get_clock().now().to_msg()))
+        clock_problem = self._clock_problem()
+        array = DiagnosticArray(header=Header(stamp=self._now()))
         for name in parameters.cameras:
-            camera = self._cameras.get(name)
+            camera, losses = self._cameras.get(name), ""
             if camera is not None and camera.watch is not None:
-                camera.watch.check(parameters.input_timeout_s)
+                losses = losses_of(camera)
+                camera.watch.check(parameters.input_timeout_s, losses)
             array.status.append(
                 camera_status(
                     name=f"{self.get_fully_qualified_name().lstrip('/')}: segmentation{' ' + name if name else ''}",
                     state=self._state, fault=self._fault,
                     loading=self._engines.loading,
                     info=session.engine.info if session is not None else None, engine_fault=self._engine_fault,
-                    budget=budget, parameters=parameters, camera=camera,
+                    budget=budget, parameters=parameters, camera=camera, clock_problem=clock_problem, losses=losses,
                 )
             )  # fmt: skip
         self._diagnostics.publish(array)
+
+    def _now(self) -> Time:
+        """A stamp for what belongs to no frame: the system's time while simulated time has not begun."""
+        now = self.get_clock().now()
+        return (now if now.nanoseconds else Clock(clock_type=ClockType.SYSTEM_TIME).now()).to_msg()
+
+    def _clock_problem(self) -> str:
+        if self.get_clock().now().nanoseconds:
+            if self._reports_without_clock >= _CLOCK_GRACE:
+                self.get_logger().info("time comes on /clock")
+            self._reports_without_clock = 0
+            return ""
+        self._reports_without_clock += 1
+        if self._reports_without_clock < _CLOCK_GRACE:
+            return ""
+        problem = (
+            "use_sim_time is set and no time comes on /clock, so that ages are unknown; start the simulator or "
+            "`ros2 bag play --clock`, or set use_sim_time to false"
+        )
+        if self._reports_without_clock == _CLOCK_GRACE:
+            self.get_logger().warning(problem)
+        return problem
 
     def _tell_engine_fault(self) -> None:
         fault = self._engines.fault

@@ -14,17 +14,23 @@ its values apply, or none.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import difflib
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor, SetParametersResult
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 
+from clustvit_ros.config import read_yaml
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.policy.parameter_spec import ParameterSpec, specs_of
 
 T = TypeVar("T")
+_QOS = "qos_overrides."
 
 
 def descriptor_of(spec: ParameterSpec) -> ParameterDescriptor:
@@ -90,7 +96,9 @@ class ParameterServer(Generic[T]):
         for spec in specs:
             # Declared without its range, so that a bad start value is refused in this table's words.
             untyped = ParameterDescriptor(dynamic_typing=True)
-            values[spec.name] = spec.parsed(self._node.declare_parameter(spec.name, spec.default, untyped).value)
+            item = self._node.declare_parameter(spec.name, spec.default, untyped)
+            values[spec.name] = spec.parsed(item.value)
+            _widen(item, spec)
         self._values = {
             **self._values, prefix: table(**{name.removeprefix(prefix): value for name, value in values.items()})
         }  # fmt: skip
@@ -98,19 +106,38 @@ class ParameterServer(Generic[T]):
             self._node.set_descriptor(spec.name, descriptor_of(spec))
             self._specs[spec.name] = (prefix, spec)
 
-    def warn_of_unknown(self, gone: Mapping[str, str]) -> None:
+    def warn_of_unknown(self, gone: Mapping[str, str], arguments: Sequence[str] = ()) -> None:
         """Log a warning for every value from file or command line that no parameter takes.
 
         Args:
             gone: ending of a name that used to be one -> what holds now.
+            arguments: the process's own, which name the parameter files.
         """
         known = {name.removeprefix(".") for name in self._node._parameters}
         for name in sorted(set(self._node._parameter_overrides) - known):
-            if name.startswith("qos_overrides."):
-                continue  # taken when its topic is made
-            reason = next((text for ending, text in gone.items() if name.endswith(ending)), "")
-            hint = reason or "is its name spelt right? `ros2 param list` shows all"
-            self._node.get_logger().warning(f"parameter {name}: has no effect, there is none of that name; {hint}")
+            if not name.startswith(_QOS):  # taken when its topic is made
+                reason = next((text for ending, text in gone.items() if name.endswith(ending)), "")
+                self._warn_of(name, known, reason)
+        for file in _parameter_files(arguments):
+            names = _nodes_in(file)
+            own = self._node.get_fully_qualified_name()
+            if names and not any(re.fullmatch(_pattern_of(name), own) for name in names):
+                self._node.get_logger().warning(
+                    f"{file}: has no effect, it is for {', '.join(names[:5])} and this node is {own}; name that, or "
+                    "`/**` for every node"
+                )
+
+    def warn_of_unknown_qos(self) -> None:
+        """Log a warning for every override of a topic's QoS that no topic took; once the topics are there."""
+        known = {name for name in self._node._parameters if name.startswith(_QOS)}
+        for name in sorted(set(self._node._parameter_overrides) - known):
+            if name.startswith(_QOS):
+                self._warn_of(name, known, "")
+
+    def _warn_of(self, name: str, known: Collection[str], reason: str) -> None:
+        nearest = difflib.get_close_matches(name, known, 1)
+        hint = reason or (f"did you mean {nearest[0]}?" if nearest else "`ros2 param list` shows all")
+        self._node.get_logger().warning(f"parameter {name}: has no effect, there is none of that name; {hint}")
 
     def _on_set(self, parameters: list[Parameter]) -> SetParametersResult:
         changes: dict[str, dict[str, Any]] = {}
@@ -143,8 +170,44 @@ class ParameterServer(Generic[T]):
         except ConfigError as error:
             return _refused(str(error))
         self._values = new
+        for item in parameters:
+            if item.name in self._specs:
+                _widen(item, self._specs[item.name][1])
+                self._node.describe_parameter(item.name).type = item.type_.value
         self._changed(old[""], new[""])
         return SetParametersResult(successful=True)
+
+
+def _widen(item: Parameter, spec: ParameterSpec) -> None:
+    """Give an integer the type of its parameter, for whoever asks for type or value; rclpy stores what was sent."""
+    if spec.kind is float and item.type_ == Parameter.Type.INTEGER:
+        item._type_, item._value = Parameter.Type.DOUBLE, float(item.value)
+
+
+def _parameter_files(arguments: Sequence[str]) -> list[Path]:
+    return [Path(after) for flag, after in pairwise(arguments) if flag == "--params-file"]
+
+
+def _nodes_in(file: Path) -> list[str]:
+    """Names of the nodes that a parameter file has values for, wildcards included."""
+
+    def walk(level: Any, path: str) -> Iterator[str]:
+        for key, value in level.items() if isinstance(level, dict) else ():
+            if key == "ros__parameters":
+                yield path or "/**"
+            else:
+                yield from walk(value, f"{path}/{str(key).strip('/')}")
+
+    try:
+        return list(walk(read_yaml(file), ""))
+    except ConfigError:  # rcl has read it
+        return []
+
+
+def _pattern_of(name: str) -> str:
+    """A node's name in a parameter file, where `*` is one part and `**` any number of them, as a regular expression."""
+    parts = {"*": r"/\w+", "**": r"(/\w+)*"}
+    return "".join(parts.get(part, f"/{re.escape(part)}") for part in name.strip("/").split("/"))
 
 
 def _refused(reason: str) -> SetParametersResult:

@@ -142,18 +142,21 @@ def _told() -> Iterator[None]:
         time.sleep(_AFTER_FAILURE_S)
 
 
-def answered(kind: Any, callback: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+def answered(
+    kind: Any, callback: Callable[[Any, Any], Any], is_declared: Callable[[str], bool]
+) -> Callable[[Any, Any], Any]:
     """A service's callback that always answers: where it raises, parameters are refused with what it said.
 
     Args:
         kind: type of the service.
         callback: gets request and response, returns the response.
+        is_declared: whether there is a parameter of a name.
     """
 
     def one(request: Any, response: Any) -> Any:
         try:
             if kind in (SetParameters, SetParametersAtomically):
-                _check_types(request.parameters)
+                _check(request.parameters, is_declared)
             return callback(request, response)
         except ConfigError as error:
             return _refusal(kind, str(error))
@@ -179,18 +182,24 @@ def answered(kind: Any, callback: Callable[[Any, Any], Any]) -> Callable[[Any, A
     return each if kind is SetParameters else one
 
 
-def _check_types(parameters: Iterable[Any]) -> None:
-    """Refuse what rclpy has no type for.
+def _check(parameters: Iterable[Any], is_declared: Callable[[str], bool]) -> None:
+    """Refuse what rclpy has no type for, and names that it would refuse without a reason, or not at all.
 
     Raises:
-        ConfigError: which parameter, and what types there are.
+        ConfigError: which parameter, and what is expected.
     """
+    names: set[str] = set()
     for parameter in parameters:
         if parameter.value.type > ParameterType.PARAMETER_STRING_ARRAY:
             raise ConfigError(
                 f"{parameter.name}: got a value of type {parameter.value.type}, expected a type of "
                 f"rcl_interfaces/msg/ParameterType, 0 to {ParameterType.PARAMETER_STRING_ARRAY}"
             )
+        if not (parameter.name and is_declared(parameter.name)):
+            raise ConfigError(f"{parameter.name!r}: there is no parameter of that name; `ros2 param list` shows all")
+        if parameter.name in names:
+            raise ConfigError(f"{parameter.name}: is there twice in one atomic request, expected each name once")
+        names.add(parameter.name)
 
 
 def _refusal(kind: Any, reason: str) -> Any:

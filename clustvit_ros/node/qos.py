@@ -8,8 +8,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rclpy.node import Node
@@ -24,6 +25,8 @@ from rclpy.qos import (
     qos_policy_name_from_kind,
 )
 from rclpy.qos_overriding_options import QoSOverridingOptions
+
+from clustvit_ros.errors import ConfigError
 
 try:
     from rclpy.event_handler import PublisherEventCallbacks, SubscriptionEventCallbacks
@@ -64,6 +67,27 @@ def overridable() -> QoSOverridingOptions:
     """History, depth, reliability and durability can be set with `qos_overrides` parameters."""
     kinds = (QoSPolicyKind.HISTORY, QoSPolicyKind.DEPTH, QoSPolicyKind.RELIABILITY, QoSPolicyKind.DURABILITY)
     return QoSOverridingOptions(policy_kinds=kinds)
+
+
+@contextlib.contextmanager
+def overrides_told(node: Node, topic: str) -> Iterator[None]:
+    """Names the override, and what it may be, where a topic cannot be made because of one.
+
+    Raises:
+        ConfigError: instead of rclpy's several errors.
+    """
+    try:
+        yield
+    except Exception as error:
+        prefix = f"qos_overrides.{node.resolve_topic_name(topic)}."
+        given = {name: item.value for name, item in node._parameter_overrides.items() if name.startswith(prefix)}
+        if not given:
+            raise
+        raise ConfigError(
+            f"got {', '.join(f'{name} {value!r}' for name, value in given.items())}, expected history keep_last or "
+            "keep_all, depth a positive number, reliability reliable or best_effort, durability volatile or "
+            f"transient_local ({error})"
+        ) from error
 
 
 class QosWatch:
@@ -144,7 +168,7 @@ class InputWatch:
         self._node, self.topic, self._type_name = node, topic, type_name
         self._qos, self._clock = qos, clock
         self._last_s = clock()
-        self._told = False
+        self._told = self._told_losses = False
 
     @property
     def silence_s(self) -> float:
@@ -158,8 +182,16 @@ class InputWatch:
             self._told = False
             self._node.get_logger().info(f"images arrive again on {self.topic}")
 
-    def check(self, timeout_s: float) -> None:
-        """Log once per silence longer than `timeout_s`, with what the graph tells."""
+    def check(self, timeout_s: float, losses: str = "") -> None:
+        """Log once per silence longer than `timeout_s`, with what the graph tells, and once when frames get lost.
+
+        Args:
+            timeout_s: seconds without an image that are none too many.
+            losses: what gets lost on the way, or empty.
+        """
+        if losses and not self._told_losses:
+            self._node.get_logger().warning(f"{self.topic}: {losses}")
+        self._told_losses = bool(losses)
         if self._told or self.silence_s <= timeout_s:
             return
         self._told = True
@@ -171,14 +203,18 @@ class InputWatch:
             return problem
         publishers = self._node.get_publishers_info_by_topic(self.topic)
         other_types = sorted({info.topic_type for info in publishers} - {self._type_name})
+        transport = "raw" if self._type_name.endswith("CompressedImage") else "compressed"
         if other_types:
             found = ", ".join(other_types)
-            return f"it carries {found}, expected {self._type_name}; remap `image` or set image_transport"
+            return f"it carries {found}, expected {self._type_name}; set image_transport:={transport} or remap `image`"
         if publishers:
             return (
                 f"{len(publishers)} publisher(s) there, but nothing arrives; check that the camera runs, and both "
                 f"sides' QoS with `ros2 topic info -v {self.topic}`"
             )
+        sibling = self.topic.removesuffix("/compressed") if transport == "raw" else f"{self.topic}/compressed"
+        if self._node.count_publishers(sibling):
+            return f"nobody publishes there, but on {sibling}; set image_transport:={transport}"
         elsewhere = [
             name
             for name, types in self._node.get_topic_names_and_types()

@@ -8,8 +8,11 @@
 
 from __future__ import annotations
 
+import os
+
 from diagnostic_msgs.msg import DiagnosticStatus
 
+from clustvit_ros.dds import dds_environment
 from clustvit_ros.engine import EngineInfo
 from clustvit_ros.engine.machine import throttling
 from clustvit_ros.node.camera import Camera
@@ -18,10 +21,26 @@ from clustvit_ros.policy import BudgetStatus
 from clustvit_ros.policy.ledger import Health, Ledger, judge
 from clustvit_ros.policy.parameters import SegmentationParameters
 
+_MOST_LOST = 0.2
+_CHOSEN_BY_NOBODY = {name: value for name, value in os.environ.items() if name == "ROS_DISTRO"}
+
+
+def losses_of(camera: Camera) -> str:
+    """What of a camera's frames gets lost on the way and what helps, in a sentence; empty while little does."""
+    share = camera.ledger.lost_share
+    if share < _MOST_LOST:
+        return ""
+    profile = " ".join(f"{name}={value}" for name, value in dds_environment(_CHOSEN_BY_NOBODY).items())
+    return (
+        f"about {share:.0%} of the camera's frames do not arrive, as gaps in their stamps show: start the camera's "
+        f"process and this one with the same Fast DDS profile (export {profile}), or have the camera compress "
+        "(image_transport:=compressed)"
+    )
+
 
 def camera_status(
     name: str, state: str, fault: str, loading: str, info: EngineInfo | None, engine_fault: str, budget: BudgetStatus,
-    parameters: SegmentationParameters, camera: Camera | None,
+    parameters: SegmentationParameters, camera: Camera | None, clock_problem: str = "", losses: str = "",
 ) -> DiagnosticStatus:  # fmt: skip
     """Build one camera's DiagnosticStatus.
 
@@ -35,6 +54,8 @@ def camera_status(
         budget: what is known about the latency budget.
         parameters: values in force.
         camera: the camera; None before it has topics.
+        clock_problem: why the node's clock tells no time, or empty.
+        losses: what of the input gets lost on the way, or empty.
     """
     ledger = camera.ledger if camera is not None else Ledger()
     watch = camera.watch if camera is not None else None
@@ -47,7 +68,7 @@ def camera_status(
         input_timeout_s=parameters.input_timeout_s, input_qos_problem=input_problem,
         output_qos_problem=output_problem, budget_problem=budget_problem,
         throttling=throttling() if budget_problem else "", engine_fault=engine_fault,
-        lossless=not parameters.adapts,
+        lossless=not parameters.adapts, clock_problem=clock_problem, losses=losses,
     )  # fmt: skip
     level, sentence = judge(health)
     pairs = {"state": state, **ledger.count_pairs()}
@@ -61,6 +82,7 @@ def camera_status(
     pairs |= budget.as_pairs() | ledger.window_pairs()
     if camera is not None:
         pairs["input_dropped_recently"] = str(recent["dropped"])
+        pairs["input_lost_share"] = f"{ledger.lost_share:.2f}"
     if input_problem or output_problem:
         pairs["incompatible_qos"] = "; ".join(filter(None, (input_problem, output_problem)))
     return diagnostic_status(name, info.device if info is not None else "", level, sentence, pairs)

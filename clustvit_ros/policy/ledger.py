@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from clustvit_ros.engine.engine import OUTCOMES, OVERTAKEN, FrameRecord
 from clustvit_ros.errors import ConfigError
@@ -39,6 +40,32 @@ def percentile(values: Iterable[float], share: float) -> float:
     if not ordered:
         raise ConfigError("percentile: got no value, expected at least one")
     return ordered[max(math.ceil(round(share * len(ordered), 9)), 1) - 1]
+
+
+_GAP_STAMPS = 41
+# Of a camera's period: what a stamp may be off, and how many may be off further.
+_OFF_BEAT, _MOST_OFF_BEAT = 0.25, 0.1
+_PAUSE_BEATS = 15  # a camera that stood still lost nothing
+
+
+def lost_share(stamps_ns: Sequence[int]) -> float:
+    """The share of frames missing between stamps that are multiples of one period apart.
+
+    Args:
+        stamps_ns: nanoseconds, in the order of arrival.
+
+    Returns:
+        0..1; 0 for fewer than `_GAP_STAMPS`, and for a camera that keeps no pace, of which nothing can be told.
+    """
+    steps = [later - earlier for earlier, later in pairwise(stamps_ns)]
+    if len(steps) + 1 < _GAP_STAMPS or min(steps) <= 0 or not min(stamps_ns):
+        return 0.0
+    shortest = percentile(steps, 0.1)
+    period = percentile((step for step in steps if step < 1.5 * shortest), 0.5)
+    steps = [step for step in steps if step < _PAUSE_BEATS * period]
+    beats = [max(round(step / period), 1) for step in steps]
+    off = sum(abs(step / period - beat) > _OFF_BEAT for step, beat in zip(steps, beats, strict=True))
+    return 0.0 if off > _MOST_OFF_BEAT * len(steps) else 1.0 - len(steps) / sum(beats)
 
 
 class LatencyWindow:
@@ -90,6 +117,7 @@ class Ledger:
         self._reported: Counter[str] = Counter()
         self._age, self._engine = LatencyWindow(), LatencyWindow()
         self._input_age, self._input_period = LatencyWindow(), LatencyWindow()
+        self._stamps_ns: deque[int] = deque(maxlen=_GAP_STAMPS)
         self._arrived_s: float | None = None
         self.last_rejection = self.last_failure = ""
         self.newest = FrameRecord()
@@ -104,13 +132,15 @@ class Ledger:
         """How many frames ended like this."""
         return self._outcomes[outcome]
 
-    def receive(self, arrival_s: float, age_ms: float | None) -> None:
+    def receive(self, arrival_s: float, age_ms: float | None, stamp_ns: int = 0) -> None:
         """A frame has arrived.
 
         Args:
             arrival_s: monotonic seconds.
             age_ms: milliseconds since its stamp; None when it has none.
+            stamp_ns: nanoseconds of its stamp; 0 when it has none.
         """
+        self._stamps_ns.append(stamp_ns)
         self.received += 1
         if self._arrived_s is not None:
             self._input_period.add((arrival_s - self._arrived_s) * 1000.0)
@@ -189,6 +219,11 @@ class Ledger:
             **self._engine.as_pairs("engine"),
         }
 
+    @property
+    def lost_share(self) -> float:
+        """The share of the camera's latest frames that never came, as gaps in the stamps show; 0 where none do."""
+        return lost_share(list(self._stamps_ns))
+
     def take_recent(self) -> Counter[str]:
         """Frames by fate since this was asked last; as segmented and failed every call of the engine counts."""
         counts = {**self.counts(), "segmented": self._segmented, "failed": self._failures}
@@ -217,6 +252,8 @@ class Health:
         throttling: why the platform makes the machine slower than it could be, or empty.
         engine_fault: why the engine does not run as it was asked to, or empty.
         lossless: whether every frame was to be segmented.
+        clock_problem: why the node's clock tells no time, or empty.
+        losses: what of the input gets lost on the way, or empty.
     """
 
     state: str
@@ -233,6 +270,8 @@ class Health:
     throttling: str = ""
     engine_fault: str = ""
     lossless: bool = False
+    clock_problem: str = ""
+    losses: str = ""
 
 
 def judge(health: Health) -> tuple[int, str]:
@@ -270,6 +309,10 @@ def judge(health: Health) -> tuple[int, str]:
         return (WARN, qos_problems) if qos_problems else (
             OK, f"nobody subscribes to an output: {recent['unwatched']} frames counted, not segmented (`lazy`)"
         )  # fmt: skip
+    if health.clock_problem:
+        return WARN, health.clock_problem
+    if health.losses:
+        return WARN, health.losses
     if health.budget_problem:
         return WARN, "; ".join(filter(None, (health.budget_problem, health.throttling)))
     if abs(input_age_s) > health.input_timeout_s:

@@ -32,6 +32,8 @@ else:
     os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
 os.environ["ROS_DOMAIN_ID"] = str(claim_domain())
 os.environ.update(dds_environment(os.environ))
+# As Humble does in any case: a field of a message that gets what it cannot hold is an error, and loses the message.
+os.environ["ROS_PYTHON_CHECK_FIELDS"] = "1"
 # Nothing that a test measures may stay in the user's cache, or come from it.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="clustvit_ros_test_")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)

@@ -107,7 +107,7 @@ class FakeCamera:
             output = topic.partition("segmentation/")[2]
             return self.published.setdefault(output, FakePublisher(int(output in subscribed)))
 
-        self.outputs = Outputs(create, name)
+        self.outputs = Outputs(create, f"{name}/segmentation" if name else "segmentation")
         self.auto_range = AutoRange()
 
 

@@ -92,6 +92,17 @@ def test_a_guard_survives_its_deletion(robot: Robot) -> None:
     assert robot.get("merge_exempt_region").string_value == "0.5 0 1 1"
 
 
+def test_names_that_nothing_has_are_refused_by_name(robot: Robot) -> None:
+    for name in ("", "no_such_parameter", "Merge_Threshold"):
+        for result in (robot.set(double(name, 0.5))[0], robot.set_atomically(double(name, 0.5))):
+            assert not result.successful and result.reason.startswith(f"{name!r}: there is no parameter of that name")
+    result = robot.set_atomically(double("merge_threshold", 0.1), double("merge_threshold", 0.2))
+    assert not result.successful and "merge_threshold: is there twice in one atomic request" in result.reason
+    assert all(one.successful for one in robot.set(double("merge_threshold", 0.1), double("merge_threshold", 0.2)))
+    assert robot.get("merge_threshold").double_value == 0.2
+    alive(robot)
+
+
 def test_the_order_of_values_in_a_request_does_not_matter(robot: Robot) -> None:
     assert robot.set(double("min_input_scale", 0.375), double("input_scale", 1.0))[0].successful
     results = robot.set(double("min_input_scale", 0.25), double("input_scale", 0.3))
@@ -116,6 +127,7 @@ def test_names_that_nothing_has_are_answered(robot: Robot, kind: Any, service: s
 def test_a_clock_before_its_beginning_ends_nothing(ros_client: Any, start_node: Callable[..., Any]) -> None:
     robot = Robot(ros_client, start_node, "/timeless", "-p", "use_sim_time:=true")
     publisher = ros_client.node.create_publisher(Clock, "/clock", 10)
+    ros_client.spin_until(lambda: publisher.get_subscription_count() > 0, "the node's clock")
     for seconds in (-1, -(2**31), 5, -7):
         message = Clock()
         message.clock.sec = seconds

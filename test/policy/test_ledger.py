@@ -22,7 +22,7 @@ from clustvit_ros.engine.engine import FrameRecord
 from clustvit_ros.engine.ladder import OperatingPoint
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.policy import LatencyTable, LatencyWindow, percentile
-from clustvit_ros.policy.ledger import ERROR, OK, WARN, Health, Ledger, judge
+from clustvit_ros.policy.ledger import ERROR, OK, WARN, Health, Ledger, judge, lost_share
 
 STATS = Stats(tokens_total=9, tokens_kept=4.0, token_capacity=5, merge_threshold=0.5, total_ms=20.0)
 
@@ -172,3 +172,27 @@ def test_table_interpolates_sizes_at_the_same_share_of_tokens():
 def test_unusable_tables_are_refused(latency_ms):
     with pytest.raises(ConfigError, match="latency table"):
         LatencyTable({0: latency_ms})
+
+
+@pytest.mark.parametrize("period_ms", [33, 200])
+@pytest.mark.parametrize("lost", [0.0, 0.3, 0.66])
+def test_gaps_in_the_stamps_show_what_gets_lost(period_ms, lost):
+    rng = np.random.default_rng(int(period_ms + 100 * lost))
+    beats = np.flatnonzero(rng.random(4000) >= lost)[:41]
+    stamps_ns = [int(1e18 + beat * period_ms * 1e6 + rng.normal(0, 0.02 * period_ms * 1e6)) for beat in beats]
+    true_share = 1 - 40 / (beats[-1] - beats[0])
+    assert lost_share(stamps_ns) == pytest.approx(true_share, abs=0.1)
+    assert lost_share(stamps_ns[:40]) == 0.0  # too few to tell
+
+
+@pytest.mark.parametrize(
+    "steps_ms",
+    [
+        np.random.default_rng(1).uniform(20, 200, 40),  # no pace: triggered by events
+        [33] * 20 + [3000] + [33] * 19,  # a pause
+        [0] * 40, [-33] * 40, [33, -33] * 20,
+    ],
+)  # fmt: skip
+def test_cameras_without_a_pace_lose_nothing_that_can_be_told(steps_ms):
+    stamps_ns = np.cumsum([10**18, *(int(step * 1e6) for step in steps_ms)]).tolist()
+    assert lost_share(stamps_ns) == lost_share([0] * 41) == 0.0
