@@ -8,8 +8,8 @@
 
 import os
 
-from launch import LaunchDescription
-from launch.actions import DeclareLaunchArgument, IncludeLaunchDescription, SetEnvironmentVariable
+from launch import LaunchContext, LaunchDescription
+from launch.actions import DeclareLaunchArgument, IncludeLaunchDescription, OpaqueFunction, SetEnvironmentVariable
 from launch.conditions import IfCondition
 from launch.launch_description_sources import PythonLaunchDescriptionSource
 from launch.substitutions import LaunchConfiguration
@@ -24,7 +24,8 @@ _ARGUMENTS = {
     "source": (None, "Folder of pictures, video file, /dev/videoN or N."),
     "rate_hz": ("10.0", "Frames per second of a folder or video."),
     "loop": ("true", "Start over at the end of a folder or video."),
-    "namespace": ("", "Namespace of the nodes and topics."),
+    "namespace": ("", "Of nodes and topics; a, b: a camera and a node each."),
+    "image_topic": ("image", "What the camera publishes and the node segments."),
     "rviz": ("false", "Open RViz with camera, overlay and confidence."),
 }
 
@@ -32,31 +33,15 @@ _ARGUMENTS = {
 def generate_launch_description() -> LaunchDescription:
     """Declare the arguments, start the camera and include segment.launch.py."""
     share = share_dir()
-    namespace = LaunchConfiguration("namespace")
     arguments = [
         DeclareLaunchArgument(name, description=description, **({} if default is None else {"default_value": default}))
         for name, (default, description) in _ARGUMENTS.items()
     ]
     # Before any node: the process that publishes the images needs the room most.
     transport = [SetEnvironmentVariable(name, value) for name, value in dds_environment(os.environ).items()]
-    camera = Node(
-        package="clustvit_ros",
-        executable="camera_node",
-        name="camera",
-        namespace=namespace,
-        parameters=[
-            {
-                # With its type, or launch would read device "0" as a number.
-                "source": ParameterValue(LaunchConfiguration("source"), value_type=str),
-                "rate_hz": ParameterValue(LaunchConfiguration("rate_hz"), value_type=float),
-                "loop": ParameterValue(LaunchConfiguration("loop"), value_type=bool),
-            }
-        ],
-        output="screen",
-    )
     segmentation = IncludeLaunchDescription(
         PythonLaunchDescriptionSource(str(share / "launch" / "segment.launch.py")),
-        launch_arguments={"namespace": namespace}.items(),
+        launch_arguments={name: LaunchConfiguration(name) for name in ("namespace", "image_topic")}.items(),
     )
     rviz = Node(
         package="rviz2",
@@ -65,4 +50,29 @@ def generate_launch_description() -> LaunchDescription:
         condition=IfCondition(LaunchConfiguration("rviz")),
         output="log",
     )
-    return LaunchDescription([*arguments, *transport, camera, segmentation, rviz])
+    cameras = OpaqueFunction(function=_start_cameras)
+    return LaunchDescription([*arguments, *transport, cameras, segmentation, rviz])
+
+
+def _start_cameras(context: LaunchContext) -> list[Node]:
+    image_topic = LaunchConfiguration("image_topic").perform(context)
+    beside = f"{image_topic.rpartition('/')[0]}/camera_info" if "/" in image_topic else "camera_info"
+    return [
+        Node(
+            package="clustvit_ros",
+            executable="camera_node",
+            name="camera",
+            namespace=namespace.strip(),
+            parameters=[
+                {
+                    # With its type, or launch would read device "0" as a number.
+                    "source": ParameterValue(LaunchConfiguration("source"), value_type=str),
+                    "rate_hz": ParameterValue(LaunchConfiguration("rate_hz"), value_type=float),
+                    "loop": ParameterValue(LaunchConfiguration("loop"), value_type=bool),
+                }
+            ],
+            remappings=[("image", image_topic), ("camera_info", beside)],
+            output="screen",
+        )
+        for namespace in LaunchConfiguration("namespace").perform(context).split(",")
+    ]

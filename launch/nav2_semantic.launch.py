@@ -11,9 +11,10 @@ nav2_lifecycle_manager and semantic_segmentation_layer, and a camera that publis
 """
 
 import os
+from pathlib import Path
 
-from launch import LaunchDescription
-from launch.actions import DeclareLaunchArgument, SetEnvironmentVariable
+from launch import LaunchContext, LaunchDescription
+from launch.actions import DeclareLaunchArgument, OpaqueFunction, SetEnvironmentVariable
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
@@ -34,6 +35,7 @@ def generate_launch_description() -> LaunchDescription:
             DeclareLaunchArgument("model", default_value="camvid_tiny", description="Name or folder of a model."),
             DeclareLaunchArgument("use_sim_time", default_value="false", description="Take the time from /clock."),
             *(SetEnvironmentVariable(name, value) for name, value in dds_environment(os.environ).items()),
+            OpaqueFunction(function=_check_file),
             Node(
                 package="clustvit_ros",
                 executable="segmentation_node",
@@ -67,3 +69,9 @@ def generate_launch_description() -> LaunchDescription:
             ),
         ]
     )
+
+
+def _check_file(context: LaunchContext) -> None:
+    file = LaunchConfiguration("params_file").perform(context)
+    if not Path(file).is_file():
+        raise ValueError(f"launch argument params_file: got {file!r}, expected a parameter file that exists")

@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -63,8 +64,8 @@ def run_node(
         executor_type: class of the executor.
 
     Returns:
-        The worst of the exit codes; 1 when the node cannot start, `RESTART_CODE` when a new process is needed. SIGINT
-        and SIGTERM are no errors.
+        The worst of the exit codes: 1 when the node refuses its configuration, `RESTART_CODE` when a new process is needed,
+        70 for a fault of ours; after the latter two a launch starts it again. SIGINT and SIGTERM are no errors.
     """
     given = sys.argv[1:] if arguments is None else arguments
     own = given[: given.index("--ros-args")] if "--ros-args" in given else given
@@ -95,8 +96,10 @@ def run_node(
         rclpy.logging.get_logger(name).fatal(str(error))
         code = 1
     except Exception:
+        # Else a signal shut ROS down under a node that was still starting, and whatever it called failed.
         if rclpy.ok():
-            raise  # else a signal shut ROS down under a node that was still starting, and whatever it called failed
+            traceback.print_exc()
+            code = os.EX_SOFTWARE
     finally:
         # A second Ctrl-C must not tear down a shutdown half done; `close` takes a second at most.
         for each in (signal.SIGINT, signal.SIGTERM):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,29 +48,109 @@ def keys_of(file: Path, table_name: str) -> set[str]:
 def test_parameters_of_the_launch_file_exist_on_the_node() -> None:
     names = keys_of(FILE, "_PARAMETERS")
     assert names - {"use_sim_time"} <= {spec.name for spec in PARAMETERS}
-    wanted = "model engine device image_transport merge_threshold latency_budget_ms use_sim_time autostart"
+    wanted = (
+        "model engine device image_transport merge_threshold latency_budget_ms use_sim_time autostart output_size "
+        "precision threads confidence_threshold input_scale"
+    )
     assert set(wanted.split()) <= names
 
 
 def test_the_demo_s_camera_arguments_are_parameters_of_the_camera() -> None:
     from clustvit_ros.demo.camera import CameraNodeParameters
 
-    names = keys_of(DEMO, "_ARGUMENTS") - {"namespace", "rviz"}
+    names = keys_of(DEMO, "_ARGUMENTS") - {"namespace", "image_topic", "rviz"}
     assert names <= {field.name for field in dataclasses.fields(CameraNodeParameters)}
 
 
-def test_the_demo_starts_camera_and_segmentation() -> None:
+def test_the_demo_starts_camera_and_segmentation(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("launch_ros", reason="needs launch_ros")
+    from launch import LaunchContext
     from launch.actions import DeclareLaunchArgument, IncludeLaunchDescription
     from launch_ros.actions import Node
 
     entities = load(DEMO).generate_launch_description().entities
     declared = {entity.name: entity for entity in entities if isinstance(entity, DeclareLaunchArgument)}
-    assert set(declared) == {"source", "rate_hz", "loop", "namespace", "rviz"}
+    assert set(declared) == {"source", "rate_hz", "loop", "namespace", "image_topic", "rviz"}
     assert all(entity.description for entity in declared.values())
     assert declared["source"].default_value is None
-    assert sum(isinstance(entity, Node) for entity in entities) == 2
+    assert sum(isinstance(entity, Node) for entity in entities) == 1  # RViz
     assert sum(isinstance(entity, IncludeLaunchDescription) for entity in entities) == 1
+    module = load(DEMO)
+    monkeypatch.setattr(module, "Node", dict)
+    context = LaunchContext()
+    context.launch_configurations.update({"namespace": "front, rear", "image_topic": "/cam/image_raw"})
+    cameras = module._start_cameras(context)
+    assert [camera["namespace"] for camera in cameras] == ["front", "rear"]
+    assert cameras[0]["remappings"] == [("image", "/cam/image_raw"), ("camera_info", "/cam/camera_info")]
+
+
+class Launched:
+    """segment.launch.py under a real launch service, with other processes in the node's place.
+
+    Args:
+        arguments: launch arguments, as on the command line.
+        code: Python that each process runs instead.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, code: str, *arguments: str) -> None:
+        pytest.importorskip("launch_ros", reason="needs launch_ros")
+        from launch import LaunchDescription, LaunchDescriptionSource, LaunchService
+        from launch.actions import ExecuteProcess, IncludeLaunchDescription, LogInfo
+
+        module = load(FILE)
+        self.nodes: list[dict[str, Any]] = []
+        self.told: list[str] = []
+
+        def node(**options: Any) -> Any:
+            self.nodes.append(options)
+            return ExecuteProcess(cmd=[sys.executable, "-c", code], output="screen")
+
+        def info(msg: str) -> Any:
+            self.told.append(msg)
+            return LogInfo(msg=msg)
+
+        monkeypatch.setattr(module, "Node", node)
+        monkeypatch.setattr(module, "LogInfo", info)
+        monkeypatch.setattr(module, "_RESPAWN_DELAY_S", 0.1)
+        source = LaunchDescriptionSource(module.generate_launch_description())
+        pairs = [tuple(argument.split(":=")) for argument in arguments]
+        service = LaunchService(argv=list(arguments), noninteractive=True)
+        service.include_launch_description(
+            LaunchDescription([IncludeLaunchDescription(source, launch_arguments=pairs)])
+        )
+        self.return_code = service.run()
+
+
+def test_a_crash_is_followed_by_another_start_and_a_refusal_by_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # Killed at the first start, a fault at the second, told to end at the third.
+    code = f"""
+import os, signal, sys
+starts = open({str(tmp_path / "starts")!r}, "a+")
+starts.write("x"); starts.flush(); starts.seek(0); count = len(starts.read())
+if count == 1: os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(70 if count == 2 else 0)
+"""
+    launched = Launched(monkeypatch, code)
+    assert (launched.return_code, len(launched.nodes)) == (0, 3)
+    assert "exit code -9 and is started again" in launched.told[0] and "exit code 70" in launched.told[1]
+    refused = Launched(monkeypatch, "raise SystemExit(1)")
+    assert (refused.return_code, len(refused.nodes)) == (1, 1)
+    left = Launched(monkeypatch, "raise SystemExit(70)", "respawn:=false")
+    assert (left.return_code, len(left.nodes)) == (1, 1)
+
+
+def test_arguments_that_mean_nothing_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = Launched(monkeypatch, "", "merge_treshold:=0.3", "colour:=red", "threads:=2", "output_size:=model")
+    assert launched.told == [
+        "launch argument colour: has no effect, segment.launch.py has none; `--show-args` lists all",
+        "launch argument merge_treshold: has no effect, segment.launch.py has none; did you mean merge_threshold?",
+    ]
+    values = {name: value.value for name, value in launched.nodes[0]["parameters"][1].items()}
+    assert values == {"threads": 2, "output_size": "model"}
+    missing = Launched(monkeypatch, "", "params_file:=/nowhere/segment.yaml")
+    assert (missing.return_code, missing.nodes) == (1, [])
 
 
 def test_arguments_become_parameters_only_when_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,14 +165,21 @@ def test_arguments_become_parameters_only_when_given(monkeypatch: pytest.MonkeyP
         if isinstance(entity, DeclareLaunchArgument):
             assert entity.description
             entity.execute(context)
-    (plain,) = module._start_node(context)
+
+
+    def nodes() -> list[dict[str, Any]]:
+        return [entity for entity in module._start_nodes(context) if isinstance(entity, dict)]
+
+    monkeypatch.setattr(module, "OnProcessExit", lambda **options: None)
+    monkeypatch.setattr(module, "RegisterEventHandler", lambda handler: handler)
+    (plain,) = nodes()
     context.launch_configurations["merge_threshold"] = "1"
-    (tuned,) = module._start_node(context)
+    (tuned,) = nodes()
     assert len(plain["parameters"]) == 1
     assert plain["name"] == "segmentation"
     assert [value.value for value in tuned["parameters"][1].values()] == [1.0]
     context.launch_configurations["namespace"] = "front, rear"
-    assert [node["namespace"] for node in module._start_node(context)] == ["front", "rear"]
+    assert [node["namespace"] for node in nodes()] == ["front", "rear"]
     context.launch_configurations["merge_threshold"] = "low"
     with pytest.raises(ValueError, match="merge_threshold: got 'low', expected a number"):
-        module._start_node(context)
+        module._start_nodes(context)
