@@ -118,13 +118,12 @@ class ParameterServer(Generic[T]):
             if not name.startswith(_QOS):  # taken when its topic is made
                 reason = next((text for ending, text in gone.items() if name.endswith(ending)), "")
                 self._warn_of(name, known, reason)
-        for file in _parameter_files(arguments):
-            names = _nodes_in(file)
-            own = self._node.get_fully_qualified_name()
-            if names and not any(re.fullmatch(_pattern_of(name), own) for name in names):
+        own = self._node.get_fully_qualified_name()
+        for source, names in _addressees(arguments):
+            if not any(re.fullmatch(_pattern_of(name), own) for name in names):
                 self._node.get_logger().warning(
-                    f"{file}: has no effect, it is for {', '.join(names[:5])} and this node is {own}; name that, or "
-                    "`/**` for every node"
+                    f"{source}: has no effect, it is for {', '.join(names[:5]) or 'no node'} and this node is {own}; "
+                    "name that, or `/**` for every node"
                 )
 
     def warn_of_unknown_qos(self) -> None:
@@ -184,8 +183,13 @@ def _widen(item: Parameter, spec: ParameterSpec) -> None:
         item._type_, item._value = Parameter.Type.DOUBLE, float(item.value)
 
 
-def _parameter_files(arguments: Sequence[str]) -> list[Path]:
-    return [Path(after) for flag, after in pairwise(arguments) if flag == "--params-file"]
+def _addressees(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """What the command line gives to nodes by name: a parameter file or a single value, and the names."""
+    for flag, after in pairwise(arguments):
+        if flag == "--params-file":
+            yield after, _nodes_in(Path(after))
+        elif flag in ("-p", "--param") and ":" in (addressee := after.partition(":=")[0]):
+            yield after, [addressee.rpartition(":")[0]]
 
 
 def _nodes_in(file: Path) -> list[str]:
@@ -200,8 +204,8 @@ def _nodes_in(file: Path) -> list[str]:
 
     try:
         return list(walk(read_yaml(file), ""))
-    except ConfigError:  # rcl has read it
-        return []
+    except ConfigError:  # rcl has read it, and knows better
+        return ["/**"]
 
 
 def _pattern_of(name: str) -> str:

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import rclpy
 from rcl_interfaces.msg import ParameterType, SetParametersResult
 from rcl_interfaces.srv import SetParameters, SetParametersAtomically
+from rclpy.exceptions import ParameterException
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.task import Future
@@ -92,7 +93,7 @@ def run_node(
         code = code if rclpy.ok() else 0
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
-    except (ClustvitError, OSError) as error:
+    except (ClustvitError, OSError, ParameterException) as error:  # the last: start values of rclpy's own parameters
         rclpy.logging.get_logger(name).fatal(str(error))
         code = 1
     except Exception:

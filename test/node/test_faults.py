@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,15 @@ import pytest
 pytest.importorskip("rclpy", reason="needs ROS 2 (rclpy)")
 
 from diagnostic_msgs.msg import DiagnosticArray
+from rcl_interfaces.srv import SetParameters
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.parameter import Parameter
-from robot import Robot, header, mask_of
+from robot import Robot, double, header, mask_of
 from rosgraph_msgs.msg import Clock
-from sensor_msgs.msg import Image
+from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import Header
 
+from clustvit_ros.classes import ClassSet
 from clustvit_ros.engine import ScriptedEngine
 from clustvit_ros.errors import EngineError
 from clustvit_ros.node.messages import image_message
@@ -96,6 +99,48 @@ def test_consumers_come_and_go(robot: Robot, rng: np.random.Generator) -> None:
         client.send_until(robot.camera, frame, lambda overlays=overlays: bool(overlays), "overlay")
         client.node.destroy_subscription(subscription)
         check(robot, pixels, image_message(pixels, "rgb8", header(450 + turn)))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("minutes", [2.5, 10.0])
+def test_memory_stays_while_consumers_and_parameters_change(
+    ros_client: Any, start_node: Callable[..., Any], make_toy_model: Callable[..., Path], rng: np.random.Generator,
+    minutes: float,
+) -> None:  # fmt: skip
+    namespace = f"/minutes_{minutes:g}".replace(".", "_")
+    model = make_toy_model(ClassSet.numbered(4))
+    arguments = ("-p", "engine:=torch", "-p", f"model:={model}", "-p", "device:=cpu", "-p", "latency_budget_ms:=200.0")
+    robot = Robot(ros_client, start_node, namespace, *arguments)
+    images = rng.integers(0, 256, (8, 240, 320, 3), dtype=np.uint8)
+    robot.observe(image_message(images[0], "rgb8", robot.now()))
+    outputs = {"confidence": Image, "overlay": Image, "clusters": Image, "mask/compressed": CompressedImage}
+    client = ros_client.node.create_client(SetParameters, f"{namespace}/segmentation/set_parameters")
+    ros_client.spin_until(client.service_is_ready, "the service")
+    start_s, resident_mb, joined, sent = time.monotonic(), [], [], 0
+    while (passed_s := time.monotonic() - start_s) < 60.0 * minutes:
+        if passed_s * 30 >= sent:
+            robot.camera.publish(image_message(images[sent % 8], "rgb8", robot.now()))
+            sent += 1
+            if sent % 150 == 0:  # every five seconds others consume, and something is asked for
+                for subscription in joined:
+                    ros_client.node.destroy_subscription(subscription)
+                names = [name for name in outputs if rng.random() < 0.5]
+                joined = [
+                    ros_client.node.create_subscription(
+                        outputs[name], f"{namespace}/segmentation/{name}", lambda message: None, 5
+                    )
+                    for name in names
+                ]  # fmt: skip
+                values = [double("merge_threshold", float(rng.random())), double("no_such_parameter", 1.0)]
+                client.call_async(SetParameters.Request(parameters=values * 5))
+                robot.masks.clear()
+                robot.stats.clear()
+                resident_mb.append(robot.process.resident_kb() / 1024)
+        ros_client.spin_for(0.002)
+    settled, last = np.median(resident_mb[len(resident_mb) // 3 :][:5]), np.median(resident_mb[-5:])
+    assert abs(last - settled) < 8.0, [round(each) for each in resident_mb]
+    print(f"{minutes:g} min: {settled:.1f} MB, at the end {last:.1f} MB")
 
 
 def test_simulated_time_that_jumps(ros_client: Any, start_node: Callable[..., Any], rng: np.random.Generator) -> None:

@@ -168,6 +168,17 @@ def test_signals_end_it_cleanly_in_every_state(
     assert time.monotonic() - left_s < 5.0
 
 
+def test_a_manager_may_configure_a_node_that_starts_by_itself(
+    ros_client: Any, start_node: Callable[..., Any]
+) -> None:
+    process = start_node(Path(__file__).parent / "slow_node.py", "-r", "__ns:=/hurried")
+    process.wait_for_output("loading engine")
+    change(ros_client, Transition.TRANSITION_CONFIGURE, "/hurried/segmentation")  # the later one is refused
+    process.wait_for_output("active:")
+    assert state(ros_client, "/hurried/segmentation") == "active"
+    assert process.stop() == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_end_it_in_the_middle_of_a_callback(start_node: Callable[..., Any], number: signal.Signals) -> None:
     process = start_node(Path(__file__).parent / "slow_node.py", before=("stuck",))
@@ -214,6 +225,7 @@ def test_autostart_without_a_model_ends_with_an_error(start_node: Callable[..., 
     [
         (["-p", "merge_threshold:=1.5"], "merge_threshold: got 1.5, expected a double from 0.0 to 1.0"),
         (["--params-file", "/nowhere.yaml"], "/nowhere.yaml"),
+        (["-p", "use_sim_time:=abc"], "'use_sim_time' to 'abc' of type 'STRING', expecting type 'BOOL'"),
     ],
 )
 def test_bad_start_values_end_with_one_line(start_node: Callable[..., Any], arguments: list[str], text: str) -> None:

@@ -45,13 +45,15 @@ def test_values_that_nothing_takes_are_named_with_the_nearest_name(
         "other_node": "segmentaton:\n  ros__parameters:\n    merge_threshold: 0.3\n",
         "root": "segmentation:\n  ros__parameters:\n    merge_threshold: 0.3\n",
         "nested": "given:\n  segmentation:\n    ros__parameters:\n      token_capacity: 7\n",
+        "empty": "{}\n",
         "wildcards": "/*/segmentation:\n  ros__parameters:\n    min_tokens: 3\nother:\n  ros__parameters:\n    a: 1\n",
     }
     arguments: list[str] = []
     for name, text in files.items():
         arguments += ["--params-file", parameter_file(tmp_path / f"{name}.yaml", text)]
     process = start_node(
-        "node.node", "-r", "__ns:=/given", "-p", "engine:=scripted", "-p", "model:=mine", *arguments
+        "node.node", "-r", "__ns:=/given", "-p", "engine:=scripted", "-p", "model:=mine", "-p",
+        "segmentation:threads:=1", *arguments,
     )  # fmt: skip
     process.wait_for_output("active:")
     process.wait_for_output("imag.subscription.depth: has no effect")
@@ -61,6 +63,8 @@ def test_values_that_nothing_takes_are_named_with_the_nearest_name(
     assert "did you mean qos_overrides./given/image.subscription.depth?" in output
     assert "other_node.yaml: has no effect, it is for /segmentaton and this node is /given/segmentation" in output
     assert "root.yaml: has no effect, it is for /segmentation and this node is" in output
+    assert "empty.yaml: has no effect, it is for no node and" in output
+    assert "segmentation:threads:=1: has no effect, it is for segmentation and this node is /given/segm" in output
     assert "nested.yaml" not in output and "wildcards.yaml" not in output
     assert "model mine has no effect: the engine scripted runs none" in output
     assert process.stop() == 0
