@@ -118,10 +118,10 @@ class Frame:
         return (self.arrival_ns - self.stamp_ns) / 1e6 if self.stamp_ns and self.arrival_ns else None
 
     def age_ms(self, now_ns: int) -> float:
-        """Milliseconds since it was taken; since its arrival where stamp or clock (`now_ns` 0) is missing."""
-        if not (self.stamp_ns and self.arrival_ns):
+        """Milliseconds since it was taken, or since its arrival while the node's clock (`now_ns`) tells no time."""
+        if not self.arrival_ns:
             return (time.monotonic() - self.fate.arrival_s) * 1000.0
-        return (now_ns - self.stamp_ns) / 1e6
+        return (now_ns - self.time_ns) / 1e6
 
 
 class Outputs:

@@ -219,7 +219,7 @@ class InputWatch:
             name
             for name, types in self._node.get_topic_names_and_types()
             if self._type_name in types and name != self.topic and self._node.count_publishers(name) > 0
-            and "/segmentation/" not in name
+            and not {"segmentation", self._node.get_name()} & set(name.split("/")[:-1])
         ]  # fmt: skip
         found = f"; images are published on {', '.join(elsewhere[:_MAX_SUGGESTIONS])}" if elsewhere else ""
         return f"nobody publishes there; start the camera or remap with `-r image:=<topic>`{found}"
