@@ -65,8 +65,8 @@ def run_node(
         executor_type: class of the executor.
 
     Returns:
-        The worst of the exit codes: 1 when the node refuses its configuration, `RESTART_CODE` when a new process is needed,
-        70 for a fault of ours; after the latter two a launch starts it again. SIGINT and SIGTERM are no errors.
+        The worst of the exit codes: 1 when the node refuses its configuration, `RESTART_CODE` when a new process is
+        needed, 70 for a fault of ours; after the latter two a launch starts it again. SIGINT and SIGTERM are no errors.
     """
     given = sys.argv[1:] if arguments is None else arguments
     own = given[: given.index("--ros-args")] if "--ros-args" in given else given
