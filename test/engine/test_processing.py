@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from clustvit_ros.engine.labels import cell_labels, cluster_map, label_maps, static_label_maps, upsampling
 from clustvit_ros.engine.ladder import choose_capacity, default_ladder
-from clustvit_ros.engine.pixels import device_input, network_size, to_input
+from clustvit_ros.engine.pixels import device_input, network_size, normalisation, to_input
 from clustvit_ros.networks.model_folder import InputConfig
 
 
@@ -150,10 +150,10 @@ def test_label_maps_of_static_shapes_equal_the_banded_ones(size, threshold):
 def test_the_devices_input_equals_the_hosts():
     images = np.random.default_rng(0).integers(0, 256, (2, 40, 60, 3), np.uint8)
     config = InputConfig(size=(40, 60), mean=(120, 110, 100), std=(50, 60, 70))
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (config.mean, config.std))
-    same = device_input(torch.from_numpy(images), (40, 60), mean, std)
+    normalised = normalisation(config, torch.device("cpu"))
+    same = device_input(torch.from_numpy(images), (40, 60), *normalised)
     torch.testing.assert_close(same, to_input(images, (40, 60), config, torch.device("cpu")))
-    smaller = device_input(torch.from_numpy(images), (20, 30), mean, std)
+    smaller = device_input(torch.from_numpy(images), (20, 30), *normalised)
     host = to_input(images, (20, 30), config, torch.device("cpu"))
     # Two ways to average, a triangle and a box; on noise they differ by more than on any camera image.
     assert smaller.shape == host.shape and (smaller - host).abs().mean() < 0.3
