@@ -46,25 +46,18 @@ class Motion:
     """From where in an earlier picture the pixels of a later one came; (h, w) is the size that flow works at.
 
     Args:
-        x: (h, w) float32, pixels from a place in the later picture to the same thing in the earlier one, to the right.
-        y: (h, w) float32, the same, down.
-        error: (h, w) float32, pixels by which flow there and back miss each other, added up over all steps;
+        ways: (h, w, 3) float32: pixels from a place in the later picture to the same thing in the earlier one, to the
+            right and down, and pixels by which flow there and back miss each other, added up over all steps; about
             `UNSEEN` for what was outside an earlier picture.
     """
 
-    x: np.ndarray
-    y: np.ndarray
-    error: np.ndarray
+    ways: np.ndarray
 
     def after(self, earlier: Motion) -> Motion:
         """The motion over both spans: this one from picture 1 to 2, `earlier` from 0 to 1."""
-        places = _places(self.x, self.y)
-        x = cv2.remap(earlier.x, *places, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-        y = cv2.remap(earlier.y, *places, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-        error = cv2.remap(
-            earlier.error, *places, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=UNSEEN
-        )
-        return Motion(self.x + x, self.y + y, self.error + error)
+        x, y = _places(self.ways[..., 0], self.ways[..., 1])
+        # Replicated at the border: what leaves the picture there has an error of its own already.
+        return Motion(self.ways + cv2.remap(earlier.ways, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE))
 
 
 class PictureFlow:
@@ -95,7 +88,7 @@ class PictureFlow:
             return None
         x, y = cv2.split(self._dis.calc(grey, previous, None))
         error, agreement = _errors(x, y, self._dis.calc(previous, grey, None))
-        return Motion(x, y, error) if agreement >= _LEAST_AGREEMENT else None
+        return Motion(cv2.merge([x, y, error])) if agreement >= _LEAST_AGREEMENT else None
 
 
 @dataclass
@@ -189,10 +182,11 @@ def carry(prediction: Prediction, motion: Motion | None, confidence_threshold: f
     if motion is None:
         return prediction
     height, width = prediction.mask.shape[1:]
-    h, w = motion.x.shape
+    right, down, error = cv2.split(motion.ways)
+    h, w = error.shape
     columns, rows = _grid(height, width)
-    x = cv2.scaleAdd(cv2.resize(motion.x, (width, height), interpolation=cv2.INTER_LINEAR), width / w, columns)
-    y = cv2.scaleAdd(cv2.resize(motion.y, (width, height), interpolation=cv2.INTER_LINEAR), height / h, rows)
+    x = cv2.scaleAdd(cv2.resize(right, (width, height), interpolation=cv2.INTER_LINEAR), width / w, columns)
+    y = cv2.scaleAdd(cv2.resize(down, (width, height), interpolation=cv2.INTER_LINEAR), height / h, rows)
     nearest = cv2.convertMaps(x, y, cv2.CV_16SC2, nninterpolation=True)[0]
 
     def sample(maps: np.ndarray) -> np.ndarray:
@@ -200,13 +194,13 @@ def carry(prediction: Prediction, motion: Motion | None, confidence_threshold: f
 
     mask, confidence = sample(prediction.mask), None
     if prediction.confidence is not None or confidence_threshold:
-        trust = cv2.resize(_trust(mask, motion.error), (width, height), interpolation=cv2.INTER_LINEAR)
+        trust = cv2.resize(_trust(mask, error), (width, height), interpolation=cv2.INTER_LINEAR)
         confidence = trust
         if prediction.confidence is not None:
             confidence = cv2.multiply(sample(prediction.confidence), trust, scale=1 / 255)
         if confidence_threshold:
             mask[confidence < 255 * confidence_threshold] = IGNORE_INDEX
-        confidence[mask == IGNORE_INDEX] = 0
+        confidence = cv2.copyTo(confidence, (mask != IGNORE_INDEX).view(np.uint8))
     clusters = None if prediction.cluster_map is None else sample(prediction.cluster_map)[None]
     return replace(
         prediction, mask=mask[None], cluster_map=clusters,
@@ -221,7 +215,9 @@ def _trust(mask: np.ndarray, error: np.ndarray) -> np.ndarray:
     distance = cv2.distanceTransform(inner, cv2.DIST_L2, 3)
     # Half of it: the two ways miss each other by the errors of both.
     share = error / (2.0 * (distance + 1.0))
-    return np.where(error < UNSEEN / 2, 255.0 / (1.0 + share * share), 0.0).astype(np.uint8)
+    share *= share
+    share += 1.0
+    return cv2.divide(255.0, share, dtype=cv2.CV_8U)
 
 
 def _grey(image: np.ndarray) -> np.ndarray:
@@ -236,14 +232,12 @@ def _grey(image: np.ndarray) -> np.ndarray:
 def _errors(x: np.ndarray, y: np.ndarray, forth: np.ndarray) -> tuple[np.ndarray, float]:
     """By how many pixels flow back (x, y) and forth miss each other, and the share of pixels where they do not."""
     places = _places(x, y)
-    forth_x, forth_y = cv2.split(cv2.remap(forth, *places, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE))
-    missed = (x + forth_x) ** 2 + (y + forth_y) ** 2
-    bound = 0.01 * (x * x + y * y + forth_x * forth_x + forth_y * forth_y) + 0.5
-    height, width = x.shape
-    outside = (places[0] < -0.5) | (places[0] > width - 0.5) | (places[1] < -0.5) | (places[1] > height - 0.5)
-    error = cv2.sqrt(missed)
-    error[outside] = UNSEEN
-    return error, float((missed < bound).mean())
+    outside = (UNSEEN, UNSEEN)
+    returned = cv2.remap(forth, *places, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=outside)
+    forth_x, forth_y = cv2.split(returned)
+    error = cv2.magnitude(x + forth_x, y + forth_y)
+    there, back = cv2.magnitude(x, y), cv2.magnitude(forth_x, forth_y)
+    return error, float((error * error < 0.01 * (there * there + back * back) + 0.5).mean())
 
 
 def _places(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -171,4 +171,4 @@ def test_another_exposure_is_followed(change) -> None:
     flow.see(view(picture, 0, 0))
     motion = flow.see(change(view(picture, 4, 1)).astype(np.uint8))
     assert motion is not None
-    assert (np.median(motion.x), np.median(motion.y)) == pytest.approx((4, 1), abs=0.5)
+    assert (np.median(motion.ways[..., 0]), np.median(motion.ways[..., 1])) == pytest.approx((4, 1), abs=0.5)
