@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from clustvit_ros.dds import claim_domain, node_environment
 from clustvit_ros.demo.processes import NodeProcess
 
@@ -34,7 +36,8 @@ def run(seed: int, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """
     environ = node_environment(os.environ)
     environ |= {"ROS_DOMAIN_ID": str(claim_domain()), "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}
-    node = {"model": options.model, **dict(text.split(":=", 1) for text in options.parameter)}
+    given = dict(text.split(":=", 1) for text in options.parameter)
+    node = {"model": options.model, **{name: yaml.safe_load(value) for name, value in given.items()}}
     output = folder / "streaming.json"
     streaming = {"source": f"sim:{seed}", "rate_hz": options.rate, "frames": options.frames, "output": output}
     with (

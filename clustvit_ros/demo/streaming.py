@@ -189,6 +189,7 @@ class StreamingNode(Node):
             "filled_share": round(len(filled) / len(stamps), 4),
             "filled_p95_ms": round(percentile(filled, 0.95), 1) if filled else None,
             "engine_p50_ms": round(percentile([float(s["engine_ms"]) for s in stats], 0.5), 1) if stats else None,
+            "threads": sorted({s.get("threads", "") for s in stats}),
             "engine_rate_hz": round(_engine_calls(stats) / (len(stamps) * period_s), 2),
         }  # fmt: skip
 
