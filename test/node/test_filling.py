@@ -22,6 +22,7 @@ pytest.importorskip("rclpy", reason="needs ROS 2 (rclpy)")
 from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue
 from robot import Robot, double, integer, mask_of
 from sensor_msgs.msg import CameraInfo, Image
+from std_msgs.msg import Header
 
 from clustvit_ros.node.messages import image_message, stamp_ns
 
@@ -240,3 +241,30 @@ def test_a_budget_counted_from_the_stamp_judges_filled_masks_too(drive: Drive) -
 
 def stamp_ns_of(header: Any) -> int:
     return header.stamp.sec * 10**9 + header.stamp.nanosec
+
+
+def test_cameras_are_filled_each_from_its_own_masks(ros_client: Any, start_node: Callable[..., Any]) -> None:
+    start_node(
+        "node.node", "-r", "__ns:=/two", "-p", "engine:=scripted", "-p", f"scripted_latency_ms:={ENGINE_MS}",
+        "-p", "merge_threshold:=1.0", "-p", "fill_frames:=true", "-p", "cameras:=[front, rear]",
+    )  # fmt: skip
+    names = ("front", "rear")
+    cameras = {name: ros_client.image_publisher(f"/two/{name}/image") for name in names}
+    masks = {name: ros_client.collect(Image, f"/two/{name}/segmentation/mask") for name in names}
+    worlds, sent = {name: plane(seed) for seed, name in enumerate(names)}, {}
+    next_s, count = time.monotonic(), 50
+    for index in range(count):
+        for name, camera in cameras.items():
+            header = Header(stamp=ros_client.node.get_clock().now().to_msg(), frame_id=name)
+            message = image_message(view(worlds[name], index), "rgb8", header)
+            sent[name, stamp_ns(message)] = view(worlds[name], index)
+            camera.publish(message)
+        next_s += PERIOD_S
+        ros_client.spin_for(max(next_s - time.monotonic(), 0.001))
+    ros_client.spin_for(1.0)
+    for name in names:
+        stamps = [stamp_ns(mask) for mask in masks[name]]
+        assert stamps == sorted(set(stamps)) and len(stamps) > 0.6 * count
+        assert {mask.header.frame_id for mask in masks[name]} == {name}
+        right = [(mask_of(m) == sent[name, stamp_ns(m)][..., 1] >> 6)[4:-4, 4:-4].mean() for m in masks[name]]
+        assert statistics.median(right) > 0.95
