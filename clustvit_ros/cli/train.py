@@ -186,6 +186,11 @@ def run(args: argparse.Namespace) -> int:
             write_data_listing(run_dir, list_data(splits, left_out))
             write_run_files(run_dir, recipe, device, {"seed": recipe.schedule.seed, "processes": here.world_size})
             print(f"{recipe.name}: device {device}{f' ({reason})' if reason else ''}, run folder {run_dir}")
+            if by_group:
+                held_out = {part.val_name: len(part.val) for part in parts if part.is_fold and part.val}
+                outside = sum(map(len, (splits["train"], splits[args.val_split]))) - sum(held_out.values())
+                listed = "; ".join(f"{name} ({count} images)" for name, count in held_out.items())
+                print(f"folds: {listed}; {outside} images in none")
         here.wait()
         try:
             results = [_train_part(part, further, recipe, args, device, here, started) for part in parts]
@@ -208,8 +213,6 @@ def _group_parts(
     for name, held_out in groups.items():
         train = data.subset(index for other, indices in groups.items() if other != name for index in indices)
         parts.append(_Part(run_dir / f"fold_{name}", train, data.subset(held_out), f"{name}, held out", is_fold=True))
-    outside = len(data) - sum(map(len, groups.values()))
-    print(f"folds: {', '.join(f'{name} ({len(i)} images)' for name, i in groups.items())}; {outside} images in none")
     return [*parts, *_parts(run_dir, splits, val_split, 0)]
 
 

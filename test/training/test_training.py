@@ -24,6 +24,7 @@ from clustvit_ros.networks import load_segmenter
 from clustvit_ros.training.augmentation import Augmentation
 from clustvit_ros.training.dataset import LabelledImages
 from clustvit_ros.training.losses import cluster_loss, frequency_weights, pseudo_clusters, segmentation_loss
+from clustvit_ros.training.optimisation import Precision
 
 
 def test_pseudo_clusters_and_loss_equal_the_official_ones(golden_dir):
@@ -275,3 +276,13 @@ def test_damaged_data_is_named(tmp_path, damage, message):
 def test_missing_folders_are_named(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         LabelledImages(tmp_path / "images", tmp_path / "labels", 3)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [({"avx512_bf16": True}, "bfloat16"), ({"amx_bf16": True}, "bfloat16"), ({"avx512_f": True}, "float32")],
+)
+def test_auto_is_bfloat16_where_the_cpu_has_instructions_for_it(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert Precision("auto", torch.device("cpu")).name == expected
+    assert Precision("float32", torch.device("cpu")).name == "float32"
