@@ -53,7 +53,7 @@ setup(
         (f"lib/{NAME}", [f"scripts/ros/{name}" for name in ("clustvit-ros", "segmentation_node", "camera_node")]),
     ],
     # torch and rclpy are left to the robot: JetPack and apt bring builds that pip must not replace.
-    install_requires=["setuptools", "numpy", "pyyaml", "safetensors"],
+    install_requires=["setuptools", "numpy", "pyyaml", "safetensors", "simplejpeg>=1.6"],
     extras_require={
         # Linux x86-64 wheels of ROS 2 Jazzy, for machines without a ROS installation.
         "ros": ["ros-rclpy[fastrtps]==7.1.6", "ros-sensor-msgs~=5.3.6", "ros-diagnostic-msgs~=5.3.6"],

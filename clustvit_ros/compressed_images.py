@@ -6,9 +6,9 @@
 # governing permissions and limitations under the License.
 """CompressedImage messages to arrays: JPEG and PNG, examined before anything is decoded.
 
-A few hundred bytes can claim gigabytes of pixels, hold thousands of scans or inflate into megabytes of text, and OpenCV
-decodes a truncated JPEG into a half-grey picture without a word; all of them are refused here, at a cost that the
-file's size bounds. The header is read more strictly than the decoders do: where both accept a file, both see one size.
+A few hundred bytes can claim gigabytes of pixels, hold thousands of scans or inflate into megabytes of text, and
+damaged files decode into wrong pictures; all of them are refused, at a cost that the file's size bounds. The header is
+read more strictly than the decoders do: where both accept a file, both see one size.
 """
 
 from __future__ import annotations
@@ -18,20 +18,13 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
-import cv2
 import numpy as np
 
 from clustvit_ros.errors import ImageError
 from clustvit_ros.images import check_pixels, message_bytes, narrow
+from clustvit_ros.jpeg import JPEG_SIGNATURE, decode_jpeg, decode_with_opencv, read_jpeg_header, truncated
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_JPEG_SIGNATURE = b"\xff\xd8\xff"
-# Start-of-frame markers; C4, C8 and CC in this range mean something else.
-_JPEG_FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-# TEM, RST0..7, SOI, EOI, SOS: without a length, or misplaced before the frame header.
-_JPEG_MISPLACED_MARKERS = frozenset({0x00, 0x01, *range(0xD0, 0xDB)})
-# Colour profile (at most 255 segments), previews, tables: a camera writes far fewer.
-_MAX_JPEG_SEGMENTS = 1024
 # Each scan of a progressive JPEG passes over the whole picture; encoders make about ten.
 _MAX_JPEG_SCANS = 64
 # libpng writes chunks of 8 KB; walking over many small ones would take long.
@@ -80,16 +73,11 @@ def decode_compressed(
     if len(view) > height * width * _MOST_BYTES_PER_PIXEL + _METADATA_BYTES:
         raise ImageError(f"data: got {len(view)} bytes, far more than a {width}x{height} image can need")
     data = bytes(view)
-    examine = _pixels_of_png if data.startswith(_PNG_SIGNATURE) else _checked_jpeg
-    data = examine(data, height, width)
-    try:
-        flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except cv2.error as error:
-        raise ImageError(f"data: a damaged {width}x{height} image that cannot be decoded ({error.err})") from error
-    if pixels is None or pixels.shape[:2] != (height, width):
-        raise ImageError(f"data: {len(data)} bytes of a damaged {width}x{height} image that cannot be decoded")
-    return cv2.cvtColor(narrow(pixels) if pixels.dtype == np.uint16 else pixels, cv2.COLOR_BGR2RGB)
+    if data.startswith(_PNG_SIGNATURE):
+        pixels = decode_with_opencv(_pixels_of_png(data, height, width), height, width)
+        return narrow(pixels) if pixels.dtype == np.uint16 else pixels
+    _check_jpeg(data, height, width)
+    return decode_jpeg(data, read_jpeg_header(view))
 
 
 def compressed_size(data: bytes) -> tuple[int, int]:
@@ -106,40 +94,18 @@ def _size(data: memoryview) -> tuple[int, int]:
     if start.startswith(_PNG_SIGNATURE) and start[8:16] == b"\0\0\0\x0dIHDR" and len(start) == 33:
         width, height = struct.unpack(">II", start[16:24])
         return height, width
-    if start.startswith(_JPEG_SIGNATURE):
-        return _jpeg_size(data)
+    if start.startswith(JPEG_SIGNATURE):
+        header = read_jpeg_header(data)
+        return header.height, header.width
     raise ImageError(f"data: got {len(data)} bytes starting with {start[:8]!r}, expected a JPEG or PNG image")
 
 
-def _jpeg_size(data: memoryview) -> tuple[int, int]:
-    position = 2
-    for _ in range(_MAX_JPEG_SEGMENTS):
-        if position + 9 > len(data) or data[position] != 0xFF or data[position + 1] in _JPEG_MISPLACED_MARKERS:
-            break
-        marker = data[position + 1]
-        if marker == 0xFF:  # fill byte before a marker
-            position += 1
-            continue
-        if marker in _JPEG_FRAME_MARKERS:
-            height, width = struct.unpack(">HH", data[position + 5 : position + 9])
-            return height, width
-        (length,) = struct.unpack(">H", data[position + 2 : position + 4])
-        if length < 2:
-            break
-        position += 2 + length
-    raise ImageError(f"data: got {len(data)} bytes of JPEG without a frame header; it is truncated or damaged")
-
-
-def _checked_jpeg(data: bytes, height: int, width: int) -> bytes:
-    # Cameras pad JPEG streams with zeros after the end marker.
-    if not data.rstrip(b"\0").endswith(b"\xff\xd9"):
-        raise _truncated(data, height, width)
+def _check_jpeg(data: bytes, height: int, width: int) -> None:
     if len(data) * _MOST_PIXELS_PER_JPEG_BYTE < height * width:
         raise ImageError(f"data: got {len(data)} bytes, too few for the {width}x{height} image that they claim")
     scans = data.count(b"\xff\xda")
     if scans > _MAX_JPEG_SCANS:
         raise ImageError(f"data: got a JPEG of {scans} scans, expected at most {_MAX_JPEG_SCANS}")
-    return data
 
 
 def _pixels_of_png(data: bytes, height: int, width: int) -> bytes:
@@ -153,7 +119,7 @@ def _pixels_of_png(data: bytes, height: int, width: int) -> bytes:
         (length,) = struct.unpack(">I", data[position : position + 4]) if position + 12 <= len(data) else (len(data),)
         end = position + 12 + length
         if end > len(data):
-            raise _truncated(data, height, width)
+            raise truncated(data, height, width)
         kind = data[position + 4 : position + 8]
         if kind in _PNG_PIXEL_CHUNKS:
             (checksum,) = struct.unpack(">I", data[end - 4 : end])
@@ -174,7 +140,3 @@ def _pixels_of_png(data: bytes, height: int, width: int) -> bytes:
             f"data: a damaged {width}x{height} image that cannot be decoded ({compressed_bytes} bytes cannot hold it)"
         )
     return _PNG_SIGNATURE + b"".join(kept)
-
-
-def _truncated(data: bytes, height: int, width: int) -> ImageError:
-    return ImageError(f"data: got {len(data)} bytes of a {width}x{height} image without its end, it was truncated")

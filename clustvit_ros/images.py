@@ -23,14 +23,16 @@ import cv2
 import numpy as np
 
 from clustvit_ros.errors import DataError, ImageError
+from clustvit_ros.jpeg import JPEG_SIGNATURE, decode_jpeg, read_jpeg_header
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 """Files of a folder that are taken for images, whatever the case."""
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The image files of an existing folder, sorted by name."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    """The image files of an existing folder, sorted by name; hidden ones (`._a.jpg`, of macOS) are none."""
+    files = (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(path for path in files if not path.name.startswith(".") and path.is_file())
 
 
 class Sample(NamedTuple):
@@ -48,12 +50,20 @@ class Sample(NamedTuple):
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Read an image file: (H, W, 3) uint8 RGB.
+    """Read an image file: (H, W, 3) uint8 RGB, the pixels as stored: orientation tags are ignored, as in messages.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: it cannot be read, or is damaged.
     """
-    image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    try:
+        data = Path(path).read_bytes()
+        if data.startswith(JPEG_SIGNATURE):
+            return decode_jpeg(data, read_jpeg_header(memoryview(data)))
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    except ImageError as error:
+        raise DataError(f"{path}: {str(error).removeprefix('data: ')}; replace or remove the file") from error
+    except (OSError, cv2.error):
+        image = None
     if image is None:
         raise DataError(f"{path}: cannot be read as an image; replace or remove the file")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)

@@ -103,7 +103,10 @@ def check_packages() -> list[Finding]:
             findings.append(Finding(package, Level.FAIL, "is not installed", remedy))
         else:
             findings.append(Finding(package, Level.OK, version or "installed by the system's packages"))
-    return findings
+    jpeg = importlib.util.find_spec("simplejpeg") is not None
+    told = _version(("simplejpeg",)) if jpeg else "is not installed: damaged JPEG frames cannot be told from good ones"
+    remedy = "" if jpeg else "pip install simplejpeg"
+    return [*findings, Finding("simplejpeg", Level.OK if jpeg else Level.WARN, told, remedy)]
 
 
 def check_cv_bridge(

@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 
 from clustvit_ros.errors import DataError
-from clustvit_ros.images import IMAGE_SUFFIXES, list_images
+from clustvit_ros.images import IMAGE_SUFFIXES, list_images, read_image
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,7 @@ class FolderSource(FrameSource):
 
     def __iter__(self) -> Iterator[SourceFrame]:
         for file in self._files:
-            pixels = cv2.imread(str(file), cv2.IMREAD_COLOR)
-            if pixels is None:
-                raise DataError(f"source: {file} cannot be decoded; remove or repair it")
-            yield SourceFrame(pixels, file.name)
+            yield SourceFrame(cv2.cvtColor(read_image(file), cv2.COLOR_RGB2BGR), file.name)
 
 
 class VideoSource(FrameSource):

@@ -66,5 +66,5 @@ def test_unusable_sources_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read as a video"):
         open_source(str(text))
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"broken\.png cannot be decoded"):
+    with pytest.raises(DataError, match=r"broken\.png: cannot be read as an image"):
         list(open_source(str(tmp_path)))
