@@ -60,7 +60,7 @@ setup(
         # 2.3 is JetPack 6's oldest; earlier ones lack half precision on a CPU. `make test-oldest` holds this.
         "torch": ["torch>=2.3"],
         "opencv": ["opencv-python-headless>=4.5,<5"],
-        "train": ["tqdm>=4.60", "matplotlib>=3.5"],
+        "train": ["tqdm>=4.60", "matplotlib>=3.5", "pillow>=9"],
         # Recorded bags without a ROS installation, and many of them on many machines.
         "bags": ["rosbags>=0.11", "opencv-python-headless>=4.5,<5", "tqdm>=4.60"],
         "fleet": ["ray[data]>=2.40"],

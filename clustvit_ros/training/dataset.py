@@ -15,26 +15,16 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 from tqdm import tqdm
 
 from clustvit_ros.classes import IGNORE_INDEX
 from clustvit_ros.errors import ConfigError, DataError
 from clustvit_ros.images import IMAGE_SUFFIXES, Sample, list_images, read_image
+from clustvit_ros.training.label_files import LabelReader, Pair, read_labels
 
 _READERS = 8
-
-
-class Pair(NamedTuple):
-    """Where one labelled image lies; `label` is a label image, or a file that holds the labels of many images."""
-
-    image: Path
-    label: Path
-
-    @property
-    def stem(self) -> str:
-        return self.image.stem
+_ORIENTATION_TAG = 0x0112
 
 
 class BadFile(NamedTuple):
@@ -47,16 +37,12 @@ class BadFile(NamedTuple):
         return f"{self.file}: {self.problem}" if str(self.file) not in self.problem else self.problem
 
 
-LabelReader = Callable[[Pair], np.ndarray]
-"""Reads the labels of a pair: (H, W) uint8 class ids, 255 = void; raises DataError."""
-
-
 class LabelledImages:
     """Pairs of image and label files with the same stem, sorted by it.
 
     Args:
         images_dir: folder of images.
-        labels_dir: folder of single-channel 8-bit PNGs.
+        labels_dir: folder of PNGs of class ids, as `read_ids` reads them.
         num_classes: ids from here up to 254 are errors.
         strict: False leaves images without label out, and lists them in `findings`.
 
@@ -65,10 +51,7 @@ class LabelledImages:
     """
 
     def __init__(self, images_dir: Path, labels_dir: Path, num_classes: int, strict: bool = True) -> None:
-        images = find_images(images_dir)
-        if not Path(labels_dir).is_dir():
-            raise DataError(f"label folder {labels_dir} does not exist; expected a folder of <stem>.png")
-        pairs = [Pair(images[stem], Path(labels_dir) / f"{stem}.png") for stem in sorted(images)]
+        pairs = find_pairs(Path(images_dir), Path(labels_dir))
         self._fill(pairs, num_classes, lambda pair: read_labels(pair.label, num_classes), str(labels_dir), strict)
 
     @classmethod
@@ -115,8 +98,10 @@ class LabelledImages:
         image = read_image(pair.image)
         labels = self._read(pair)
         if labels.shape != image.shape[:2]:
+            turned = labels.shape == image.shape[1::-1] and orientation(pair.image) != 1
             raise DataError(
                 f"{pair.label}: labels are {labels.shape}, the image {pair.image.name} is {image.shape[:2]}"
+                + ("; they were drawn on the turned image, " + _ORIENTATION_REMEDY if turned else "")
             )
         return Sample(image, labels, pair.stem)
 
@@ -196,6 +181,31 @@ def joined(data: Sequence[LabelledImages], same_classes: bool = False) -> Labell
     return LabelledImages.of_pairs(pairs, total, read, " and ".join(part.where for part in data))
 
 
+_ORIENTATION_REMEDY = "whose orientation tag is not applied, as in messages; turn its pixels and drop the tag"
+
+
+def warn_of_orientation(data: LabelledImages) -> str:
+    """What to tell of images with an orientation tag: pixels are taken as stored, their labels may not be; or empty."""
+    turned = [pair.image.name for pair in data.pairs if orientation(pair.image) != 1]
+    if not turned:
+        return ""
+    return (
+        f"{data.where}: {len(turned)} image(s) are stored turned ({_names(turned, 3)}); pixels are taken as stored, as "
+        "from a camera: labels must have been drawn on those, or turn the pixels and drop the tag (exiftran -ai)"
+    )
+
+
+def orientation(path: Path) -> int:
+    """An image file's orientation tag: 1 to 8, 1 = as stored; 1 without a tag, or without Pillow to read it."""
+    try:
+        from PIL import Image
+
+        with Image.open(path) as image:
+            return int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # whatever it stumbles over is no tag
+        return 1
+
+
 def check_images(
     data: LabelledImages, min_side_px: int = 1, progress: Callable[[Iterable], Iterable] = lambda items: items
 ) -> list[BadFile]:
@@ -255,6 +265,8 @@ def usable(data: LabelledImages, bad_data: str, patch_size: int) -> tuple[Labell
         lambda items: tqdm(items, desc=f"check {data.where}", total=len(data), leave=False, mininterval=1.0),
     )
     findings = [*data.findings, *found]
+    if warning := warn_of_orientation(data):
+        print(warning, file=sys.stderr)
     if not findings:
         return data, []
     text = list_findings(findings, data.where)
@@ -277,8 +289,30 @@ def _problem(data: LabelledImages, index: int, min_side_px: int) -> BadFile | No
     return None
 
 
-def find_images(images_dir: Path) -> dict[str, Path]:
-    """Image files of a folder by stem.
+def find_pairs(images_dir: Path, labels_dir: Path, suffix: str = ".png") -> list[Pair]:
+    """Images of a folder with the paths of their labels, which may not be there, sorted by stem.
+
+    Args:
+        images_dir: folder of images.
+        labels_dir: folder of labels; it may be the same one.
+        suffix: labels are called <stem of the image><suffix>, in whatever case.
+
+    Raises:
+        DataError: a folder is missing, no image is there, or one stem is there twice.
+    """
+    if not labels_dir.is_dir():
+        raise DataError(f"label folder {labels_dir} does not exist; expected a folder of <stem>{suffix}")
+    images = find_images(images_dir, suffix if images_dir.resolve() == labels_dir.resolve() else "")
+    files = {path.name.lower(): path for path in labels_dir.iterdir()}
+    pairs = []
+    for stem in sorted(images):
+        exact = labels_dir / (stem + suffix)
+        pairs.append(Pair(images[stem], exact if exact.exists() else files.get(exact.name.lower(), exact)))
+    return pairs
+
+
+def find_images(images_dir: Path, but: str = "") -> dict[str, Path]:
+    """Image files of a folder by stem, without those whose names end in `but`.
 
     Raises:
         DataError: no such folder, no image in it, or one stem twice.
@@ -288,41 +322,14 @@ def find_images(images_dir: Path) -> dict[str, Path]:
         raise DataError(f"image folder {images_dir} does not exist")
     found: dict[str, Path] = {}
     for path in list_images(images_dir):
+        if but and path.name.lower().endswith(but.lower()):
+            continue
         if path.stem in found:
             raise DataError(f"{images_dir}: {found[path.stem].name} and {path.name} share a stem; keep one of them")
         found[path.stem] = path
     if not found:
         raise DataError(f"{images_dir}: no image found, expected files ending in {', '.join(IMAGE_SUFFIXES)}")
     return found
-
-
-def read_labels(path: Path, num_classes: int) -> np.ndarray:
-    """Read a label file: (H, W) uint8 class ids, 255 = void.
-
-    Raises:
-        DataError: it is not a single-channel 8-bit image, or holds an id without a class.
-    """
-    labels = read_ids(path)
-    wrong = np.unique(labels[(labels >= num_classes) & (labels != IGNORE_INDEX)])
-    if wrong.size:
-        raise DataError(
-            f"{path}: label ids {wrong[:10].tolist()} have no class, expected 0 to {num_classes - 1} or "
-            f"{IGNORE_INDEX} for void; check the model's class list"
-        )
-    return labels
-
-
-def read_ids(path: Path) -> np.ndarray:
-    """Read a single-channel 8-bit image as it is: (H, W) uint8.
-
-    Raises:
-        DataError: it is something else.
-    """
-    labels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-    if labels is None or labels.ndim != 2 or labels.dtype != np.uint8:
-        got = "an unreadable file" if labels is None else f"shape {labels.shape} of {labels.dtype}"
-        raise DataError(f"{path}: got {got}, expected a single-channel 8-bit PNG of class ids")
-    return labels
 
 
 def _names(names: list[str], limit: int = 10) -> str:

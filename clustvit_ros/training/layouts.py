@@ -9,134 +9,24 @@
 Known without a `dataset.yaml`: `<split>/{images,labels}`; ADE20K (Zhou et al., arXiv 1608.05442; the scene-parsing
 release); SUIM (Islam et al., arXiv 2004.01241); RumexWeeds (Güldenring et al. 2023) with its CVAT polygons; Cityscapes
 (Cordts et al., arXiv 1604.01685), fine annotations.
-
-How published data sets write their labels, each read into class ids with 255 for void.
 """
 
 from __future__ import annotations
 
-import functools
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import cv2
-import numpy as np
-
 from clustvit_ros.classes import IGNORE_INDEX, ClassEntry, ClassSet, load_class_set, write_out_classes
 from clustvit_ros.config import from_mapping, read_yaml
 from clustvit_ros.errors import ConfigError, DataError
-from clustvit_ros.images import list_images, read_image
-from clustvit_ros.training.dataset import LabelledImages, LabelReader, Pair, find_images, read_ids
-
-
-class IdLabels:
-    """Single-channel 8-bit images whose values stand for classes.
-
-    Args:
-        ids: value in the file to class id; values that are neither here nor void are errors.
-        void: values without a class.
-    """
-
-    def __init__(self, ids: Mapping[int, int], void: Sequence[int] = (IGNORE_INDEX,)) -> None:
-        # Void wins: a class may give up its value, as data sets with "other" as class 0 do.
-        self._table = np.full(256, -1, np.int16)
-        for value, class_id in ids.items():
-            self._table[value] = class_id
-        self._table[list(void)] = IGNORE_INDEX
-        self._expected = f"one of {sorted(set(ids) - set(void))} or {sorted(void)} for void"
-
-    def __call__(self, pair: Pair) -> np.ndarray:
-        values = read_ids(pair.label)
-        labels = self._table[values]
-        if (labels < 0).any():
-            wrong = np.unique(values[labels < 0])[:10].tolist()
-            raise DataError(f"{pair.label}: label ids {wrong} have no class, expected {self._expected}")
-        return labels.astype(np.uint8)
-
-
-class ColourLabels:
-    """Colour images whose colours stand for classes.
-
-    Args:
-        colours: (red, green, blue) of each class, in the order of their ids.
-        void: colours without a class.
-        binary: every channel is 0 or 255, and values between, which lossy formats and resized masks have, are
-            rounded to the nearer one (as SUIM's masks need).
-    """
-
-    def __init__(
-        self, colours: Sequence[tuple[int, int, int]], void: Sequence[tuple[int, int, int]] = (), binary: bool = False,
-    ) -> None:  # fmt: skip
-        self._binary = binary
-        table = {int(_code(np.array(colour))): index for index, colour in enumerate(colours)}
-        table.update({int(_code(np.array(colour))): IGNORE_INDEX for colour in void})
-        self._codes = np.array(sorted(table), np.int64)
-        self._ids = np.array([table[code] for code in self._codes.tolist()], np.uint8)
-
-    def __call__(self, pair: Pair) -> np.ndarray:
-        image = read_image(pair.label)
-        if self._binary:
-            image = np.where(image > 127, 255, 0)
-        codes = _code(image)
-        place = np.searchsorted(self._codes, codes).clip(max=len(self._codes) - 1)
-        unknown = self._codes[place] != codes
-        if unknown.any():
-            wrong = [[int(c) >> 16, int(c) >> 8 & 255, int(c) & 255] for c in np.unique(codes[unknown])[:5]]
-            raise DataError(
-                f"{pair.label}: {100 * unknown.mean():.2f} % of the pixels have colours of no class, such as {wrong}; "
-                "add them to classes or ignore, or write masks without lossy compression"
-            )
-        return self._ids[place]
-
-
-class PolygonLabels:
-    """CVAT annotation files ("CVAT for images"): `<image name=...><polygon label=... points="x,y;x,y">`.
-
-    Args:
-        names: class names; everything outside of a polygon is class 0.
-    """
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self._ids = {name: index for index, name in enumerate(names)}
-
-    def __call__(self, pair: Pair) -> np.ndarray:
-        images = _parse_cvat(pair.label)
-        if pair.image.name not in images:
-            raise DataError(f"{pair.label}: holds no <image> named {pair.image.name}")
-        image = images[pair.image.name]
-        try:
-            size = int(image.attrib["height"]), int(image.attrib["width"])
-            labels = np.zeros(size, np.uint8)
-            for polygon in image.iterfind("polygon"):
-                name = polygon.attrib["label"].strip().lower()
-                if name not in self._ids:
-                    raise DataError(f"{pair.label}: {pair.image.name} has a polygon of {name!r}, which is no class")
-                points = [[float(v) for v in point.split(",")] for point in polygon.attrib["points"].split(";")]
-                cv2.fillPoly(labels, [np.array(points).astype(np.int32)], (self._ids[name],))
-        except (KeyError, ValueError, cv2.error) as error:
-            raise DataError(f"{pair.label}: the entry of {pair.image.name} cannot be read ({error!r})") from error
-        return labels
-
-
-@functools.lru_cache(maxsize=64)
-def _parse_cvat(path: Path) -> dict[str, ElementTree.Element]:
-    try:
-        root = ElementTree.parse(path).getroot()
-    except (OSError, ElementTree.ParseError) as error:
-        raise DataError(f"{path}: cannot be read as CVAT annotations ({error})") from error
-    return {Path(image.attrib.get("name", "")).name: image for image in root.iterfind("image")}
-
-
-def _code(colours: np.ndarray) -> np.ndarray:
-    """(..., 3) colours as one number each."""
-    wide = colours.astype(np.int64)
-    return wide[..., 0] << 16 | wide[..., 1] << 8 | wide[..., 2]
-
+from clustvit_ros.images import IMAGE_SUFFIXES, list_images
+from clustvit_ros.training.dataset import LabelledImages, find_pairs
+from clustvit_ros.training.label_files import ColourLabels, IdLabels, LabelReader, Pair, PolygonLabels
 
 DATASET_FILE = "dataset.yaml"
+_LABEL_FOLDERS, _VALIDATION = ("labels", "masks", "annotations"), ("val", "valid", "validation")
 _SUIM_HOLD_OUT = 7  # every seventh image of train_val, since its authors name no validation split
 
 _SUIM = ClassSet(
@@ -166,17 +56,18 @@ class _DatasetFile:
     Args:
         layout: "folders", or a published data set whose classes and splits are known.
         root: folder of the data, relative to the file.
-        classes: names and colours, in the order of their ids.
+        classes: in the order of their ids: names, or names and colours (`colour` or `color`).
         labels: "ids" (single-channel PNGs) or "colours" (masks in the classes' colours).
         ignore: values that mean void: ids, or colours as [red, green, blue].
         label_suffix: a label file is called <stem of its image><label_suffix>.
-        splits: image lists by split name.
+        splits: image lists by split name; without them, folders named as usual: `train/images` with `train/labels`, or
+            `images/train` with `labels/train`; `masks` and `annotations` for labels, `valid` and `validation` for val.
         group: which images were taken together, for instance on one drive: see `group_images`.
     """
 
     layout: Literal["folders", "ade20k", "suim", "rumexweeds", "cityscapes"] = "folders"
     root: str = "."
-    classes: tuple[ClassEntry, ...] = ()
+    classes: tuple[Any, ...] = ()
     labels: Literal["ids", "colours"] = "ids"
     ignore: tuple[Any, ...] = ()
     label_suffix: str = ".png"
@@ -257,28 +148,56 @@ def _from_file(path: Path) -> DataSet:
             raise ConfigError(f"{path}: layout {content.layout} has its own classes and splits; leave them out")
         return replace(_LAYOUTS[content.layout](root), group=content.group)
     if not content.classes:
-        raise ConfigError(f"{path}: classes is missing, expected at least one {{name, colour}} entry")
-    if not content.splits:
-        raise ConfigError(f"{path}: splits is missing, expected for instance train: {{images: ..., labels: ...}}")
-    classes = ClassSet.of(content.classes)
+        raise ConfigError(f"{path}: classes is missing, expected at least one name, or {{name, colour}} entry")
+    classes = _classes(content, path)
     read = _reader(content, classes, path)
     splits = {name: from_mapping(_Split, split, f"{path}: splits: {name}") for name, split in content.splits.items()}
+    splits = splits or _usual_splits(root)
+    if not splits:
+        raise ConfigError(
+            f"{path}: splits is missing, and {root} holds no train/images and train/labels, or images/train and "
+            "labels/train; expected for instance train: {images: ..., labels: ...}"
+        )
 
     def folders(split: _Split) -> Callable[[int, bool], LabelledImages]:
         def open_split(num_classes: int, strict: bool) -> LabelledImages:
-            images = find_images(root / split.images)
-            stems = sorted(images)
+            pairs = find_pairs(root / split.images, root / split.labels, content.label_suffix)
             if split.list:
+                by_stem = {pair.stem: pair for pair in pairs}
                 stems = _read_list(root / split.list)
-                unknown = [stem for stem in stems if stem not in images]
+                unknown = [stem for stem in stems if stem not in by_stem]
                 if unknown:
                     raise DataError(f"{root / split.list}: {len(unknown)} names have no image: {unknown[:10]}")
-            pairs = [Pair(images[stem], root / split.labels / (stem + content.label_suffix)) for stem in stems]
+                pairs = [by_stem[stem] for stem in stems]
             return LabelledImages.of_pairs(pairs, num_classes, read, str(root / split.labels), strict)
 
         return open_split
 
     return DataSet(root, classes, {name: folders(split) for name, split in splits.items()}, content.group)
+
+
+def _classes(content: _DatasetFile, path: Path) -> ClassSet:
+    defaults = ClassSet.numbered(len(content.classes)).colours
+    entries = []
+    for index, entry in enumerate(content.classes):
+        if isinstance(entry, dict) and "color" in entry:
+            entry = {("colour" if key == "color" else key): value for key, value in entry.items()}
+        if isinstance(entry, str) or (isinstance(entry, dict) and "colour" not in entry):
+            if content.labels == "colours":
+                raise ConfigError(f"{path}: classes[{index}] has no colour, which labels: colours needs")
+            entry = {"colour": defaults[index], **({"name": entry} if isinstance(entry, str) else entry)}
+        entries.append(from_mapping(ClassEntry, entry, f"{path}: classes[{index}]"))
+    return ClassSet.of(entries)
+
+
+def _usual_splits(root: Path) -> dict[str, _Split]:
+    found: dict[str, _Split] = {}
+    for name, split in (("train", "train"), *((name, "val") for name in _VALIDATION), ("test", "test")):
+        for labels in _LABEL_FOLDERS:
+            for images, masks in ((f"{name}/images", f"{name}/{labels}"), (f"images/{name}", f"{labels}/{name}")):
+                if (root / images).is_dir() and (root / masks).is_dir():
+                    found.setdefault(split, _Split(images, masks))
+    return found
 
 
 def _reader(content: _DatasetFile, classes: ClassSet, path: Path) -> LabelReader:
@@ -297,7 +216,9 @@ def _read_list(path: Path) -> list[str]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    return [Path(line.strip()).stem for line in lines if line.strip()]
+    names = [Path(line.strip()) for line in lines if line.strip()]
+    # Stems may hold dots, as 2007.00001 does.
+    return [name.stem if name.suffix.lower() in IMAGE_SUFFIXES else name.name for name in names]
 
 
 def _ade20k(root: Path) -> DataSet:
@@ -376,8 +297,7 @@ def _cityscapes(root: Path) -> DataSet:
 def _by_stem(
     images_dir: Path, labels_dir: Path, suffix: str, num_classes: int, read: LabelReader, strict: bool
 ) -> LabelledImages:
-    images = find_images(images_dir)
-    pairs = [Pair(images[stem], labels_dir / (stem + suffix)) for stem in sorted(images)]
+    pairs = find_pairs(images_dir, labels_dir, suffix)
     return LabelledImages.of_pairs(pairs, num_classes, read, str(labels_dir), strict)
 
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from clustvit_ros.errors import ConfigError, DataError
-from clustvit_ros.training.dataset import check_images, list_findings, without
+from clustvit_ros.training.dataset import check_images, list_findings, warn_of_orientation, without
 from clustvit_ros.training.layouts import open_data_set
 
 RNG = np.random.default_rng(0)
@@ -188,3 +188,105 @@ def test_everything_wrong_is_listed_at_once(tmp_path):
     ):  # fmt: skip
         assert expected in text, expected
     assert [pair.stem for pair in without(data, findings).pairs] == ["good"]
+
+
+def photo_jpeg(path, orientation=1, size=(24, 32)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0" + bytes([orientation]) + bytes(6)
+    data = cv2.imencode(".jpg", photo(size))[1].tobytes()
+    path.write_bytes(data[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + data[2:])
+
+
+def as_palette(path, ids):
+    images = pytest.importorskip("PIL.Image", reason="needs Pillow (the 'train' extra)")
+    image = images.fromarray(ids).convert("P")
+    image.putdata(ids.ravel().tolist())
+    image.putpalette([int(value) for value in np.random.default_rng(1).integers(0, 256, 768)])
+    image.save(path)
+
+
+WAYS_TO_WRITE_IDS = {
+    "grey": lambda path, ids: put(path, ids),
+    "palette": as_palette,
+    "rgb": lambda path, ids: put(path, np.dstack([ids] * 3)),
+    "rgba": lambda path, ids: cv2.imwrite(str(path), np.dstack([ids] * 3 + [np.full_like(ids, 255)])),
+    "16 bits": lambda path, ids: cv2.imwrite(str(path), np.where(ids == 255, 65535, ids.astype(np.uint16))),
+    "16 bits, void 255": lambda path, ids: cv2.imwrite(str(path), ids.astype(np.uint16)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_TO_WRITE_IDS)
+@pytest.mark.parametrize("values", [[0, 1, 2], [0, 255, 2], [0], [1, 0]])
+def test_ids_are_read_however_they_are_written(tmp_path, way, values):
+    put(tmp_path / "train/images/a.png", photo())
+    (tmp_path / "train/labels").mkdir()
+    WAYS_TO_WRITE_IDS[way](tmp_path / "train/labels/a.png", columns(values))
+    data = open_data_set(tmp_path).open("train", 3)
+    np.testing.assert_array_equal(data[0].labels, columns(values))
+
+
+def test_what_is_no_id_is_refused(tmp_path):
+    put(tmp_path / "train/images/a.png", photo())
+    put(tmp_path / "train/labels/a.png", photo())
+    with pytest.raises(DataError, match=r"labels/a\.png: got shape .* of colours; .*say `labels: colours`"):
+        open_data_set(tmp_path).open("train", 3)[0]
+    cv2.imwrite(str(tmp_path / "train/labels/a.png"), columns([0, 1]).astype(np.uint16) * 1000)
+    with pytest.raises(DataError, match=r"label ids \[1000\] have no class"):
+        open_data_set(tmp_path).open("train", 3)[0]
+
+
+@pytest.mark.parametrize("stem", ["a", "2007.00001", "a b", "ä"])
+@pytest.mark.parametrize(("image", "label"), [(".jpg", ".png"), (".JPG", ".PNG"), (".PNG", ".png"), (".Jpeg", ".Png")])
+def test_files_are_found_by_stem_whatever_their_endings(tmp_path, stem, image, label):
+    photo_jpeg(tmp_path / f"train/images/{stem}{image}")
+    (tmp_path / f"train/images/._{stem}{image}").write_bytes(b"of macOS")
+    put(tmp_path / "train/labels/x.png", columns([0, 1]))
+    (tmp_path / "train/labels/x.png").rename(tmp_path / f"train/labels/{stem}{label}")
+    data = open_data_set(tmp_path).open("train", 3)
+    assert [pair.stem for pair in data.pairs] == [stem] and (data[0].labels == columns([0, 1])).all()
+
+
+def test_images_and_labels_may_share_a_folder_and_lists_may_name_stems_with_dots(tmp_path):
+    for stem in ("2007.00001", "2007.00002"):
+        photo_jpeg(tmp_path / f"all/{stem}.JPG")
+        put(tmp_path / f"all/{stem}_mask.png", columns([0, 1]))
+    (tmp_path / "train.txt").write_text("2007.00001\n")
+    (tmp_path / "val.txt").write_text("all/2007.00002.JPG\n")
+    dataset_file(
+        tmp_path, classes=["road", "tree"], label_suffix="_mask.png",
+        splits={name: {"images": "all", "labels": "all", "list": f"{name}.txt"} for name in ("train", "val")},
+    )  # fmt: skip
+    data_set = open_data_set(tmp_path)
+    assert [pair.stem for pair in data_set.open("train", 2).pairs] == ["2007.00001"]
+    assert (data_set.open("val", 2)[0].labels == columns([0, 1])).all()
+
+
+@pytest.mark.parametrize("classes", [
+    ["road", "tree"], [{"name": "road"}, {"name": "tree", "color": [1, 2, 3]}],
+    [{"name": "road", "colour": [1, 2, 3]}, "tree"],
+])  # fmt: skip
+@pytest.mark.parametrize("pattern", ["{split}/images {split}/labels", "images/{split} masks/{split}"])
+@pytest.mark.parametrize("val", ["val", "valid", "validation"])
+def test_a_short_dataset_file_is_enough(tmp_path, classes, pattern, val):
+    for split in ("train", val, "test"):
+        images, labels = pattern.format(split=split).split()
+        photo_jpeg(tmp_path / images / "a.jpg")
+        put(tmp_path / labels / "a.png", columns([0, 1, 255]))
+    (tmp_path / "dataset.yaml").write_text(yaml.safe_dump({"classes": classes}))
+    data_set = open_data_set(tmp_path)
+    assert data_set.classes.names == ("road", "tree") and len(set(data_set.classes.colours)) == 2
+    assert [1, 2, 3] in [list(colour) for colour in data_set.classes.colours] or classes == ["road", "tree"]
+    for split in ("train", "val", "test"):
+        assert (data_set.open(split, 2)[0].labels == columns([0, 1, 255])).all()
+
+
+def test_turned_images_are_told(tmp_path):
+    pytest.importorskip("PIL", reason="needs Pillow (the 'train' extra)")
+    for index, orientation in enumerate((1, 3, 6)):
+        photo_jpeg(tmp_path / f"train/images/{index}.jpg", orientation)
+        put(tmp_path / f"train/labels/{index}.png", columns([0, 1], (32, 24) if orientation == 6 else (24, 32)))
+    data = open_data_set(tmp_path).open("train", 2)
+    assert "2 image(s) are stored turned (1.jpg, 2.jpg)" in warn_of_orientation(data)
+    assert warn_of_orientation(data.subset([0])) == "" and data[1].image.shape == (24, 32, 3)
+    with pytest.raises(DataError, match="drawn on the turned image, whose orientation tag is not applied"):
+        data[2]
