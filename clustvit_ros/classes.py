@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import collections
 import colorsys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -49,9 +50,12 @@ class ClassSet:
     def __post_init__(self) -> None:
         if not self.names:
             raise ConfigError("classes: got an empty list, expected at least one {name, colour} entry")
-        repeated = sorted({name for name in self.names if self.names.count(name) > 1})
+        repeated = sorted(name for name, count in collections.Counter(self.names).items() if count > 1)
         if repeated or not all(self.names):
             raise ConfigError(f"classes: names must be unique and non-empty, got repeated or empty {repeated or ['']}")
+        unprintable = [name for name in self.names if not name.isprintable()]
+        if unprintable:
+            raise ConfigError(f"classes: names must be printable, got {unprintable[0][:60]!r}")
         if len(self.colours) != len(self.names):
             raise ConfigError(f"classes: got {len(self.colours)} colours for {len(self.names)} names, expected as many")
         for name, colour in zip(self.names, self.colours, strict=True):

@@ -30,6 +30,7 @@ T = TypeVar("T")
 # Configuration is written by hand; a model.yaml has some hundred lines.
 _LONGEST_YAML_BYTES = 1 << 20
 _MOST_YAML_VALUES = 200_000
+_NUMBERS, _LONGEST_NUMBER = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"), 400
 
 
 def _load_yaml(text: str) -> Any:
@@ -49,6 +50,9 @@ def _load_yaml(text: str) -> Any:
 def _count_values(node: yaml.Node, known: dict[int, float]) -> float:
     """Values below `node`, those behind references counted each time; infinite where it holds itself."""
     if isinstance(node, yaml.ScalarNode):
+        # YAML reads 1:59:59 as a number, at a cost that grows with the square of its length.
+        if node.tag in _NUMBERS and len(node.value) > _LONGEST_NUMBER:
+            raise yaml.YAMLError(f"a number of {len(node.value)} characters; expected at most {_LONGEST_NUMBER}")
         return 1
     if id(node) not in known:
         known[id(node)] = math.inf  # until it is done: whoever finds this is below it

@@ -110,3 +110,24 @@ def test_references_that_stand_for_little_are_read(tmp_path):
     assert read_yaml(tmp_path / "c.yaml") == {"a": [1, 2], "b": [1, 2]}
     (tmp_path / "c.yaml").write_text("a: &size {x: 1}\nb: {<<: *size, y: 2}\n")
     assert read_yaml(tmp_path / "c.yaml") == {"a": {"x": 1}, "b": {"x": 1, "y": 2}}
+
+
+@pytest.mark.parametrize("value", [":".join(["1"] + ["59"] * 200_000), "9" * 5000, "1" + "_0" * 3000 + ".5"])
+def test_numbers_that_take_long_to_read_are_refused(tmp_path, value):
+    path = tmp_path / "a.yaml"
+    path.write_text(f"value: {value}\n")
+    with pytest.raises(ConfigError, match=r"a number of .* characters"):
+        read_yaml(path)
+
+
+def test_names_that_a_terminal_would_obey_are_refused_and_thousands_are_counted_once():
+    from clustvit_ros.classes import ClassSet
+
+    names = tuple(f"class {index}" for index in range(10_000))
+    assert len(ClassSet(names, ((0, 0, 0),) * len(names))) == 10_000
+    with pytest.raises(ConfigError, match=r"repeated or empty .'class 3'"):
+        ClassSet((*names, "class 3"), ((0, 0, 0),) * 10_001)
+    for name in ("\x1b[31mroad", "a\nb", "a\u202eb"):
+        with pytest.raises(ConfigError, match="names must be printable") as error:
+            ClassSet((name,), ((0, 0, 0),))
+        assert str(error.value).isprintable()

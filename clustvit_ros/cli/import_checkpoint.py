@@ -11,13 +11,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from clustvit_ros.classes import ClassSet, class_set_names, load_class_set
-from clustvit_ros.errors import ConfigError
+from clustvit_ros.errors import ConfigError, ModelError
 from clustvit_ros.networks.architectures import network_config
 from clustvit_ros.networks.model_folder import InputConfig, ModelConfig, save_model
+from clustvit_ros.networks.official import hints_of
 from clustvit_ros.networks.vit_config import ViTConfig
 from clustvit_ros.networks.weights import fill_network, network_for, read_checkpoint
 
@@ -68,7 +70,13 @@ def run(args: argparse.Namespace) -> int:
             known[name] = getattr(args, name)
     if args.image_size:
         known["image_size"] = _size(args.image_size)
-    architecture, overrides, num_classes = network_for(checkpoint, known, args.arch)
+    try:
+        architecture, overrides, num_classes = network_for(checkpoint, known, args.arch)
+    except (IndexError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ModelError(
+            f"{args.checkpoint}: holds no network of a known layout ({type(error).__name__}: {error}); expected an "
+            "OpenMMLab checkpoint of ClustViT or ViT, or a ViT encoder of timm or DeiT"
+        ) from error
     if num_classes is None:
         if args.classes is None:
             kind = "an encoder without a head; name the classes"
@@ -96,12 +104,29 @@ def run(args: argparse.Namespace) -> int:
         about += f"merging after block {settings.injection_point}, " if settings.merges else ""
         about += f"{settings.head} head, "
     print(f"{args.out}: {architecture}, {about}{len(classes)} classes")
+    if isinstance(settings, ViTConfig):
+        _tell_assumptions(settings, {**hints_of(checkpoint.model), **known})
     if left_out:
         print(f"left out: {', '.join(left_out)}")
     if fresh:
         modules = {".".join(name.split(".")[: 1 if name.startswith("head") else 2]) for name in fresh}
         print(f"fresh, to be trained: {', '.join(sorted(modules))}")
     return 0
+
+
+def _tell_assumptions(settings: ViTConfig, told: dict[str, Any]) -> None:
+    """Say what no shape tells and nobody said: other values fit the weights as well, and give wrong masks."""
+    assumed = [] if "num_heads" in told else [f"{settings.num_heads} heads (--num-heads)"]
+    if settings.merge_method == "clusters" and "injection_point" not in told:
+        assumed.append(f"merging after block {settings.injection_point} (--injection-point)")
+    if settings.head == "segmenter" and not {"head_heads", "num_heads"} & told.keys():
+        assumed.append(f"{settings.head_heads or settings.num_heads} heads in the decode head (--head-heads)")
+    if assumed:
+        print(
+            f"warning: assumed, since neither the file nor you say so: {', '.join(assumed)}; with others the weights "
+            "fit as well, and masks are wrong: compare with the configuration they were trained with",
+            file=sys.stderr,
+        )
 
 
 def _read_config(path: Path) -> dict[str, Any]:

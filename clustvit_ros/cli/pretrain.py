@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 from tqdm import tqdm
@@ -26,7 +27,7 @@ from clustvit_ros.training.distributed import processes
 from clustvit_ros.training.loop import TimeUp
 from clustvit_ros.training.masked_autoencoder import Pretrainer
 from clustvit_ros.training.recipe import read_recipe
-from clustvit_ros.training.run_folder import write_run_files
+from clustvit_ros.training.run_folder import owned, write_run_files
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         recipe = dataclasses.replace(recipe, classes=(ClassEntry("none", (0, 0, 0)),))
     run_dir = args.out or Path("runs") / f"{recipe.name}_pretraining"
     images = _usable([path for folder in args.images for path in find_images(folder).values()], args.bad_data)
-    with processes(args.device) as (here, device_name):
+    with processes(args.device) as (here, device_name), owned(run_dir) if here.is_main else nullcontext():
         device, reason = select_device(device_name)
         options = run_options(args, run_dir, here.is_main, time.monotonic() - started)
         trainer = Pretrainer(recipe, images, run_dir, device, here, options, round(args.cache_gb * 1e9))

@@ -15,6 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -49,6 +50,8 @@ from clustvit_ros.training.loop import RunOptions, TimeUp
 from clustvit_ros.training.recipe import Recipe, read_recipe
 from clustvit_ros.training.run_folder import (
     list_data,
+    owned,
+    read_json,
     tensorboard_writer,
     write_data_listing,
     write_run_files,
@@ -180,12 +183,20 @@ def run(args: argparse.Namespace) -> int:
     if args.folds_only:
         parts.pop()
     further = [splits[source.name] for source in recipe.sources[1:]]
-    with processes(args.device) as (here, device_name):
+    with processes(args.device) as (here, device_name), owned(run_dir) if here.is_main else nullcontext():
         device, reason = select_device(device_name)
+        told = False
+
+        def accepted() -> None:
+            """Called once nothing speaks against this training any more: only now are the last run's files replaced."""
+            nonlocal told
+            if not told and here.is_main:
+                write_run_files(run_dir, recipe, device, {"seed": recipe.schedule.seed, "processes": here.world_size})
+                print(f"{recipe.name}: device {device}{f' ({reason})' if reason else ''}, run folder {run_dir}")
+            told = True
+
         if here.is_main:
             write_data_listing(run_dir, list_data(splits, left_out))
-            write_run_files(run_dir, recipe, device, {"seed": recipe.schedule.seed, "processes": here.world_size})
-            print(f"{recipe.name}: device {device}{f' ({reason})' if reason else ''}, run folder {run_dir}")
             if by_group:
                 held_out = {part.val_name: len(part.val) for part in parts if part.is_fold and part.val}
                 outside = sum(map(len, (splits["train"], splits[args.val_split]))) - sum(held_out.values())
@@ -193,7 +204,7 @@ def run(args: argparse.Namespace) -> int:
                 print(f"folds: {listed}; {outside} images in none")
         here.wait()
         try:
-            results = [_train_part(part, further, recipe, args, device, here, started) for part in parts]
+            results = [_train_part(part, further, recipe, args, device, here, started, accepted) for part in parts]
         except TimeUp:
             if here.is_main:
                 print(f"time limit of {args.time_limit:g} min reached; the same command continues in {run_dir}")
@@ -233,19 +244,20 @@ def _parts(run_dir: Path, splits: dict[str, LabelledImages], val_split: str, fol
 
 def _train_part(
     part: _Part, further: list[LabelledImages], recipe: Recipe, args: argparse.Namespace, device: torch.device,
-    here: Processes, started: float,
+    here: Processes, started: float, accepted: Callable[[], None],
 ) -> dict[str, Any]:  # fmt: skip
     """Train one part to its end, or look up what came of it before; its scores."""
     done = part.run_dir / _DONE_FILE
     if done.exists():
-        content = json.loads(done.read_text(encoding="utf-8"))
-        if content.get("recipe") == to_mapping(recipe):
+        content = read_json(done)
+        if content.get("recipe") == to_mapping(recipe) and "scores" in content:
             if here.is_main:
                 print(f"{part.run_dir}: already trained, {_describe(content['scores'])}")
             return content["scores"]
     options = run_options(args, part.run_dir, here.is_main, spent_s=time.monotonic() - started)
     cache_bytes = round(args.cache_gb * 1e9)
     trainer = Trainer(recipe, part.train, part.run_dir, device, here, options, cache_bytes, further)
+    accepted()
     config = trainer.config
     if here.is_main:
         parameters = sum(parameter.numel() for parameter in trainer.network.parameters())

@@ -54,8 +54,17 @@ def network_config(architecture: str, overrides: dict[str, Any], where: str = "n
 
 
 def build_network(config: NetworkConfig, num_classes: int) -> Segmenter:
-    """A freshly initialised network."""
-    network = config.build(num_classes)
+    """A freshly initialised network.
+
+    Raises:
+        ConfigError: no network has these hyper-parameters.
+    """
+    try:
+        network = config.build(num_classes)
+    except (RuntimeError, ValueError, TypeError, ArithmeticError, IndexError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"network: cannot be built from {config} ({str(error).splitlines()[0]})") from error
     initialise(network)
     return network
 

@@ -14,6 +14,7 @@ are classifiers.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ def network_of(
             continue
         if name in shapes and shapes[name] != value:
             raise ConfigError(f"{name}: got {value!r}, but the checkpoint's shapes say {shapes[name]!r}")
-    backbone = {"num_heads": max(embed_dim // 64, 1), **_hints(model)}
+    backbone = {"num_heads": max(embed_dim // 64, 1), **hints_of(model)}
     network = {**backbone, **shapes, **known, "head": shapes["head"]}
     for name in ("injection_points", "head_blocks"):
         if name in network:
@@ -264,18 +265,31 @@ def _swap_prefix(name: str, table: dict[str, str]) -> str:
 
 
 def _count_layers(weights: dict[str, Tensor], room: str) -> int:
-    matches = (re.match(rf"{room}\.layers\.(\d+)\.", name) for name in weights)
-    return 1 + max((int(match.group(1)) for match in matches if match), default=-1)
+    return count_blocks(weights, rf"{room}\.layers\.")
 
 
-def _hints(model: dict[str, Any]) -> dict[str, Any]:
+def count_blocks(weights: Iterable[str], prefix: str) -> int:
+    """How many blocks names `<prefix><number>.` count.
+
+    Raises:
+        ModelError: numbers are left out, so that whoever builds them all could build for ever.
+    """
+    found = {match[1] for name in weights if (match := re.match(rf"{prefix}(\d+)\.", name))}
+    count = len(found)
+    if found != {str(number) for number in range(count)}:
+        strange = sorted(found - {str(number) for number in range(count)}, key=len)[-1]
+        raise ModelError(f"checkpoint: got a block numbered {strange[:40]}, one of {count}; expected 0 to {count - 1}")
+    return count
+
+
+def hints_of(model: dict[str, Any]) -> dict[str, Any]:
     """What a configuration's `model` section says that shapes cannot."""
-    backbone, head = model.get("backbone", {}), model.get("decode_head", {})
+    backbone, head = (part if isinstance(part := model.get(key), dict) else {} for key in ("backbone", "decode_head"))
     hints: dict[str, Any] = {}
     if isinstance(backbone.get("num_heads"), int):
         hints["num_heads"] = backbone["num_heads"]
     points = backbone.get("injection_points")
-    if points:
+    if points and isinstance(points, (list, tuple)):
         hints["injection_point"] = points[0]
         if len(points) > 1:
             raise ConfigError(f"injection_points: got {points}, official checkpoints have exactly one")

@@ -83,6 +83,9 @@ class ViTConfig(NetworkConfig):
         for name in ("patch_size", "embed_dim", "depth", "num_heads", "num_clusters"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"network: {name} is {getattr(self, name)}, expected at least 1")
+        for name in ("cluster_mlp_dim", "head_heads", "head_channels", "injection_point", "head_depth"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"network: {name} is {getattr(self, name)}, expected 0 or above")
         check_transformer(self)
         if self.stem_blocks < 0 or (self.stem_blocks and (self.stem != "conv" or self.patch_size < 8)):
             raise ConfigError(

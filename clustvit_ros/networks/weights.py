@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import ast
 import math
-import pickle
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +41,7 @@ from clustvit_ros.networks.clustr import ClusTRConfig
 from clustvit_ros.networks.model_folder import WEIGHTS_FILE, check_weights, load_config
 from clustvit_ros.networks.official import (
     clustr_shape,
+    count_blocks,
     count_classes,
     from_official,
     from_official_clustr,
@@ -101,9 +101,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ModelError(f"{path}: does not exist; expected a file of weights, .pth or .safetensors") from error
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, SafetensorError) as error:
+    except Exception as error:  # the readers raise whatever a damaged file makes them stumble over
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if isinstance(error, pickle.UnpicklingError):
+        if not isinstance(error, (OSError, RuntimeError, SafetensorError)):
             # PyTorch recommends to load without `weights_only`, which would execute what is in the file.
             reason = "it is damaged or holds other objects"
         raise ModelError(
@@ -218,12 +218,17 @@ def network_for(
         shape = _encoder_shape(import_weights(checkpoint), known.get("image_size"))
         wanted, size = {**shape, **known}, ("embed_dim", "depth")
     members = {name: to_mapping(config) for name, config in ARCHITECTURES.items() if isinstance(config, family)}
+    alike = [name for name, config in members.items() if all(config[key] == wanted[key] for key in size)]
     if architecture is None:
-        alike = (name for name, config in members.items() if all(config[key] == wanted[key] for key in size))
-        architecture = next(alike, default)
+        architecture = next(iter(alike), default)
     if architecture not in members:
         raise ConfigError(f"--arch: got {architecture!r}{kind}, expected one of {', '.join(members)}")
     published = members[architecture]
+    if alike and architecture not in alike:
+        got, expected = (", ".join(f"{key} {values[key]}" for key in size) for values in (published, wanted))
+        raise ConfigError(
+            f"--arch: {architecture} has {got}, but the weights have {expected}; expected one of {', '.join(alike)}"
+        )
     return architecture, {name: value for name, value in wanted.items() if published.get(name) != value}, None
 
 
@@ -313,7 +318,7 @@ def _encoder_shape(imported: Imported, image_size: Sequence[int] | None) -> dict
         "image_size": [length * patch_size for length in grid],
         "num_heads": max(embed_dim // 64, 1),
         "embed_dim": embed_dim,
-        "depth": 1 + max(map(int, re.findall(r"backbone\.blocks\.(\d+)\.", "\n".join(weights)))),
+        "depth": count_blocks(weights, r"backbone\.blocks\."),
         "patch_size": patch_size,
         "mlp_ratio": hidden_dim / embed_dim,
     }

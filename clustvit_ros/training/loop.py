@@ -274,12 +274,18 @@ class TrainingLoop(abc.ABC, Generic[Network]):
     def _resume(self) -> None:
         path = self.run_dir / CHECKPOINT
         state = load_checkpoint(path)
-        check_fingerprint(path, state.get("fingerprint", "{}"), self.fingerprint)
-        self.network.load_state_dict(state["network"])
-        self.averaged.load_state_dict(state["averaged"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.precision.load_state_dict(state["scaler"])
-        self.step, self.best_score, self._totals = state["step"], state["best_score"], state["totals"]
+        check_fingerprint(path, str(state.get("fingerprint", "{}")), self.fingerprint)
+        try:
+            self.network.load_state_dict(state["network"])
+            self.averaged.load_state_dict(state["averaged"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.precision.load_state_dict(state["scaler"])
+            self.step, self.best_score, self._totals = state["step"], state["best_score"], state["totals"]
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{path}: is no whole checkpoint of this run ({type(error).__name__}: {str(error).splitlines()[0]}); "
+                "pass another run folder to start anew"
+            ) from error
 
 
 class _Report:

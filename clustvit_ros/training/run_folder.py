@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -38,6 +39,29 @@ from clustvit_ros.training.dataset import BadFile, LabelledImages
 from clustvit_ros.training.recipe import Recipe
 
 CHECKPOINT = "checkpoint.pt"
+_LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def owned(run_dir: Path) -> Iterator[None]:
+    """Keep a run folder for this process, until it ends in whatever way.
+
+    Raises:
+        DataError: another process trains in it, or it cannot be written.
+    """
+    with writing(run_dir / _LOCK):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / _LOCK).open("w", encoding="utf-8")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(
+                f"{run_dir}: another training runs in this folder; wait for it, or pass another folder with --out"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -99,10 +123,16 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         DataError: it cannot be read.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever a damaged file makes it stumble over
+        reason = (str(error).splitlines() or [""])[0]
+        # PyTorch recommends to load without `weights_only`, which would execute what is in the file.
+        if isinstance(error, pickle.UnpicklingError) or not reason:
+            reason = "it is damaged, or no checkpoint"
         raise DataError(f"{path}: cannot be read ({reason}); pass another run folder to start anew") from error
+    if not isinstance(state, dict):
+        raise DataError(f"{path}: got {type(state).__name__}, expected a checkpoint; pass another run folder")
+    return state
 
 
 def check_fingerprint(path: Path, saved: str, current: dict[str, Any]) -> None:
@@ -214,7 +244,7 @@ def write_data_listing(run_dir: Path, listing: dict[str, Any]) -> None:
     """
     path = run_dir / DATA_FILE
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path)
         for split in sorted(set(before) | set(listing)):
             old, new = (_digests(content.get(split, [])) for content in (before, listing))
             changed = [file for file in sorted(old.keys() | new.keys()) if old.get(file) != new.get(file)]
@@ -226,6 +256,21 @@ def write_data_listing(run_dir: Path, listing: dict[str, Any]) -> None:
         return
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(listing, indent=1) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that a run wrote.
+
+    Raises:
+        DataError: it is no longer what was written.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as JSON ({error}); restore it, or pass another run folder") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: got {type(content).__name__}, expected an object; restore it, or pass another folder")
+    return content
 
 
 def tensorboard_writer(run_dir: Path) -> Callable[[dict[str, Any]], None]:

@@ -228,3 +228,15 @@ def test_nothing_is_unpickled(folder):
     with pytest.raises(ModelError, match="cannot be read"):
         load_segmenter(folder[0])
     assert not (folder[0] / "pwned").exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"head_channels": -7, "head": "upernet"}, {"head_heads": -1}, {"cluster_mlp_dim": -4},
+               {"mlp_ratio": -2.0}, {"injection_point": -1}, {"head_heads": 7}],
+)  # fmt: skip
+def test_hyper_parameters_that_no_network_has_are_errors_of_the_configuration(change):
+    from clustvit_ros.errors import ConfigError
+    from clustvit_ros.networks import build_network, network_config
+
+    with pytest.raises(ConfigError, match="network: "):
+        build_network(network_config("clustvit_t", {"image_size": [64, 64], **change}), 3)

@@ -324,3 +324,37 @@ def test_recipes_that_cannot_be_used(train, write_recipe, tmp_path, capsys, sect
     assert train(write_recipe(**{section: change}), tmp_path / "run") == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_a_refused_command_changes_no_file_of_the_run(train, write_recipe, tmp_path, capsys):
+    recipe = write_recipe()
+    assert train(recipe, tmp_path / "run") == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    assert train(recipe, tmp_path / "run", "--epochs", "60") == 2
+    assert "was made with another recipe" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == before
+
+
+def test_a_run_folder_has_one_training_at_a_time(train, write_recipe, tmp_path, capsys):
+    from clustvit_ros.training.run_folder import owned
+
+    with owned(tmp_path / "run"):
+        assert train(write_recipe(), tmp_path / "run") == 2
+    assert "another training runs in this folder" in capsys.readouterr().err
+    assert not (tmp_path / "run/recipe.yaml").exists()
+    assert train(write_recipe(), tmp_path / "run") == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("checkpoint.pt", b"text"), ("checkpoint.pt", b""), ("checkpoint.pt", b"\x80\x02}q\x00."),
+     ("data.json", b"{broken"), ("data.json", b"[]"), ("done.json", b"{"), ("done.json", b"7")],
+)  # fmt: skip
+def test_damaged_files_of_a_run_are_named(train, write_recipe, tmp_path, capsys, name, content):
+    recipe = write_recipe()
+    assert train(recipe, tmp_path / "run") == 0
+    if name == "checkpoint.pt":
+        (tmp_path / "run/done.json").unlink()
+    (tmp_path / "run" / name).write_bytes(content)
+    assert train(recipe, tmp_path / "run") == 2
+    assert f"{name}: " in capsys.readouterr().err
