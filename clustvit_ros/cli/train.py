@@ -200,8 +200,7 @@ def run(args: argparse.Namespace) -> int:
             if by_group:
                 held_out = {part.val_name: len(part.val) for part in parts if part.is_fold and part.val}
                 outside = sum(map(len, (splits["train"], splits[args.val_split]))) - sum(held_out.values())
-                listed = "; ".join(f"{name} ({count} images)" for name, count in held_out.items())
-                print(f"folds: {listed}; {outside} images in none")
+                print(f"folds: {'; '.join(f'{n} ({c} images)' for n, c in held_out.items())}; {outside} images in none")
         here.wait()
         try:
             results = [_train_part(part, further, recipe, args, device, here, started, accepted) for part in parts]
