@@ -42,7 +42,7 @@ from clustvit_ros.paths import share_dir
 _PARAMETERS = {
     "model": (str, "Name of a shipped model, or path of a model folder."),
     "image_transport": (str, "raw, or compressed for JPEG and PNG on <image_topic>/compressed."),
-    "engine": (str, "What runs the network: auto, torch, cuda_graph, tensorrt, onnxruntime or scripted."),
+    "engine": (str, "What runs it: auto, torch, cuda_graph, tensorrt, onnxruntime, onnxruntime_tensorrt or scripted."),
     "device": (str, "Where it runs: auto, cpu, cuda or cuda:N."),
     "precision": (str, "What the network computes in: auto, float32, float16, bfloat16 or int8."),
     "threads": (int, "CPU threads of the engine; 0: as many as other processes leave cores."),

@@ -22,7 +22,7 @@ from clustvit_ros.engine.engine import (
 from clustvit_ros.engine.scripted_engine import ScriptedEngine
 from clustvit_ros.errors import ConfigError, EngineError, missing_package
 
-ENGINES = ("auto", "torch", "cuda_graph", "tensorrt", "onnxruntime", "scripted")
+ENGINES = ("auto", "torch", "cuda_graph", "tensorrt", "onnxruntime", "onnxruntime_tensorrt", "scripted")
 
 __all__ = [
     "ENGINES", "PRECISIONS", "PRECISION_CHOICES", "Engine", "EngineInfo", "Prediction", "ScriptedEngine", "Settings",
@@ -73,12 +73,14 @@ def create_engine(
             if compiled:
                 raise ConfigError("compiled: the engine tensorrt compiles in its own way; leave compilation off")
             return TensorRtEngine.from_model(model, device, threads, precision)
-        if engine == "onnxruntime":
+        if engine in ("onnxruntime", "onnxruntime_tensorrt"):
+            from clustvit_ros.engine.network_engine import select_device
             from clustvit_ros.engine.onnx_engine import OnnxEngine
 
             if compiled:
                 raise ConfigError("compiled: the engine onnxruntime compiles in its own way; leave compilation off")
-            return OnnxEngine(model, device, threads, precision=precision)
+            on_gpu = engine != "onnxruntime" and select_device(device)[0].type == "cuda"
+            return OnnxEngine(model, device, threads, "tensorrt" if on_gpu else "", precision=precision)
     except ImportError as error:
         raise EngineError(missing_package(error, f"engine {engine}")) from error
     raise ConfigError(f"engine: got {engine!r}, expected one of {', '.join(ENGINES)}")

@@ -20,7 +20,7 @@ from clustvit_ros.errors import ConfigError, EngineError, ImageError, ModelError
 @pytest.fixture(params=[*ENGINES, "torch int8"])
 def engine(request, toy_model, onnx_cache):
     name, _, precision = request.param.partition(" ")
-    if name == "onnxruntime":
+    if name.startswith("onnxruntime"):
         for package in ("onnx", "onnxruntime"):
             pytest.importorskip(package, reason=f"needs {package}, of the extra 'onnx'")
     if precision == "int8":
@@ -196,6 +196,20 @@ def test_unknown_names_are_refused(toy_model):
         create_engine(str(toy_model), device="gpu")
     with pytest.raises(ModelError, match="is not shipped"):
         create_engine("nonsense")
+
+
+@pytest.mark.parametrize(("gpu", "provider"), [(True, "tensorrt"), (False, "")])
+def test_onnxruntimes_tensorrt_provider_is_reached_by_name(toy_model, monkeypatch, gpu, provider):
+    pytest.importorskip("onnxruntime", reason="needs onnxruntime, of the extra 'onnx'")
+    import torch
+
+    from clustvit_ros.engine import network_engine, onnx_engine
+
+    asked = []
+    monkeypatch.setattr(network_engine, "select_device", lambda name: (torch.device("cuda" if gpu else "cpu"), ""))
+    monkeypatch.setattr(onnx_engine, "OnnxEngine", lambda *arguments, **options: asked.append((arguments, options)))
+    create_engine(str(toy_model), "onnxruntime_tensorrt", precision="auto")
+    assert asked == [((str(toy_model), "auto", 0, provider), {"precision": "auto"})]
 
 
 def test_a_named_gpu_that_is_absent_is_an_error_and_auto_says_why(toy_model):

@@ -42,7 +42,7 @@ extern "C" void run(int columns, int rows, int images, const Logit* logits, void
 
 @pytest.fixture(scope="module")
 def triton_launcher():
-    pytest.importorskip("triton", reason="needs triton")
+    pytest.importorskip("triton", "3.0", reason="needs triton 3, of the extra 'triton'")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         yield importlib.reload(label_kernel).launch_triton

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
+from pathlib import Path
 
 import pytest
 
@@ -157,7 +157,7 @@ def test_a_failed_write_leaves_the_old_file(key, tmp_path, monkeypatch):
     def fail(*_paths):
         raise OSError("disk full")
 
-    monkeypatch.setattr(os, "replace", fail)
+    monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         cache.store(key, LatencyTable({0: {(64, 64): 3.0}}))
     assert cache.load(key).measured == TABLE.measured
