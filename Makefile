@@ -1,7 +1,7 @@
 # Two commands: `make demo` runs the main job, `make test` the checks. Each sets up .venv by itself.
 #
 #   make demo                                     a simulated drive -> node -> recorder over DDS, scored live, under
-#                                                 several latency budgets; film and pictures in demo_output/
+#                                                 several latency budgets; film and pictures in demo_output/latest
 #   make demo SOURCE=<folder|video|/dev/video0>   the same chain on your own pictures; VIEW=1 opens a window
 #   make test                                     lint, types, tests
 #   make test-oldest                              networks, engines and policy with the oldest releases that setup.py
@@ -10,11 +10,16 @@
 #   make overhead                                 the node's own cost per frame
 #   make reference                                write docs/reference.md and the viewers' configurations again
 #
-# PYTHON chooses the interpreter (3.10 to 3.12), TORCH the PyTorch requirement, e.g. TORCH=torch for the newest build.
+# PYTHON chooses the interpreter (3.10 to 3.12), TORCH the PyTorch requirement, e.g. TORCH=torch for the newest build,
+# TORCH_INDEX where it comes from, e.g. https://download.pytorch.org/whl/cpu for a machine without an NVIDIA GPU.
 
 SHELL := /bin/bash
-TORCH ?= torch==2.13.0
 VENV := .venv
+# What was said once holds until something else is said, which takes effect at once.
+SAID := $(filter-out undefined,$(origin TORCH) $(origin PYTHON) $(origin TORCH_INDEX))
+TORCH ?= $(or $(shell cat $(VENV)/.torch 2>/dev/null),torch==2.13.0)
+PYTHON ?=
+TORCH_INDEX ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.test-installed
@@ -61,17 +66,17 @@ reference: $(STAMP)
 	$(BIN)/python scripts/write_reference.py
 	$(BIN)/python scripts/write_views.py
 
-# torch first: what comes later must not pull in another build of it.
-$(STAMP): setup.py Makefile scripts/find_python.sh
-	@python="$$(bash scripts/find_python.sh "$(PYTHON)")" || exit 1; \
-	 if ! $(BIN)/python -c '' 2>/dev/null; then echo "creating $(VENV) with $$python"; "$$python" -m venv --clear $(VENV); fi
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[ros,opencv,train,onnx,sim,bags,test]"
+$(STAMP): setup.py Makefile scripts/set_up.sh scripts/find_python.sh $(if $(SAID),FORCE)
+	@PYTHON="$(PYTHON)" TORCH="$(TORCH)" TORCH_INDEX="$(TORCH_INDEX)" MAKECMDGOALS="$(MAKECMDGOALS)" \
+	  bash scripts/set_up.sh $(VENV) ros,opencv,train,onnx,sim,bags,video,completion,test
 	@touch $@
+
+.PHONY: FORCE
+FORCE:
 
 # Ray and Triton are large, and only the tests of label-bags and of the fused label kernel need them.
 $(TEST_STAMP): $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[fleet,triton]"
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[fleet,triton]"
 	@touch $@
 
 clean:

@@ -61,9 +61,14 @@ setup(
         "torch": ["torch>=2.3"],
         "opencv": ["opencv-python-headless>=4.5,<5"],
         "train": ["tqdm>=4.60", "matplotlib>=3.5", "pillow>=9"],
+        # Everything that `clustvit-ros predict` needs.
+        "predict": ["torch>=2.1", "opencv-python-headless>=4.5,<5", "tqdm>=4.60", "av>=10"],
         # Recorded bags without a ROS installation, and many of them on many machines.
         "bags": ["rosbags>=0.11", "opencv-python-headless>=4.5,<5", "tqdm>=4.60"],
         "fleet": ["ray[data]>=2.40"],
+        # Films that browsers play (H.264).
+        "video": ["av>=10"],
+        "completion": ["shtab>=1.5"],
         "tensorboard": ["tensorboard>=2.10"],
         # One or the other: both packages install the same module, and the one that comes last replaces the first.
         "onnx": ["onnx>=1.15", "onnxruntime>=1.17"],

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from clustvit_ros.errors import ModelError
+from clustvit_ros.errors import ConfigError, ModelError
 
 MODEL_FILE = "model.yaml"
 _LOG = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def find_model(name_or_path: str | Path) -> Path:
         models = share_dir() / "models"
         if (models / given / MODEL_FILE).is_file():
             return models / given
-        shipped = sorted(path.parent.name for path in models.glob(f"*/{MODEL_FILE}"))
+        shipped = [folder.name for folder in shipped_models()]
         raise ModelError(
             f"model {str(name_or_path)!r} is not shipped (shipped: {', '.join(shipped) or 'none'}) and no "
             "folder of that name holds a model.yaml; pass one of these names or the path of a model folder"
@@ -114,6 +114,34 @@ def model_name(folder: Path) -> str:
     """What a model is called: as its folder; run folders all call theirs "model", so that it is the run's name."""
     folder = folder.resolve()
     return (folder.parent.name if folder.name == "model" else "") or folder.name
+
+
+def shipped_models() -> list[Path]:
+    """Folders of the models that come with the package."""
+    return sorted(path.parent for path in (share_dir() / "models").glob(f"*/{MODEL_FILE}"))
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Training recipes that come with the package, by name."""
+    return {path.stem: path for path in sorted((share_dir() / "config" / "train").glob("*.yaml"))}
+
+
+def find_recipe(name_or_path: str | Path) -> Path:
+    """A training recipe that comes with the package by its name, or any by its path.
+
+    Raises:
+        ConfigError: there is no such recipe.
+    """
+    given = Path(name_or_path).expanduser()
+    if given.is_file():
+        return given
+    shipped = shipped_recipes()
+    if str(name_or_path) in shipped:
+        return shipped[str(name_or_path)]
+    raise ConfigError(
+        f"recipe {str(name_or_path)!r}: there is no such file, and none of that name is shipped "
+        f"({', '.join(shipped)}); pass one of these names or the path of a recipe"
+    )
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ def run_once(seed: int, model: str, folder: Path) -> dict[str, Any]:
     done = subprocess.run([*command, *(("--model", model) if model else ())], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"the demo failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return json.loads((folder / "latest" / "summary.json").read_text(encoding="utf-8"))
 
 
 def verdicts(summary: dict[str, Any]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -133,3 +134,62 @@ def test_no_machine_or_workplace_in_tracked_files():
         if path.suffix in {".py", ".md", ".yaml", ".xml", ".sh", ".toml", ".cfg", ""} and path.is_file():
             text = path.read_text(encoding="utf-8", errors="ignore")
             assert "/" + "work/" not in text and "/" + "root/" not in text, name
+
+
+@pytest.fixture
+def set_up(tmp_path):
+    """Runs scripts/set_up.sh on an environment whose Python only notes what it is asked to do."""
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n'
+        'case "$*" in *"import torch"*) exit 1;; *version_info*) echo 3.11;; esac\n'
+    )
+    python.chmod(0o755)
+
+    def run(**given):
+        bare = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+        environ = {**bare, "TORCH": "torch==2.13.0", **given}
+        command = ["bash", str(ROOT / "scripts" / "set_up.sh"), str(tmp_path / ".venv"), "ros,test"]
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        return done, (tmp_path / "asked").read_text()
+
+    return run
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or Path("/proc/driver/nvidia").exists() or shutil.which("nvidia-smi") is not None,
+    reason="needs an x86-64 machine without an NVIDIA driver",
+)
+def test_gigabytes_for_a_gpu_that_is_not_there_are_announced_before_they_come(set_up):
+    done, asked = set_up()
+    assert done.returncode == 0, done.stderr
+    offer = done.stdout.index("TORCH_INDEX=https://download.pytorch.org/whl/cpu")
+    assert "5.8 GB" in done.stdout and offer < done.stdout.index("installing torch==2.13.0")
+    assert "--index-url" not in asked and "install --disable-pip-version-check -e .[ros,test]" in asked
+
+
+def test_the_chosen_torch_and_its_index_are_installed_and_kept(set_up, tmp_path):
+    done, asked = set_up(TORCH="torch==2.9.1", TORCH_INDEX="https://example.org/cpu")
+    assert done.returncode == 0 and "5.8 GB" not in done.stdout
+    assert "--index-url https://example.org/cpu torch==2.9.1" in asked
+    assert (tmp_path / ".venv" / ".torch").read_text() == "torch==2.9.1\n"
+
+
+def test_another_python_than_the_environment_s_is_refused(set_up, tmp_path):
+    other = tmp_path / "python3.12"
+    other.write_text("#!/bin/sh\necho 3.12\n")
+    other.chmod(0o755)
+    done, asked = set_up(PYTHON=str(other))
+    assert done.returncode == 1 and "has Python 3.11" in done.stderr and "make clean" in done.stderr
+    assert "pip install" not in asked
+
+
+def test_a_python_that_is_too_new_is_refused_with_a_word(tmp_path):
+    other = tmp_path / "python3.13"
+    other.write_text("#!/bin/sh\nexit 1\n")
+    other.chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "find_python.sh"), str(other)], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "Needed: Python 3.10 to 3.12" in done.stderr

@@ -158,3 +158,33 @@ def parse_fractions(text: str) -> tuple[float, ...]:
     if not fractions or not all(0.0 < fraction <= 1.0 for fraction in fractions):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected numbers above 0 and up to 1 separated by commas")
     return fractions
+
+
+EXIT_TIME_UP = 75
+"""Exit code when the time limit ended a run that the same command continues (EX_TEMPFAIL)."""
+
+
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `train` and `pretrain`."""
+    parser.add_argument("--epochs", type=int, help="instead of the recipe's number of epochs")
+    parser.add_argument("--batch-size", type=int, help="crops per step, instead of the recipe's")
+    parser.add_argument("--learning-rate", type=float, help="peak of AdamW's, instead of the recipe's")
+    parser.add_argument(
+        "--precision", choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the forward pass, instead of the recipe's",
+    )  # fmt: skip
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    add_threads(parser)
+    parser.add_argument(
+        "--bad-data", choices=("strict", "skip"), default="strict",
+        help="strict stops on files that cannot be used and lists them, skip goes on without them (default: strict)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--time-limit", type=float, default=0.0, metavar="MINUTES",
+        help=f"save and stop after so long with exit code {EXIT_TIME_UP}; the same command continues",
+    )  # fmt: skip
+    parser.add_argument("--compile", action="store_true", help="fuse network and losses with torch.compile")
+    parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard logs into the run folder")
+    parser.add_argument(
+        "--cache-gb", type=float, default=4.0, help="keep images on the device if they fit into this (default: 4)"
+    )

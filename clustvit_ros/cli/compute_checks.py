@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 
-from clustvit_ros.cli.machine_checks import Finding, Level, gpu_hardware
+from clustvit_ros.cli.machine_checks import Finding, Level, gpu_hardware, import_remedy
 from clustvit_ros.errors import ClustvitError
 
 # A graph of one node, y = x + x on four floats: ONNX, opset 13.
@@ -61,8 +61,13 @@ def check_torch(device: str = "auto") -> list[Finding]:
 
         from clustvit_ros.engine.network_engine import describe_device, select_device
         from clustvit_ros.networks.inference import int8_problem
-    except (ImportError, OSError) as error:
-        remedy = _JETSON_TORCH if platform.machine() == "aarch64" else "pip install torch"
+    except (ImportError, OSError, AttributeError) as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "torch"
+        remedy = import_remedy(str(error), "torch")
+        if platform.machine() == "aarch64":
+            remedy = _JETSON_TORCH
+        elif missing:
+            remedy = "pip install torch, or this package with its 'torch' extra"
         return [Finding("torch", Level.FAIL, f"cannot be imported by {sys.executable}: {error}", remedy)]
     findings = []
     built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
@@ -110,7 +115,7 @@ def check_onnxruntime() -> list[Finding]:
         from clustvit_ros.engine.onnx_session import import_onnxruntime
 
         onnxruntime = import_onnxruntime()
-    except (ImportError, OSError, ClustvitError) as error:
+    except (ImportError, OSError, AttributeError, ClustvitError) as error:
         remedy = "reinstall onnxruntime, or on a GPU an onnxruntime-gpu that fits its CUDA"
         return [Finding("onnxruntime", Level.FAIL, f"cannot be imported: {error}", remedy)]
     providers = [name for name in onnxruntime.get_available_providers() if name not in _REMOTE_PROVIDERS]
@@ -173,7 +178,7 @@ def try_model(model: str, device: str = "auto") -> list[Finding]:
         from clustvit_ros.classes import IGNORE_INDEX
         from clustvit_ros.engine import Settings, create_engine
         from clustvit_ros.networks.model_folder import hash_weights
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, AttributeError) as error:
         return [Finding("model", Level.FAIL, f"cannot be tried: {error}", "install what is missing, see above")]
     refetch = "fetch or train the model again, or name another one with --model"
     try:

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import importlib.util
+import itertools
 import json
 import os
 import re
-import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,11 +31,13 @@ from tqdm import tqdm
 
 from clustvit_ros.cli.arguments import parse_size
 from clustvit_ros.dds import claim_domain, node_environment
+from clustvit_ros.demo.film import write_film
+from clustvit_ros.demo.frame_source import VideoSource
 from clustvit_ros.demo.processes import NodeProcess
-from clustvit_ros.demo.sim_demo import DEFAULT_SEED, SIM_RATE_HZ, run_sim, window_problem
+from clustvit_ros.demo.sim_demo import DEFAULT_SEED, SIM_RATE_HZ, Phase, run_sim
 from clustvit_ros.errors import ClustvitError, ConfigError, DataError
 from clustvit_ros.measure.metrics import ConfusionMatrix
-from clustvit_ros.measure.pictures import contact_sheet, save_picture
+from clustvit_ros.measure.pictures import contact_sheet, save_picture, window_problem
 from clustvit_ros.networks.model_folder import load_config
 from clustvit_ros.training.dataset import find_images, read_labels
 
@@ -50,11 +54,38 @@ class DemoSource:
         location: for the camera node: folder of images, video file or device.
         labels: folder of labels with the images' stems, or None.
         frames: how many frames to send; a folder starts over when it has fewer.
+        available: how many it has; 0 where that is not known.
     """
 
     location: str
     labels: Path | None
     frames: int
+    available: int = 0
+
+    @property
+    def left_out(self) -> bool:
+        """Whether it has more frames than are sent."""
+        return self.available > self.frames
+
+
+def make_run_folder(output: Path, source: str) -> Path:
+    """A new folder of `output` for one run, and `latest` beside it, which leads there.
+
+    Args:
+        output: folder of all runs.
+        source: what the run is of; its name becomes part of the folder's.
+    """
+    name = re.sub(r"[^\w.-]+", "-", source.rstrip("/").rpartition("/")[2] or source)
+    started = f"{datetime.datetime.now():%Y%m%d-%H%M%S}_{name}"
+    for candidate in itertools.chain([started], (f"{started}_{number}" for number in itertools.count(2))):
+        with contextlib.suppress(FileExistsError):
+            (output / candidate).mkdir(parents=True)
+            break
+    with contextlib.suppress(OSError):  # a file system without links
+        link = output / f".latest.{os.getpid()}"
+        link.symlink_to(candidate)
+        link.replace(output / "latest")
+    return output / candidate
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -74,11 +105,14 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--frames", type=int, default=0,
-        help="frames to send (default: the folder, 60 to 300; sim: 50 for each setting)",
+        help="frames to send (default: all of folder or video, 60 to 300; sim: 50 for each setting)",
     )  # fmt: skip
     parser.add_argument("--view", action="store_true", help="show the overlay in a window while it runs")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for pictures and figures")
+    parser.add_argument(
+        "--output", type=Path, default=Path("demo_output"),
+        help="folder that gets a folder for each run, and latest, which leads to the newest",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 
@@ -94,16 +128,16 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--rate {args.rate:g} --frames {args.frames}: expected a rate above 0 and 0 or more frames")
     environ = _environment()
     if args.view and (problem := window_problem(environ)):
-        print(f"no window: {problem}; the pictures in {args.output} show the same")
+        print(f"no window: {problem}; film and pictures in {args.output} show the same")
         args.view = False
     args.model = args.model or (_SIM_MODEL if simulated else _MODEL)
     if simulated:
+        args.output = make_run_folder(args.output, args.source)
         return run_sim(args, int(simulated[1] or DEFAULT_SEED), environ)
     classes = load_config(args.model).classes
     source = find_source(args.source, args.frames)
-    for name in ("masks", "overlays", "logs"):
-        shutil.rmtree(args.output / name, ignore_errors=True)
-    (args.output / "logs").mkdir(parents=True)
+    args.output = make_run_folder(args.output, source.location)
+    (args.output / "logs").mkdir()
     recording = _record(args, source, environ)
     report = {key: value for key, value in recording.items() if key != "frames"}
     report["model"] = args.model
@@ -112,10 +146,17 @@ def run(args: argparse.Namespace) -> int:
         report["miou"] = round(100 * matrix.miou(), 3)
         report["images_scored"] = sum(1 for frame in recording["frames"] if frame["mask"])
     (args.output / "summary.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    complete = ("image", "mask", "clusters", "stats")
+    frames = [frame for frame in recording["frames"] if all(frame[key] for key in complete)]
+    facts = {"merge_threshold": args.merge_threshold, "after_ns": 0, "until_ns": sys.maxsize}
+    phases = [Phase("default", facts, frames, report.get("miou"))]
+    film = write_film(args.output / "demo.mp4", phases, frames, args.output, classes, args.rate)
     overlays = [args.output / frame["overlay"] for frame in recording["frames"] if frame["overlay"]]
     if overlays:
         save_picture(args.output / "summary.png", contact_sheet(overlays))
-    _print(report, args.output)
+    _print(report, source)
+    print(f"  film {film}, pictures in {args.output}/overlays")
+    print(f"  the whole in {args.output}/summary.png and {args.output}/summary.json")
     return 0
 
 
@@ -136,11 +177,14 @@ def find_source(text: str | None, frames: int = 0) -> DemoSource:
             raise DataError(
                 f"source {text!r} does not exist; expected sim, sim:SEED, a folder of images, a video or /dev/videoN"
             )
-        return DemoSource(text if text.isdecimal() else str(path.absolute()), None, frames or _MIN_FRAMES)
+        if text.isdecimal() or not path.is_file():
+            return DemoSource(text if text.isdecimal() else str(path.absolute()), None, frames or _MIN_FRAMES)
+        count = VideoSource(str(path.absolute())).length
+        return DemoSource(str(path.absolute()), None, frames or min(count or _MIN_FRAMES, _MAX_FRAMES), count)
     images = path / "images" if (path / "images").is_dir() else path
     count = len(find_images(images))
     labels = next((folder for folder in (path / "labels", images.parent / "labels") if folder.is_dir()), None)
-    return DemoSource(str(images.absolute()), labels, frames or min(max(count, _MIN_FRAMES), _MAX_FRAMES))
+    return DemoSource(str(images.absolute()), labels, frames or min(max(count, _MIN_FRAMES), _MAX_FRAMES), count)
 
 
 def score(frames: Sequence[dict[str, Any]], folder: Path, labels: Path, num_classes: int) -> ConfusionMatrix:
@@ -170,8 +214,6 @@ def _record(args: argparse.Namespace, source: DemoSource, environ: dict[str, str
     """
     output = args.output.absolute()
     manifest = output / "manifest.jsonl"
-    manifest.unlink(missing_ok=True)
-    (output / "recording.json").unlink(missing_ok=True)
     camera = {
         "source": source.location, "rate_hz": args.rate, "count": source.frames, "manifest": manifest,
         "wait_for_subscribers": 2, "wait_timeout_s": 180.0,
@@ -181,7 +223,10 @@ def _record(args: argparse.Namespace, source: DemoSource, environ: dict[str, str
         # Scored is what the engine made; what people look at has a mask for every frame.
         "fill_frames": source.labels is None,
     }  # fmt: skip
-    recorder = {"output_folder": output, "manifest": manifest, "idle_timeout_s": 4.0, "start_timeout_s": 200.0}
+    recorder = {
+        "output_folder": output, "manifest": manifest, "idle_timeout_s": 4.0, "start_timeout_s": 200.0,
+        "save_images": True, "save_clusters": True,
+    }  # fmt: skip
     print(
         f"camera -> node -> recorder over DDS (ROS_DOMAIN_ID={environ['ROS_DOMAIN_ID']}): {source.frames} frames of "
         f"{source.location} at {args.rate:g} Hz, model {args.model}",
@@ -192,7 +237,7 @@ def _record(args: argparse.Namespace, source: DemoSource, environ: dict[str, str
         NodeProcess("node.node", node, environ, output / "logs" / "node.log") as node_process,
         NodeProcess("demo.camera", camera, environ, output / "logs" / "camera.log") as camera_process,
         (
-            NodeProcess("demo.viewer", {}, environ, output / "logs" / "viewer.log")
+            NodeProcess("demo.viewer", {"model": str(args.model)}, environ, output / "logs" / "viewer.log")
             if args.view
             else contextlib.nullcontext()
         ),
@@ -221,10 +266,11 @@ def _environment() -> dict[str, str]:
     return environ
 
 
-def _print(report: dict[str, Any], output: Path) -> None:
+def _print(report: dict[str, Any], source: DemoSource) -> None:
     node = report["node"]
     latency, engine = report["latency_ms"], report["engine_ms"]
-    print(f"  frames sent      {report['frames_sent']}")
+    left_out = f" of {source.available}; --frames {source.available} sends all" if source.left_out else ""
+    print(f"  frames sent      {report['frames_sent']}{left_out}")
     print(f"  frames received  {node.get('frames_received', '?')} by the node")
     print(f"  frames dropped   {node.get('frames_dropped', '?')} by the node for newer ones")
     print(f"  masks received   {report['masks_received']}, {report['fps'] or 0:.1f} fps")
@@ -233,7 +279,6 @@ def _print(report: dict[str, Any], output: Path) -> None:
         print(f"  of it the engine p50 {engine['p50']:.1f} ms, p95 {engine['p95']:.1f} ms, p99 {engine['p99']:.1f} ms")
     if "miou" in report:
         print(f"  mIoU             {report['miou']:.2f} on {report['images_scored']} masks")
-    print(f"  pictures in {output}/overlays, the whole in {output}/summary.png and {output}/summary.json")
 
 
 def add_dataset_parser(commands: argparse._SubParsersAction) -> None:

@@ -4,19 +4,25 @@
 # applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
 # governing permissions and limitations under the License.
-"""`clustvit-ros doctor`: does this machine have what the node needs, and does it really work?"""
+"""`clustvit-ros doctor`: does this machine have what the node needs, and does it really work?
+
+And `clustvit-ros param`: what `ros2 param` does, where only the wheels of ROS 2 are installed.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import itertools
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 from clustvit_ros.cli import machine_checks
 from clustvit_ros.cli.compute_checks import run_isolated
 from clustvit_ros.cli.machine_checks import Finding, Level, as_json, as_text, check_camera
-from clustvit_ros.dds import remove_leftovers
+from clustvit_ros.dds import node_environment, remove_leftovers
 from clustvit_ros.errors import ConfigError
 
 _DEFAULT_TOPIC = "/image"
@@ -64,3 +70,27 @@ def examine(args: argparse.Namespace) -> list[Finding]:
             args.topic or _DEFAULT_TOPIC, args.seconds, _MAX_IMAGE_PIXELS, required=args.topic is not None
         )
     return findings
+
+
+def add_param_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("param", help="list, get, set and describe a running node's parameters, as ros2 param")
+    parser.add_argument("verb", choices=("list", "get", "set", "describe"))
+    parser.add_argument("name", nargs="?", help="parameter; not for list")
+    parser.add_argument("value", nargs="?", help="for set, as YAML, e.g. 0.3, true or '[pedestrian, bicyclist]'")
+    parser.add_argument("--node", default="/segmentation", help="its name (default: /segmentation)")
+    parser.add_argument("--timeout", type=float, default=5.0, help="seconds to wait for the node (default: 5)")
+    parser.set_defaults(run=run_param)
+
+
+def run_param(args: argparse.Namespace) -> int:
+    """Ask the node in a process of its own, as everything that needs rclpy."""
+    if importlib.util.find_spec("rclpy") is None:
+        raise ConfigError("param needs rclpy: source a ROS 2 installation, or install this package's 'ros' extra")
+    words = [word for word in (args.name, args.value) if word is not None]
+    wanted = {"list": 0, "get": 1, "describe": 1, "set": 2}[args.verb]
+    if len(words) != wanted:
+        form = " ".join(["param", args.verb, *("NAME", "VALUE")[:wanted]])
+        raise ConfigError(f"param {args.verb}: got {len(words)} further arguments, expected `clustvit-ros {form}`")
+    module = [sys.executable, "-m", "clustvit_ros.demo.parameter_client"]
+    command = [*module, args.node, str(args.timeout), args.verb, *words]
+    return subprocess.run(command, env=node_environment(os.environ), check=False).returncode

@@ -22,12 +22,12 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from clustvit_ros.dds import PROFILE_VARIABLES, SHARED_MEMORY, dds_environment, find_leftovers, node_environment
-from clustvit_ros.engine.machine import machine_name
 from clustvit_ros.paths import share_dir
 
 
@@ -89,24 +89,66 @@ _SOCKET_BUFFER_BYTES = 8 << 20
 _IMAGE_BYTES = 1920 * 1080 * 3
 
 
-def check_packages() -> list[Finding]:
-    """Python, NumPy, OpenCV and PyTorch as installed, without importing them."""
-    findings = [Finding("python", Level.OK, f"{platform.python_version()} on {machine_name()}, {platform.machine()}")]
-    for package, names, need in (
-        ("NumPy", ("numpy",), True),
-        ("OpenCV", ("opencv-python-headless", "opencv-python", "opencv-contrib-python-headless"), True),
-    ):
-        version = _version(names)
-        spec = importlib.util.find_spec("cv2" if package == "OpenCV" else "numpy")
-        if spec is None and need:
-            remedy = f"apt install python3-{package.lower()}, or pip install {names[0]}"
-            findings.append(Finding(package, Level.FAIL, "is not installed", remedy))
-        else:
-            findings.append(Finding(package, Level.OK, version or "installed by the system's packages"))
-    jpeg = importlib.util.find_spec("simplejpeg") is not None
-    told = _version(("simplejpeg",)) if jpeg else "is not installed: damaged JPEG frames cannot be told from good ones"
-    remedy = "" if jpeg else "pip install simplejpeg"
-    return [*findings, Finding("simplejpeg", Level.OK if jpeg else Level.WARN, told, remedy)]
+# Module, what people call it, its packages on PyPI (the one to install first), its Debian package.
+_PACKAGES: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
+    ("numpy", "NumPy", ("numpy",), "python3-numpy"),
+    ("cv2", "OpenCV", ("opencv-python-headless", "opencv-python", "opencv-contrib-python-headless"), "python3-opencv"),
+    ("yaml", "PyYAML", ("pyyaml",), "python3-yaml"),
+    ("safetensors", "safetensors", ("safetensors",), ""),
+    ("simplejpeg", "simplejpeg", ("simplejpeg",), ""),
+)
+
+
+def check_packages(run: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run) -> list[Finding]:
+    """Python, and what the node cannot do without: each is imported in a process of its own, beside the others."""
+    findings = [Finding("python", Level.OK, f"{platform.python_version()} on {_machine_name()}, {platform.machine()}")]
+    with ThreadPoolExecutor() as pool:
+        return findings + list(pool.map(lambda package: _check_import(package, run), _PACKAGES))
+
+
+def _check_import(
+    package: tuple[str, str, tuple[str, ...], str], run: Callable[..., subprocess.CompletedProcess[str]]
+) -> Finding:
+    module, title, names, debian = package
+    if module == "simplejpeg" and importlib.util.find_spec(module) is None:
+        told = "is not installed: damaged JPEG frames cannot be told from good ones"
+        return Finding(title, Level.WARN, told, "pip install simplejpeg")
+    if importlib.util.find_spec(module) is None:
+        apt = f"apt install {debian}, or " if debian else ""
+        return Finding(title, Level.FAIL, "is not installed", f"{apt}pip install {names[0]}")
+    code = f"import {module}; print({module}.__version__)"
+    try:
+        done = run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    except subprocess.TimeoutExpired:
+        remedy = f"pip install --force-reinstall {names[0]}"
+        return Finding(title, Level.FAIL, "is not loaded within a minute", remedy)
+    if done.returncode == 0:
+        return Finding(title, Level.OK, done.stdout.strip())
+    reason = (done.stderr.strip().splitlines() or [f"it ended with exit code {done.returncode}"])[-1]
+    return Finding(title, Level.FAIL, f"cannot be imported: {reason}", import_remedy(done.stderr, names[0]))
+
+
+def import_remedy(said: str, package: str) -> str:
+    """What helps against an import that fails.
+
+    Args:
+        said: the error, with what was printed before it.
+        package: name on PyPI of what was imported.
+    """
+    if re.search(r"NumPy 1\.x|_ARRAY_API|numpy\.core\.multiarray|numpy\.dtype size changed|numpy\._core", said):
+        return f"it was built for another NumPy: pip install --upgrade {package}, or pip install 'numpy<2'"
+    library = re.search(r"(lib[\w.+-]+\.so[\w.]*): cannot open shared object", said)
+    if library and package.startswith("opencv"):
+        return (
+            "pip uninstall opencv-python opencv-contrib-python, then pip install 'opencv-python-headless<5' (needs no "
+            f"screen), or apt install libgl1 libglib2.0-0 ({library[1]})"
+        )
+    if library:
+        return f"install the library {library[1]}, or another build: pip install --force-reinstall {package}"
+    missing = re.search(r"No module named '([\w.]+)'", said)
+    if missing:
+        return f"pip install {missing[1].partition('.')[0]}"
+    return f"pip install --force-reinstall {package}"
 
 
 def check_cv_bridge(
@@ -236,9 +278,17 @@ def check_sockets(root: Path = Path("/")) -> list[Finding]:
     return [Finding("socket buffers", Level.OK, f"net.core.rmem_max is {size} bytes")]
 
 
+def _machine_name(root: Path = Path("/")) -> str:
+    try:
+        from clustvit_ros.engine.machine import machine_name
+    except Exception:  # whatever a broken NumPy raises: the package around it needs one, which is told elsewhere
+        return platform.machine()
+    return machine_name(root)
+
+
 def gpu_hardware(root: Path = Path("/")) -> str:
     """The NVIDIA GPU that the operating system knows; empty when it knows none."""
-    board = machine_name(root)
+    board = _machine_name(root)
     if re.search(r"jetson|nvidia", board, re.IGNORECASE) or (root / "etc/nv_tegra_release").exists():
         return board
     driver = root / "proc/driver/nvidia"

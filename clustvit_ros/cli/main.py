@@ -12,19 +12,78 @@ import argparse
 import importlib
 import io
 import sys
+import textwrap
+from typing import NamedTuple
 
 from clustvit_ros import __version__
 from clustvit_ros.dds import bound_spinning
 from clustvit_ros.errors import ClustvitError, ConfigError, missing_package
 
+
+class Command(NamedTuple):
+    """A sub-command.
+
+    Attributes:
+        module: module of this folder.
+        function: the one of its functions that adds the parser.
+        examples: what its help ends with.
+    """
+
+    module: str
+    function: str
+    examples: tuple[str, ...]
+
+
 COMMANDS = {
-    "bench": "bench:add_parser", "demo": "demo:add_parser", "doctor": "doctor:add_parser",
-    "evaluate": "evaluate:add_parser", "export": "export:add_parser",
-    "import_checkpoint": "import_checkpoint:add_parser", "label_bag": "label_bag:add_parser",
-    "label_bags": "label_bag:add_fleet_parser", "pretrain": "pretrain:add_parser",
-    "sim_dataset": "demo:add_dataset_parser", "train": "train:add_parser", "tune": "tune:add_parser",
+    "predict": Command("predict", "add_parser", (
+        "predict street.jpg", "predict drive/ --merge-threshold 0.3", "predict drive.mp4 --budget-ms 40",
+        "predict /dev/video0 --show", "predict 'rtsp://USER:PASSWORD@HOST/stream' --model camvid_small",
+    )),
+    "models": Command("predict", "add_models_parser", ("models", "models --json")),
+    "demo": Command("demo", "add_parser", ("demo", "demo --source drive.mp4", "demo --source /dev/video0 --view")),
+    "doctor": Command("doctor", "add_parser", ("doctor", "doctor --topic /camera/image_raw --json")),
+    "param": Command("doctor", "add_param_parser", (
+        "param list", "param set merge_threshold 0.3", "param describe latency_budget_ms --node /front/segmentation",
+    )),
+    "tune": Command("tune", "add_parser", (
+        "tune --model camvid_tiny --images DIR/images --labels DIR/labels --budget-ms 40",
+        "tune --model runs/finetune/model --data DIR --write",
+    )),
+    "train": Command("train", "add_parser", (
+        "train finetune --data DIR", "train finetune --data DIR --epochs 20 --batch-size 4 --input-size 256x352",
+    )),
+    "pretrain": Command("pretrain", "add_parser", ("pretrain camvid_tiny_gpu --images DIR",)),
+    "evaluate": Command("evaluate", "add_parser", (
+        "evaluate --model camvid_tiny --images DIR/images --labels DIR/labels",
+        "evaluate --model camvid_tiny runs/finetune/model --data DIR --report report/",
+    )),
+    "bench": Command("bench", "add_parser", (
+        "bench --model camvid_tiny", "bench --arch vit_t,clustvit_t --kept-fraction 1,0.5,0.3",
+    )),
+    "label_bag": Command("label_bag", "add_parser", ("label-bag drive_1 drive_1_labels",)),
+    "label_bags": Command("label_bag", "add_fleet_parser", ("label-bags 'recordings/**' --out labels/",)),
+    "export": Command("export", "add_parser", ("export --model camvid_tiny",)),
+    "import_checkpoint": Command("import_checkpoint", "add_parser", (
+        "import-checkpoint --checkpoint official.pth --out models/mine",
+    )),
+    "sim_dataset": Command("demo", "add_dataset_parser", ("sim-dataset --out data/sim --count 800 --seed 1",)),
 }  # fmt: skip
-"""Command, with `_` for `-` -> module of this folder and the function that adds its parser."""
+"""By the command's name, `_` for `-`."""
+
+_EXTRAS = {
+    "torch": "torch", "cv2": "opencv", "tqdm": "train", "matplotlib": "train", "rosbags": "bags", "ray": "fleet",
+    "onnx": "onnx", "onnxruntime": "onnx", "panda3d": "sim", "rclpy": "ros", "av": "video", "shtab": "completion",
+}  # fmt: skip
+"""The extra of this package that brings a module; what is not here comes with the package itself."""
+
+
+class _Help(argparse.HelpFormatter):
+    """Examples keep their lines."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text:
+            return textwrap.indent(text, indent)
+        return super()._fill_text(text, width, indent)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,21 +91,10 @@ def main(argv: list[str] | None = None) -> int:
     bound_spinning()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files and topics may be anything
-    parser = argparse.ArgumentParser(
-        prog="clustvit-ros", description="ClustViT segmentation: models, scores and demos."
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     arguments = sys.argv[1:] if argv is None else argv
     # Only what is asked for is imported: the doctor must run where others cannot even be loaded.
     asked = [name for name in COMMANDS if arguments[:1] == [name.replace("_", "-")]]
-    for name in asked or COMMANDS:
-        try:
-            module, _, function = COMMANDS[name].partition(":")
-            getattr(importlib.import_module(f"clustvit_ros.cli.{module}"), function)(commands)
-        except ModuleNotFoundError as error:
-            _add_unavailable(commands, name, error)
-    args = parser.parse_args(arguments)
+    args = make_parser(asked or list(COMMANDS)).parse_args(arguments)
     try:
         return args.run(args)
     except (ClustvitError, OSError) as error:  # the latter: files and folders that cannot be read or written
@@ -56,16 +104,52 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _add_unavailable(commands: argparse._SubParsersAction, name: str, error: ModuleNotFoundError) -> None:
+def make_parser(names: list[str]) -> argparse.ArgumentParser:
+    """The parser, with these of the commands."""
+    parser = argparse.ArgumentParser(
+        prog="clustvit-ros", description="ClustViT segmentation: masks, models, scores and demos.",
+        epilog="Start with `clustvit-ros predict PICTURE`, or `clustvit-ros COMMAND --help`, which ends with examples.",
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=__version__)
+    _add_completion(parser)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name in names:
+        module, function, examples = COMMANDS[name]
+        try:
+            getattr(importlib.import_module(f"clustvit_ros.cli.{module}"), function)(commands)
+        except (ImportError, OSError, AttributeError) as error:  # missing, a library it lacks, another NumPy's
+            _add_unavailable(commands, name, error)
+        command = commands.choices[name.replace("_", "-")]
+        command.formatter_class = _Help
+        command.epilog = "\n".join(["examples:", *(f"  clustvit-ros {example}" for example in examples)])
+    return parser
+
+
+def _add_completion(parser: argparse.ArgumentParser) -> None:
+    """Option `--print-completion`, where the package that writes such scripts is installed."""
+    try:
+        import shtab
+    except ImportError:
+        return
+    shtab.add_argument_to(parser, "--print-completion", help="print a script that completes commands and options")
+
+
+def _add_unavailable(commands: argparse._SubParsersAction, name: str, error: Exception) -> None:
     """A robot need not have what training needs: the other commands work all the same."""
     command = name.replace("_", "-")
 
     def refuse(_: argparse.Namespace) -> int:
-        raise ConfigError(
-            f"{missing_package(error, repr(command))}, or install this package there with its 'train' extra"
-        )
+        if not isinstance(error, ModuleNotFoundError):
+            raise ConfigError(
+                f"{command!r} cannot be loaded: {error}; `clustvit-ros doctor` says which package it is, and what helps"
+            )
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        with_extra = f", or install this package there with its {extra!r} extra" if extra else ""
+        raise ConfigError(f"{missing_package(error, repr(command))}{with_extra}")
 
-    parser = commands.add_parser(command, help=f"not available: {error.name} is not installed", prefix_chars=" ")
+    missing = isinstance(error, ModuleNotFoundError)
+    reason = f"{getattr(error, 'name', '')} is not installed" if missing else "see `clustvit-ros doctor`"
+    parser = commands.add_parser(command, help=f"not available: {reason}", prefix_chars=" ")
     parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
     parser.set_defaults(run=refuse)
 

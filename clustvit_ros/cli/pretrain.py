@@ -18,10 +18,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from clustvit_ros.classes import ClassEntry
-from clustvit_ros.cli.train import EXIT_TIME_UP, add_training_options, prepare, run_options
+from clustvit_ros.cli.arguments import EXIT_TIME_UP, add_training_options
+from clustvit_ros.cli.train import overridden, prepare, run_options
 from clustvit_ros.engine.network_engine import select_device
 from clustvit_ros.errors import DataError
 from clustvit_ros.images import read_image
+from clustvit_ros.paths import find_recipe
 from clustvit_ros.training.dataset import BadFile, find_images, list_findings
 from clustvit_ros.training.distributed import processes
 from clustvit_ros.training.loop import TimeUp
@@ -34,7 +36,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "pretrain", help="pre-train a recipe's encoder on unlabelled images (masked auto-encoding), for train --init"
     )
-    parser.add_argument("recipe", type=Path, help="recipe file with a pretraining section")
+    parser.add_argument("recipe", help="a shipped recipe's name, or a recipe file, with a pretraining section")
     parser.add_argument("--images", type=Path, nargs="+", required=True, help="folders of images; labels are not read")
     parser.add_argument("--out", type=Path, help="run folder (default: runs/<name>_pretraining)")
     add_training_options(parser)
@@ -44,10 +46,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     started = time.monotonic()
     prepare(args)
+    args.recipe = find_recipe(args.recipe)
     recipe = read_recipe(args.recipe)
-    if args.epochs is not None and recipe.pretraining is not None:
-        pretraining = dataclasses.replace(recipe.pretraining, epochs=args.epochs)
-        recipe = dataclasses.replace(recipe, pretraining=pretraining)
+    if recipe.pretraining is not None:
+        recipe = dataclasses.replace(recipe, pretraining=overridden(recipe.pretraining, args))
     if not recipe.classes:
         # The encoder does not depend on the classes, and the images need not have any.
         recipe = dataclasses.replace(recipe, classes=(ClassEntry("none", (0, 0, 0)),))
@@ -70,6 +72,10 @@ def run(args: argparse.Namespace) -> int:
             if here.is_main:
                 print(f"time limit of {args.time_limit:g} min reached; the same command continues in {run_dir}")
             return EXIT_TIME_UP
+        except KeyboardInterrupt:
+            if here.is_main:
+                print(f"\nstopped; the same command continues in {run_dir} after its last epoch", file=sys.stderr)
+            raise
         if here.is_main:
             print(f"encoder in {encoder}; train with --init {encoder}")
     return 0

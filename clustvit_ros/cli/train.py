@@ -13,15 +13,16 @@ import copy
 import dataclasses
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 
-from clustvit_ros.cli.arguments import add_threads
+from clustvit_ros.cli.arguments import EXIT_TIME_UP, add_training_options, parse_size
 from clustvit_ros.config import to_mapping
 from clustvit_ros.engine import Settings
 from clustvit_ros.engine.network_engine import select_device
@@ -37,6 +38,7 @@ from clustvit_ros.networks.model_folder import (
     save_model,
 )
 from clustvit_ros.networks.segmenter import Segmenter
+from clustvit_ros.paths import find_recipe
 from clustvit_ros.training.dataset import (
     BadFile,
     LabelledImages,
@@ -46,9 +48,10 @@ from clustvit_ros.training.dataset import (
 )
 from clustvit_ros.training.distributed import Processes, processes
 from clustvit_ros.training.layouts import open_data_set
-from clustvit_ros.training.loop import RunOptions, TimeUp
-from clustvit_ros.training.recipe import Recipe, read_recipe
+from clustvit_ros.training.loop import LOG, RunOptions, TimeUp
+from clustvit_ros.training.recipe import Optimisation, Recipe, read_recipe
 from clustvit_ros.training.run_folder import (
+    draw_log,
     list_data,
     owned,
     read_json,
@@ -60,28 +63,7 @@ from clustvit_ros.training.run_folder import (
 )
 from clustvit_ros.training.trainer import Trainer
 
-EXIT_TIME_UP = 75
-"""Exit code when the time limit ended a run that the same command continues (EX_TEMPFAIL)."""
-
-
-def add_training_options(parser: argparse.ArgumentParser) -> None:
-    """Options of `train` and `pretrain`."""
-    parser.add_argument("--epochs", type=int, help="instead of the recipe's number of epochs")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    add_threads(parser)
-    parser.add_argument(
-        "--bad-data", choices=("strict", "skip"), default="strict",
-        help="strict stops on files that cannot be used and lists them, skip goes on without them (default: strict)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--time-limit", type=float, default=0.0, metavar="MINUTES",
-        help=f"save and stop after so long with exit code {EXIT_TIME_UP}; the same command continues",
-    )  # fmt: skip
-    parser.add_argument("--compile", action="store_true", help="fuse network and losses with torch.compile")
-    parser.add_argument("--tensorboard", action="store_true", help="write TensorBoard logs into the run folder")
-    parser.add_argument(
-        "--cache-gb", type=float, default=4.0, help="keep images on the device if they fit into this (default: 4)"
-    )
+S = TypeVar("S", bound=Optimisation)
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -94,6 +76,18 @@ def prepare(args: argparse.Namespace) -> None:
         raise ConfigError("--time-limit and --cache-gb must be 0 or above")
     if args.threads > 0:
         torch.set_num_threads(args.threads)
+
+
+def overridden(schedule: S, args: argparse.Namespace) -> S:
+    """A recipe's schedule with what the options say instead.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+    names = ("epochs", "batch_size", "learning_rate", "precision")
+    return dataclasses.replace(
+        schedule, **{name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    )
 
 
 def run_options(args: argparse.Namespace, run_dir: Path, is_main: bool, spent_s: float = 0.0) -> RunOptions:
@@ -113,7 +107,7 @@ _FOLDS_FILE = "folds.json"
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("train", help="train a model on labelled images; continues where it was interrupted")
-    parser.add_argument("recipe", type=Path, help="recipe file, e.g. config/train/camvid_tiny.yaml")
+    parser.add_argument("recipe", help="a shipped recipe's name, e.g. finetune, or a recipe file")
     parser.add_argument(
         "--data", nargs="+", required=True, metavar="[NAME=]DIR",
         help="folder with {train,val}/{images,labels}, a dataset.yaml, or a published data set as it comes; for a "
@@ -121,6 +115,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     parser.add_argument("--out", type=Path, help="run folder for checkpoint, log and model (default: runs/<name>)")
     parser.add_argument("--init", help="weights to start from, instead of the recipe's init")
+    parser.add_argument(
+        "--input-size", type=parse_size, metavar="HxW", help="what the network shall see, instead of the recipe's input"
+    )
     parser.add_argument(
         "--without-merging",
         action="store_true",
@@ -155,6 +152,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--folds: got {args.folds}, expected a number of at least 2, or group")
     if args.folds_only and not folds:
         raise ConfigError("--folds-only: got no --folds, expected --folds N or --folds group beside it")
+    args.recipe = find_recipe(args.recipe)
     recipe = read_recipe(args.recipe)
     if args.without_merging:
         recipe = recipe.without_merging()
@@ -162,8 +160,9 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--init: got nothing, expected weights to start from; leave it out for the recipe's own")
     if args.init is not None:
         recipe = dataclasses.replace(recipe, init=args.init)
-    if args.epochs is not None:
-        recipe = dataclasses.replace(recipe, schedule=dataclasses.replace(recipe.schedule, epochs=args.epochs))
+    recipe = dataclasses.replace(recipe, schedule=overridden(recipe.schedule, args))
+    if args.input_size is not None:
+        recipe = dataclasses.replace(recipe, input=dataclasses.replace(recipe.input, size=args.input_size))
     data_set, *further_sets = (open_data_set(folder) for folder in recipe.folders(args.data))
     recipe = recipe.with_classes(data_set.classes, *(further.classes for further in further_sets))
     config = recipe.model_config()
@@ -208,6 +207,10 @@ def run(args: argparse.Namespace) -> int:
             if here.is_main:
                 print(f"time limit of {args.time_limit:g} min reached; the same command continues in {run_dir}")
             return EXIT_TIME_UP
+        except KeyboardInterrupt:
+            if here.is_main:
+                print(f"\nstopped; the same command continues in {run_dir} after its last epoch", file=sys.stderr)
+            raise
         if folds and here.is_main:
             _summarise_folds(run_dir, config, [part for part in parts if part.is_fold], results, str(device))
     return 0
@@ -281,6 +284,7 @@ def _train_part(
     trainer.train(validate if chooses else None, lambda network: _save(model_dir, config, network))
     scores: dict[str, Any] = {}
     if here.is_main:
+        draw_log(part.run_dir / LOG)
         origin = args.recipe.name + (" --without-merging" if args.without_merging else "")
         scores = _finish(model_dir, config, recipe, origin, part, engine)
         write_text(done, json.dumps({"recipe": to_mapping(recipe), "scores": scores}, indent=1) + "\n")

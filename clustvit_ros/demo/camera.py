@@ -13,18 +13,13 @@ intrinsics, the true class of every pixel and its place; they are published with
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import json
-import queue
 import sys
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-import cv2
 import numpy as np
 from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
@@ -34,7 +29,7 @@ from rclpy.task import Future
 from sensor_msgs.msg import CameraInfo, Image, PointCloud2, PointField
 from std_msgs.msg import Header
 
-from clustvit_ros.demo.frame_source import FrameSource, SourceFrame, open_source
+from clustvit_ros.demo.frame_source import FrameReader, SourceFrame, open_source
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.node.messages import image_message
 from clustvit_ros.node.parameter_server import ParameterServer
@@ -88,7 +83,6 @@ CAMERA_QOS = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
 TRUTH_QOS = QoSProfile(depth=5, reliability=ReliabilityPolicy.RELIABLE)
 """As the masks that the truth is compared with."""
 
-_DECODE_AHEAD = 4
 _START_POLL_S = 0.05
 # Best-effort messages still in flight are lost when their writer goes; so it stays a little.
 _LINGER_S = 1.0
@@ -126,81 +120,6 @@ class CameraNodeParameters:
     )
     publish_points: bool = parameter(False, "Publish the simulated camera's points as an organised cloud.")
     manifest: str = parameter("", "File that gets one JSON line per frame: stamp_ns, index, name.")
-
-
-class FrameReader:
-    """Decodes frames ahead of their time, in a thread of its own.
-
-    Args:
-        source: where they come from; a live one is read at its own pace, and only its newest frame is kept.
-        loop: start over at the end.
-        size: (height, width) to scale to; None keeps the source's.
-        pause_s: seconds between a frame's publication and work on another one, while enough are ready. A camera takes
-            no processor from what its picture goes to; a renderer that starts when a picture is published would.
-    """
-
-    def __init__(
-        self, source: FrameSource, loop: bool, size: tuple[int, int] | None, pause_s: float = 0.0
-    ) -> None:
-        self._source = source
-        self._loop = loop
-        self._size, self._pause_s = size, pause_s
-        self._frames: queue.Queue[SourceFrame | Exception | None] = queue.Queue(1 if source.live else _DECODE_AHEAD)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="camera-reader", daemon=True)
-        self._thread.start()
-
-    def next(self) -> SourceFrame | None:
-        """The next frame, or None when none is ready yet.
-
-        Raises:
-            StopIteration: there are no more.
-            DataError: the source failed.
-        """
-        try:
-            item = self._frames.get_nowait()
-        except queue.Empty:
-            return None
-        if item is None:
-            raise StopIteration
-        if isinstance(item, Exception):
-            raise item
-        return item
-
-    def close(self) -> None:
-        """End the thread."""
-        self._stop.set()
-        self._thread.join(2.0)
-
-    def _run(self) -> None:
-        try:
-            while not self._stop.is_set():
-                for frame in self._source:
-                    self._put(self._scaled(frame))
-                    if self._stop.is_set():
-                        return
-                if not self._loop:
-                    break
-            self._put(None)
-        except Exception as error:  # whatever the source raises is reported by the node's thread
-            self._put(error)
-
-    def _scaled(self, frame: SourceFrame) -> SourceFrame:
-        if self._size is None or frame.pixels.shape[:2] == self._size:
-            return frame
-        pixels = cv2.resize(frame.pixels, self._size[::-1], interpolation=cv2.INTER_AREA)
-        return dataclasses.replace(frame, pixels=pixels)
-
-    def _put(self, item: SourceFrame | Exception | None) -> None:
-        if self._source.live:
-            with contextlib.suppress(queue.Empty):
-                self._frames.get_nowait()
-        while not self._stop.is_set():
-            with contextlib.suppress(queue.Full):
-                self._frames.put(item, timeout=0.1)
-                if self._frames.full() and not self._source.live:
-                    self._stop.wait(self._pause_s)
-                return
 
 
 class TruthPublishers:

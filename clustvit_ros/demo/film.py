@@ -4,7 +4,7 @@
 # applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
 # governing permissions and limitations under the License.
-"""The simulated demo as a film and as one picture: camera, mask, clusters, and latency against the budget."""
+"""A demo as a film and as one picture: camera, mask, clusters, and latency against the budget."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ import numpy as np
 from clustvit_ros.classes import ClassSet
 from clustvit_ros.errors import DataError
 from clustvit_ros.images import read_image
-from clustvit_ros.measure.pictures import cluster_overlay, save_picture, titled
+from clustvit_ros.measure.pictures import FilmWriter, class_legend, cluster_overlay, save_picture, titled
 from clustvit_ros.measure.tables import new_figure
 
 if TYPE_CHECKING:
     from clustvit_ros.demo.sim_demo import Phase
 
-_PANEL = (480, 360)  # width, height
+_PANEL_WIDTH = 480
 
 
 def write_film(
     path: Path, phases: Sequence[Phase], frames: Sequence[dict[str, Any]], folder: Path, classes: ClassSet,
     rate_hz: float,
 ) -> Path:  # fmt: skip
-    """Write an MP4 of every frame from the first phase on: camera, mask, clusters, and the latency so far.
+    """Write an MP4 of every frame from the first phase on: camera, mask, clusters, the latency so far, and a legend.
 
     Args:
         phases: what was set when.
@@ -41,7 +41,7 @@ def write_film(
         rate_hz: frames per second.
 
     Returns:
-        The file's path: an AVI where this OpenCV cannot write MP4.
+        The file's path: an AVI where no MP4 can be written.
 
     Raises:
         DataError: no film can be written there.
@@ -49,21 +49,22 @@ def write_film(
     begin_ns = phases[0].facts["after_ns"]  # before, the node was warming up and calibrating
     complete = [frame for frame in frames if all(frame[key] for key in ("image", "mask", "clusters", "stats"))]
     shown = [frame for frame in complete if frame["stamp_ns"] > begin_ns]
+    if not shown:
+        raise DataError(f"{path}: no frame with picture, mask and clusters was recorded; is the machine overloaded?")
     times_s = _times(shown, shown)
-    chart, left_px, right_px = _chart(phases, shown, (_PANEL[0], _PANEL[1]), 96)
-    writer, path = _open_writer(path, (2 * _PANEL[0], 2 * _PANEL[1]), rate_hz)
-    try:
+    size = _panel_size(shown[0], folder)
+    chart, left_px, right_px = _chart(phases, shown, size, 96)
+    legend = class_legend(classes, 2 * size[1])
+    with FilmWriter(path, rate_hz) as writer:
         for frame, time_s in zip(shown, times_s, strict=True):
             phase = next((p for p in phases if frame["stamp_ns"] <= p.facts["until_ns"]), phases[-1])
             image, mask, clusters = panels(frame, phase.title, folder, classes)
             progress = chart.copy()
             x = round(left_px + (right_px - left_px) * time_s / max(times_s[-1], 1e-9))
-            cv2.line(progress, (x, 24), (x, _PANEL[1] - 40), (220, 30, 30), 2)
+            cv2.line(progress, (x, 24), (x, size[1] - 40), (220, 30, 30), 2)
             whole = np.vstack([np.hstack([image, mask]), np.hstack([clusters, progress])])
-            writer.write(cv2.cvtColor(whole, cv2.COLOR_RGB2BGR))
-    finally:
-        writer.release()
-    return path
+            writer.add(np.hstack([whole, legend]))
+    return writer.path
 
 
 def write_summary(path: Path, phases: Sequence[Phase], folder: Path, classes: ClassSet) -> None:
@@ -92,11 +93,12 @@ def write_summary(path: Path, phases: Sequence[Phase], folder: Path, classes: Cl
 def panels(
     frame: dict[str, Any], title: str, folder: Path, classes: ClassSet, camera_title: str = "camera"
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Camera, mask over it, and clusters over it, each with a title: (360, 480, 3) uint8 RGB."""
+    """Camera, mask over it, and clusters over it, each with a title: (H, 480, 3) uint8 RGB."""
     stats = frame["stats"]
-    image = cv2.resize(read_image(folder / frame["image"]), _PANEL, interpolation=cv2.INTER_AREA)
+    size = _panel_size(frame, folder)
+    image = cv2.resize(read_image(folder / frame["image"]), size, interpolation=cv2.INTER_AREA)
     mask, clusters = (
-        cv2.resize(_read_map(folder / frame[key]), _PANEL, interpolation=cv2.INTER_NEAREST)
+        cv2.resize(_read_map(folder / frame[key]), size, interpolation=cv2.INTER_NEAREST)
         for key in ("mask", "clusters")
     )
     tinted = cv2.addWeighted(image, 0.4, classes.palette()[mask], 0.6, 0)
@@ -107,6 +109,12 @@ def panels(
     return (
         titled(image, camera_title), titled(tinted, title), titled(cluster_overlay(image, clusters), cost),
     )  # fmt: skip
+
+
+def _panel_size(frame: dict[str, Any], folder: Path) -> tuple[int, int]:
+    """(width, height) of a panel with the aspect of the frame's picture."""
+    height, width = read_image(folder / frame["image"]).shape[:2]
+    return _PANEL_WIDTH, max(round(_PANEL_WIDTH * height / width), 160)
 
 
 def _chart(
@@ -133,7 +141,7 @@ def _chart(
         axes.text((start_s + end_s) / 2, top * 0.98, name + score, ha="center", va="top", fontsize=7)
     axes.set_ylim(0, top)
     axes.set_xlim(times_s[0], times_s[-1])
-    axes.set_xlabel("seconds; below each setting its mIoU", fontsize=7)
+    axes.set_xlabel("seconds; below each setting its mIoU" if len(phases) > 1 else "seconds", fontsize=7)
     axes.set_ylabel("milliseconds", fontsize=7)
     axes.tick_params(labelsize=7)
     axes.legend(loc="lower left", fontsize=7)
@@ -146,15 +154,6 @@ def _chart(
 def _times(frames: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]]) -> np.ndarray:
     """Seconds of frames since the first of `reference`."""
     return np.array([frame["stamp_ns"] - reference[0]["stamp_ns"] for frame in frames]) / 1e9
-
-
-def _open_writer(path: Path, size: tuple[int, int], rate_hz: float) -> tuple[cv2.VideoWriter, Path]:
-    for suffix, code in ((".mp4", "mp4v"), (".avi", "MJPG")):
-        candidate = path.with_suffix(suffix)
-        writer = cv2.VideoWriter(str(candidate), cv2.VideoWriter.fourcc(*code), rate_hz, size)
-        if writer.isOpened():
-            return writer, candidate
-    raise DataError(f"{path}: this OpenCV can write neither MP4 nor AVI there; check the folder's permissions")
 
 
 def _read_map(path: Path) -> np.ndarray:

@@ -4,14 +4,19 @@
 # applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
 # governing permissions and limitations under the License.
-"""Where demo frames come from: a folder of pictures, a video file or a camera device. No ROS in here."""
+"""Where frames come from: pictures, videos, cameras and streams, the simulated world. No ROS in here."""
 
 from __future__ import annotations
 
 import abc
+import contextlib
+import dataclasses
+import glob
 import itertools
+import queue
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +25,9 @@ import numpy as np
 
 from clustvit_ros.errors import DataError
 from clustvit_ros.images import IMAGE_SUFFIXES, list_images, read_image
+
+_STREAM_TIMEOUT_MS = 10_000
+_DECODE_AHEAD = 4
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,10 @@ class FrameSource(abc.ABC):
 
     live: bool = False
     """True for a device: frames come at its own pace, and an old one is worth nothing."""
+    length: int = 0
+    """How many frames a pass has, as far as that is known; 0 where it is not."""
+    rate_hz: float = 0.0
+    """Frames per second of a video; 0 where it is not known."""
     focal_px: float = 0.0
     """Of a pinhole camera whose centre is the picture's; 0 where it is not known."""
 
@@ -63,59 +75,92 @@ class FrameSource(abc.ABC):
         """
 
 
-class FolderSource(FrameSource):
-    """The pictures of a folder, sorted by name.
+class PictureSource(FrameSource):
+    """Picture files, in order.
 
-    Raises:
-        DataError: the folder holds no picture.
+    Args:
+        files: their paths, at least one; frames are named by them, relative to the folder that they have in common.
+        on_unreadable: is told of each that cannot be decoded, and the next one follows; None stops there.
     """
 
-    def __init__(self, folder: Path) -> None:
-        nested = folder / "images"
-        self._files = list_images(folder) or (list_images(nested) if nested.is_dir() else [])
-        if not self._files:
-            raise DataError(f"source: {folder} holds no pictures, expected files ending in {', '.join(IMAGE_SUFFIXES)}")
-        super().__init__(f"{len(self._files)} pictures of {self._files[0].parent}")
+    def __init__(self, files: Sequence[Path], on_unreadable: Callable[[str], None] | None = None) -> None:
+        self._files, self._on_unreadable, self.length = files, on_unreadable, len(files)
+        folders = [file.absolute().parent for file in files]
+        self._base = next(
+            folder for folder in (folders[0], *folders[0].parents) if all(f.is_relative_to(folder) for f in folders)
+        )
+        super().__init__(f"{len(files)} pictures of {self._base}" if len(files) > 1 else f"picture {files[0]}")
 
     def __iter__(self) -> Iterator[SourceFrame]:
         for file in self._files:
-            yield SourceFrame(cv2.cvtColor(read_image(file), cv2.COLOR_RGB2BGR), file.name)
+            try:
+                pixels = cv2.cvtColor(read_image(file), cv2.COLOR_RGB2BGR)
+            except DataError as error:
+                if self._on_unreadable is None:
+                    raise DataError(f"source: {error}") from error
+                self._on_unreadable(str(error))
+                continue
+            yield SourceFrame(pixels, str(file.absolute().relative_to(self._base)))
 
 
 class VideoSource(FrameSource):
-    """The frames of a video file.
+    """The frames of a video file, or of a stream (RTSP, HTTP), which is live.
+
+    Args:
+        location: path of the file, or URL; what a URL says before its @ is told nobody.
 
     Raises:
-        DataError: the file is no video that this OpenCV can read.
+        DataError: it is no video that this OpenCV can read, or nobody answers there.
     """
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        capture = self._open()
-        width, height = (int(capture.get(key)) for key in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
-        capture.release()
-        super().__init__(f"video {file} ({width}x{height})")
+    def __init__(self, location: str) -> None:
+        self._location, self.live = location, is_url(location)
+        self._told = re.sub(r"//[^/@]*@", "//", location)
+        self._name = re.sub(r"\W+", "_", self._told.partition("//")[2]).strip("_") if self.live else Path(location).stem
+        self._first: cv2.VideoCapture | None = self._open()
+        keys = cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT, cv2.CAP_PROP_FRAME_COUNT
+        width, height, count = (int(self._first.get(key)) for key in keys)
+        self.length = 0 if self.live else max(count, 0)
+        rate_hz = self._first.get(cv2.CAP_PROP_FPS)
+        self.rate_hz = rate_hz if 0.1 <= rate_hz <= 1000.0 else 0.0
+        if not self.live:
+            self._first.release()
+            self._first = None
+        super().__init__(f"{'stream' if self.live else 'video'} {self._told} ({width}x{height})")
 
     def _open(self) -> cv2.VideoCapture:
-        capture = cv2.VideoCapture(str(self._file))
+        if not self.live:
+            capture = cv2.VideoCapture(self._location)
+            if not capture.isOpened():
+                remedy = "convert it to H.264 MP4 or MJPEG AVI"
+                raise DataError(f"source: {self._location} cannot be read as a video; {remedy}")
+            return capture
+        keys = cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, cv2.CAP_PROP_READ_TIMEOUT_MSEC
+        limits = [value for key in keys for value in (key, _STREAM_TIMEOUT_MS)]
+        capture = cv2.VideoCapture(self._location, cv2.CAP_FFMPEG, limits)
         if not capture.isOpened():
-            raise DataError(f"source: {self._file} cannot be read as a video; convert it to H.264 MP4 or MJPEG AVI")
+            raise DataError(
+                f"source: {self._told} gives no video within {_STREAM_TIMEOUT_MS / 1000:g} s; check address, user and "
+                "password (rtsp://USER:PASSWORD@HOST/PATH), and that this machine reaches it"
+            )
         return capture
 
     def __iter__(self) -> Iterator[SourceFrame]:
-        capture = self._open()
+        capture, self._first = self._first or self._open(), None
         try:
             index = 0
             while True:
                 good, pixels = capture.read()
                 if not good:
                     break
-                yield SourceFrame(pixels, f"{self._file.stem}_{index:06d}")
+                yield SourceFrame(pixels, f"{self._name}_{index:06d}")
                 index += 1
         finally:
             capture.release()
+        if self.live:
+            raise DataError(f"source: {self._told} stopped giving frames after {index}")
         if index == 0:
-            raise DataError(f"source: {self._file} holds no frame that can be decoded")
+            raise DataError(f"source: {self._location} holds no frame that can be decoded")
 
 
 class DeviceSource(FrameSource):
@@ -178,18 +223,25 @@ class SimSource(FrameSource):
             yield SourceFrame(frame.image, f"sim_{self._seed}_{index:06d}", frame.labels, frame.points)
 
 
+def is_url(source: str) -> bool:
+    """Whether `source` names a stream."""
+    return re.match(r"(rtsps?|rtmps?|https?|udp|tcp)://", source, re.IGNORECASE) is not None
+
+
 def open_source(
     source: str, width: int = 0, height: int = 0, rate_hz: float = 30.0, points: bool = False, loop_frames: int = 0,
+    on_unreadable: Callable[[str], None] | None = None,
 ) -> FrameSource:  # fmt: skip
     """Open whatever `source` names.
 
     Args:
-        source: folder, video file, "/dev/videoN" or "N", "sim" or "sim:SEED".
+        source: picture, folder, pattern, video file, "/dev/videoN" or "N", URL of a stream, "sim" or "sim:SEED".
         width: pixels that a device or the simulated camera is asked for; 0 leaves it its own.
         height: likewise.
         rate_hz: frames per second of simulated time.
         points: the simulated camera gives the place of every pixel, too.
         loop_frames: the simulated drive starts over after so many; 0 drives on.
+        on_unreadable: as for `PictureSource`.
 
     Raises:
         ConfigError: the simulated camera cannot be used.
@@ -201,9 +253,107 @@ def open_source(
     device = re.fullmatch(r"(?:/dev/video)?(\d{1,3})", source)
     if device:
         return DeviceSource(int(device[1]), width, height)
+    if is_url(source):
+        return VideoSource(source)
+    path = Path(source).expanduser()
+    if path.is_file():
+        return PictureSource([path], on_unreadable) if path.suffix.lower() in IMAGE_SUFFIXES else VideoSource(str(path))
+    return PictureSource(find_pictures(source), on_unreadable)
+
+
+def find_pictures(source: str) -> list[Path]:
+    """The pictures of a folder, or of its `images/` where it has none itself, or those that a pattern matches; sorted.
+
+    Raises:
+        DataError: nothing there, or no picture in it.
+    """
     path = Path(source).expanduser()
     if path.is_dir():
-        return FolderSource(path)
-    if path.is_file():
-        return VideoSource(path)
-    raise DataError(f"source: got {source!r}, expected a folder of pictures, a video file, /dev/videoN, N or sim:SEED")
+        nested = path / "images"
+        files = list_images(path) or (list_images(nested) if nested.is_dir() else [])
+    elif glob.has_magic(source):
+        found = sorted(map(Path, glob.iglob(str(path), recursive=True)))
+        files = [file for file in found if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
+    else:
+        raise DataError(
+            f"source: got {source!r}, which is not there; expected a folder of pictures, a picture or video file, a "
+            "pattern ('drive/**/*.jpg'), /dev/videoN, N, a stream (rtsp://...) or sim:SEED"
+        )
+    if not files:
+        raise DataError(f"source: {source} holds no pictures, expected files ending in {', '.join(IMAGE_SUFFIXES)}")
+    return files
+
+
+class FrameReader:
+    """Decodes frames ahead of their time, in a thread of its own.
+
+    Args:
+        source: where they come from; a live one is read at its own pace, and only its newest frame is kept.
+        loop: start over at the end.
+        size: (height, width) to scale to; None keeps the source's.
+        pause_s: seconds between a frame's publication and work on another one, while enough are ready. A camera takes
+            no processor from what its picture goes to; a renderer that starts when a picture is published would.
+    """
+
+    def __init__(
+        self, source: FrameSource, loop: bool, size: tuple[int, int] | None, pause_s: float = 0.0
+    ) -> None:
+        self._source = source
+        self._loop = loop
+        self._size, self._pause_s = size, pause_s
+        self._frames: queue.Queue[SourceFrame | Exception | None] = queue.Queue(1 if source.live else _DECODE_AHEAD)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="camera-reader", daemon=True)
+        self._thread.start()
+
+    def next(self) -> SourceFrame | None:
+        """The next frame, or None when none is ready yet.
+
+        Raises:
+            StopIteration: there are no more.
+            DataError: the source failed.
+        """
+        try:
+            item = self._frames.get_nowait()
+        except queue.Empty:
+            return None
+        if item is None:
+            raise StopIteration
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def close(self) -> None:
+        """End the thread."""
+        self._stop.set()
+        self._thread.join(2.0)
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.is_set():
+                for frame in self._source:
+                    self._put(self._scaled(frame))
+                    if self._stop.is_set():
+                        return
+                if not self._loop:
+                    break
+            self._put(None)
+        except Exception as error:  # whatever the source raises is reported by the node's thread
+            self._put(error)
+
+    def _scaled(self, frame: SourceFrame) -> SourceFrame:
+        if self._size is None or frame.pixels.shape[:2] == self._size:
+            return frame
+        pixels = cv2.resize(frame.pixels, self._size[::-1], interpolation=cv2.INTER_AREA)
+        return dataclasses.replace(frame, pixels=pixels)
+
+    def _put(self, item: SourceFrame | Exception | None) -> None:
+        if self._source.live:
+            with contextlib.suppress(queue.Empty):
+                self._frames.get_nowait()
+        while not self._stop.is_set():
+            with contextlib.suppress(queue.Full):
+                self._frames.put(item, timeout=0.1)
+                if self._frames.full() and not self._source.live:
+                    self._stop.wait(self._pause_s)
+                return

@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import shutil
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -122,8 +120,6 @@ def run_sim(args: argparse.Namespace, seed: int, environ: Mapping[str, str]) -> 
 
     classes = load_config(args.model).classes
     output = args.output.absolute()
-    for name in ("masks", "overlays", "image", "ground_truth", "clusters", "logs"):
-        shutil.rmtree(output / name, ignore_errors=True)
     (output / "logs").mkdir(parents=True)
     scored = classes.names == SIM_CLASSES.names
     recording, notes, streaming = _record(args, seed, output, environ, scored)
@@ -146,23 +142,11 @@ def run_sim(args: argparse.Namespace, seed: int, environ: Mapping[str, str]) -> 
     return 0
 
 
-def window_problem(environ: Mapping[str, str]) -> str:
-    """Why no window can be opened here; empty when nothing speaks against it."""
-    if sys.platform.startswith("linux") and not (environ.get("DISPLAY") or environ.get("WAYLAND_DISPLAY")):
-        return "there is no screen here (neither DISPLAY nor WAYLAND_DISPLAY is set)"
-    build = cv2.getBuildInformation()
-    if "GUI:                           NONE" in build:
-        return "this OpenCV has no windows; install opencv-python in place of opencv-python-headless"
-    return ""
-
-
 def _record(
     args: argparse.Namespace, seed: int, output: Path, environ: Mapping[str, str], scored: bool
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
     """Run the processes to their end; the recorder's summary, the conductor's notes, and what streaming is worth."""
     manifest, notes, stream = output / "manifest.jsonl", output / "phases.json", output / "streaming.json"
-    for path in (manifest, notes, stream, output / "recording.json"):
-        path.unlink(missing_ok=True)
     loop_frames = args.frames or _LOOP_FRAMES
     camera = {
         "source": f"sim:{seed}", "rate_hz": args.rate, "time_lapse": _TIME_LAPSE, "loop_frames": loop_frames,
@@ -198,7 +182,7 @@ def _record(
             start("node.node", node), start("demo.camera", camera), start("demo.conductor", conductor), recording,
         ]  # fmt: skip
         if getattr(args, "view", False):
-            start("demo.viewer", {})
+            start("demo.viewer", {"model": str(args.model)})
         conducting = processes[2]
         told = 0
         while conducting.exit_code is None:

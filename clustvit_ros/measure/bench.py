@@ -200,33 +200,35 @@ _STAGES = ("preprocess", "network", "encode", "finish", "decode", "postprocess")
 
 
 def format_table(rows: Sequence[dict[str, Any]], bounds_ms: Sequence[float] | None = None) -> str:
-    """Rows as a Markdown table.
+    """Rows as Markdown tables of at most 120 columns: latencies, costs, stages.
 
     Args:
         rows: as `run_cases` returns them.
         bounds_ms: per row the time that the device would allow, shown beside the measured one.
     """
-    header = [
-        "arch", "engine", "precision", "size", "kept", "p50 ms", "p95 ms", "p99 ms", "vs first", "GFLOPs",
-        "M params", "peak MB",
-    ]  # fmt: skip
     measured = {stage for row in rows for stage in row["stages_ms"]}
     stages = sorted(measured, key=lambda stage: (_STAGES.index(stage) if stage in _STAGES else len(_STAGES), stage))
-    lines = [header + (["roofline ms", "x roofline"] if bounds_ms else []) + stages]
+    latency = [["arch", "engine", "precision", "size", "kept", "p50 ms", "p95 ms", "p99 ms", "vs first"]]
+    cost = [["arch", "kept", "GFLOPs", "M params", "peak MB", *(["roofline ms", "x roofline"] if bounds_ms else [])]]
+    parts = [["arch", "kept", *stages]]
     for index, row in enumerate(rows):
-        cells = [
-            row["arch"], row["engine"], row["precision"], row["size"], f"{row['tokens_kept']}/{row['tokens_total']}",
+        kept = f"{row['tokens_kept']}/{row['tokens_total']}"
+        latency.append([
+            row["arch"], row["engine"], row["precision"], row["size"], kept,
             *(f"{row[name]:.1f}" for name in ("p50_ms", "p95_ms", "p99_ms")),
-            f"{rows[0]['p50_ms'] / row['p50_ms']:.2f}x", f"{row['gflops']:.1f}", f"{row['parameters'] / 1e6:.1f}",
-            f"{row['peak_memory_mb']:.0f}",
-        ]  # fmt: skip
-        if bounds_ms:
-            cells += [f"{bounds_ms[index]:.1f}", f"{row['p50_ms'] / bounds_ms[index]:.2f}"]
-        cells += [f"{row['stages_ms'][stage]:.1f}" if stage in row["stages_ms"] else "-" for stage in stages]
-        lines.append(cells)
+            f"{rows[0]['p50_ms'] / row['p50_ms']:.2f}x",
+        ])  # fmt: skip
+        roofline = [f"{bounds_ms[index]:.1f}", f"{row['p50_ms'] / bounds_ms[index]:.2f}"] if bounds_ms else []
+        megabytes = f"{row['peak_memory_mb']:.0f}"
+        cost.append(
+            [row["arch"], kept, f"{row['gflops']:.1f}", f"{row['parameters'] / 1e6:.1f}", megabytes, *roofline]
+        )
+        times = [f"{row['stages_ms'][stage]:.1f}" if stage in row["stages_ms"] else "-" for stage in stages]
+        parts.append([row["arch"], kept, *times])
     first = rows[0]
     title = f"{first['device']}, batch {first['batch']}, {first['classes']} classes"
-    return "\n".join([title, "", *markdown_table(lines)])
+    tables = (title, latency), ("cost", cost), ("milliseconds by stage, of the median call", parts)
+    return "\n\n".join("\n".join([name, "", *markdown_table(lines)]) for name, lines in tables)
 
 
 def draw_plot(rows: Sequence[dict[str, Any]], path: Path) -> None:

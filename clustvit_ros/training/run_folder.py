@@ -34,6 +34,7 @@ from safetensors import SafetensorError
 import clustvit_ros
 from clustvit_ros.config import to_mapping
 from clustvit_ros.errors import ConfigError, DataError
+from clustvit_ros.measure.tables import new_figure, save_figure
 from clustvit_ros.paths import hash_file, replacing
 from clustvit_ros.training.dataset import BadFile, LabelledImages
 from clustvit_ros.training.recipe import Recipe
@@ -299,6 +300,25 @@ def tensorboard_writer(run_dir: Path) -> Callable[[dict[str, Any]], None]:
         writer.flush()
 
     return write
+
+
+def draw_log(log: Path) -> None:
+    """Draw loss and mIoU over the epochs of a log of JSON lines as a PNG beside it, where matplotlib is installed."""
+    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    try:
+        figure, ((losses,),) = new_figure((7.0, 4.0))
+    except ConfigError:
+        return
+    epochs = [record["epoch"] for record in records]
+    losses.plot(epochs, [record["loss"] for record in records], color="tab:blue")
+    losses.set_xlabel("epoch")
+    losses.set_ylabel("loss", color="tab:blue")
+    scored = [record for record in records if "miou" in record]
+    if scored:
+        scores = losses.twinx()
+        scores.plot([r["epoch"] for r in scored], [r["miou"] for r in scored], "o-", color="tab:orange")
+        scores.set_ylabel("mIoU, %", color="tab:orange")
+    save_figure(figure, log.with_suffix(".png"))
 
 
 def _hash(path: Path) -> str:

@@ -14,7 +14,7 @@ import re
 import pytest
 
 from clustvit_ros.cli.main import main
-from clustvit_ros.measure.bench import ROW_KEYS, format_table
+from clustvit_ros.measure.bench import _STAGES, ROW_KEYS, format_table
 
 
 def bench(*arguments):
@@ -97,6 +97,10 @@ def test_the_table_shows_every_row_and_stage():
     row = dict.fromkeys(ROW_KEYS, 1.0) | names
     rows = [row | {"stages_ms": {"decode": 2.0, "encode": 3.0}}, row | {"stages_ms": {"network": 4.0}}]
     lines = format_table(rows, [0.5, 0.5]).splitlines()
-    assert len(lines) == 6 and len({len(line) for line in lines[2:]}) == 1
-    assert [cell.strip() for cell in lines[2].split("|")[-4:-1]] == ["network", "encode", "decode"]
-    assert "2.00" in lines[4]  # measured against the roofline's half
+    assert len(lines) == 20 and [len({len(line) for line in lines[at : at + 4]}) for at in (2, 9, 16)] == [1, 1, 1]
+    assert [cell.strip() for cell in lines[16].split("|")[-4:-1]] == ["network", "encode", "decode"]
+    assert "2.00" in lines[11]  # measured against the roofline's half
+    long = row | {"arch": "clustvit_t", "engine": "onnxruntime", "precision": "bfloat16", "size": "1024x1024",
+                  "tokens_kept": 4096, "tokens_total": 4096, "peak_memory_mb": 12345.0,
+                  "stages_ms": dict.fromkeys(_STAGES, 1000.0)}  # fmt: skip
+    assert max(map(len, format_table([long], [0.5]).splitlines())) <= 120

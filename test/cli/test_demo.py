@@ -16,13 +16,12 @@ import numpy as np
 import pytest
 
 from clustvit_ros.classes import load_class_set
-from clustvit_ros.cli.demo import find_source, score
+from clustvit_ros.cli.demo import find_source, make_run_folder, score
 from clustvit_ros.cli.main import main
-from clustvit_ros.demo.sim_demo import window_problem
 from clustvit_ros.engine import create_engine
 from clustvit_ros.errors import ConfigError, DataError
 from clustvit_ros.measure.metrics import ConfusionMatrix
-from clustvit_ros.measure.pictures import contact_sheet
+from clustvit_ros.measure.pictures import FilmWriter, contact_sheet, window_problem
 from clustvit_ros.training.dataset import LabelledImages
 
 needs_ros = pytest.mark.skipif(importlib.util.find_spec("rclpy") is None, reason="needs rclpy (ROS 2)")
@@ -68,14 +67,67 @@ def test_contact_sheet_fills_its_rows(labelled_dir):
     assert contact_sheet(pictures[:1], width=80).shape == (60, 240, 3)
 
 
+def test_every_run_has_a_folder_of_its_own(tmp_path):
+    first = make_run_folder(tmp_path / "demo", "sim:3")
+    second = make_run_folder(tmp_path / "demo", "sim:3")
+    third = make_run_folder(tmp_path / "demo", "/data/my drive/")
+    assert len({first, second, third}) == 3 and first.name.endswith("_sim-3") and third.name.endswith("_my-drive")
+    assert (tmp_path / "demo" / "latest").resolve() == third.resolve()
+    assert sorted(path.name for path in (tmp_path / "demo").iterdir())[-1] == "latest"
+
+
+def test_all_frames_of_a_video_are_sent_or_the_number_left_out_is_known(tmp_path):
+    with FilmWriter(tmp_path / "long.mp4", 30.0) as film:
+        for _ in range(310):
+            film.add(np.zeros((16, 16, 3), np.uint8))
+    source = find_source(str(tmp_path / "long.mp4"))
+    assert (source.frames, source.available, source.left_out) == (300, 310, True)
+    source = find_source(str(tmp_path / "long.mp4"), frames=310)
+    assert (source.frames, source.left_out) == (310, False)
+
+
+@needs_ros
+@pytest.mark.ros
+def test_the_viewer_draws_legend_rate_tokens_and_budget(monkeypatch):
+    import rclpy
+    from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+
+    from clustvit_ros.demo.viewer import ViewerNode
+
+    texts = []
+    monkeypatch.setattr(cv2, "namedWindow", lambda *_: None)
+    monkeypatch.setattr(cv2, "destroyAllWindows", lambda: None)
+    draw = cv2.putText
+    monkeypatch.setattr(cv2, "putText", lambda image, text, *rest: (texts.append(text), draw(image, text, *rest))[1])
+    context = rclpy.Context()
+    rclpy.init(context=context)
+    try:
+        node = ViewerNode(context=context)
+        pairs = {"engine_ms": "41.6", "latency_budget_ms": "50", "tokens_kept": "330", "tokens_total": "660"}
+        values = [KeyValue(key=key, value=value) for key, value in pairs.items()]
+        node._on_stats(DiagnosticArray(status=[DiagnosticStatus(values=values)]))
+        shown = node.draw(np.zeros((240, 320, 3), np.uint8))
+        node.close()
+        node.destroy_node()
+    finally:
+        rclpy.shutdown(context=context)
+    assert shown.shape[0] == 240 and shown.shape[1] > 320
+    assert "0.0 fps  42 of 50 ms  330 of 660 tokens" in texts and "bicyclist" in texts
+
+
 @needs_ros
 @pytest.mark.ros
 def test_demo_scores_what_the_engine_would(model_dir, labelled_dir, tmp_path, capsys):
     out = tmp_path / "demo"
     arguments = ["demo", "--source", str(labelled_dir), "--model", str(model_dir), "--output", str(out)]
+    out = out / "latest"
     assert main([*arguments, "--rate", "20", "--frames", "12", "--device", "cpu"]) == 0
     report = json.loads((out / "summary.json").read_text())
     assert report["frames_sent"] == 12
+    film = cv2.VideoCapture(str(next(out.glob("demo.*"))))
+    assert film.get(cv2.CAP_PROP_FRAME_COUNT) == report["masks_received"]
+    height, width = film.read()[1].shape[:2]
+    assert height == 720 and width > 960  # four panels, and the legend
     node = report["node"]
     assert node["frames_segmented"] == report["masks_received"] > 0
     assert node["frames_received"] == sum(node.values()) - node["frames_received"]
@@ -126,6 +178,7 @@ def test_simulated_drive_is_scored_under_every_budget(make_toy_model, tmp_path, 
     model, out = make_toy_model(load_class_set("sim")), tmp_path / "demo"
     arguments = ["demo", "--source", "sim:5", "--model", str(model), "--output", str(out), "--view"]
     assert main([*arguments, "--device", "cpu", "--frames", "12", "--rate", "10"]) == 0
+    out = out / "latest"
     report = json.loads((out / "summary.json").read_text())
     phases = {phase["name"]: phase for phase in report["phases"]}
     assert list(phases) == ["default", "full", "budget_100", "budget_60", "budget_40", "budget_25"]
@@ -145,7 +198,8 @@ def test_simulated_drive_is_scored_under_every_budget(make_toy_model, tmp_path, 
     np.testing.assert_array_equal(cv2.imread(str(out / frame["ground_truth"]), cv2.IMREAD_UNCHANGED), truth)
     film = cv2.VideoCapture(str(next(out.glob("demo.*"))))
     assert film.get(cv2.CAP_PROP_FRAME_COUNT) >= sum(phase["frames"] for phase in phases.values())
-    assert film.read()[1].shape == (720, 960, 3)
+    height, width = film.read()[1].shape[:2]
+    assert height == 720 and width > 960
     assert cv2.imread(str(out / "summary.png")).shape[1] == 3 * 480
     printed = capsys.readouterr().out
     words = ("no window: there is no screen", "live mIoU", "budget 60 %", "streaming mIoU", "tokens kept", "demo.")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import pytest
 from clustvit_ros.cli import compute_checks, machine_checks
 from clustvit_ros.cli.machine_checks import Finding, Level, as_json, as_text, judge_camera
 from clustvit_ros.cli.main import main
-from clustvit_ros.dds import PROFILE_VARIABLES, claim_domain
+from clustvit_ros.dds import PROFILE_VARIABLES, claim_domain, node_environment
 from clustvit_ros.paths import share_dir
 
 PROFILE = str(share_dir() / "config" / "fastdds_shm.xml")
@@ -56,6 +57,54 @@ def test_the_whole_command(
     assert {"gpu", "shared memory", "DDS profile", "socket buffers", "cv_bridge", "leftover segments"} <= set(levels)
     assert all(finding["remedy"] for finding in content["findings"] if finding["level"] != "OK")
     assert code == int("FAIL" in levels.values())
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Any:
+    """Makes an environment whose processes find a module that raises before the real one."""
+
+    def make(module: str, statement: str) -> dict[str, str]:
+        (tmp_path / f"{module}.py").write_text(statement)
+        return {**os.environ, "PYTHONPATH": f"{tmp_path}:{share_dir()}"}
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("module", "statement", "check", "remedy"),
+    [
+        ("cv2", "raise ImportError('libGL.so.1: cannot open shared object file: No such file or directory')", "OpenCV",
+         "opencv-python-headless"),
+        ("cv2", "raise ImportError('numpy.core.multiarray failed to import')", "OpenCV", "pip install 'numpy<2'"),
+        ("numpy", "raise ImportError('libopenblas.so.0: cannot open shared object file')", "NumPy", "libopenblas.so.0"),
+        ("yaml", "raise ValueError('damaged')", "PyYAML", "pip install --force-reinstall pyyaml"),
+        ("torch", "raise OSError('libcudart.so.12: cannot open shared object file')", "torch", "libcudart.so.12"),
+    ],
+)  # fmt: skip
+def test_a_package_that_breaks_is_a_finding(module: str, statement: str, check: str, remedy: str, broken: Any) -> None:
+    """And not the end of the doctor, nor of the help."""
+    environ = broken(module, statement)
+    command = [sys.executable, "-m", "clustvit_ros"]
+    done = subprocess.run(
+        [*command, "doctor", "--json", "--seconds", "0.1"], env=environ, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1, done.stderr
+    findings = {finding["check"]: finding for finding in json.loads(done.stdout)["findings"]}
+    assert findings[check]["level"] == "FAIL" and remedy in findings[check]["remedy"], findings[check]
+    if module != "yaml":
+        helped = subprocess.run([*command, "--help"], env=environ, capture_output=True, text=True, timeout=120)
+        assert helped.returncode == 0 and "doctor" in helped.stdout and "Traceback" not in helped.stderr
+
+
+def test_what_is_missing_is_told_with_the_extra_that_brings_it(broken: Any) -> None:
+    for module, extra in (("torch", "torch"), ("cv2", "opencv"), ("tqdm", "train")):
+        environ = broken(module, f"raise ModuleNotFoundError('No module named {module}', name='{module}')")
+        done = subprocess.run(
+            [sys.executable, "-m", "clustvit_ros", "predict", "a.jpg"], env=environ, capture_output=True, text=True
+        )
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert f"'predict' needs the Python package '{module}'" in done.stderr and f"{extra!r} extra" in done.stderr
+        (Path(environ["PYTHONPATH"].split(":")[0]) / f"{module}.py").unlink()
 
 
 def test_a_damaged_model_fails(make_toy_model: Any) -> None:
@@ -260,3 +309,34 @@ def test_the_doctor_needs_no_other_command(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(SystemExit) as end:
         main(["doctor", "--help"])
     assert end.value.code == 0
+
+
+@pytest.mark.ros
+def test_param_does_what_ros2_param_does(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rclpy", reason="needs ROS 2 (rclpy)")
+    monkeypatch.setenv("ROS_DOMAIN_ID", str(claim_domain()))
+    monkeypatch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
+
+    def ask(*words: str) -> tuple[int, str]:
+        code = main(["param", *words, "--timeout", "30"])
+        streams = capfd.readouterr()
+        return code, streams.out + streams.err
+
+    command = [sys.executable, "-m", "clustvit_ros.node.node", "--ros-args", "-p", "engine:=scripted"]
+    node = subprocess.Popen(command, env=node_environment(os.environ), stdout=subprocess.DEVNULL)
+    try:
+        assert ask("set", "merge_threshold", "0.3") == (0, "merge_threshold is 0.3 now\n")
+        assert ask("get", "merge_threshold") == (0, "0.3\n")
+        code, told = ask("set", "merge_threshold", "7")
+        assert code == 1 and "merge_threshold: got 7, expected a double from 0.0 to 1.0" in told
+        code, told = ask("describe", "latency_budget_ms")
+        assert code == 0 and told.startswith("latency_budget_ms: double\n") and "0.0 to 60000.0" in told
+        code, told = ask("list")
+        assert code == 0 and {"merge_threshold", "latency_budget_ms", "model"} <= set(told.split())
+        code, told = ask("get", "nope")
+        assert code == 1 and "no parameter 'nope'" in told
+    finally:
+        node.terminate()
+        node.wait(30)
+    assert main(["param", "set", "merge_threshold"]) == 2
+    assert "clustvit-ros param set NAME VALUE" in capfd.readouterr().err

@@ -9,12 +9,15 @@
 from __future__ import annotations
 
 import builtins
+import importlib
+import shlex
 import subprocess
 import sys
 
 import pytest
 
-from clustvit_ros.cli.main import COMMANDS, main
+from clustvit_ros import __version__
+from clustvit_ros.cli.main import COMMANDS, main, make_parser
 from clustvit_ros.paths import share_dir
 
 
@@ -60,6 +63,44 @@ def test_a_missing_torch_is_one_sentence_that_names_the_interpreter(engine):
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert said.count("\n") == 1 and f"engine {engine} needs the Python package 'torch', which {sys.executable}" in said
     assert "activate the virtual environment" in said
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ImportError("libGL.so.1: cannot open shared object file"), "cannot be loaded: libGL.so.1"),
+        (ImportError("numpy.core.multiarray failed to import"), "cannot be loaded: numpy.core.multiarray"),
+        (AttributeError("_ARRAY_API not found"), "cannot be loaded: _ARRAY_API"),
+    ],
+)
+def test_a_broken_package_is_one_line_that_sends_to_the_doctor(error, told, monkeypatch, capsys):
+    def broken(name):
+        raise error
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    assert main(["predict", "a.jpg"]) == 2
+    printed = capsys.readouterr().err
+    assert told in printed and "clustvit-ros doctor" in printed
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_ends_with_examples_that_the_command_takes(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([name.replace("_", "-"), "--help"])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out.partition("examples:")[2]
+    assert COMMANDS[name].examples
+    for example in COMMANDS[name].examples:
+        assert f"  clustvit-ros {example}\n" in printed
+        assert make_parser([name]).parse_args(shlex.split(example)).run
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "clustvit_ros", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, __version__)
 
 
 @pytest.mark.parametrize("threads", ["-1", "100000", "many"])

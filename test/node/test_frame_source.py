@@ -55,7 +55,7 @@ def test_video_gives_every_frame_each_time(tmp_path: Path) -> None:
 
 
 def test_unusable_sources_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="expected a folder of pictures, a video file, /dev/videoN, N or sim:SEED"):
+    with pytest.raises(DataError, match=r"is not there; expected a folder .* /dev/videoN, N, a stream .* or sim:SEED"):
         open_source(str(tmp_path / "missing"))
     with pytest.raises(DataError, match="holds no pictures"):
         open_source(str(tmp_path))

@@ -63,6 +63,17 @@ def test_a_run_folder_holds_what_it_takes_to_repeat_it(train, scenes, write_reci
     assert same_weights(checkpoint(tmp_path / "run"), checkpoint(tmp_path / "again"))
 
 
+def test_options_come_before_the_recipe_and_the_run_is_drawn(train, write_recipe, tmp_path):
+    options = ["--batch-size", "2", "--learning-rate", "0.001", "--precision", "bfloat16", "--input-size", "48x64"]
+    assert train(write_recipe(), tmp_path / "run", *options, "--epochs", "1") == 0
+    written = yaml.safe_load((tmp_path / "run/recipe.yaml").read_text())
+    schedule = written["schedule"]
+    names = ("batch_size", "learning_rate", "precision", "epochs")
+    assert [schedule[name] for name in names] == [2, 0.001, "bfloat16", 1]
+    assert load_config(tmp_path / "run/model").input.size == (48, 64) and written["input"]["size"] == [48, 64]
+    assert cv2.imread(str(tmp_path / "run/log.png")).shape == (480, 840, 3)
+
+
 @pytest.mark.parametrize("extras", [{}, {"distillation_weight": 1.0, "input_scales": [1.0, 0.75, 0.5]}])
 def test_stopped_within_an_epoch_and_continued_equals_uninterrupted(train, write_recipe, tmp_path, monkeypatch, extras):
     recipe = write_recipe(network={"drop_path": 0.2}, schedule={"epochs": 3, "batch_size": 2, **extras})

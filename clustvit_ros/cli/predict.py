@@ -1,0 +1,374 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
+"""`clustvit-ros predict`: masks of pictures, videos and cameras, without ROS and without labels.
+
+And `clustvit-ros models`: what they can be predicted with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from clustvit_ros.cli.arguments import add_input_scale, add_threads
+from clustvit_ros.demo.frame_source import FrameReader, FrameSource, PictureSource, SourceFrame, open_source
+from clustvit_ros.engine import ENGINES, PRECISIONS, Engine, Prediction, create_engine
+from clustvit_ros.engine.masks import draw_overlay
+from clustvit_ros.errors import ConfigError, ImageError
+from clustvit_ros.images import IMAGE_SUFFIXES, check_pixels
+from clustvit_ros.measure.pictures import FilmWriter, annotated, class_legend, save_picture, window_problem
+from clustvit_ros.networks.model_folder import load_config
+from clustvit_ros.paths import replacing, shipped_models, shipped_recipes
+from clustvit_ros.policy import Policy, percentile
+from clustvit_ros.policy.parameter_spec import build
+from clustvit_ros.policy.parameters import SegmentationParameters
+
+_RUNS = Path("runs") / "predict"
+_ALPHA = 0.5
+_DEFAULT_RATE_HZ, _LIVE_FILM_HZ = 25.0, 15.0
+_PROBLEMS_TOLD = 5
+_MAX_PIXELS = 1 << 28
+_WINDOW = "clustvit-ros predict (q ends)"
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "predict",
+        help="masks and overlays of pictures, videos and cameras, without ROS",
+        description="Pictures become masks/NAME.png (class ids, 255 = unlabelled) and overlays/NAME.jpg, a video or "
+        "camera a film of overlays. Beside them lie legend.png, frames.jsonl (tokens, times, classes of every frame) "
+        "and summary.json. Exit code 1: some pictures could not be read; they are listed.",
+    )
+    parser.add_argument(
+        "source", nargs="+", metavar="SOURCE",
+        help="picture, folder, pattern ('drive/**/*.jpg'), video, /dev/video0 or 0, rtsp://..., sim:SEED; several are "
+        "taken one after the other",
+    )  # fmt: skip
+    parser.add_argument(
+        "--model", default="camvid_tiny", help="one of `clustvit-ros models`, or a model folder (default: camvid_tiny)"
+    )
+    parser.add_argument("--out", type=Path, help=f"new or empty folder for the results (default: {_RUNS}/<n>)")
+    parser.add_argument("--merge-threshold", type=float, default=0.5, help="0..1, 1 merges nothing (default: 0.5)")
+    parser.add_argument("--token-capacity", type=int, default=0, help="bound on kept tokens, 0 = none (default: 0)")
+    add_input_scale(parser)
+    parser.add_argument(
+        "--budget-ms", type=float, default=0.0,
+        help="what a frame may take in the engine; size and tokens follow (default: 0, no budget)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--confidence-threshold", type=float, default=0.0, help="pixels below it become 255, 0..1 (default: 0)"
+    )
+    parser.add_argument("--masks", action="store_true", help="of a video or camera, write every frame's mask as well")
+    parser.add_argument("--frames", type=int, default=0, help="stop after so many frames of each source (default: all)")
+    parser.add_argument("--show", action="store_true", help="show overlays in a window; q ends")
+    parser.add_argument("--engine", choices=ENGINES, default="auto", help="what runs the network (default: auto)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of the network (default: float32)")
+    add_threads(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.frames < 0:
+        raise ConfigError(f"--frames: got {args.frames}, expected 0 (all) or more")
+    parameters = build(
+        SegmentationParameters,
+        {
+            "merge_threshold": args.merge_threshold, "token_capacity": args.token_capacity,
+            "confidence_threshold": args.confidence_threshold, "latency_budget_ms": args.budget_ms,
+            "input_scale": args.input_scale, "max_image_pixels": _MAX_PIXELS,
+            "min_input_scale": min(0.375, args.input_scale), "threads": args.threads,
+        },
+    )  # fmt: skip
+    problem = window_problem(os.environ) if args.show else ""
+    if problem:
+        raise ConfigError(f"--show: {problem}; leave it out, the results are written in any case")
+    unreadable: list[str] = []
+    sources = _open(args.source, unreadable)
+    engine = create_engine(args.model, args.engine, args.device, args.threads, args.precision)
+    info = engine.info
+    reason = f" ({info.device_reason})" if info.device_reason else ""
+    print(f"model {info.model}, engine {info.engine} on {info.device}{reason}", flush=True)
+    folder = _make_folder(args.out)
+    prediction = _Predictor(engine, parameters, folder, args, unreadable)
+    started_s = time.monotonic()
+    interrupted = False
+    try:
+        with (folder / "frames.jsonl").open("w", encoding="utf-8") as log:
+            for source in sources:
+                for entry in prediction.run(source):
+                    log.write(json.dumps(entry) + "\n")
+    except KeyboardInterrupt:
+        interrupted = not any(source.live for source in sources)  # which is how a camera ends
+    finally:
+        prediction.finish(time.monotonic() - started_s)
+        engine.close()
+    return 130 if interrupted else int(bool(unreadable))
+
+
+def _open(given: list[str], unreadable: list[str]) -> list[FrameSource]:
+    """Sources in order; pictures that a shell's pattern named one by one are one source."""
+    pictures = [Path(text) for text in given if Path(text).suffix.lower() in IMAGE_SUFFIXES and Path(text).is_file()]
+    if len(pictures) == len(given):
+        return [PictureSource(pictures, unreadable.append)]
+    return [open_source(text, on_unreadable=unreadable.append) for text in given]
+
+
+def _make_folder(asked: Path | None) -> Path:
+    if asked is not None:
+        if asked.exists() and (not asked.is_dir() or any(asked.iterdir())):
+            raise ConfigError(f"--out: {asked} is there and not empty; expected a new or empty folder")
+        asked.mkdir(parents=True, exist_ok=True)
+        return asked
+    number = max((int(path.name) for path in _RUNS.glob("*") if path.name.isdecimal()), default=0) + 1
+    while True:
+        with contextlib.suppress(FileExistsError):
+            (_RUNS / str(number)).mkdir(parents=True)
+            return _RUNS / str(number)
+        number += 1
+
+
+class _Predictor:
+    """Segments sources into a folder, and knows what came of all of them.
+
+    Args:
+        engine: what segments.
+        parameters: as the node's.
+        folder: for the results.
+        args: `masks`, `frames` and `show`.
+        unreadable: pictures that could not be read or segmented, so far.
+    """
+
+    def __init__(
+        self, engine: Engine, parameters: SegmentationParameters, folder: Path, args: argparse.Namespace,
+        unreadable: list[str],
+    ) -> None:  # fmt: skip
+        self._engine, self._parameters, self._folder, self._args = engine, parameters, folder, args
+        self._unreadable = unreadable
+        self._classes = engine.info.classes
+        self._palette = self._classes.palette()
+        self._notes = _Notes()
+        self._policy = Policy(engine, self._notes)
+        self._names: set[str] = set()
+        self._engine_ms: list[float] = []
+        self._tokens: list[float] = []
+        self._pixels = np.zeros(len(self._palette), np.int64)
+        self._films: list[tuple[Path, str]] = []
+        self._ended = False
+
+    def run(self, source: FrameSource) -> Iterator[dict[str, Any]]:
+        """Segment all of a source; facts of each frame, for `frames.jsonl`."""
+        pictures = isinstance(source, PictureSource)
+        rate_hz = _LIVE_FILM_HZ if source.live else source.rate_hz or _DEFAULT_RATE_HZ
+        total = min(source.length, self._args.frames or source.length) or self._args.frames or None
+        started_s, written = time.monotonic(), 0
+        with contextlib.ExitStack() as stack:
+            bar = stack.enter_context(tqdm(desc=source.description, total=total, unit="image", mininterval=0.5))
+            film: FilmWriter | None = None
+            for frame in self._frames(source):
+                image = cv2.cvtColor(frame.pixels, cv2.COLOR_BGR2RGB)
+                try:
+                    check_pixels(image.shape[0], image.shape[1], self._parameters.max_image_pixels)
+                    prediction = self._segment(image)
+                except ImageError as error:
+                    self._unreadable.append(f"{frame.name}: {error}")
+                    continue
+                overlay = draw_overlay(image, prediction.mask[0], self._palette, _ALPHA)
+                entry = self._entry(frame, prediction)
+                stem = self._stem(frame.name, pictures)
+                if pictures or self._args.masks:
+                    entry["mask"] = f"masks/{stem}.png"
+                    save_picture(self._folder / entry["mask"], prediction.mask[0])
+                if pictures:
+                    entry["overlay"] = f"overlays/{stem}.jpg"
+                    save_picture(self._folder / entry["overlay"], overlay)
+                else:
+                    if film is None:
+                        name = self._stem(frame.name.rpartition("_")[0] + ".mp4", True)
+                        film = stack.enter_context(FilmWriter(self._folder / f"{name}.mp4", rate_hz))
+                    # A live film runs as fast as what it shows.
+                    due = int((time.monotonic() - started_s) * rate_hz) if source.live else written + 1
+                    while written < due:
+                        film.add(overlay)
+                        written += 1
+                if self._args.show and self._is_closed(overlay, prediction, bar.format_dict["rate"]):
+                    self._ended = True
+                bar.update()
+                yield entry
+                if self._ended:
+                    break
+        if film is not None:
+            self._films.append((film.path, film.note))
+
+    def _frames(self, source: FrameSource) -> Iterator[SourceFrame]:
+        reader = FrameReader(source, loop=False, size=None)
+        count = 0
+        try:
+            while not self._ended and not (self._args.frames and count >= self._args.frames):
+                try:
+                    frame = reader.next()
+                except StopIteration:
+                    return
+                if frame is None:
+                    time.sleep(0.001)
+                    continue
+                count += 1
+                yield frame
+        finally:
+            reader.close()
+
+    def _segment(self, image: np.ndarray) -> Prediction:
+        first = not self._engine_ms
+        while True:
+            plan = self._policy.plan([image], self._parameters)
+            prediction = self._engine.segment(image, plan.settings)
+            self._policy.learn(plan, prediction, [prediction.stats.total_ms])
+            if plan.budget_state == "calibrating":
+                tqdm.write(f"calibrating at {image.shape[1]}x{image.shape[0]}, once per size and machine")
+            self._notes.quiet = first  # what it would say is the error of the check
+            self._policy.use_idle_time(lambda: True)
+            self._notes.quiet = False
+            if first and self._parameters.latency_budget_ms:
+                self._policy.check(SegmentationParameters(), self._parameters)
+            if plan.budget_state != "calibrating":
+                break
+        self._engine_ms.append(prediction.stats.total_ms)
+        self._tokens.append(prediction.stats.tokens_kept / prediction.stats.tokens_total)
+        return prediction
+
+    def _entry(self, frame: SourceFrame, prediction: Prediction) -> dict[str, Any]:
+        mask, stats = prediction.mask[0], prediction.stats
+        counts = np.bincount(mask.ravel(), minlength=len(self._palette))
+        self._pixels += counts
+        names = enumerate(self._classes.names)
+        shares = {name: round(float(counts[i]) / mask.size, 4) for i, name in names if counts[i]}
+        return {
+            "name": frame.name, "size": list(mask.shape), "tokens_kept": round(stats.tokens_kept, 2),
+            "tokens_total": stats.tokens_total, "input_size": list(stats.input_size),
+            "total_ms": round(stats.total_ms, 3), "stages_ms": {k: round(v, 3) for k, v in stats.stages_ms.items()},
+            "classes": shares,
+        }  # fmt: skip
+
+    def _stem(self, name: str, with_suffix: bool) -> str:
+        """A name for what is written, without suffix unless another has that name already."""
+        stem = str(Path(name).with_suffix("")) if with_suffix else name
+        candidates = (stem, name, *(f"{stem}_{number}" for number in range(2, len(self._names) + 3)))
+        chosen = next(candidate for candidate in candidates if candidate not in self._names)
+        self._names.add(chosen)
+        return chosen
+
+    def _is_closed(self, overlay: np.ndarray, prediction: Prediction, rate_hz: float | None) -> bool:
+        stats, budget_ms = prediction.stats, self._parameters.latency_budget_ms
+        shown = annotated(
+            overlay, self._classes, rate_hz or 0.0, stats.total_ms, budget_ms, stats.tokens_kept, stats.tokens_total
+        )
+        cv2.imshow(_WINDOW, cv2.cvtColor(shown, cv2.COLOR_RGB2BGR))
+        return cv2.waitKey(1) & 0xFF in (ord("q"), 27)
+
+    def finish(self, elapsed_s: float) -> None:
+        """Write the summary and tell it; nothing is left of a run without a frame, good or bad."""
+        info, count, unreadable = self._engine.info, len(self._engine_ms), self._unreadable
+        if not count and not unreadable:
+            (self._folder / "frames.jsonl").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._folder.rmdir()
+            return
+        report: dict[str, Any] = {
+            "model": info.model, "engine": info.engine, "device": info.device, "precision": info.precision,
+            "classes": [
+                {"id": i, "name": name, "colour": list(colour)}
+                for i, (name, colour) in enumerate(zip(self._classes.names, self._classes.colours, strict=True))
+            ],
+            "merge_threshold": self._parameters.merge_threshold, "token_capacity": self._parameters.token_capacity,
+            "input_scale": self._parameters.input_scale, "images": count, "unreadable": unreadable,
+            "seconds": round(elapsed_s, 3), "films": [str(path.relative_to(self._folder)) for path, _ in self._films],
+        }  # fmt: skip
+        if count:
+            report["images_per_second"] = round(count / elapsed_s, 2)
+            report["engine_ms"] = {f"p{p}": round(percentile(self._engine_ms, p / 100), 3) for p in (50, 95)}
+            report["tokens_kept_share"] = round(float(np.mean(self._tokens)), 4)
+            save_picture(self._folder / "legend.png", class_legend(self._classes, 22 * len(self._classes)))
+        if count and self._parameters.latency_budget_ms:
+            budget_ms = self._parameters.latency_budget_ms
+            within = float(np.mean(np.array(self._engine_ms) <= budget_ms))
+            report["budget"] = {"ms": budget_ms, "within": round(within, 4)}
+        with replacing(self._folder / "summary.json") as partial:
+            partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        for problem in unreadable[:_PROBLEMS_TOLD]:
+            print(f"  left out: {problem}")
+        if len(unreadable) > _PROBLEMS_TOLD:
+            print(f"  left out: {len(unreadable) - _PROBLEMS_TOLD} more, see summary.json")
+        if count:
+            print(
+                f"{count} images in {elapsed_s:.1f} s, {report['images_per_second']:.1f} per second; engine p50 "
+                f"{report['engine_ms']['p50']:.1f} ms, p95 {report['engine_ms']['p95']:.1f} ms; "
+                f"{100 * report['tokens_kept_share']:.0f} % of the tokens kept"
+            )
+            shares = self._pixels / max(self._pixels.sum(), 1)
+            order = [i for i in np.argsort(-shares)[:6] if shares[i] > 0.001 and i < len(self._classes)]
+            print(f"  {', '.join(f'{self._classes.names[i]} {100 * shares[i]:.1f} %' for i in order)}")
+        if "budget" in report:
+            print(f"  {100 * report['budget']['within']:.1f} % within the budget of {report['budget']['ms']:g} ms")
+        for path, note in self._films:
+            print(f"  film {path}{f' ({note})' if note else ''}")
+        print(f"results in {self._folder}")
+
+
+class _Notes:
+    """What the policy logs: problems are told, progress is not."""
+
+    quiet = False
+
+    def info(self, text: str, **_: Any) -> None:
+        """Nothing: the progress bar moves."""
+
+    def warning(self, text: str, **_: Any) -> None:
+        """Tell it."""
+        if not self.quiet:
+            tqdm.write(text)
+
+    error = warning
+
+
+def add_models_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("models", help="list the models and training recipes that come with the package")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=list_models)
+
+
+def list_models(args: argparse.Namespace) -> int:
+    """Print every shipped model: classes, scores, and what it may be used for."""
+    configs = [load_config(folder) for folder in shipped_models()]
+    rows = [
+        {
+            "name": config.name, "architecture": config.architecture, "input_size": list(config.input.size),
+            "classes": list(config.classes.names), "miou": config.scores.get("miou"),
+            "split": config.scores.get("split"), "data": config.training.get("data", ""), "terms": config.licence,
+        }
+        for config in configs
+    ]  # fmt: skip
+    if args.json:
+        print(json.dumps({"models": rows, "recipes": list(shipped_recipes())}, indent=1))
+        return 0
+    for row in rows:
+        height, width = row["input_size"]
+        print(f"{row['name']}: mIoU {row['miou']:.1f} ({row['split']}), {row['architecture']} at {width}x{height}")
+        for key in ("classes", "data", "terms"):
+            text = ", ".join(row[key]) if key == "classes" else row[key]
+            print(f"  {key:<8} {text}")
+    print(f"recipes for `clustvit-ros train`: {', '.join(shipped_recipes())}")
+    return 0

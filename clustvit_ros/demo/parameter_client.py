@@ -1,0 +1,146 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
+"""Asks a running node for its parameters and sets them, by the services that `ros2 param` uses.
+
+`python -m clustvit_ros.demo.parameter_client NODE TIMEOUT_S list|get|set|describe [NAME [VALUE]]`;
+`clustvit-ros param` starts it.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import rclpy
+import yaml
+from rcl_interfaces.msg import ParameterDescriptor
+from rcl_interfaces.srv import DescribeParameters, GetParameters, ListParameters, SetParameters
+from rclpy.parameter import Parameter, parameter_value_to_python
+
+from clustvit_ros.errors import ClustvitError, ConfigError
+
+_TYPES = {kind.value: kind.name.lower().replace("_", " ") for kind in Parameter.Type}
+
+
+class ParameterClient:
+    """The parameters of one running node.
+
+    Args:
+        node_name: its full name, e.g. "/segmentation".
+        timeout_s: how long to wait for each answer.
+    """
+
+    def __init__(self, node_name: str, timeout_s: float) -> None:
+        self._name = "/" + node_name.strip("/")
+        self._timeout_s = timeout_s
+        self._context = rclpy.Context()
+        rclpy.init(args=[], context=self._context)
+        self._node = rclpy.create_node("clustvit_parameter_client", context=self._context)
+        self._executor = rclpy.executors.SingleThreadedExecutor(context=self._context)
+        self._executor.add_node(self._node)
+
+    def close(self) -> None:
+        """Leave ROS."""
+        self._node.destroy_node()
+        rclpy.shutdown(context=self._context)
+
+    def names(self) -> list[str]:
+        """Names of all parameters, sorted."""
+        return sorted(self._call(ListParameters, "list_parameters", ListParameters.Request()).result.names)
+
+    def get(self, name: str) -> Any:
+        """A parameter's value; None where it is not set.
+
+        Raises:
+            ConfigError: the node has none of that name.
+        """
+        self._check(name)
+        (value,) = self._call(GetParameters, "get_parameters", GetParameters.Request(names=[name])).values
+        return parameter_value_to_python(value)
+
+    def describe(self, name: str) -> ParameterDescriptor:
+        """Type, sentence and range.
+
+        Raises:
+            ConfigError: the node has none of that name.
+        """
+        self._check(name)
+        request = DescribeParameters.Request(names=[name])
+        return self._call(DescribeParameters, "describe_parameters", request).descriptors[0]
+
+    def assign(self, name: str, value: Any) -> None:
+        """Set a parameter.
+
+        Raises:
+            ConfigError: the node refuses, for the reason that it gives.
+        """
+        parameter = Parameter(name, value=value).to_parameter_msg()
+        (result,) = self._call(SetParameters, "set_parameters", SetParameters.Request(parameters=[parameter])).results
+        if not result.successful:
+            raise ConfigError(result.reason)
+
+    def _check(self, name: str) -> None:
+        if name not in self.names():
+            raise ConfigError(f"{self._name} has no parameter {name!r}; `clustvit-ros param list` names those it has")
+
+    def _call(self, kind: Any, service: str, request: Any) -> Any:
+        client = self._node.create_client(kind, f"{self._name}/{service}")
+        try:
+            if not client.wait_for_service(self._timeout_s):
+                names = ", ".join(sorted(self._others())) or "none"
+                raise ClustvitError(
+                    f"no node {self._name} within {self._timeout_s:g} s; nodes that are here: {names}; name one with "
+                    "--node, and check that ROS_DOMAIN_ID is the same on both sides"
+                )
+            future = client.call_async(request)
+            self._executor.spin_until_future_complete(future, self._timeout_s)
+            if not future.done():
+                raise ClustvitError(f"{self._name} did not answer within {self._timeout_s:g} s")
+            return future.result()
+        finally:
+            self._node.destroy_client(client)
+
+    def _others(self) -> set[str]:
+        found = self._node.get_node_names_and_namespaces()
+        return {f"{space.rstrip('/')}/{name}" for name, space in found if name != self._node.get_name()}
+
+
+def _run(client: ParameterClient, verb: str, words: list[str]) -> str:
+    if verb == "list":
+        return "\n".join(client.names())
+    if verb == "get":
+        return yaml.safe_dump(client.get(words[0]), default_flow_style=True).removesuffix("\n...\n").strip()
+    if verb == "set":
+        client.assign(words[0], yaml.safe_load(words[1]))
+        return f"{words[0]} is {client.get(words[0])} now"
+    found = client.describe(words[0])
+    lines = [f"{found.name}: {_TYPES.get(found.type, found.type)}", f"  {found.description}"]
+    if found.additional_constraints:
+        lines.append(f"  {found.additional_constraints}")
+    return "\n".join([*lines, *(["  read only"] if found.read_only else [])])
+
+
+def main() -> int:
+    """Do what the command line says.
+
+    Returns:
+        0; 1 when the node refuses, 2 when it does not answer.
+    """
+    node, timeout, verb, *words = sys.argv[1:]
+    client = ParameterClient(node, float(timeout))
+    try:
+        print(_run(client, verb, words))
+        return 0
+    except (ClustvitError, yaml.YAMLError, TypeError) as error:  # the last: a value of no parameter type
+        print(f"clustvit-ros: error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, ConfigError) else 2
+    finally:
+        client.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
