@@ -25,12 +25,21 @@ def section(title: str) -> str:
     return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
-def test_parameter_table_is_the_declared_one():
-    assert as_markdown_table().strip() in section("Parameters")
+def test_the_main_parameters_are_declared_as_the_table_says_and_all_are_in_the_reference():
+    declared = as_markdown_table().strip()
+    rows = [line for line in section("Parameters").splitlines() if line.startswith("|")]
+    assert len(rows) > 8 and set(rows) <= set(declared.splitlines())
+    assert declared in (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
 
 
 def test_camera_parameter_table_is_the_declared_one():
-    assert camera_markdown_table().strip() in section("Several cameras")
+    assert camera_markdown_table().strip() in (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_is_short_and_its_pictures_are_light():
+    assert len(README.splitlines()) <= 160
+    for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
+        assert (ROOT / name).stat().st_size < 3_000_000
 
 
 def test_parameter_file_sets_only_declared_parameters_to_their_defaults():
@@ -49,6 +58,9 @@ def test_models_table_states_what_the_models_state():
         row = next((line for line in table.splitlines() if line.startswith(f"| [`{model.name}`]")), None)
         assert row is not None, f"{model.name} is missing from the README's models"
         assert f"{load_config(model).scores['miou']:.1f}" in row
+        terms, licence = row.strip("| ").rpartition("|")[2], load_config(model).licence
+        for word in ("Apache-2.0", "non-commercial", "research"):
+            assert (word in terms) == (word in licence), f"{model.name}: {terms} for {licence}"
         assert (model / "README.md").is_file()
 
 
