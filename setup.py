@@ -43,6 +43,17 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    author="clustvit_ros maintainers",
+    author_email="maintainers@clustvit-ros.org",
+    keywords=["ROS 2", "robotics", "semantic segmentation", "vision transformer", "token merging"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12)),
+        "Topic :: Scientific/Engineering :: Image Recognition",
+    ],
     maintainer="clustvit_ros maintainers",
     maintainer_email="maintainers@clustvit-ros.org",
     python_requires=">=3.10",
@@ -62,7 +73,7 @@ setup(
         "opencv": ["opencv-python-headless>=4.5,<5"],
         "train": ["tqdm>=4.60", "matplotlib>=3.5", "pillow>=9"],
         # Everything that `clustvit-ros predict` needs.
-        "predict": ["torch>=2.1", "opencv-python-headless>=4.5,<5", "tqdm>=4.60", "av>=10"],
+        "predict": ["torch>=2.3", "opencv-python-headless>=4.5,<5", "tqdm>=4.60", "av>=10"],
         # Recorded bags without a ROS installation, and many of them on many machines.
         "bags": ["rosbags>=0.11", "opencv-python-headless>=4.5,<5", "tqdm>=4.60"],
         "fleet": ["ray[data]>=2.40"],
@@ -81,8 +92,9 @@ setup(
     entry_points={
         "console_scripts": [
             "clustvit-ros = clustvit_ros.cli.main:main",
-            "segmentation_node = clustvit_ros.node.node:main",
-            "camera_node = clustvit_ros.demo.camera:main",
+            # On everybody's PATH: `ros2 run` and launch files find the short names among the data files above.
+            "clustvit_segmentation_node = clustvit_ros.node.node:main",
+            "clustvit_camera_node = clustvit_ros.demo.camera:main",
         ],
     },
     zip_safe=True,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 EXECUTABLES = ("segmentation_node", "camera_node", "clustvit-ros")
+ON_PATH = ("clustvit_segmentation_node", "clustvit_camera_node", "clustvit-ros")
+"""Others may have a camera_node, too."""
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +65,11 @@ def test_shared_files_lie_where_ros_looks(prefix):
 
 
 def test_executables_are_on_the_path_and_where_ros2_run_looks(prefix):
-    for name in EXECUTABLES:
-        for folder in ("bin", "lib/clustvit_ros"):
+    for folder, names in (("bin", ON_PATH), ("lib/clustvit_ros", EXECUTABLES)):
+        for name in names:
             assert os.access(prefix / folder / name, os.X_OK), f"{folder}/{name}"
-    assert all(first_line(prefix / "bin" / name) == f"#!{sys.executable}" for name in EXECUTABLES)
+    assert {path.name for path in (prefix / "bin").iterdir()} == set(ON_PATH)
+    assert all(first_line(prefix / "bin" / name) == f"#!{sys.executable}" for name in ON_PATH)
 
 
 def with_first(folder):
@@ -100,7 +104,7 @@ def test_colcon_builds_executables_for_the_environment_that_is_active(tmp_path, 
         done = subprocess.run(["colcon", "build", *how], cwd=tmp_path, capture_output=True, text=True, env=environ)
         assert done.returncode == 0, done.stdout + done.stderr
     folder = tmp_path / "install/clustvit_ros/lib/clustvit_ros"
-    assert {path.name for path in folder.iterdir()} == set(EXECUTABLES)
+    assert set(EXECUTABLES) <= {path.name for path in folder.iterdir()} <= {*EXECUTABLES, *ON_PATH}
     assert all(os.access(path, os.X_OK) and first_line(path) == "#!/usr/bin/env python3" for path in folder.iterdir())
     assert not (tmp_path / "install/clustvit_ros/bin").exists()
 
@@ -193,3 +197,14 @@ def test_a_python_that_is_too_new_is_refused_with_a_word(tmp_path):
         ["bash", str(ROOT / "scripts" / "find_python.sh"), str(other)], capture_output=True, text=True
     )
     assert done.returncode == 1 and "Needed: Python 3.10 to 3.12" in done.stderr
+
+
+def test_package_xml_names_what_is_imported():
+    """Of ROS's packages; some come with others, and rosdep has no key for PyTorch."""
+    declared = {element.text for element in ET.parse(ROOT / "package.xml").getroot().findall("exec_depend")}
+    sources = [path for room in ("clustvit_ros", "launch") for path in (ROOT / room).rglob("*.py")]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    imported = set(re.findall(r"^\s*(?:from|import) (\w+)", text, re.M))
+    ros = {name for name in imported if re.fullmatch(r"rclpy|launch|launch_ros|\w+_msgs|\w+_interfaces", name)}
+    assert ros <= declared | {"builtin_interfaces"}
+    assert {name for name in declared if name and not name.startswith("python3-")} <= ros
