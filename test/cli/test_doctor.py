@@ -323,7 +323,8 @@ def test_param_does_what_ros2_param_does(capfd: pytest.CaptureFixture[str], monk
         return code, streams.out + streams.err
 
     command = [sys.executable, "-m", "clustvit_ros.node.node", "--ros-args", "-p", "engine:=scripted"]
-    node = subprocess.Popen(command, env=node_environment(os.environ), stdout=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    node = subprocess.Popen(command, env=node_environment(os.environ), **quiet)
     try:
         assert ask("set", "merge_threshold", "0.3") == (0, "merge_threshold is 0.3 now\n")
         assert ask("get", "merge_threshold") == (0, "0.3\n")
