@@ -88,7 +88,7 @@ def test_unreadable_pictures_are_counted_and_the_others_segmented(model_dir, tmp
     arguments = ["predict", str(tmp_path / "in"), "--model", str(model_dir), "--out", str(tmp_path / "out")]
     assert main(arguments) == 1
     printed = capsys.readouterr().out
-    assert "bad.png cannot be decoded" in printed and "line.png: image size" in printed
+    assert "bad.png: cannot be read as an image" in printed and "line.png: image size" in printed
     assert [entry["name"] for entry in entries(tmp_path / "out")] == ["good.png"]
     assert len(json.loads((tmp_path / "out" / "summary.json").read_text())["unreadable"]) == 2
 
