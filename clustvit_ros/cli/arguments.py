@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from clustvit_ros.config import read_yaml
@@ -188,3 +189,15 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache-gb", type=float, default=4.0, help="keep images on the device if they fit into this (default: 4)"
     )
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Process-wide settings that the options ask for.
+
+    Raises:
+        ConfigError: an option is out of range.
+    """
+    if args.time_limit < 0 or args.cache_gb < 0:
+        raise ConfigError("--time-limit and --cache-gb must be 0 or above")
+    if args.threads > 0:
+        torch.set_num_threads(args.threads)

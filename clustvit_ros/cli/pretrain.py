@@ -18,8 +18,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from clustvit_ros.classes import ClassEntry
-from clustvit_ros.cli.arguments import EXIT_TIME_UP, add_training_options
-from clustvit_ros.cli.train import overridden, prepare, run_options
+from clustvit_ros.cli.arguments import EXIT_TIME_UP, add_training_options, prepare
+from clustvit_ros.cli.train import overridden, run_options
 from clustvit_ros.engine.network_engine import select_device
 from clustvit_ros.errors import DataError
 from clustvit_ros.images import read_image

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 
-from clustvit_ros.cli.arguments import EXIT_TIME_UP, add_training_options, parse_size
+from clustvit_ros.cli.arguments import EXIT_TIME_UP, add_training_options, parse_size, prepare
 from clustvit_ros.config import to_mapping
 from clustvit_ros.engine import Settings
 from clustvit_ros.engine.network_engine import select_device
@@ -64,18 +64,6 @@ from clustvit_ros.training.run_folder import (
 from clustvit_ros.training.trainer import Trainer
 
 S = TypeVar("S", bound=Optimisation)
-
-
-def prepare(args: argparse.Namespace) -> None:
-    """Process-wide settings that the options ask for.
-
-    Raises:
-        ConfigError: an option is out of range.
-    """
-    if args.time_limit < 0 or args.cache_gb < 0:
-        raise ConfigError("--time-limit and --cache-gb must be 0 or above")
-    if args.threads > 0:
-        torch.set_num_threads(args.threads)
 
 
 def overridden(schedule: S, args: argparse.Namespace) -> S:
