@@ -15,6 +15,7 @@ configuration is not, and makes `ros2 launch` return 1 where nothing else keeps 
 
 import difflib
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,6 +69,7 @@ _ARGUMENTS = {
     "respawn": ("true", "Start a node that crashed again; one that refuses its configuration stays ended."),
 }
 _RESPAWN_DELAY_S = 1.0
+_RESTARTS_PER_MINUTE = 3
 _REFUSED = 1  # the node's exit code then; a crash has another
 
 
@@ -123,7 +125,7 @@ def _start_nodes(context: LaunchContext) -> list[LaunchDescriptionEntity]:
 
 
 def _watched(
-    make: Callable[[], Node], respawn: bool, failures: list[str]
+    make: Callable[[], Node], respawn: bool, failures: list[str], restarts: tuple[float, ...] = ()
 ) -> list[LaunchDescriptionEntity]:
     """A node, and what happens when its process ends.
 
@@ -131,6 +133,7 @@ def _watched(
         make: makes the node anew.
         respawn: whether to start it again after a crash.
         failures: gets a sentence when it ended for good and was not told to.
+        restarts: monotonic seconds of its latest restarts.
     """
     node = make()
 
@@ -138,8 +141,15 @@ def _watched(
         if context.is_shutdown or event.returncode == 0:
             return None
         if event.returncode != _REFUSED and respawn:
-            told = LogInfo(msg=f"segmentation_node ended with exit code {event.returncode} and is started again")
-            return [told, TimerAction(period=_RESPAWN_DELAY_S, actions=_watched(make, respawn, failures))]
+            now_s = time.monotonic()
+            latest = restarts[-_RESTARTS_PER_MINUTE:]
+            full = len(latest) == _RESTARTS_PER_MINUTE
+            delay_s = max(latest[0] + 60.0 - now_s, _RESPAWN_DELAY_S) if full else _RESPAWN_DELAY_S
+            told = LogInfo(
+                msg=f"segmentation_node ended with exit code {event.returncode} and is started again in {delay_s:.0f} s"
+            )
+            again = _watched(make, respawn, failures, (*latest, now_s + delay_s))
+            return [told, TimerAction(period=delay_s, actions=again)]
         failures.append(f"segmentation_node ended with exit code {event.returncode}; its log says why")
         return None
 
