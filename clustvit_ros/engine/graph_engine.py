@@ -156,6 +156,10 @@ class GraphEngine(TorchEngine):
     def fault(self) -> str:
         return self._fault
 
+    @property
+    def _prepares_capacities(self) -> bool:
+        return type(self._recorder) is not EagerRecorder  # which records nothing
+
     def warmup(self, image_size: tuple[int, int] | None = None) -> None:
         """Record every capacity for images of (height, width) `image_size`, with and without confidence."""
         super().warmup(image_size)

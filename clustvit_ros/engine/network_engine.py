@@ -98,7 +98,7 @@ def check_memory(config: ModelConfig, device: torch.device) -> None:
         ConfigError: how much it takes and how much there is.
     """
     needed, free = frame_bytes(config), available_bytes()
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.cuda.is_available():  # else another library's GPU, of which torch knows nothing
         free = torch.cuda.mem_get_info(device)[0]
     if needed > _LEAST_BYTES and free is not None and needed > free:
         raise ConfigError(

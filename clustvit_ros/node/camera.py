@@ -67,7 +67,7 @@ class Fate:
     taken_s: float | None = None
     over_rate: bool = False
     dropped: bool = False
-    left: bool = False
+    left: bool = True
     ended: bool = False
 
 

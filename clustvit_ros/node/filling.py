@@ -87,13 +87,15 @@ class FrameFiller:
         self._jobs: deque[tuple[_Lane, Frame, Made | None, bool]] = deque()
         self._thread: threading.Thread | None = None
         self._open = False
+        self.used = False
+        """Whether a frame may have been filled since `open`; until then, masks are in order by themselves."""
 
     def open(self) -> None:
         """Begin with cameras that are new, or start over."""
         with self._condition:
             self._lanes = {name: _Lane(camera) for name, camera in self._cameras.items()}
             self._jobs.clear()
-            self._open = True
+            self._open, self.used = True, False
 
     def close(self) -> None:
         """Fill no more frames, and end the thread."""
@@ -116,7 +118,6 @@ class FrameFiller:
         """
         lane = self._lanes.get(frame.camera)
         if lane is None or not lane.camera.parameters.fills or not is_watched(lane.camera):
-            frame.fate.left = True
             return not frame.fate.over_rate
         restarts, behind_s = False, (lane.stamp_ns - frame.stamp_ns) / 1e9
         if frame.stamp_ns and lane.stamp_ns and behind_s >= 0.0:
@@ -128,13 +129,12 @@ class FrameFiller:
                     "left out, masks come in the order of stamps; does a second camera publish on this topic?",
                     throttle_duration_sec=_LOG_PERIOD_S,
                 )
-                frame.fate.left = True
                 return False
             self._logger.warning(
                 f"{name}stamps went back by {behind_s:.1f} s: masks start over from here",
                 throttle_duration_sec=_LOG_PERIOD_S,
             )
-        lane.stamp_ns = frame.stamp_ns
+        self.used, lane.stamp_ns = True, frame.stamp_ns
         arrival_s, before_s = frame.fate.arrival_s, lane.arrival_s
         lane.arrival_s = arrival_s
         if before_s is not None:
@@ -177,10 +177,9 @@ class FrameFiller:
     def _put(self, lane: _Lane, frame: Frame, result: Made | None, restarts: bool) -> None:
         surplus: Frame | None = None
         with self._condition:
-            if not self._open:
-                surplus = frame if result is None else None
-            else:
+            if self._open:
                 if result is None:
+                    frame.fate.left = False
                     waiting = [job for job in self._jobs if job[0] is lane and job[2] is None]
                     if len(waiting) >= _MOST_WAITING:
                         self._jobs.remove(waiting[0])

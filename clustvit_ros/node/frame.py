@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -322,7 +323,8 @@ class FrameSession:
         self, one: Decoded, plan: Plan, masks: Prediction, index: int, grouping: ClassGrouping
     ) -> tuple[float, float, str]:
         """Publish a mask that has not been overtaken: its age, milliseconds that this took, and what became of it."""
-        with self._filler.turn(one.frame) as is_next:
+        turn = self._filler.turn(one.frame) if self._filler.used else nullcontext(True)
+        with turn as is_next:
             if not is_next:
                 return self._publisher.age_ms(one.frame), 0.0, OVERTAKEN
             age_ms, publish_ms = self._publisher.publish(one, plan, masks, index, grouping, masks.stats.total_ms)

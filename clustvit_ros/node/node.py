@@ -224,7 +224,8 @@ class SegmentationNode(LifecycleNode):
         self._server.warn_of_unknown_qos()
 
     def _accept(self, frame: Frame, camera: str) -> None:
-        if self._filler.offer(frame):
+        fills = self._cameras[camera].parameters.fills
+        if self._filler.offer(frame) if fills else not frame.fate.over_rate:
             self._engines.slot.put(frame, camera)
         else:
             self._filler.give_up(frame)

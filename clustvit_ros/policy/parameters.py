@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from clustvit_ros.engine import ENGINES, PRECISION_CHOICES, Settings
 from clustvit_ros.engine.engine import EXEMPT_SOURCES
@@ -230,17 +231,17 @@ class SegmentationParameters:
                 f"to {self.input_scale:g}; set both (min_input_scale is 0.375 unless it is given)"
             )
 
-    @property
+    @cached_property
     def adapts(self) -> bool:
         """Whether latency, load and faults may change how a frame is segmented; never in a replay."""
         return self.processing == "live"
 
-    @property
+    @cached_property
     def fills(self) -> bool:
         """Whether masks are carried to frames that the engine does not get to; never in a replay."""
         return self.fill_frames and self.adapts
 
-    @property
+    @cached_property
     def fewest_tokens(self) -> int:
         """The fewest tokens that a budget must leave; the user's upper bound comes first."""
         return min(self.min_tokens, self.token_capacity or self.min_tokens)
@@ -254,7 +255,7 @@ class SegmentationParameters:
             (1.0 - bottom, 1.0 - right, 1.0 - top, 1.0 - left) for top, left, bottom, right in self.merge_exempt_region
         )
 
-    @property
+    @cached_property
     def is_guarded(self) -> bool:
         """Whether classes or regions are exempt from merging, or masks are compared with unmerged ones."""
         return bool(self.merge_exempt_classes or self.merge_exempt_region or self.accuracy_check_period_s)

@@ -289,15 +289,14 @@ class Policy:
         again = parameters.recalibrate and not self._recalibrated
         self._recalibrated = self._recalibrated and parameters.recalibrate
         entry = self._sizes.get(image_size)
-        if entry is None or entry.engine != self._engine.info.engine:
+        # Another engine has other latencies, which matter to a budget alone.
+        if entry is None or (parameters.latency_budget_ms and entry.engine != self._engine.info.engine):
             self._engine.warmup(image_size)
             if len(self._sizes) >= _REMEMBERED_SIZES:
                 self._sizes.clear()
             entry = self._sizes[image_size] = _ImageSize(self._worth, self._engine.info.engine)
-        limits = (
-            parameters.input_scale, parameters.min_input_scale, parameters.fewest_tokens, parameters.token_capacity,
-            self._exempt,
-        )  # fmt: skip
+        scales = parameters.input_scale, parameters.min_input_scale
+        limits = (*scales, parameters.fewest_tokens, parameters.token_capacity, self._exempt)
         if limits != entry.limits:
             entry.bound(limits, self._make_points(image_size, parameters))
         if entry.calibration is not None or not parameters.adapts or not (parameters.latency_budget_ms or again):

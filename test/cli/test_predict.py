@@ -168,7 +168,11 @@ def test_an_interrupted_run_keeps_what_it_has(model_dir, labelled_dir, tmp_path)
     for index in range(2000):
         (pictures / f"{index:04d}.png").symlink_to(labelled_dir / "images" / "a.png")
     command = [sys.executable, "-c", script, "predict", str(pictures), "--model", str(model_dir)]
-    process = subprocess.Popen([*command, "--out", str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "out")], stdout=subprocess.PIPE, text=True,
+        # A job in the background ignores Ctrl-C, and whatever it starts does, too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
     deadline_s = time.monotonic() + 120
     while len(list((tmp_path / "out").glob("masks/*"))) < 5 and time.monotonic() < deadline_s:
         time.sleep(0.05)

@@ -112,7 +112,8 @@ def test_min_tokens_bounds_merging_below_capacity(engine, images):
     least = engine.segment(images[0], Settings(merge_threshold=0.0)).stats.token_capacity
     assert engine.segment(images[0], Settings(merge_threshold=0.0, min_tokens=20)).stats.token_capacity == 24 > least
     capped = engine.segment(images[0], Settings(merge_threshold=0.0, min_tokens=20, token_capacity=9))
-    assert capped.stats.token_capacity == 9
+    # Recordings are of the ladder's capacities alone: the largest that the bound allows.
+    assert capped.stats.token_capacity == (6 if engine.info.engine == "cuda_graph" else 9)
     assert engine.segment(images[0], Settings(merge_threshold=0.0, min_tokens=9999)).stats.tokens_kept == 48
 
 

@@ -67,7 +67,7 @@ def test_camera_publishes_in_order_and_ends(
     ("arguments", "text"),
     [
         ([], "source: got nothing"),
-        (["-p", "source:=/nowhere"], "source: got '/nowhere', expected a folder of pictures"),
+        (["-p", "source:=/nowhere"], "source: got '/nowhere', which is not there; expected a folder of pictures"),
         (["-p", "source:=987"], "/dev/video987 does not exist"),
     ],
 )

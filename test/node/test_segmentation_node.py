@@ -173,7 +173,7 @@ def test_newest_frame_wins_under_a_slow_engine(ros_client: Any, start_node: Call
     statistics = robot.stats_of(robot.masks[-1])
     received, segmented, dropped = (int(statistics[f"frames_{name}"]) for name in ("received", "segmented", "dropped"))
     assert dropped > 0
-    assert received - segmented - dropped in (0, 1)  # one may be waiting
+    assert received - segmented - dropped in (0, 1, 2)  # one may be waiting, and another just arrive
     # A queue of 30 frames would be 3.5 s old at its end.
     ages = [float(robot.stats_of(mask)["age_ms"]) for mask in masks[:5]]
     assert max(ages) < 10 * latency_ms

@@ -34,12 +34,12 @@ def test_files_rooms_and_threads_are_counted():
 
 
 @pytest.mark.ros
-@pytest.mark.parametrize(("budget_ms", "room_changes"), [("0", "20"), ("60000", "25")])
-def test_a_frame_goes_a_short_way(tmp_path, budget_ms, room_changes):
+@pytest.mark.parametrize(("budget_ms", "files", "room_changes"), [("0", "25", "20"), ("60000", "27", "27")])
+def test_a_frame_goes_a_short_way(tmp_path, budget_ms, files, room_changes):
     pytest.importorskip("rclpy", reason="needs ROS 2 (rclpy)")
     pytest.importorskip("torch", reason="needs PyTorch")
     pytest.importorskip("panda3d", reason="needs the simulated camera")
-    command = [sys.executable, str(SCRIPT), "--json", str(tmp_path / "trace.json"), "--max-files", "25"]
+    command = [sys.executable, str(SCRIPT), "--json", str(tmp_path / "trace.json"), "--max-files", files]
     command += ["--max-room-changes", room_changes, "--max-hand-overs", "1", "--budget-ms", budget_ms]
     command += ["--frames", "60" if budget_ms != "0" else "10"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)

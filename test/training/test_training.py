@@ -259,7 +259,10 @@ def test_a_run_folder_of_another_recipe_is_refused(toy, trained, capsys):
             lambda d: cv2.imwrite(str(d / "labels/002.png"), np.full((96, 128), 9, np.uint8)),
             "label ids [9] have no class",
         ),
-        (lambda d: cv2.imwrite(str(d / "labels/002.png"), np.zeros((96, 128, 3), np.uint8)), "single-channel 8-bit"),
+        (
+                lambda d: cv2.imwrite(str(d / "labels/002.png"), np.full((96, 128, 3), (0, 1, 2), np.uint8)),
+                "expected an 8-bit PNG of class ids",
+            ),
         (lambda d: [path.unlink() for path in (d / "images").iterdir()], "no image found"),
     ],
 )
