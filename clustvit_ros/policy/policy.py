@@ -295,8 +295,8 @@ class Policy:
             if len(self._sizes) >= _REMEMBERED_SIZES:
                 self._sizes.clear()
             entry = self._sizes[image_size] = _ImageSize(self._worth, self._engine.info.engine)
-        scales = parameters.input_scale, parameters.min_input_scale
-        limits = (*scales, parameters.fewest_tokens, parameters.token_capacity, self._exempt)
+        sides = parameters.input_scale, parameters.min_input_scale
+        limits = (*sides, parameters.fewest_tokens, parameters.token_capacity, self._exempt)
         if limits != entry.limits:
             entry.bound(limits, self._make_points(image_size, parameters))
         if entry.calibration is not None or not parameters.adapts or not (parameters.latency_budget_ms or again):
