@@ -25,6 +25,7 @@ from typing import Any
 import cv2
 
 from clustvit_ros.engine.carrying import Carrier, carry
+from clustvit_ros.engine.machine import compute_beside
 from clustvit_ros.errors import ImageError
 from clustvit_ros.node.camera import Camera, Frame
 from clustvit_ros.node.frame import Decoded, Made, MaskPublisher, decode, is_watched
@@ -37,6 +38,8 @@ _MEMORY_FRAMES = 32
 # Further back, stamps are those of another recording or clock; and a mask is not carried over a longer pause.
 _RESTART_S = 1.0
 _SAMPLES = 9
+# After so long without a frame the engine may have the core back.
+_IDLE_S = 1.0
 
 
 class _Lane:
@@ -197,10 +200,15 @@ class FrameFiller:
         cv2.setNumThreads(1)
         while True:
             with self._condition:
-                self._condition.wait_for(lambda: self._jobs or self._thread is not threading.current_thread())
+                idle = not self._condition.wait_for(self._is_called, _IDLE_S)
+                if idle:
+                    compute_beside(0)
+                    self._condition.wait_for(self._is_called)
                 if self._thread is not threading.current_thread():
+                    compute_beside(0)
                     return
                 lane, frame, result, restarts = self._jobs.popleft()
+            compute_beside(1)
             try:
                 if result is not None:
                     lane.carrier.adopt(frame.number, (frame, result))
@@ -213,6 +221,9 @@ class FrameFiller:
                         f"a frame could not be filled: {type(error).__name__}: {error}",
                         throttle_duration_sec=_LOG_PERIOD_S,
                     )
+
+    def _is_called(self) -> bool:
+        return bool(self._jobs) or self._thread is not threading.current_thread()
 
     def _follow(self, lane: _Lane, frame: Frame, restarts: bool) -> None:
         if restarts:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from clustvit_ros.engine import create_engine
-from clustvit_ros.engine.machine import WINDOW_S, CoreShare, OthersMeter
+from clustvit_ros.engine.machine import WINDOW_S, CoreShare, OthersMeter, compute_beside
 
 
 class Machine:
@@ -165,3 +165,14 @@ def test_where_the_system_tells_nothing_the_meter_does_not_either():
     meter = OthersMeter(lambda: None, lambda: now_s[0])
     now_s[0] = 5.0
     assert meter.cores() is None
+
+
+def test_what_this_process_computes_beside_its_engine_is_left_to_it(machine):
+    share = machine.share(cores=4)
+    try:
+        compute_beside(1)
+        assert after(machine, share, others=0.0) == 3
+        assert after(machine, share, others=1.0) == 2
+    finally:
+        compute_beside(0)
+    assert after(machine, share, others=0.0) == 4
