@@ -263,10 +263,13 @@ class FrameFiller:
         maps = carry(result.masks, source.motion, result.plan.parameters.confidence_threshold)
         flow_ms += (time.perf_counter() - start_s) * 1000.0
         with lane.lock:
-            if frame.number <= lane.newest_out or frame.fate.ended:
-                return  # the engine was quicker
-            age_ms, publish_ms = self._publisher.publish(one, result.plan, maps, 0, result.grouping, engine_ms=0.0)
-            lane.newest_out = frame.number
+            overtaken = frame.number <= lane.newest_out or frame.fate.ended
+            if not overtaken:
+                age_ms, publish_ms = self._publisher.publish(one, result.plan, maps, 0, result.grouping, engine_ms=0.0)
+                lane.newest_out = frame.number
+        if overtaken:  # by the engine, with this frame or a later one
+            self._leave(frame)
+            return
         source.carried += 1
         missed, mask = result.misses.judge(result.plan, None, age_ms), maps.mask[0]
         record = replace(

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -339,3 +340,22 @@ def test_intensities_of_a_thermal_camera_follow_the_parameter() -> None:
         bench.session.handle(frame)
         mask = np.frombuffer(bench.published["mask"].messages[0].data, np.uint8)
         assert set(mask) == levels
+
+
+def test_a_frame_that_the_engines_mask_of_a_later_one_overtakes_is_counted_as_dropped(pixels: np.ndarray) -> None:
+    bench = Bench("mask", fill_frames=True)
+    bench.filler.open()
+    try:
+        first, older, newer = (bench.frame(pixels, stamp_s) for stamp_s in (90, 91, 92))
+        bench.filler.offer(first)
+        bench.session.handle(first)  # something to be carried
+        with bench.filler.turn(newer) as is_next:
+            assert is_next
+        bench.filler.offer(older)
+        bench.filler.give_up(older)
+        deadline_s = time.monotonic() + 10
+        while not bench.camera.ledger.dropped and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        assert bench.camera.ledger.dropped == 1 and bench.camera.ledger.count("filled") == 0
+    finally:
+        bench.filler.close()
