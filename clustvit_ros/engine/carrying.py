@@ -126,14 +126,17 @@ class Carrier(Generic[T]):
         self.source: Source[T] | None = None
         """What can be carried to the newest picture; None when nothing can."""
 
-    def see(self, number: int, image: np.ndarray) -> None:
+    def see(self, number: int, image: np.ndarray) -> bool:
         """Take the camera's next picture.
 
         Args:
             number: larger than of any picture before; not every number need come.
             image: (H, W, 3) uint8 RGB.
+
+        Returns:
+            False when nothing can be carried to it: it cannot be followed from the one before.
         """
-        motion = self._flow.see(image)
+        is_first, motion = not self._motions, self._flow.see(image)
         self._motions.append((number, motion))
         source = self.source
         if source is not None and number > source.number:
@@ -141,6 +144,7 @@ class Carrier(Generic[T]):
                 self.source = None
             else:
                 source.motion = motion if source.motion is None else motion.after(source.motion)
+        return is_first or motion is not None
 
     def adopt(self, number: int, result: T) -> bool:
         """Carry another result from now on, brought forward to the newest picture.

@@ -60,6 +60,7 @@ class Fate:
         over_rate: there are more frames than `max_rate_hz`, and this is one too many.
         dropped: the engine will not see it.
         left: no mask will be carried to it.
+        filled: it got a carried mask, or one was withheld as too late.
         ended: it is settled that it gets no mask: it was rejected, or the engine failed on it.
     """
 
@@ -68,6 +69,7 @@ class Fate:
     over_rate: bool = False
     dropped: bool = False
     left: bool = True
+    filled: bool = False
     ended: bool = False
 
 

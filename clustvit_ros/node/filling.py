@@ -239,10 +239,9 @@ class FrameFiller:
             self._fill(lane, *lane.left)
             lane.left = None
         start_s = time.perf_counter()
-        had = lane.carrier.source is not None
-        lane.carrier.see(frame.number, one.image)
+        followed = lane.carrier.see(frame.number, one.image)
         flow_ms = (time.perf_counter() - start_s) * 1000.0
-        if had and lane.carrier.source is None:
+        if not followed:
             name = f"{frame.camera}: " if frame.camera else ""
             self._logger.warning(
                 f"{name}an image cannot be followed from the one before (another scene, another size, or nothing to be "
@@ -266,7 +265,7 @@ class FrameFiller:
             overtaken = frame.number <= lane.newest_out or frame.fate.ended
             if not overtaken:
                 age_ms, publish_ms = self._publisher.publish(one, result.plan, maps, 0, result.grouping, engine_ms=0.0)
-                lane.newest_out = frame.number
+                lane.newest_out, frame.fate.filled = frame.number, True
         if overtaken:  # by the engine, with this frame or a later one
             self._leave(frame)
             return

@@ -312,6 +312,8 @@ class FrameSession:
             if is_first:
                 self._tell_first(record)
             if outcome == OVERTAKEN:
+                if not one.frame.fate.filled:  # nothing could be carried to it, and now a later frame's mask is out
+                    one.camera.ledger.drop()
                 continue
             if tells[index]:
                 pairs = one.camera.ledger.frame_pairs(record)
@@ -347,7 +349,7 @@ class FrameSession:
             return
         camera = frame.camera
         ledger, name = self._cameras[camera].ledger, f"{camera}: " if camera else ""
-        with self._filler.turn(frame) as is_next:  # what is rejected, or failed, is not filled any more
+        with self._filler.turn(frame):  # what is rejected, or failed, is not filled any more
             frame.fate.ended = True
         if isinstance(error, ImageError):
             ledger.add(FrameRecord(camera, "rejected", str(error)))
@@ -356,7 +358,8 @@ class FrameSession:
                 throttle_duration_sec=_LOG_PERIOD_S,
             )
             return
-        ledger.add(FrameRecord(camera, "failed" if is_next else OVERTAKEN, str(error) or type(error).__name__))
+        outcome = OVERTAKEN if frame.fate.filled else "failed"
+        ledger.add(FrameRecord(camera, outcome, str(error) or type(error).__name__))
         # An error of our own says all there is to say; any other needs its origin to be found.
         detail = str(error) if isinstance(error, ClustvitError) else "".join(traceback.format_exception(error)).rstrip()
         self._logger.error(

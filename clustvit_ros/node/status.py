@@ -32,9 +32,10 @@ def losses_of(camera: Camera) -> str:
         return ""
     profile = " ".join(f"{name}={value}" for name, value in dds_environment(_CHOSEN_BY_NOBODY).items())
     return (
-        f"about {share:.0%} of the camera's frames do not arrive, as gaps in their stamps show: start the camera's "
-        f"process and this one with the same Fast DDS profile (export {profile}), or have the camera compress "
-        "(image_transport:=compressed)"
+        f"about {share:.0%} of the camera's frames do not arrive, as gaps in their stamps show. Either the camera does "
+        "not keep its rate (its own log, or `ros2 topic hz` beside it, tells), or they are lost on the way: then start "
+        f"the camera's process and this one with the same Fast DDS profile (export {profile}), or have the camera "
+        "compress (image_transport:=compressed)"
     )
 
 
