@@ -62,3 +62,8 @@ def missing_package(error: ImportError, user: str) -> str:
         f"{user} needs the Python package {error.name!r}, which {sys.executable} {problem}; install it there, or "
         "activate the virtual environment that has it"
     )
+
+
+def printable(problem: object) -> str:
+    """What to say of a problem on a terminal: names of files, classes and topics may hold escape codes."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in str(problem))

@@ -4,10 +4,7 @@
 # applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
 # governing permissions and limitations under the License.
-"""`clustvit-ros demo`: camera, node and recorder as separate processes over DDS, and what came of it.
-
-And `clustvit-ros sim-dataset`: labelled pictures of the simulated world, ready for the trainer.
-"""
+"""`clustvit-ros demo`: camera, node and recorder as separate processes over DDS, and what came of it."""
 
 from __future__ import annotations
 
@@ -27,9 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-from tqdm import tqdm
 
-from clustvit_ros.cli.arguments import parse_size
 from clustvit_ros.dds import claim_domain, node_environment
 from clustvit_ros.demo.film import write_film
 from clustvit_ros.demo.frame_source import VideoSource
@@ -279,23 +274,3 @@ def _print(report: dict[str, Any], source: DemoSource) -> None:
         print(f"  of it the engine p50 {engine['p50']:.1f} ms, p95 {engine['p95']:.1f} ms, p99 {engine['p99']:.1f} ms")
     if "miou" in report:
         print(f"  mIoU             {report['miou']:.2f} on {report['images_scored']} masks")
-
-
-def add_dataset_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("sim-dataset", help="labelled pictures of the simulated world, ready for the trainer")
-    parser.add_argument("--out", type=Path, required=True, help="folder that gets {train,val}/{images,labels}")
-    parser.add_argument("--count", type=int, default=800, help="pictures in all (default: 800)")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same files (default: 0)")
-    parser.add_argument("--val-share", type=float, default=0.1, help="share for validation (default: 0.1)")
-    parser.add_argument("--size", type=parse_size, default=(480, 640), help="HEIGHTxWIDTH (default: 480x640)")
-    parser.set_defaults(run=write_dataset_of)
-
-
-def write_dataset_of(args: argparse.Namespace) -> int:
-    # Here and not above: the renderer is an extra, and its absence must not take the command's help away.
-    from clustvit_ros.sim.camera import write_dataset
-
-    with tqdm(total=args.count, desc="render", mininterval=1.0) as progress:
-        counts = write_dataset(args.out, args.count, args.seed, args.val_share, args.size, progress.update)
-    print(f"{counts['train']} training and {counts['val']} validation pictures in {args.out}")
-    return 0

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from clustvit_ros import __version__
 from clustvit_ros.dds import bound_spinning
-from clustvit_ros.errors import ClustvitError, ConfigError, missing_package
+from clustvit_ros.errors import ClustvitError, ConfigError, missing_package, printable
 
 
 class Command(NamedTuple):
@@ -66,7 +66,11 @@ COMMANDS = {
     "import_checkpoint": Command("import_checkpoint", "add_parser", (
         "import-checkpoint --checkpoint official.pth --out models/mine",
     )),
-    "sim_dataset": Command("demo", "add_dataset_parser", ("sim-dataset --out data/sim --count 800 --seed 1",)),
+    "convert_labels": Command("datasets", "add_convert_parser", (
+        "convert-labels coco/annotations/instances_train2017.json coco/annotations/instances_val2017.json --out data",
+        "convert-labels labelme_folder --out data --classes road,kerb,grass --background void",
+    )),
+    "sim_dataset": Command("datasets", "add_sim_parser", ("sim-dataset --out data/sim --count 800 --seed 1",)),
 }  # fmt: skip
 """By the command's name, `_` for `-`."""
 
@@ -98,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.run(args)
     except (ClustvitError, OSError) as error:  # the latter: files and folders that cannot be read or written
-        print(f"clustvit-ros: error: {error}", file=sys.stderr)
+        print(f"clustvit-ros: error: {printable(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

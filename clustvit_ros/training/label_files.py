@@ -4,7 +4,7 @@
 # applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
 # governing permissions and limitations under the License.
-"""How label files are written: ids, colours or polygons, each read into class ids with 255 for void."""
+"""How label files are written: ids, colours, polygons or run lengths, each read into class ids with 255 for void."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import functools
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -32,6 +32,8 @@ class Pair(NamedTuple):
     def stem(self) -> str:
         return self.image.stem
 
+
+_FARTHEST_PX = 1 << 17
 
 LabelReader = Callable[[Pair], np.ndarray]
 """Reads the labels of a pair: (H, W) uint8 class ids, 255 = void; raises DataError."""
@@ -198,3 +200,86 @@ def _palette_indices(path: Path, colours: np.ndarray) -> np.ndarray:
         raise DataError(f"{path}: cannot be read as an image ({error}); replace or remove the file") from error
     grey = colours[..., 0]
     return grey if (colours[..., 1:3] == grey[..., None]).all() else colours
+
+
+def read_run_lengths(segmentation: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
+    """Decode COCO's run-length encoding: lengths of what is not set and set by turns, column by column.
+
+    Args:
+        segmentation: its `size` and `counts`, numbers or COCO's text.
+        size: (height, width) of the image.
+
+    Returns:
+        (H, W) bool.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is none, or of another size.
+    """
+    if tuple(segmentation["size"]) != size:
+        raise ValueError(f"a mask of size {segmentation['size']}, the image has {list(size)}")
+    counts = segmentation["counts"]
+    runs = np.asarray(_read_counts(counts) if isinstance(counts, str) else counts, np.int64)
+    if runs.ndim != 1 or (runs < 0).any() or int(runs.sum()) != size[0] * size[1]:
+        raise ValueError(f"run lengths that do not add up to {size[0]}x{size[1]} pixels")
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size[::-1]).T
+
+
+def _read_counts(text: str) -> list[int]:
+    """Numbers of five bits a character, the lowest first, from the fourth on as differences to the last but one."""
+    counts: list[int] = []
+    value = bits = 0
+    for character in text:
+        code = ord(character) - 48
+        if not 0 <= code < 64 or bits > 40:
+            raise ValueError("run lengths that are no COCO text")
+        value |= (code & 31) << bits
+        bits += 5
+        if not code & 32:
+            value -= (1 << bits) if code & 16 else 0
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = bits = 0
+    return counts
+
+
+def read_points(values: Any) -> np.ndarray:
+    """(N, 2) float x and y of a polygon, from pairs or one flat list.
+
+    Raises:
+        ValueError, TypeError: not that, or far from any image.
+    """
+    points = np.reshape(np.asarray(values, np.float64), (-1, 2))
+    if not np.isfinite(points).all() or (np.abs(points) > _FARTHEST_PX).any():
+        raise ValueError("a polygon with points that no image has")
+    return points
+
+
+def fill_polygon(labels: np.ndarray, points: np.ndarray, value: int) -> None:
+    """Set the pixels whose centres lie inside; OpenCV's fillPoly adds half a pixel all around.
+
+    Args:
+        labels: (H, W) ids to paint on.
+        points: (N, 2) x and y in pixels from the outer corner of the first pixel; even-odd where edges cross.
+        value: the id.
+    """
+    following = np.roll(points, -1, axis=0)
+    ends = np.stack([points[:, 1], following[:, 1]])
+    first, last = np.sort(np.clip(np.ceil(ends - 0.5), 0, labels.shape[0]).astype(np.int64), axis=0)
+    # Every edge crosses the centre lines of its rows, and to the right of there inside and outside change places.
+    edge = np.repeat(np.arange(len(points)), last - first)
+    if not edge.size:
+        return
+    rows = first[edge] + np.arange(edge.size) - np.searchsorted(edge, edge)
+    (x, y), (dx, dy) = points[edge].T, (following - points)[edge].T
+    columns = np.clip(np.ceil(x + (rows + 0.5 - y) / dy * dx - 0.5), 0, labels.shape[1]).astype(np.int64)
+    top, left, bottom = rows.min(), columns.min(), rows.max() + 1
+    crossings = np.zeros((bottom - top, labels.shape[1] + 1 - left), np.uint8)
+    np.add.at(crossings, (rows - top, columns - left), 1)
+    inside = np.cumsum(crossings[:, :-1], axis=1, dtype=np.uint8) & 1
+    labels[top:bottom, left:][inside > 0] = value
+
+
+def paint_mask(labels: np.ndarray, mask: np.ndarray, corner: tuple[int, int], value: int) -> None:
+    """Set the pixels of a smaller (h, w) bool `mask` whose first pixel lies at (row, column) `corner`, if at all."""
+    top, left = corner
+    inside = labels[max(top, 0) : max(top + mask.shape[0], 0), max(left, 0) : max(left + mask.shape[1], 0)]
+    inside[mask[max(-top, 0) :, max(-left, 0) :][: inside.shape[0], : inside.shape[1]]] = value
