@@ -47,7 +47,7 @@ test-oldest: $(OLDEST_STAMP)
 
 $(OLDEST_STAMP): Makefile
 	$(PYTHON310) -m venv --clear .venv-oldest
-	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check $(OLDEST) "pytest>=7" pytest-timeout hypothesis
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check $(OLDEST) "pytest>=7" pytest-timeout pytest-rerunfailures hypothesis
 	@touch $@
 
 lint: $(STAMP)

@@ -87,7 +87,10 @@ setup(
         # The fused label kernel, where PyTorch did not bring Triton along; its test needs no GPU.
         "triton": ["triton>=3.0; sys_platform == 'linux'"],
         "sim": ["panda3d>=1.10.13", "opencv-python-headless>=4.5,<5"],
-        "test": ["pytest>=7", "pytest-timeout>=2", "hypothesis>=6", "ruff>=0.6", "mypy>=1.8", "types-PyYAML"],
+        "test": [
+            "pytest>=7", "pytest-timeout>=2", "pytest-rerunfailures>=12", "hypothesis>=6", "ruff>=0.6", "mypy>=1.8",
+            "types-PyYAML",
+        ],
     },
     entry_points={
         "console_scripts": [

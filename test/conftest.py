@@ -24,6 +24,15 @@ bound_spinning()
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have what fails tried once more: many tests run processes, and some look at time, beside whatever else runs.
+
+    A test that needs it is shown as R and counted, by pytest-rerunfailures; without that plugin nothing is tried again.
+    """
+    for item in items:
+        item.add_marker(pytest.mark.flaky(reruns=1))
+
+
 def _shared(name: str) -> Path:
     path = SHARED / name
     if not path.exists():

@@ -196,9 +196,21 @@ def start_node() -> Iterator[Callable[..., RosProcess]]:
         processes.append(RosProcess(module, *ros_arguments, **arguments))
         return processes[-1]
 
+    start.processes = processes  # type: ignore[attr-defined]
     yield start
     for process in processes:
         process.kill()
+
+
+@pytest.fixture(autouse=True)
+def end_with_the_test(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Ends what a test itself has started, so that a second try, and the next test, are alone with their own nodes."""
+    processes = request.getfixturevalue("start_node").processes if "start_node" in request.fixturenames else []
+    before = len(processes)
+    yield
+    for process in processes[before:]:
+        process.kill()
+    del processes[before:]
 
 
 @pytest.fixture
