@@ -157,7 +157,7 @@ _CONV_STEM = {"stem": "conv"}
 CONTENDERS = {
     "ViT": Contender("vit_t", {}, _CONV_STEM),
     "ClustViT": Contender("clustvit_t", {}, _CONV_STEM),
-    "ToMe": Contender("vit_t", {"merge": "tome"}, _CONV_STEM),
+    "ToMe": Contender("vit_t", {"merging": "tome"}, _CONV_STEM),
     "ClusTR": Contender("clustr_b1", {}, {}),
     "CAST": Contender("cast_t", {}, _CONV_STEM),
 }

@@ -102,8 +102,9 @@ def ways() -> list[str]:
         ("points 3 and 6", {"injection_points": [3, 6]}),
         ("one point, grouped decoding", {"decode": "grouped"}),
         ("one point, compact decoding", {"decode": "compact"}),
-        ("ToMe from block 3", {"merge": "tome"}),
-        ("local k-means after block 3", {"merge": "kmeans"}),
+        ("ALGM, windows in block 1, pairs in block 5", {"merging": "algm", "decode": "compact"}),
+        ("ToMe from block 3", {"merging": "tome"}),
+        ("local k-means after block 3", {"merging": "kmeans"}),
     )
     for title, network in variants:
         for kept in (512, 307):

@@ -20,7 +20,7 @@ import yaml
 from clustvit_ros.config import read_yaml
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.networks.model_folder import WEIGHTS_FILE, load_config, weights_path
-from clustvit_ros.networks.vit_config import MERGES, ViTConfig
+from clustvit_ros.networks.vit_config import MERGINGS, ViTConfig
 from clustvit_ros.paths import MODEL_FILE, find_model, model_name
 from clustvit_ros.policy.parameters import MOST_THREADS
 
@@ -83,7 +83,8 @@ def add_variants(parser: argparse.ArgumentParser) -> None:
     """Options that run a model's weights with another way to merge or decode."""
     parser.add_argument(
         "--merge", type=parse_names, default=("",),
-        help="ways to merge, separated by commas: none, clusters (ClustViT's own), tome, kmeans (default: the model's)",
+        help="ways to merge, separated by commas: none, clusters (ClustViT's own), algm, tome, kmeans (default: the "
+        "model's)",
     )  # fmt: skip
     parser.add_argument(
         "--decode", type=parse_names, default=("",),
@@ -99,14 +100,15 @@ def find_variants(args: argparse.Namespace, model: str | Path, folder: Path) -> 
         ModelError, ConfigError: the model cannot be used, or not in such a way.
     """
     models = []
-    for merge in args.merge:
-        if merge and merge not in MERGES:
-            raise ConfigError(f"--merge: got {merge!r}, expected one of {', '.join(MERGES)}")
+    for merging in args.merge:
+        if merging and merging not in MERGINGS:
+            raise ConfigError(f"--merge: got {merging!r}, expected one of {', '.join(MERGINGS)}")
         for decode in args.decode:
-            network = {name: value for name, value in (("merge", merge), ("decode", decode)) if value}
+            network = {name: value for name, value in (("merging", merging), ("decode", decode)) if value}
             source = find_model(model)
             if network and not isinstance(load_config(source).network, ViTConfig):
-                raise ConfigError(f"--{next(iter(network))}: {model} is of another family than ViT and ClustViT")
+                option = "merge" if merging else "decode"
+                raise ConfigError(f"--{option}: {model} is of another family than ViT and ClustViT")
             name = "+".join([model_name(source), *network.values()])
             models.append(write_variant(source, folder / name, network) if network else source)
     return models
@@ -132,7 +134,8 @@ def write_variant(
     """
     source = find_model(model).resolve()
     content = read_yaml(source / MODEL_FILE)
-    content["network"] = {**(content.get("network") or {}), **network}
+    own = {"merging": content.pop("merging")} if "merging" in content else {}
+    content["network"] = {**(content.get("network") or {}), **own, **network}
     if input_size is not None:
         content["input"] = {**content["input"], "size": list(input_size)}
     folder.mkdir(parents=True, exist_ok=True)

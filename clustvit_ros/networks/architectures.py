@@ -38,7 +38,9 @@ ARCHITECTURES |= {
 """Published sizes by name; a model's `network` section states what differs."""
 
 # Hyper-parameters that mean nothing to a plain ViT.
-_OF_MERGING = {"merge", "num_clusters", "injection_point", "injection_points", "cluster_mlp_dim", "decode"}
+_OF_MERGING = {
+    "merging", "merge_similarity", "num_clusters", "injection_point", "injection_points", "cluster_mlp_dim", "decode",
+}  # fmt: skip
 
 
 def network_config(architecture: str, overrides: dict[str, Any], where: str = "network") -> NetworkConfig:
@@ -50,6 +52,12 @@ def network_config(architecture: str, overrides: dict[str, Any], where: str = "n
     if architecture not in ARCHITECTURES:
         raise ConfigError(f"{where}: unknown architecture {architecture!r}; known: {', '.join(ARCHITECTURES)}")
     published = ARCHITECTURES[architecture]
+    merging = overrides.get("merging")
+    if merging is not None and not isinstance(published, ViTConfig):
+        raise ConfigError(
+            f"{where}: merging is {merging!r}, which {architecture} cannot do: it clusters by itself; leave merging "
+            "out, or take a vit or clustvit"
+        )
     return from_mapping(type(published), {**to_mapping(published), **overrides}, where)
 
 

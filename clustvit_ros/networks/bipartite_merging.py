@@ -18,6 +18,7 @@ again. The class token is never merged, as in the paper.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import torch
@@ -39,7 +40,7 @@ class Similarity(NamedTuple):
         x: (B, 1+N, C), after the attention of the first block that merges, before its MLP; for `LocalKMeansViT`, which
             merges between blocks, the input of that block.
         metric: (B, N, D), what tokens are compared by.
-        score: (B, N), cosine similarity of each token to the one most like it, 0..1.
+        score: (B, N), merge score of each token by its similarity to the one most like it, 0..1.
         grid_size: (h, w) patches.
         levels: outputs of blocks so far that the head asked for.
         details: the stem's finer maps, where the head asked for them.
@@ -77,16 +78,20 @@ class TrainingFreeViT(VisionTransformer):
     Args:
         injection_point: blocks that run unmerged, 0 <= injection_point < depth.
         decode_compact: leave the sequence compact for the head.
+        merge_similarity: cosine similarity that has a merge score of 0.5.
         vit: arguments of `VisionTransformer`, whose parameters are all that this has.
     """
 
     merges = True
 
-    def __init__(self, injection_point: int, decode_compact: bool = False, **vit) -> None:
+    def __init__(
+        self, injection_point: int, decode_compact: bool = False, merge_similarity: float = 0.88, **vit
+    ) -> None:
         super().__init__(**vit)
         check_injection_point(injection_point, len(self.blocks))
         self.injection_point = injection_point
         self.decode_compact = decode_compact
+        self.merge_similarity = merge_similarity
 
     def unmerged(self, images: Tensor) -> tuple[Tensor, tuple[int, int], tuple[Tensor, ...], tuple[Tensor, ...]]:
         """The blocks before the first merge.
@@ -112,10 +117,11 @@ class BipartiteMergingViT(TrainingFreeViT):
         x, grid_size, levels, details = self.unmerged(images)
         block = cast(Block, self.blocks[self.injection_point])
         branch, metric = _attention_and_metric(block.attn, block.norm1(x), None)
-        return Similarity(x + branch, metric, most_similar(metric), grid_size, levels, details)
+        score = similarity_score(most_similar(metric), self.merge_similarity)
+        return Similarity(x + branch, metric, score, grid_size, levels, details)
 
     def count_kept(self, state: Similarity, merge_threshold: float | Tensor) -> Tensor:
-        """Tokens to which no other one is more similar than the threshold, by cosine similarity of their keys."""
+        """Tokens to which no other one is more similar than the threshold allows, by their keys."""
         return count_dissimilar(state.score, merge_threshold)
 
     def finish(
@@ -134,7 +140,7 @@ class BipartiteMergingViT(TrainingFreeViT):
         groups = Groups(state.x, state.metric, torch.ones_like(state.metric[..., :1]), everything, everything)
         levels = list(state.levels)
         steps = len(self.blocks) - self.injection_point
-        rounds = _rounds(N, 1 if traced else int(capacity), steps)
+        rounds = matchings(N, 1 if traced else int(capacity), steps)
         merges = traced or capacity < N
         for step in range(steps):
             index = self.injection_point + step
@@ -177,31 +183,43 @@ def most_similar(metric: Tensor) -> Tensor:
     return similarity.masked_fill(index[:, None] == index, 0.0).amax(dim=2).clamp(0.0, 1.0)
 
 
+def similarity_score(similarity: Tensor, merge_similarity: float) -> Tensor:
+    """Merge scores of cosine similarities: 0 where there is none, 0.5 at `merge_similarity`, 1 for what is alike."""
+    above = (similarity - merge_similarity) / (1.0 - merge_similarity)
+    return 0.5 + 0.5 * torch.where(above >= 0.0, above, similarity / merge_similarity - 1.0).clamp(-1.0, 1.0)
+
+
 def count_dissimilar(score: Tensor, merge_threshold: float | Tensor) -> Tensor:
     """Tokens per image whose score is not above the threshold, none at 0: (B, N) -> (B,) int64."""
     return ((score <= merge_threshold) & (score.new_zeros(()) < merge_threshold)).sum(dim=1)
 
 
-def merge_most_similar(groups: Groups, target: int | Tensor) -> Groups:
-    """One bipartite soft matching: merge down to `target` rows, but at most every second one away."""
+def merge_most_similar(
+    groups: Groups, target: int | Tensor | Callable[[Tensor], int], first: int = 0
+) -> Groups:
+    """One bipartite soft matching: merge down to `target` rows, but at most every second one away.
+
+    Args:
+        groups: the sequence.
+        target: rows that are to be left; or how many pairs to merge, of their similarities (B, rows of set A).
+        first: row of the first token of set A, 0 or 1.
+    """
     x, metric, size, slots, leads = groups
     cls, x = x[:, :1], x[:, 1:]
     T = x.shape[1]
-    surplus, half = T - target, T // 2
-    traced = isinstance(surplus, Tensor) or isinstance(half, Tensor)
-    count = torch.minimum(torch.as_tensor(surplus), torch.as_tensor(half)) if traced else min(surplus, half)
-
-    a, b = F.normalize(metric[:, ::2], dim=-1), F.normalize(metric[:, 1::2], dim=-1)
+    second = 1 - first
+    a, b = F.normalize(metric[:, first::2], dim=-1), F.normalize(metric[:, second::2], dim=-1)
     best, partner = (a @ b.transpose(1, 2)).max(dim=2)
+    count = target(best) if callable(target) else at_most(T - target, T // 2)
     order = best.argsort(dim=1, descending=True, stable=True)
     merged, stays = order[:, :count], order[:, count:].sort(dim=1).values
 
     # Features, metric and size are averaged alike, so they are merged as one.
     weighted = torch.cat([x * size, metric * size, size], dim=2)
-    rows_a, rows_b = weighted[:, ::2], weighted[:, 1::2]
+    rows_a, rows_b = weighted[:, first::2], weighted[:, second::2]
     into = partner.gather(1, merged)[..., None].expand(-1, -1, weighted.shape[2])
     rows_b = rows_b.scatter_add(1, into, gather_rows(rows_a, merged))
-    leads = torch.cat([leads[:, ::2].gather(1, stays), leads[:, 1::2]], dim=1)
+    leads = torch.cat([leads[:, first::2].gather(1, stays), leads[:, second::2]], dim=1)
     # In the order of the grid, so that the next matching pairs neighbours, and merging nothing changes nothing.
     leads, place = leads.sort(dim=1)
     rows = gather_rows(torch.cat([gather_rows(rows_a, stays), rows_b], dim=1), place)
@@ -213,13 +231,20 @@ def merge_most_similar(groups: Groups, target: int | Tensor) -> Groups:
     row_of_a = (num_staying + partner).scatter(1, stays, ranks)
     half_slots = slots // 2
     slots = torch.where(
-        slots % 2 == 0, row_of_a.gather(1, half_slots.clamp(max=row_of_a.shape[1] - 1)), num_staying + half_slots
+        slots % 2 == first, row_of_a.gather(1, half_slots.clamp(max=row_of_a.shape[1] - 1)), num_staying + half_slots
     )
     rows_now = torch.arange(place.shape[1], device=x.device).expand_as(place)
     row_of_place = torch.zeros_like(place).scatter(1, place, rows_now)
     slots = row_of_place.gather(1, slots)
     C = x.shape[2]
     return Groups(torch.cat([cls, means[..., :C]], dim=1), means[..., C:], size, slots, leads)
+
+
+def at_most(count: int | Tensor, limit: int | Tensor) -> int | Tensor:
+    """The smaller of two counts, either of which may be traced."""
+    if isinstance(count, Tensor) or isinstance(limit, Tensor):
+        return torch.minimum(torch.as_tensor(count), torch.as_tensor(limit))
+    return min(count, limit)
 
 
 def group_ids(slots: Tensor, leads: Tensor) -> Tensor:
@@ -243,7 +268,7 @@ def _log_size(size: Tensor) -> Tensor:
     return F.pad(size.squeeze(2).log(), (1, 0))[:, None, None, :]
 
 
-def _rounds(num_tokens: int, capacity: int, steps: int) -> list[int]:
+def matchings(num_tokens: int, capacity: int, steps: int) -> list[int]:
     """Matchings that each block needs, as each at most halves the sequence."""
     rounds, rows = [], num_tokens
     for step in range(steps):

@@ -30,6 +30,7 @@ from clustvit_ros.networks.bipartite_merging import (
     count_dissimilar,
     group_ids,
     most_similar,
+    similarity_score,
 )
 from clustvit_ros.networks.heads import pooling_matrix
 from clustvit_ros.networks.segmenter import Features
@@ -48,10 +49,11 @@ class LocalKMeansViT(TrainingFreeViT):
     def encode(self, images: Tensor) -> Similarity:
         """Everything before the clustering: (B, 3, H, W) -> state, whose cost no setting changes."""
         x, grid_size, levels, details = self.unmerged(images)
-        return Similarity(x, x[:, 1:], most_similar(x[:, 1:]), grid_size, levels, details)
+        score = similarity_score(most_similar(x[:, 1:]), self.merge_similarity)
+        return Similarity(x, x[:, 1:], score, grid_size, levels, details)
 
     def count_kept(self, state: Similarity, merge_threshold: float | Tensor) -> Tensor:
-        """Tokens to which no other one is more similar than the threshold, by cosine similarity."""
+        """Tokens to which no other one is more similar than the threshold allows."""
         return count_dissimilar(state.score, merge_threshold)
 
     def finish(

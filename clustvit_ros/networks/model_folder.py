@@ -78,12 +78,16 @@ class MeasuredPoint:
 
 @dataclass(frozen=True)
 class _ModelFile:
-    """What `model.yaml` may hold; `training`, `scores` and `licence` are for people and are passed through."""
+    """What `model.yaml` may hold; `training`, `scores` and `licence` are for people and are passed through.
+
+    `merging` stands for the same in `network`, where it is kept.
+    """
 
     architecture: str
     classes: tuple[ClassEntry, ...]
     input: InputConfig
     format: Literal[1] = 1
+    merging: str = ""
     network: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, Any] = field(default_factory=dict)
@@ -134,15 +138,20 @@ def load_config(model: str | Path) -> ModelConfig:
     content = from_mapping(_ModelFile, read_yaml(folder / MODEL_FILE), where)
     if len(content.classes) > _MOST_CLASSES:
         raise ConfigError(f"{where}: got {len(content.classes)} classes, expected at most {_MOST_CLASSES}")
-    _check_sizes(content.network, f"{where}: network")
-    network = network_config(content.architecture, content.network, f"{where}: network")
+    overrides = {**content.network, **({"merging": content.merging} if content.merging else {})}
+    if content.network.get("merging", overrides.get("merging")) != overrides.get("merging"):
+        raise ConfigError(
+            f"{where}: merging is {content.merging!r} and in network {content.network['merging']!r}, expected it once"
+        )
+    _check_sizes(overrides, f"{where}: network")
+    network = network_config(content.architecture, overrides, f"{where}: network")
     check_points(content.operating_points, content.input.size, network, where)
     low, high = TEMPERATURES
     if not low <= content.temperature <= high:
         raise ConfigError(f"{where}: temperature is {content.temperature:g}, expected {low:g} to {high:g}; 1 is none")
     return ModelConfig(
         name=model_name(folder), architecture=content.architecture, network=network,
-        classes=ClassSet.of(content.classes), input=content.input, overrides=content.network, training=content.training,
+        classes=ClassSet.of(content.classes), input=content.input, overrides=overrides, training=content.training,
         scores=content.scores, licence=content.licence, operating_points=content.operating_points,
         temperature=content.temperature,
     )  # fmt: skip

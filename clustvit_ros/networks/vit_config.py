@@ -14,6 +14,7 @@ from typing import Any, Literal
 from torch import nn
 
 from clustvit_ros.errors import ConfigError
+from clustvit_ros.networks.algm import LocalGlobalMergingViT, published_points
 from clustvit_ros.networks.bipartite_merging import BipartiteMergingViT
 from clustvit_ros.networks.clustvit import ClustViT
 from clustvit_ros.networks.heads import NUM_LEVELS, DetailHead, LinearHead, MaskTransformer, UPerHead
@@ -21,8 +22,9 @@ from clustvit_ros.networks.local_kmeans import LocalKMeansViT
 from clustvit_ros.networks.segmenter import NetworkConfig, Segmenter, check_transformer
 from clustvit_ros.networks.vit import VisionTransformer, detail_dims
 
-MERGES = ("none", "clusters", "tome", "kmeans")
-"""Ways to merge tokens: not at all, ClustViT's clusters, ToMe's bipartite matching, local k-means."""
+MERGINGS = ("none", "clusters", "algm", "tome", "kmeans")
+"""Ways to merge tokens: not at all, ClustViT's clusters, ALGM's windows and matching, ToMe's matching in every block,
+local k-means."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,13 @@ class ViTConfig(NetworkConfig):
         stem_blocks: residual blocks at each of a convolutional stem's strides from 4 to half a patch, for finer
             structures than tokens can hold.
         embed_dim, depth, num_heads, mlp_ratio: sizes of the encoder.
-        merge: "tome" and "kmeans" merge without any trained part, from `injection_point` on, whichever the backbone;
-            empty is the backbone's own way.
+        merging: one of `MERGINGS`; all but "clusters" need no trained part and work for either backbone; empty is the
+            backbone's own way.
+        merge_similarity: of those that compare tokens: the cosine similarity that has a merge score of 0.5.
         num_clusters: k, clusters besides "keep".
         injection_point: number of blocks before merging.
-        injection_points: for several merges, blocks before each; empty is `injection_point` alone.
+        injection_points: for several merges, blocks before each; empty is `injection_point` alone. ALGM has two, and
+            takes the published ones, in the first block and after a third of them, where none are given.
         cluster_mlp_dim: hidden width of the Clusterer; 0 takes the published ratio, 4 1/32 times embed_dim.
         head: "segmenter" (mask transformer), "upernet", "linear", or "detail", which joins the tokens with the finer
             maps of a convolutional stem.
@@ -63,7 +67,8 @@ class ViTConfig(NetworkConfig):
     depth: int = 12
     num_heads: int = 3
     mlp_ratio: float = 4.0
-    merge: Literal["", "none", "clusters", "tome", "kmeans"] = ""
+    merging: Literal["", "none", "clusters", "algm", "tome", "kmeans"] = ""
+    merge_similarity: float = 0.88
     num_clusters: int = 3
     injection_point: int = 3
     injection_points: tuple[int, ...] = ()
@@ -96,8 +101,18 @@ class ViTConfig(NetworkConfig):
         self._check_head()
 
     def _check_merge(self) -> None:
-        if self.backbone == "vit" and self.merge == "clusters":
-            raise ConfigError("network: merge is 'clusters', which a plain vit has no weights for; use tome or kmeans")
+        if self.backbone == "vit" and self.merging == "clusters":
+            raise ConfigError(
+                "network: merging is 'clusters', which a plain vit has no weights for; use algm, tome or kmeans, or "
+                "train them (config/train/add_merging.yaml)"
+            )
+        if not 0.0 < self.merge_similarity < 1.0:
+            raise ConfigError(f"network: merge_similarity is {self.merge_similarity:g}, expected above 0 and below 1")
+        if self.merging == "algm" and len(self.injection_points) not in (0, 2):
+            raise ConfigError(
+                f"network: injection_points is {list(self.injection_points)} with merging 'algm', expected two: blocks "
+                "before windows are merged, and before the rest is matched; or none, for the published ones"
+            )
         points = self.injection_points
         if points and (list(points) != sorted(set(points)) or points[0] < 0):
             raise ConfigError(f"network: injection_points is {list(points)}, expected ascending block counts")
@@ -112,7 +127,8 @@ class ViTConfig(NetworkConfig):
             )
         if self.decode == "grouped" and self.merge_method not in ("clusters", "none"):
             raise ConfigError(
-                f"network: decode is 'grouped', which groups a cluster's tokens, with merge {self.merge!r}; use compact"
+                f"network: decode is 'grouped', which groups a cluster's tokens, with merging {self.merging!r}; use "
+                "compact"
             )
         if self.neck and self.head != "upernet":
             raise ConfigError(f"network: neck is for head 'upernet', got head {self.head!r}")
@@ -144,8 +160,8 @@ class ViTConfig(NetworkConfig):
 
     @property
     def merge_method(self) -> str:
-        """How tokens are merged, one of `MERGES`."""
-        return self.merge or ("clusters" if self.backbone == "clustvit" else "none")
+        """How tokens are merged, one of `MERGINGS`."""
+        return self.merging or ("clusters" if self.backbone == "clustvit" else "none")
 
     @property
     def merges(self) -> bool:
@@ -160,6 +176,8 @@ class ViTConfig(NetworkConfig):
     @property
     def points(self) -> tuple[int, ...]:
         """Blocks before each merge."""
+        if self.merging == "algm":
+            return self.injection_points or published_points(self.depth)
         return self.injection_points or (self.injection_point,)
 
     @property
@@ -183,12 +201,12 @@ class ViTConfig(NetworkConfig):
         if self.merge_method == "clusters":
             cluster_mlp_dim = self.cluster_mlp_dim or self.embed_dim * 129 // 32
             return ClustViT(self.num_clusters, self.points, cluster_mlp_dim, self.decode, **vit)
-        compact = self.decode == "compact"
-        if self.merge_method == "tome":
-            return BipartiteMergingViT(self.points[0], compact, **vit)
-        if self.merge_method == "kmeans":
-            return LocalKMeansViT(self.points[0], compact, **vit)
-        return VisionTransformer(**vit)
+        if self.merge_method == "none":
+            return VisionTransformer(**vit)
+        vit |= {"decode_compact": self.decode == "compact", "merge_similarity": self.merge_similarity}
+        if self.merge_method == "algm":
+            return LocalGlobalMergingViT(self.points[0], self.points[1], **vit)
+        return (BipartiteMergingViT if self.merge_method == "tome" else LocalKMeansViT)(self.points[0], **vit)
 
     def _build_head(self, num_classes: int) -> nn.Module:
         if self.head == "linear":

@@ -47,14 +47,14 @@ def test_threshold_and_capacity_reach_the_engine(model_dir, labelled_dir, tmp_pa
 
 
 def test_ways_to_merge_are_scored_side_by_side(model_dir, labelled_dir, tmp_path, capsys):
-    options = ("--merge", "none,clusters,tome,kmeans", "--merge-threshold", 1, "--token-capacity", 24)
+    options = ("--merge", "none,clusters,algm,tome,kmeans", "--merge-threshold", 1, "--token-capacity", 24)
     assert evaluate(model_dir, labelled_dir, "--json", tmp_path / "out.json", *options) == 0
     rows = json.loads((tmp_path / "out.json").read_text())["models"]
-    assert [row["model"].split("+")[1] for row in rows] == ["none", "clusters", "tome", "kmeans"]
+    assert [row["model"].split("+")[1] for row in rows] == ["none", "clusters", "algm", "tome", "kmeans"]
     assert [row["tokens_kept_mean"] for row in rows] == [48, 24, 24, 24]
     assert capsys.readouterr().out.count("mIoU") == 4
     assert evaluate(model_dir, labelled_dir, "--merge", "magic") == 2
-    assert "--merge: got 'magic', expected one of none, clusters, tome, kmeans" in capsys.readouterr().err
+    assert "--merge: got 'magic', expected one of none, clusters, algm, tome, kmeans" in capsys.readouterr().err
 
 
 def test_scores_repeat(model_dir, labelled_dir, tmp_path):

@@ -299,8 +299,9 @@ def test_an_unreadable_file_is_named(tmp_path):
     [
         {"injection_points": (1, 2), "decode": "compact"},
         {"decode": "grouped"},
-        {"merge": "tome", "depth": 4},
-        {"merge": "kmeans", "head": "linear"},
+        {"merging": "algm", "depth": 4},
+        {"merging": "tome", "depth": 4},
+        {"merging": "kmeans", "head": "linear"},
         {"head": "upernet", "head_blocks": (0, 1, 2, 3), "depth": 4, "neck": True, "injection_points": (0, 2)},
         {"head": "detail", "stem": "conv", "decode": "compact"},
     ],

@@ -98,7 +98,9 @@ def test_both_steps_together_are_the_network(toy_model, tmp_path):
         ("vit_t", {}), ("clustr_b1", {}), pytest.param("cast_t", {}, marks=pytest.mark.slow),
         *(
             pytest.param("clustvit_t", overrides, marks=pytest.mark.slow)
-            for overrides in ({"decode": "grouped"}, {"merge": "tome"}, {"injection_points": [2, 5]})
+            for overrides in (
+                {"decode": "grouped"}, {"merging": "algm"}, {"merging": "tome"}, {"injection_points": [2, 5]},
+            )
         ),
     ],
 )  # fmt: skip

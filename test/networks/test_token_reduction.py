@@ -13,7 +13,15 @@ import torch
 
 from clustvit_ros.cli.arguments import write_variant
 from clustvit_ros.errors import ConfigError, ModelError
-from clustvit_ros.networks import ModelConfig, ViTConfig, build_network, load_segmenter, network_config, save_model
+from clustvit_ros.networks import (
+    ModelConfig,
+    ViTConfig,
+    build_network,
+    load_config,
+    load_segmenter,
+    network_config,
+    save_model,
+)
 from clustvit_ros.networks.architectures import without_merging
 from clustvit_ros.networks.bipartite_merging import Groups, merge_most_similar, most_similar
 from clustvit_ros.networks.clustering import GROUP_SIZE, group_merged
@@ -26,9 +34,10 @@ SMALL = {"image_size": (96, 128), "embed_dim": 24, "depth": 4, "num_heads": 2, "
 VARIANTS = [
     {"injection_points": (1, 2)}, {"injection_points": (0, 2, 3)}, {"decode": "compact"},
     {"injection_points": (1, 3), "decode": "compact"}, {"decode": "grouped"},
-    {"injection_points": (1, 3), "decode": "grouped"}, {"merge": "tome"}, {"merge": "kmeans"},
-    {"merge": "tome", "decode": "compact"}, {"merge": "kmeans", "decode": "compact", "head": "linear"},
-    {"stem": "conv", "head": "detail", "decode": "compact"}, {"stem": "conv", "head": "detail", "merge": "tome"},
+    {"injection_points": (1, 3), "decode": "grouped"}, {"merging": "tome"}, {"merging": "kmeans"},
+    {"merging": "tome", "decode": "compact"}, {"merging": "kmeans", "decode": "compact", "head": "linear"},
+    {"merging": "algm"}, {"merging": "algm", "injection_points": (1, 2), "decode": "compact"},
+    {"stem": "conv", "head": "detail", "decode": "compact"}, {"stem": "conv", "head": "detail", "merging": "tome"},
 ]  # fmt: skip
 
 
@@ -54,7 +63,9 @@ def images():
 @torch.no_grad()
 def test_all_tokens_kept_is_the_plain_vit_bit_for_bit(changes, images):
     network = make(**changes)
-    config = without_merging(ViTConfig(**{**SMALL, **changes, "merge": "", "injection_points": (), "decode": "full"}))
+    config = without_merging(
+        ViTConfig(**{**SMALL, **changes, "merging": "", "injection_points": (), "decode": "full"})
+    )
     plain = build_network(config, 5).eval()
     plain.load_state_dict({name: network.state_dict()[name] for name in plain.state_dict()})
     for capacity in (48, 1000):
@@ -67,7 +78,7 @@ def test_all_tokens_kept_is_the_plain_vit_bit_for_bit(changes, images):
 def test_capacity_is_kept(changes, images, capacity):
     output = make(**changes)(images, token_capacity=capacity)
     kept = (output.cluster_ids == 0).sum(dim=1)
-    if changes.get("merge") == "kmeans":
+    if changes.get("merging") == "kmeans":
         assert (kept <= capacity).all() and (kept >= 0.7 * capacity).all()
     else:
         assert (kept == capacity).all()
@@ -254,17 +265,35 @@ def test_centres_fit_the_capacity_and_the_grid():
             assert len(leads.unique()) == rows * columns and int(leads.max()) < total
 
 
-@pytest.mark.parametrize("merge", ["none", "tome", "kmeans"])
+@pytest.mark.parametrize("merge", ["none", "algm", "tome", "kmeans"])
 def test_a_clustvits_weights_run_with_another_way_to_merge(make_toy_model, tmp_path, merge):
     from clustvit_ros.classes import ClassSet
 
     model = make_toy_model(ClassSet.numbered(7))
-    network = load_segmenter(write_variant(model, tmp_path / "variant", {"merge": merge})).requires_grad_(False)
+    network = load_segmenter(write_variant(model, tmp_path / "variant", {"merging": merge}))
+    network = network.requires_grad_(False)
     own = load_segmenter(model).requires_grad_(False)
     image = torch.randn(1, 3, 96, 128)
     assert torch.equal(network(image, token_capacity=48).logits, own(image, token_capacity=48).logits)
     if merge != "none":
         assert int((network(image, token_capacity=24).cluster_ids == 0).sum()) in range(15, 25)
+
+
+def test_merging_is_one_line_of_a_model(make_toy_model):
+    from clustvit_ros.classes import ClassSet
+
+    path = make_toy_model(ClassSet.numbered(7)) / "model.yaml"
+    text = path.read_text()
+    path.write_text(f"merging: algm\n{text}")
+    config = load_config(path.parent)
+    assert config.network.merge_method == "algm" and config.overrides["merging"] == "algm"
+    assert load_segmenter(path.parent).backbone.global_point == 1
+    path.write_text(f"merging: algm\n{text}".replace("network:", "network:\n  merging: tome"))
+    with pytest.raises(ConfigError, match="merging is 'algm' and in network 'tome', expected it once"):
+        load_config(path.parent)
+    path.write_text(f"merging: magic\n{text}")
+    with pytest.raises(ConfigError, match="merging"):
+        load_config(path.parent)
 
 
 def test_weights_of_another_network_are_still_refused(make_toy_model, tmp_path):
@@ -273,8 +302,8 @@ def test_weights_of_another_network_are_still_refused(make_toy_model, tmp_path):
     model = make_toy_model(ClassSet.numbered(7))
     with pytest.raises(ModelError, match=r"unknown: backbone\.clusterer"):
         load_segmenter(write_variant(model, tmp_path / "vit", {"backbone": "vit"}))
-    with pytest.raises(ConfigError, match="merge"):
-        write_variant(model, tmp_path / "bad", {"merge": "magic"})
+    with pytest.raises(ConfigError, match="merging"):
+        write_variant(model, tmp_path / "bad", {"merging": "magic"})
 
 
 def test_what_cannot_be_is_refused():
@@ -283,13 +312,22 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(ConfigError, match="injection_point: got 12 with 12 blocks"):
         build_network(ViTConfig(injection_points=(3, 12)), 2)
     with pytest.raises(ConfigError, match="injection_point: got 12 with 12 blocks"):
-        build_network(ViTConfig(merge="tome", injection_point=12), 2)
-    with pytest.raises(ConfigError, match="merge is 'clusters', which a plain vit has no weights for"):
-        ViTConfig(backbone="vit", merge="clusters")
+        build_network(ViTConfig(merging="tome", injection_point=12), 2)
+    with pytest.raises(ConfigError, match="merging is 'clusters', which a plain vit has no weights for"):
+        ViTConfig(backbone="vit", merging="clusters")
     with pytest.raises(ConfigError, match=r"'grouped', which is for head 'segmenter', .* got head 'linear'"):
         ViTConfig(decode="grouped", head="linear")
-    with pytest.raises(ConfigError, match="'grouped', which groups a cluster's tokens, with merge 'tome'"):
-        ViTConfig(decode="grouped", merge="tome")
+    with pytest.raises(ConfigError, match="'grouped', which groups a cluster's tokens, with merging 'tome'"):
+        ViTConfig(decode="grouped", merging="tome")
+    with pytest.raises(ConfigError, match=r"injection_points is \[2\] with merging 'algm', expected two"):
+        ViTConfig(merging="algm", injection_points=(2,))
+    with pytest.raises(ConfigError, match=r"injection_points: got \[3, 12\] with 12 blocks, expected ascending"):
+        build_network(ViTConfig(merging="algm", injection_points=(3, 12)), 2)
+    for similarity in (0.0, 1.0, -0.5, float("nan")):
+        with pytest.raises(ConfigError, match=r"merge_similarity is .*, expected above 0 and below 1"):
+            ViTConfig(merging="algm", merge_similarity=similarity)
+    with pytest.raises(ConfigError, match="merging is 'algm', which clustr_b1 cannot do: it clusters by itself"):
+        network_config("clustr_b1", {"merging": "algm"})
     with pytest.raises(ModelError, match="no name for a second injection point"):
         to_official(make(injection_points=(1, 2)).state_dict())
 

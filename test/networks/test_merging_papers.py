@@ -1,0 +1,104 @@
+# Copyright 2026 clustvit_ros maintainers
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0 Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
+"""Each way to merge does what its paper says, step by step in plain loops, and gives back what it did not merge."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from clustvit_ros.networks import ViTConfig, build_network
+from clustvit_ros.networks.algm import window_similarity
+from clustvit_ros.networks.bipartite_merging import similarity_score
+
+SMALL = {"image_size": (96, 128), "embed_dim": 24, "depth": 4, "num_heads": 2, "injection_point": 1, "head_depth": 1}
+
+
+def make(**changes):
+    torch.manual_seed(0)
+    network = build_network(ViTConfig(**{**SMALL, **changes}), 5)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return network.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("merging", ["clusters", "algm", "tome"])
+def test_what_is_kept_comes_back_bit_for_bit(merging):
+    images = torch.randn(2, 3, 96, 128, generator=torch.Generator().manual_seed(1))
+    full, compact = (make(merging=merging, decode=d).backbone(images, token_capacity=20) for d in ("full", "compact"))
+    kept = full.cluster_ids == 0
+    assert torch.equal(full.cluster_ids, compact.cluster_ids) and int(kept.sum()) == 40
+    rows = compact.tokens.gather(1, compact.slots[..., None].expand(-1, -1, 24))
+    assert torch.equal(full.tokens[kept], rows[kept])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("capacity", [None, 40, 20, 9])
+def test_windows_then_pairs_as_a_plain_loop_merges_them(capacity):
+    """ALGM (arXiv 2406.09936), row by row: each token's result is that of its group."""
+    network = make(merging="algm", injection_points=(1, 2), merge_similarity=0.7)
+    backbone, images = network.backbone, torch.randn(1, 3, 96, 112, generator=torch.Generator().manual_seed(2))
+    images[:, :, 40:] *= 0.05  # half of the image is nearly flat
+    x, (height, width) = backbone.embed(images)
+    x = backbone.blocks[0](x)
+    x = x + backbone.blocks[1].attn(backbone.blocks[1].norm1(x))
+    cosine = torch.nn.functional.cosine_similarity
+    windows = {}
+    for row in range(0, height - 1, 2):
+        for column in range(0, width - 1, 2):
+            corner = row * width + column
+            members = [corner, corner + 1, corner + width, corner + width + 1]
+            pairs = [cosine(x[0, 1 + i], x[0, 1 + j], dim=0) for i in members for j in members if i != j]
+            windows[tuple(members)] = float(sum(pairs) / 12)
+    best = sorted(windows, key=lambda members: -windows[members])
+    count = sum(windows[m] > 0.7 for m in best) if capacity is None else min((42 - capacity) * 2 // 9, 9)
+    assert capacity is not None or 0 < count < 9
+    alone = [(token,) for token in range(42) if not any(token in members for members in best[:count])]
+    groups = [list(members) for members in [*best[:count], *alone]]
+    rows = torch.cat([x[:, :1], torch.stack([x[0, [1 + i for i in g]].mean(0) for g in groups])[None]], dim=1)
+    rows = rows + backbone.blocks[1].mlp(backbone.blocks[1].norm2(rows))
+    rows = rows + backbone.blocks[2].attn(backbone.blocks[2].norm1(rows))
+    while capacity is None or len(groups) > capacity:
+        tokens = rows[0, 1:]
+        nearest = {}
+        for a in range(1, len(groups), 2):
+            similar = {b: float(cosine(tokens[a], tokens[b], dim=0)) for b in range(0, len(groups), 2)}
+            nearest[a] = max(similar.items(), key=lambda item: item[1])
+        order = sorted(nearest, key=lambda a: -nearest[a][1])
+        if capacity is None:
+            found = torch.tensor([nearest[a][1] for a in order])
+            order = order[: int((found >= found.mean() + found.std() / 3).sum())]
+        else:
+            order = order[: len(groups) - capacity]
+        joined = {b: [b, *(a for a in order if nearest[a][0] == b)] for b in range(len(groups)) if b not in order}
+        sizes = torch.tensor([float(len(group)) for group in groups])
+        means = [(tokens[j] * sizes[j, None]).sum(0) / sizes[j].sum() for j in joined.values()]
+        groups = [[token for row in j for token in groups[row]] for j in joined.values()]
+        place = sorted(range(len(groups)), key=lambda row: groups[row][0])
+        groups = [groups[row] for row in place]
+        rows = torch.cat([rows[:, :1], torch.stack([means[row] for row in place])[None]], dim=1)
+        if capacity is None:
+            break
+    rows = rows + backbone.blocks[2].mlp(backbone.blocks[2].norm2(rows))
+    rows = backbone.norm(backbone.blocks[3](rows))[0, 1:]
+    features = backbone(images, token_capacity=capacity)
+    assert int((features.cluster_ids == 0).sum()) == len(groups) < 42
+    for row, members in enumerate(groups):
+        torch.testing.assert_close(features.tokens[0, members], rows[row].expand(len(members), -1), rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_scores_of_similarity_are_a_half_where_the_paper_merges():
+    score = similarity_score(torch.tensor([-1.0, 0.0, 0.44, 0.88, 0.94, 1.0]), 0.88)
+    torch.testing.assert_close(score, torch.tensor([0.0, 0.0, 0.25, 0.5, 0.75, 1.0]))
+    network = make(merging="algm")
+    images = torch.rand(1, 3, 96, 128, generator=torch.Generator().manual_seed(4))
+    state = network.backbone.encode(images)
+    merged = int((window_similarity(state.x[:, 1:], (6, 8)) > 0.88).sum())
+    assert int(network.backbone.count_kept(state, 0.5)) == 48 - 3 * merged
