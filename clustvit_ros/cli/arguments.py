@@ -83,8 +83,8 @@ def add_variants(parser: argparse.ArgumentParser) -> None:
     """Options that run a model's weights with another way to merge or decode."""
     parser.add_argument(
         "--merge", type=parse_names, default=("",),
-        help="ways to merge, separated by commas: none, clusters (ClustViT's own), algm, tome, kmeans (default: the "
-        "model's)",
+        help="ways to merge, separated by commas: none, clusters (ClustViT's own), algm, cts (of a model that has a "
+        "policy network), tome, kmeans (default: the model's)",
     )  # fmt: skip
     parser.add_argument(
         "--decode", type=parse_names, default=("",),
@@ -109,6 +109,11 @@ def find_variants(args: argparse.Namespace, model: str | Path, folder: Path) -> 
             if network and not isinstance(load_config(source).network, ViTConfig):
                 option = "merge" if merging else "decode"
                 raise ConfigError(f"--{option}: {model} is of another family than ViT and ClustViT")
+            if merging == "cts" and getattr(load_config(source).network, "merging", "") != "cts":
+                raise ConfigError(
+                    f"--merge: {model} has no policy network, which cts shares tokens by; import a checkpoint of "
+                    "CTS, or train one (config/train/add_merging.yaml)"
+                )
             name = "+".join([model_name(source), *network.values()])
             models.append(write_variant(source, folder / name, network) if network else source)
     return models

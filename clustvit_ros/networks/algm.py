@@ -168,7 +168,9 @@ def count_unshared(score: Tensor, num_tokens: int, merge_threshold: float | Tens
     return left * (score.new_zeros(()) < merge_threshold)
 
 
-def merge_windows(x: Tensor, score: Tensor, count: int | Tensor, grid_size: tuple[int, int]) -> Groups:
+def merge_windows(
+    x: Tensor, score: Tensor, count: int | Tensor, grid_size: tuple[int, int], merged: Tensor | None = None
+) -> Groups:
     """Merge the `count` windows with the highest scores: they come first, then the other tokens as they were.
 
     Args:
@@ -176,6 +178,7 @@ def merge_windows(x: Tensor, score: Tensor, count: int | Tensor, grid_size: tupl
         score: (B, W).
         count: windows to merge, the same for each image.
         grid_size: (h, w), h * w == N.
+        merged: (B, W, C), what each window becomes; None is the mean of its tokens.
     """
     B, N = x.shape[0], x.shape[1] - 1
     tokens, width = x[:, 1:], grid_size[1]
@@ -186,13 +189,16 @@ def merge_windows(x: Tensor, score: Tensor, count: int | Tensor, grid_size: tupl
     position = torch.arange(N, device=x.device).expand(B, -1)
     # Merged ones behind all others, which stay in their order.
     behind = position.scatter_add(1, members.flatten(1), torch.full_like(members, N).flatten(1))
-    stays = behind.argsort(dim=1)[:, : N - WINDOW_TOKENS * count]
-    means = gather_rows(tokens, members.flatten(1)).unflatten(1, members.shape[1:]).mean(dim=1)
-    rows = torch.cat([means, gather_rows(tokens, stays)], dim=1)
+    stays = behind.argsort(dim=1, stable=True)[:, : N - WINDOW_TOKENS * count]
+    if merged is None:
+        windows = torch.stack([gather_rows(tokens, members[:, index]) for index in range(WINDOW_TOKENS)]).mean(dim=0)
+    else:
+        windows = gather_rows(merged, best)
+    rows = torch.cat([windows, gather_rows(tokens, stays)], dim=1)
     rank, row = torch.arange(W := best.shape[1], device=x.device), torch.arange(rows.shape[1], device=x.device)
     slots = torch.zeros_like(position).scatter(1, members.flatten(1), rank.expand_as(members).flatten(1))
     slots = slots.scatter(1, stays, row[W:].expand_as(stays))
-    size = torch.where(row < W, WINDOW_TOKENS, 1).to(x.dtype)[None, :, None].expand(B, -1, 1)
+    size = torch.where((row < W)[None, :, None], torch.full_like(rows[..., :1], WINDOW_TOKENS), 1.0)
     return Groups(torch.cat([x[:, :1], rows], dim=1), rows, size, slots, torch.cat([corner, stays], dim=1))
 
 

@@ -35,12 +35,13 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from clustvit_ros.networks.clustering import Clusterer, Regenerator
+from clustvit_ros.networks.cts import PolicyNetwork
 from clustvit_ros.networks.heads import ConvNorm, MaskTransformer
 from clustvit_ros.networks.segmenter import Segmenter
 from clustvit_ros.networks.vit import Mlp
 
 # Layers that stay in float32, by what they are of: one decides what is merged, the other gets cosines.
-_FULL_PRECISION = ((Clusterer, ""), (MaskTransformer, "mask_norm"))
+_FULL_PRECISION = ((Clusterer, ""), (PolicyNetwork, "head"), (MaskTransformer, "mask_norm"))
 
 
 def for_inference(network: Segmenter, dtype: torch.dtype = torch.float32) -> Segmenter:

@@ -29,8 +29,9 @@ class Features(NamedTuple):
         tokens: (B, L, C) float, after the final norm, without class token; the grid's tokens row by row, L == N, unless
             `slots` is given.
         grid_size: (h, w) tokens, h * w == N.
-        cluster_logits: (B, N, k+1) float; None for a backbone that has no Clusterer. With several injection points
-            the later ones' logits follow, and `cluster_positions` says whose they are.
+        cluster_logits: (B, N, k+1) float, of a CTS (B, W, 2), keep and share, for each of its windows; None for a
+            backbone that has neither Clusterer nor policy network. With several injection points the later ones' logits
+            follow, and `cluster_positions` says whose they are.
         cluster_ids: (B, N) int64, 0 = kept, above = merged into that cluster; None for a backbone that does not merge.
         cluster_positions: (B, M) int64, the token (0..N-1) that each row of `cluster_logits` is about; None where they
             are all tokens in order.
@@ -76,12 +77,14 @@ class Backbone(nn.Module, abc.ABC):
         decides: whether it decides inside, by clustering, what no result shows: where two choices are equal but for
             rounding, devices and engines may then choose differently.
         exempts: whether single tokens can be left out of merging.
+        merge_unit: side in patches of what is merged by one decision; `cluster_logits` has a row for each of these.
     """
 
     patch_size: int
     merges: bool = False
     decides: bool = False
     exempts: bool = False
+    merge_unit: int = 1
 
     @abc.abstractmethod
     def encode(self, images: Tensor) -> Any:

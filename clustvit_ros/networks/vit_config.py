@@ -17,14 +17,15 @@ from clustvit_ros.errors import ConfigError
 from clustvit_ros.networks.algm import LocalGlobalMergingViT, published_points
 from clustvit_ros.networks.bipartite_merging import BipartiteMergingViT
 from clustvit_ros.networks.clustvit import ClustViT
+from clustvit_ros.networks.cts import POLICY_STRIDE, TokenSharingViT
 from clustvit_ros.networks.heads import NUM_LEVELS, DetailHead, LinearHead, MaskTransformer, UPerHead
 from clustvit_ros.networks.local_kmeans import LocalKMeansViT
 from clustvit_ros.networks.segmenter import NetworkConfig, Segmenter, check_transformer
 from clustvit_ros.networks.vit import VisionTransformer, detail_dims
 
-MERGINGS = ("none", "clusters", "algm", "tome", "kmeans")
-"""Ways to merge tokens: not at all, ClustViT's clusters, ALGM's windows and matching, ToMe's matching in every block,
-local k-means."""
+MERGINGS = ("none", "clusters", "algm", "cts", "tome", "kmeans")
+"""Ways to merge tokens: not at all, ClustViT's clusters, ALGM's windows and matching, CTS's policy network, ToMe's
+matching in every block, local k-means."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,12 @@ class ViTConfig(NetworkConfig):
         stem_blocks: residual blocks at each of a convolutional stem's strides from 4 to half a patch, for finer
             structures than tokens can hold.
         embed_dim, depth, num_heads, mlp_ratio: sizes of the encoder.
-        merging: one of `MERGINGS`; all but "clusters" need no trained part and work for either backbone; empty is the
-            backbone's own way.
+        merging: one of `MERGINGS`; all but "clusters" and "cts" need no trained part and work for either backbone;
+            empty is the backbone's own way.
         merge_similarity: of those that compare tokens: the cosine similarity that has a merge score of 0.5.
         num_clusters: k, clusters besides "keep".
         injection_point: number of blocks before merging.
+        share_corner: CTS as ClustViT's authors have it: a shared token stands at its window's first place alone.
         injection_points: for several merges, blocks before each; empty is `injection_point` alone. ALGM has two, and
             takes the published ones, in the first block and after a third of them, where none are given.
         cluster_mlp_dim: hidden width of the Clusterer; 0 takes the published ratio, 4 1/32 times embed_dim.
@@ -67,8 +69,9 @@ class ViTConfig(NetworkConfig):
     depth: int = 12
     num_heads: int = 3
     mlp_ratio: float = 4.0
-    merging: Literal["", "none", "clusters", "algm", "tome", "kmeans"] = ""
+    merging: Literal["", "none", "clusters", "algm", "cts", "tome", "kmeans"] = ""
     merge_similarity: float = 0.88
+    share_corner: bool = False
     num_clusters: int = 3
     injection_point: int = 3
     injection_points: tuple[int, ...] = ()
@@ -105,6 +108,16 @@ class ViTConfig(NetworkConfig):
             raise ConfigError(
                 "network: merging is 'clusters', which a plain vit has no weights for; use algm, tome or kmeans, or "
                 "train them (config/train/add_merging.yaml)"
+            )
+        if self.merging == "cts" and self.patch_size * 2 != POLICY_STRIDE:
+            raise ConfigError(
+                f"network: patch_size is {self.patch_size} with merging 'cts', whose policy network sees windows of "
+                f"{POLICY_STRIDE} px, two patches; expected {POLICY_STRIDE // 2}, or another merging"
+            )
+        if self.share_corner and (self.merging != "cts" or self.decode != "full"):
+            raise ConfigError(
+                f"network: share_corner with merging {self.merge_method!r} and decode {self.decode!r}, expected 'cts' "
+                "and 'full'"
             )
         if not 0.0 < self.merge_similarity < 1.0:
             raise ConfigError(f"network: merge_similarity is {self.merge_similarity:g}, expected above 0 and below 1")
@@ -169,9 +182,10 @@ class ViTConfig(NetworkConfig):
 
     @property
     def unused_weights(self) -> tuple[str, ...]:
-        """Those of ClustViT's own merging, where another way replaces it."""
+        """Those of trained merging, where another way replaces it."""
+        own = ("backbone.clusterer.", "backbone.regenerator.", "backbone.later_")
         replaced = self.backbone == "clustvit" and self.merge_method != "clusters"
-        return ("backbone.clusterer.", "backbone.regenerator.", "backbone.later_") if replaced else ()
+        return (own if replaced else ()) + (() if self.merging in ("", "cts") else ("backbone.policy_net.",))
 
     @property
     def points(self) -> tuple[int, ...]:
@@ -203,7 +217,10 @@ class ViTConfig(NetworkConfig):
             return ClustViT(self.num_clusters, self.points, cluster_mlp_dim, self.decode, **vit)
         if self.merge_method == "none":
             return VisionTransformer(**vit)
-        vit |= {"decode_compact": self.decode == "compact", "merge_similarity": self.merge_similarity}
+        vit["decode_compact"] = self.decode == "compact"
+        if self.merge_method == "cts":
+            return TokenSharingViT(share_corner=self.share_corner, **vit)
+        vit["merge_similarity"] = self.merge_similarity
         if self.merge_method == "algm":
             return LocalGlobalMergingViT(self.points[0], self.points[1], **vit)
         return (BipartiteMergingViT if self.merge_method == "tome" else LocalKMeansViT)(self.points[0], **vit)

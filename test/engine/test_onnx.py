@@ -300,6 +300,7 @@ def test_an_unreadable_file_is_named(tmp_path):
         {"injection_points": (1, 2), "decode": "compact"},
         {"decode": "grouped"},
         {"merging": "algm", "depth": 4},
+        {"merging": "cts", "depth": 4},
         {"merging": "tome", "depth": 4},
         {"merging": "kmeans", "head": "linear"},
         {"head": "upernet", "head_blocks": (0, 1, 2, 3), "depth": 4, "neck": True, "injection_points": (0, 2)},

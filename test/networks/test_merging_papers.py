@@ -11,7 +11,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from clustvit_ros.networks import ViTConfig, build_network
+from clustvit_ros.classes import ClassSet
+from clustvit_ros.cli.main import main
+from clustvit_ros.errors import ConfigError
+from clustvit_ros.measure.flops import count_cost
+from clustvit_ros.networks import ViTConfig, build_network, network_config
 from clustvit_ros.networks.algm import window_similarity
 from clustvit_ros.networks.bipartite_merging import similarity_score
 
@@ -28,12 +32,12 @@ def make(**changes):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("merging", ["clusters", "algm", "tome"])
+@pytest.mark.parametrize("merging", ["clusters", "algm", "cts", "tome"])
 def test_what_is_kept_comes_back_bit_for_bit(merging):
     images = torch.randn(2, 3, 96, 128, generator=torch.Generator().manual_seed(1))
-    full, compact = (make(merging=merging, decode=d).backbone(images, token_capacity=20) for d in ("full", "compact"))
+    full, compact = (make(merging=merging, decode=d).backbone(images, token_capacity=21) for d in ("full", "compact"))
     kept = full.cluster_ids == 0
-    assert torch.equal(full.cluster_ids, compact.cluster_ids) and int(kept.sum()) == 40
+    assert torch.equal(full.cluster_ids, compact.cluster_ids) and int(kept.sum()) == 42
     rows = compact.tokens.gather(1, compact.slots[..., None].expand(-1, -1, 24))
     assert torch.equal(full.tokens[kept], rows[kept])
 
@@ -102,3 +106,70 @@ def test_scores_of_similarity_are_a_half_where_the_paper_merges():
     state = network.backbone.encode(images)
     merged = int((window_similarity(state.x[:, 1:], (6, 8)) > 0.88).sum())
     assert int(network.backbone.count_kept(state, 0.5)) == 48 - 3 * merged
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("corner", "decode"), [(False, "full"), (False, "compact"), (True, "full")])
+@pytest.mark.parametrize("capacity", [33, 20, None])
+def test_windows_share_a_token_as_a_plain_loop_lets_them(corner, decode, capacity):
+    """CTS (arXiv 2306.02095), window by window: half the resolution, one position, and one result."""
+    network = make(merging="cts", share_corner=corner, decode=decode, head="linear")
+    backbone, images = network.backbone, torch.randn(1, 3, 96, 112, generator=torch.Generator().manual_seed(2))
+    positions = torch.nn.functional.interpolate(
+        backbone.pos_embed[:, 1:].transpose(1, 2).unflatten(2, (6, 8)), size=(6, 7), mode="bicubic"
+    )[0]
+    logits = backbone.policy_net(images[:, :, :, :96])[0]
+    shares = {(r, c): float(logits[1, r, c] - logits[0, r, c]) for r in range(3) for c in range(3)}
+    order = sorted(shares, key=lambda window: -shares[window])
+    wanted = sum(margin > 0 for margin in shares.values()) if capacity is None else -(-(42 - capacity) // 3)
+    chosen = order[:wanted]
+    rows, places = [], []
+    for row in range(6):
+        for column in range(7):
+            if (row // 2, column // 2) not in chosen:
+                patch = images[:, :, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16]
+                rows.append(backbone.patch_embed(patch).flatten() + positions[:, row, column])
+                places.append([(row, column)])
+    for row, column in chosen:
+        window = images[:, :, 32 * row : 32 * row + 32, 32 * column : 32 * column + 32]
+        half = torch.nn.functional.interpolate(window, scale_factor=0.5, mode="bilinear", align_corners=False)
+        around = positions[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+        position = around[:, 0, 0] if corner else around.mean(dim=(1, 2))
+        rows.append(backbone.patch_embed(half).flatten() + position)
+        places.append([(2 * row + i, 2 * column + j) for i in (0, 1) for j in (0, 1)])
+    x = torch.cat([backbone.cls_token[0] + backbone.pos_embed[0, :1], torch.stack(rows)])[None]
+    for block in backbone.blocks:
+        x = block(x)
+    results = network.head.classify(backbone.norm(x)[0, 1:])
+    expected = network.head.classify.bias[:, None, None].expand(-1, 6, 7).clone()
+    for result, place in zip(results, places, strict=True):
+        for row, column in place[:1] if corner else place:
+            expected[:, row, column] = result
+    output = network(images, token_capacity=capacity)
+    assert int((output.cluster_ids == 0).sum()) == 42 - 3 * wanted < 42
+    torch.testing.assert_close(output.logits[0], expected, rtol=0, atol=1e-4)
+    counts = [int(backbone.count_kept(backbone.encode(images), threshold)) for threshold in (0.0, 0.5, 1.0)]
+    assert counts == [0, 42 - 3 * sum(margin > 0 for margin in shares.values()), 42]
+
+
+@pytest.mark.parametrize(
+    ("head", "classes", "published_gflops"),
+    [("segmenter", 9, 183.40), ("segmenter", 3, 183.18), ("upernet", 9, 279.35)],
+)
+def test_cts_costs_what_is_published(head, classes, published_gflops):
+    """612 + 103 tokens of 1024, as ClustViT's authors have it (SUIM and RumexWeeds, 512 x 512, no windows sliding)."""
+    config = network_config(
+        "vit_b", {"image_size": [512, 512], "merging": "cts", "share_corner": True, "head": head}
+    )
+    cost = count_cost(config, classes, (512, 512), token_capacity=612 + 103)
+    assert cost.flops / 1e9 == pytest.approx(published_gflops, rel=0.005)
+
+
+def test_what_cts_cannot_do_is_refused(make_toy_model, tmp_path, capsys):
+    with pytest.raises(ConfigError, match="patch_size is 8 with merging 'cts', whose policy network sees windows"):
+        ViTConfig(merging="cts", patch_size=8)
+    with pytest.raises(ConfigError, match="share_corner with merging 'algm' and decode 'full', expected 'cts'"):
+        ViTConfig(merging="algm", share_corner=True)
+    model = str(make_toy_model(ClassSet.numbered(7)))
+    assert main(["bench", "--model", model, "--merge", "cts"]) != 0
+    assert "--merge: " in (told := capsys.readouterr().err) and "has no policy network" in told

@@ -36,6 +36,7 @@ VARIANTS = [
     {"injection_points": (1, 3), "decode": "compact"}, {"decode": "grouped"},
     {"injection_points": (1, 3), "decode": "grouped"}, {"merging": "tome"}, {"merging": "kmeans"},
     {"merging": "tome", "decode": "compact"}, {"merging": "kmeans", "decode": "compact", "head": "linear"},
+    {"merging": "cts"}, {"merging": "cts", "decode": "compact", "stem": "conv", "head": "detail"},
     {"merging": "algm"}, {"merging": "algm", "injection_points": (1, 2), "decode": "compact"},
     {"stem": "conv", "head": "detail", "decode": "compact"}, {"stem": "conv", "head": "detail", "merging": "tome"},
 ]  # fmt: skip
@@ -78,7 +79,9 @@ def test_all_tokens_kept_is_the_plain_vit_bit_for_bit(changes, images):
 def test_capacity_is_kept(changes, images, capacity):
     output = make(**changes)(images, token_capacity=capacity)
     kept = (output.cluster_ids == 0).sum(dim=1)
-    if changes.get("merging") == "kmeans":
+    if changes.get("merging") == "cts":  # whole windows, and at least one token of each
+        assert (kept == 48 - 3 * min(-(-(48 - capacity) // 3), 12)).all()
+    elif changes.get("merging") == "kmeans":
         assert (kept <= capacity).all() and (kept >= 0.7 * capacity).all()
     else:
         assert (kept == capacity).all()
