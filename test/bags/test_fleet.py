@@ -88,6 +88,7 @@ def ray_here():
     ray.shutdown()
 
 
+@pytest.mark.slow
 def test_bags_spread_over_workers_and_failures_are_tried_again(ray_here, tmp_path):
     sources = [camera_bag(tmp_path / f"bag_{number}", 3) for number in range(3)]
     truncate(sources[1], 0.5)

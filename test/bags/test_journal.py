@@ -42,8 +42,17 @@ def interrupt_after(source: Path, target: Path, frames: int) -> Path:
     return target.with_name(target.name + ".partial")
 
 
-@pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
-@pytest.mark.parametrize("limit_bytes", [0, 5_000, 40_000, 200_000])
+@pytest.mark.parametrize(
+    ("storage", "limit_bytes"),
+    [
+        ("mcap", 40_000),
+        ("sqlite3", 5_000),
+        *(
+            pytest.param(storage, limit, marks=pytest.mark.slow)
+            for storage in ("mcap", "sqlite3") for limit in (0, 5_000, 40_000, 200_000)
+        ),
+    ],
+)  # fmt: skip
 def test_a_full_disk_is_a_sentence_and_the_same_command_continues(tmp_path, storage, limit_bytes):
     """A limit on the size of files meets whoever writes as a full disk does, at its own place."""
     code = (
@@ -66,7 +75,9 @@ def test_a_full_disk_is_a_sentence_and_the_same_command_continues(tmp_path, stor
 
 
 @pytest.mark.skipif(not shutil.which("unshare") or os.getuid() != 0, reason="mounts a small file system, as root")
-@pytest.mark.parametrize("kilobytes", [8, 64, 400])
+@pytest.mark.parametrize(
+    "kilobytes", [64, pytest.param(8, marks=pytest.mark.slow), pytest.param(400, marks=pytest.mark.slow)]
+)
 def test_a_disk_that_is_full(tmp_path, kilobytes):
     source = camera_bag(tmp_path / "in", FRAMES)
     label(source, tmp_path / "undisturbed", output_size=(200, 200))
