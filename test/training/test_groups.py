@@ -38,7 +38,9 @@ def drives(scenes, tmp_path):
     return write
 
 
-@pytest.mark.parametrize("group", ["[^_]+", "(.)_", ["a_train", "b_"]])
+@pytest.mark.parametrize(
+    "group", ["[^_]+", *(pytest.param(group, marks=pytest.mark.slow) for group in ("(.)_", ["a_train", "b_"]))]
+)
 def test_folds_hold_each_drive_out(train, write_recipe, drives, tmp_path, capsys, group):
     data = drives(group)
     recipe = write_recipe(schedule={"epochs": 1, "validate_every": 1})

@@ -74,7 +74,10 @@ def test_options_come_before_the_recipe_and_the_run_is_drawn(train, write_recipe
     assert cv2.imread(str(tmp_path / "run/log.png")).shape == (480, 840, 3)
 
 
-@pytest.mark.parametrize("extras", [{}, {"distillation_weight": 1.0, "input_scales": [1.0, 0.75, 0.5]}])
+@pytest.mark.parametrize(
+    "extras",
+    [pytest.param({}, marks=pytest.mark.slow), {"distillation_weight": 1.0, "input_scales": [1.0, 0.75, 0.5]}],
+)
 def test_stopped_within_an_epoch_and_continued_equals_uninterrupted(train, write_recipe, tmp_path, monkeypatch, extras):
     recipe = write_recipe(network={"drop_path": 0.2}, schedule={"epochs": 3, "batch_size": 2, **extras})
     assert train(recipe, tmp_path / "whole") == 0
@@ -217,7 +220,9 @@ def test_a_loss_that_is_not_finite_names_the_files_and_keeps_the_checkpoint(
     assert train(recipe, tmp_path / "run") == 0
 
 
-@pytest.mark.parametrize(("share", "name"), [(0.5, "checkpoint.pt"), (0.05, "model.safetensors")])
+@pytest.mark.parametrize(
+    ("share", "name"), [(0.5, "checkpoint.pt"), pytest.param(0.05, "model.safetensors", marks=pytest.mark.slow)]
+)
 def test_a_full_disk_is_said_and_the_last_checkpoint_stays(scenes, write_recipe, tmp_path, train, share, name):
     # The epoch that the first run leaves unfinished ends with a model, then a checkpoint.
     recipe = write_recipe(schedule={"epochs": 1, "validate_every": 1})

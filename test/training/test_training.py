@@ -204,11 +204,14 @@ def test_training_learns_segmentation_and_clusters(trained):
 @pytest.mark.parametrize(
     "network",
     [
-        {"injection_points": [1, 2], "decode": "compact"},
-        {"head": "upernet", "head_channels": 16, "head_blocks": [0, 1, 2, 3]},
-        {"head": "detail", "stem": "conv", "head_channels": 16},
+        pytest.param(
+            {"injection_points": [1, 2], "decode": "compact"}, id="progressive-compact", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {"head": "upernet", "head_channels": 16, "head_blocks": [0, 1, 2, 3]}, id="upernet", marks=pytest.mark.slow
+        ),
+        pytest.param({"head": "detail", "stem": "conv", "head_channels": 16}, id="detail"),
     ],
-    ids=["progressive-compact", "upernet", "detail"],
 )
 def test_every_kind_of_network_trains(toy, tmp_path, network):
     recipe = yaml.safe_load((toy / "toy.yaml").read_text())
