@@ -14,7 +14,7 @@ made it.
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -235,6 +235,14 @@ class Engine(abc.ABC):
         Raises:
             ImageError: wrong shape or type of an image.
             EngineError: the device failed.
+        """
+
+    def look_ahead(self, upcoming: Callable[[], np.ndarray | None]) -> None:  # noqa: B027 (most copy nothing)
+        """Let the engine bring images to its device while that is at others.
+
+        Args:
+            upcoming: gives the images of the next call as far as they are known, to stay unchanged until then; called
+                in the thread of `segment`, which waits for its device meanwhile.
         """
 
     def close(self) -> None:  # noqa: B027 (most engines have nothing to free)

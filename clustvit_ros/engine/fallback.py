@@ -293,6 +293,9 @@ class ResilientEngine(Engine):
         """
         return self._attempt(lambda: self._engine.segment(images, self._limited(images, settings)))
 
+    def look_ahead(self, upcoming: Callable[[], np.ndarray | None]) -> None:
+        self._engine.look_ahead(upcoming)
+
     def close(self) -> None:
         """Free the engine; what a lost device still holds cannot be freed."""
         if not self._closed:

@@ -27,13 +27,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clustvit_ros.engine.engine import Prediction, Settings
+from clustvit_ros.engine.engine import Prediction, Settings, as_batch
 from clustvit_ros.engine.fallback import FaultKind, classify, first_line
 from clustvit_ros.engine.labels import cluster_map, on_device
 from clustvit_ros.engine.ladder import choose_capacity, default_ladder, rung_within
 from clustvit_ros.engine.network_engine import Lap, Maps, NetworkOutput, StageTimer, most_exempt
 from clustvit_ros.engine.pixels import device_input, normalisation
-from clustvit_ros.engine.recorded_graph import CudaRecorder, EagerRecorder, Graph, Recorder, held_bytes
+from clustvit_ros.engine.recorded_graph import CudaRecorder, EagerRecorder, Graph, Inlet, Recorder, held_bytes
 from clustvit_ros.engine.torch_engine import TorchEngine
 from clustvit_ros.engine.worker import RestartNeeded
 from clustvit_ros.errors import EngineError
@@ -84,12 +84,13 @@ class _Plan:
     """Everything for images of one size and number.
 
     Args:
-        host, images: (B, H, W, 3) uint8, where images enter: host buffer and device.
+        images: (B, H, W, 3) uint8, where images enter.
         merge_threshold, confidence_threshold: () float32, settings as the graphs read them.
         exempt: (B, N) bool, tokens that are not to be merged.
-        exempt_host, kept_host: host buffers of `exempt` and the kept count.
+        kept_host: host buffer of the kept count.
         label_maps: (output size, maps wanted) -> recording of the label maps.
         count: images at hand, at most B; the others repeat the first one.
+        ahead: images that were sent before they were asked for.
         stage_a: the network's input, the state, and the kept count () int64 (None for a network that merges nothing).
         logits, cluster_ids: what every stage B leaves; the second None for a network that does not cluster.
         stage_b: token capacity -> recording of what follows the merge.
@@ -97,16 +98,15 @@ class _Plan:
         constants: what the network reads in every call and would forget.
     """
 
-    host: Tensor
-    images: Tensor
+    images: Inlet
     merge_threshold: Tensor
     confidence_threshold: Tensor
-    exempt: Tensor
-    exempt_host: Tensor
+    exempt: Inlet
     kept_host: Tensor
     grid_size: tuple[int, int]
     label_maps: _Recent
     count: int = 1
+    ahead: np.ndarray | None = None
     stage_a: Graph[tuple[Tensor, Any, Tensor | None]] = None  # type: ignore[assignment]  # recorded on the buffers
     logits: Tensor = None  # type: ignore[assignment]
     cluster_ids: Tensor | None = None
@@ -143,6 +143,7 @@ class GraphEngine(TorchEngine):
         super().__init__(*arguments, **options)
         self._plan: _Plan | None = None
         self._fault = ""
+        self.look_ahead(lambda: None)
         self._recorder: Recorder = EagerRecorder()
         if recorder is not None:
             self._recorder = recorder
@@ -157,8 +158,10 @@ class GraphEngine(TorchEngine):
         return self._fault
 
     @property
-    def _prepares_capacities(self) -> bool:
-        return type(self._recorder) is not EagerRecorder  # which records nothing
+    def _records(self) -> bool:
+        return type(self._recorder) is not EagerRecorder
+
+    _prepares_capacities = _records
 
     def warmup(self, image_size: tuple[int, int] | None = None) -> None:
         """Record every capacity for images of (height, width) `image_size`, with and without confidence."""
@@ -171,10 +174,14 @@ class GraphEngine(TorchEngine):
         shape = (padded, *batch.shape[1:])
         plan = self._plans.get_or_make((shape, size), lambda: self._make_plan(shape, size))
         self._plan, plan.count = plan, len(batch)
-        host = plan.host.numpy()
-        host[: len(batch)], host[len(batch) :] = batch, batch[0]
-        self._recorder.upload(plan.images, plan.host)
+        ahead, plan.ahead = plan.ahead, None
+        if not _same_memory(ahead, batch):
+            plan.images.send(batch)
+        self._recorder.receive()
         return plan.x
+
+    def look_ahead(self, upcoming: Callable[[], np.ndarray | None]) -> None:
+        self._upcoming = upcoming
 
     def infer(
         self, x: Tensor, settings: Settings, lap: Lap = lambda stage: None, exempt: Tensor | None = None
@@ -190,6 +197,7 @@ class GraphEngine(TorchEngine):
         if self._network.backbone.merges:
             self._set_inputs(plan, settings, exempt)
         plan.stage_a.replay()
+        self._recorder.release()
         _, state, kept = plan.stage_a.outputs
         if kept is not None:
             count, ladder = tokens_total, default_ladder(tokens_total)
@@ -222,6 +230,7 @@ class GraphEngine(TorchEngine):
         for host, device in zip(maps.host, maps.graph.outputs, strict=True):
             if host is not None and device is not None:
                 self._recorder.download(host, device)
+        self._send_ahead(settings)
         self._recorder.wait()
         mask, confidence, cluster_maps, kept = (None if t is None else t[: plan.count] for t in maps.host)
         assert mask is not None and kept is not None  # these two are always made
@@ -233,6 +242,7 @@ class GraphEngine(TorchEngine):
 
     def close(self) -> None:
         self._forget()
+        self.look_ahead(lambda: None)
         super().close()
 
     def _segment(self, batch: np.ndarray, settings: Settings, timer: StageTimer) -> Prediction:
@@ -267,6 +277,18 @@ class GraphEngine(TorchEngine):
         told = "; ".join(filter(None, (self._info.device_reason, f"{reason}: frames run without graphs")))
         self._info = dataclasses.replace(self._info, engine=TorchEngine.engine_name, device_reason=told)
 
+    def _send_ahead(self, settings: Settings) -> None:
+        """Bring the images of the next call to the device while it is at this one's."""
+        images = self._upcoming() if self._records else None
+        if images is None:
+            return
+        batch = as_batch(images)
+        plan = self._plans.get((batch.shape, self.input_size(batch.shape[1:3], settings.input_scale)))
+        if plan is not None and not _same_memory(plan.ahead, batch):
+            plan.ahead = None  # until it is under way
+            plan.images.send(batch)
+            plan.ahead = batch
+
     def _forget(self) -> None:
         self._plans.clear()
         self._plan = None
@@ -284,11 +306,9 @@ class GraphEngine(TorchEngine):
         grid_size = grid_size_of(size, backbone.patch_size)
         B, N = shape[0], grid_size[0] * grid_size[1]
         plan = _Plan(
-            host=self._recorder.host_buffer(shape, torch.uint8),
-            images=torch.zeros(shape, dtype=torch.uint8, device=device),
+            images=Inlet(self._recorder, torch.zeros(shape, dtype=torch.uint8, device=device)),
             merge_threshold=torch.ones((), device=device), confidence_threshold=torch.zeros((), device=device),
-            exempt=torch.zeros(B, N, dtype=torch.bool, device=device),
-            exempt_host=self._recorder.host_buffer((B, N), torch.bool),
+            exempt=Inlet(self._recorder, torch.zeros(B, N, dtype=torch.bool, device=device)),
             kept_host=self._recorder.host_buffer((), torch.int64), grid_size=grid_size,
             label_maps=_Recent(self._recorder.memory_bytes // _MAPS_SHARE),
         )  # fmt: skip
@@ -298,8 +318,8 @@ class GraphEngine(TorchEngine):
         plan.constants = backbone.constants(grid_size)
 
         def stage_a() -> tuple[Tensor, Any, Tensor | None]:
-            x = device_input(plan.images, size, *normalised)
-            return x, *self.run_first(x, plan.merge_threshold, plan.exempt)
+            x = device_input(plan.images.target, size, *normalised)
+            return x, *self.run_first(x, plan.merge_threshold, plan.exempt.target)
 
         plan.stage_a = self._record(stage_a)
         # Once without a graph: the head knows the shape of its logits.
@@ -367,10 +387,14 @@ class GraphEngine(TorchEngine):
     def _set_inputs(self, plan: _Plan, settings: Settings, exempt: Tensor | None) -> None:
         plan.fill("merge_threshold", settings.merge_threshold)
         if exempt is not None and not self._network.backbone.exempts:
-            self._network.backbone.exempt(None, plan.exempt)  # says that it cannot
+            self._network.backbone.exempt(None, plan.exempt.target)  # says that it cannot
         if exempt is not None or plan.set.get("exempt"):
-            none = torch.zeros((), dtype=torch.bool)
-            plan.exempt_host[: plan.count] = none if exempt is None else exempt
-            plan.exempt_host[plan.count :] = plan.exempt_host[0]
-            self._recorder.upload(plan.exempt, plan.exempt_host)
+            tokens = torch.zeros(plan.exempt.target.shape[1], dtype=torch.bool) if exempt is None else exempt
+            plan.exempt.send(tokens.expand(plan.count, -1).numpy())
+            self._recorder.receive()
             plan.set["exempt"] = exempt is not None
+
+
+def _same_memory(one: np.ndarray | None, other: np.ndarray) -> bool:
+    """Whether two arrays are views of the same pixels."""
+    return one is not None and one.__array_interface__ == other.__array_interface__

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,7 +56,11 @@ class Graph(abc.ABC, Generic[T]):
 
 
 class Recorder(abc.ABC):
-    """Records functions, and moves data between host and device, in one order."""
+    """Records functions, and moves data between host and device.
+
+    Functions and downloads come one after another. What is sent to the device may overtake them: `release` and
+    `receive` say where it must not.
+    """
 
     memory_bytes: int = _HOST_MEMORY_BYTES
     """What recordings and their buffers may take; whoever holds them forgets those not used for longest."""
@@ -76,8 +81,18 @@ class Recorder(abc.ABC):
         """Host memory that the device can copy from and to while the host goes on."""
 
     @abc.abstractmethod
-    def upload(self, target: Tensor, source: Tensor) -> None:
-        """Copy from a host buffer to the device; what is replayed next finds it there."""
+    def send(self, target: Tensor, source: Tensor) -> Callable[[], None]:
+        """Begin to copy from a host buffer to the device, beside what was replayed since the latest `release`.
+
+        Returns:
+            What waits until the host buffer may be written again.
+        """
+
+    def release(self) -> None:  # noqa: B027 (most send at once)
+        """What was sent has been read by what was replayed so far, and may be overwritten after it."""
+
+    def receive(self) -> None:  # noqa: B027 (most send at once)
+        """What is replayed from now on comes after everything that was sent so far."""
 
     @abc.abstractmethod
     def download(self, target: Tensor, source: Tensor) -> None:
@@ -121,8 +136,9 @@ class EagerRecorder(Recorder):
     def host_buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype)
 
-    def upload(self, target: Tensor, source: Tensor) -> None:
+    def send(self, target: Tensor, source: Tensor) -> Callable[[], None]:
         target.copy_(source)
+        return lambda: None
 
     def download(self, target: Tensor, source: Tensor) -> None:
         target.copy_(source)
@@ -140,7 +156,8 @@ class CudaRecorder(Recorder):
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream, self._copies = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._sent, self._released = torch.cuda.Event(), torch.cuda.Event()
         self._pool = torch.cuda.graph_pool_handle()
         self.memory_bytes = torch.cuda.get_device_properties(device).total_memory // _MEMORY_SHARE
 
@@ -153,6 +170,7 @@ class CudaRecorder(Recorder):
             recorded = _Captured(*self._capture(work), work)
             # A captured function has not run yet.
             recorded.replay()
+            self.release()
         return recorded
 
     def _capture(self, work: Callable[[], T]) -> tuple[Any, T]:
@@ -177,9 +195,20 @@ class CudaRecorder(Recorder):
     def host_buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, pin_memory=True)
 
-    def upload(self, target: Tensor, source: Tensor) -> None:
-        with torch.cuda.stream(self._stream):
+    def send(self, target: Tensor, source: Tensor) -> Callable[[], None]:
+        self._copies.wait_event(self._released)
+        target.record_stream(self._copies)  # its memory may be given away while the copy is under way
+        with torch.cuda.stream(self._copies):
             target.copy_(source, non_blocking=True)
+        self._sent = torch.cuda.Event()
+        self._sent.record(self._copies)
+        return self._sent.synchronize
+
+    def release(self) -> None:
+        self._released.record(self._stream)
+
+    def receive(self) -> None:
+        self._stream.wait_event(self._sent)
 
     def download(self, target: Tensor, source: Tensor) -> None:
         with torch.cuda.stream(self._stream):
@@ -204,6 +233,35 @@ class CudaRecorder(Recorder):
         with torch.cuda.stream(self._stream):
             yield
         callers.wait_stream(self._stream)
+
+
+@dataclasses.dataclass(eq=False)
+class Inlet:
+    """Where arrays enter the device: a static buffer there, and two in host memory, used in turn.
+
+    The one that is written is not the one that the device may still be copying from; where it is, after a call that
+    was broken off, the host waits.
+
+    Args:
+        recorder: moves the data.
+        target: (n, ...), buffer on the device.
+    """
+
+    recorder: Recorder
+    target: Tensor
+    hosts: list[tuple[Tensor, Callable[[], None]]] = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.target.shape)
+        self.hosts = [(self.recorder.host_buffer(shape, self.target.dtype), lambda: None) for _ in range(2)]
+
+    def send(self, rows: np.ndarray) -> None:
+        """Begin to copy (up to n, ...) `rows`; what the buffer has more of them repeats the first one."""
+        (host, wait), other = self.hosts
+        wait()
+        array = host.numpy()
+        array[: len(rows)], array[len(rows) :] = rows, rows[0]
+        self.hosts = [other, (host, self.recorder.send(self.target, host))]
 
 
 class _Captured(Graph[T]):

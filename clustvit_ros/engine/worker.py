@@ -76,6 +76,11 @@ class FrameSlot(Generic[T]):
         """Whether a worker is at a frame."""
         return self._busy
 
+    def peek(self) -> T | None:
+        """The frame that is next as things stand; it stays, and a newer one may take its place."""
+        with self._condition:
+            return self._first()
+
     def put(self, frame: T, camera: str = "") -> None:
         """Let a frame wait; never blocks."""
         with self._condition:
@@ -160,6 +165,9 @@ class FrameSlot(Generic[T]):
         self._newest = {camera: frame, **self._newest}
         return True
 
+    def _first(self) -> T | None:
+        return next(iter(self._newest.values()), None)
+
     def _next(self) -> T:
         return self._newest.pop(next(iter(self._newest)))
 
@@ -205,6 +213,9 @@ class FrameQueue(FrameSlot[T]):
         self._queue.appendleft((camera, frame))
         self._held_bytes += self._bytes_of(frame)
         return True
+
+    def _first(self) -> T | None:
+        return self._queue[0][1] if self._queue else None
 
     def _next(self) -> T:
         _, frame = self._queue.popleft()

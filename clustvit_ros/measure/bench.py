@@ -45,6 +45,9 @@ ROW_KEYS = (
 """The keys of a result, in order."""
 
 
+_ALL_BUT_CERTAIN = float(np.nextafter(np.float32(1.0), np.float32(0.0)))
+
+
 @dataclass(frozen=True)
 class BenchCase:
     """One network in one configuration.
@@ -96,9 +99,11 @@ class Pipeline:
 
     def __init__(self, case: BenchCase, engine: NetworkEngine) -> None:
         self.case, self.engine = case, engine
+        # As in a node the kept tokens are counted and the count is read back; it is the capacity that decides.
         self._settings = Settings(
-            merge_threshold=1.0, token_capacity=case.token_capacity, confidence=False, input_scale=case.input_scale
-        )
+            merge_threshold=_ALL_BUT_CERTAIN, token_capacity=case.token_capacity, confidence=False,
+            input_scale=case.input_scale,
+        )  # fmt: skip
         self._images = np.random.default_rng(0).integers(0, 256, (case.batch, *case.size, 3), np.uint8)
 
     def __call__(self) -> Stats:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -214,6 +214,7 @@ class FrameSession:
         self._grouping: tuple[Groups | None, ClassGrouping] = None, ClassGrouping(engine.info.classes)
         # Of each camera: what the engine is ready for while nobody subscribes.
         self._ready: dict[str, tuple[Any, SegmentationParameters]] = {}
+        engine.look_ahead(self._upcoming)
         self.named: SegmentationParameters | None = None
         """Values that name classes as this engine's model has them, while those in force are for its successor."""
 
@@ -264,6 +265,17 @@ class FrameSession:
             camera.ledger.add(FrameRecord(camera.name, "unwatched"))
             return None
         return decode(frame, camera, parameters)
+
+    def _upcoming(self) -> np.ndarray | None:
+        """The picture of the frame that is next, where it is had in no time: the mask at hand must not wait for it."""
+        if (frame := self._slot.peek()) is None or not isinstance(frame.message, Image):
+            return None
+        camera = self._cameras[frame.camera]
+        parameters = self._in_force(camera)
+        if not (parameters.batching or parameters.rotate) and is_watched(camera):  # else it will be another array
+            with suppress(Exception):  # told when it is that frame's turn
+                return decode(frame, camera, parameters).image
+        return None
 
     def _in_force(self, camera: Camera) -> SegmentationParameters:
         parameters, named = camera.parameters, self.named

@@ -8,12 +8,15 @@
 
 What a thread does while it captures is written down and done again, on the same memory, by every replay. A device-wide
 wait anywhere in the process, or reading a value back, spoils every capture under way. A replay that reads memory which
-nobody holds any more is an illegal access.
+nobody holds any more is an illegal access. Everything is done at once, but streams and the host are taken to be at work
+at the same time unless a wait orders them: what touches the memory of an `Inlet`, or pinned memory, without such an
+order is a race.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 import time
 import types
@@ -38,8 +41,9 @@ class FakeCuda:
     """The device.
 
     Attributes:
-        calls: how often each kind of call was made: captures, replays, device-wide and stream waits, waits between
-            streams.
+        calls: how often each kind of call was made: captures, replays, device-wide and stream waits, waits for an event
+            that was not over for sure, waits between streams.
+        races: operations that may have met memory which another stream, or the host, was still at.
         collisions: which thread waited for the whole device while another one captured.
         fails: kind of call -> error text of every further one.
         allocator_breaks: whether a failed capture leaves the allocator unusable, as in PyTorch up to 2.8.
@@ -55,18 +59,40 @@ class FakeCuda:
         self._lock, self._local = threading.RLock(), threading.local()
         self._captures: set[_Graph] = set()
         self._broken = False
+        self.races: list[str] = []
+        self.host = _Clock("host")
         self._default = _Stream(self)
+        # Of memory that streams and the host share, by address: who made it, and its accesses since. It is held.
+        self._born: dict[int, tuple[str, int]] = {}
+        self._shared: dict[int, _Shared] = {}
 
     def install(self, monkeypatch) -> None:
         """Take the place of `torch.cuda`."""
-        empty = torch.empty
-        monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
+        empty, as_array = torch.empty, Tensor.numpy
+
+        def allocate(*arguments, pin_memory=False, **options):
+            tensor = empty(*arguments, **options)
+            if pin_memory:
+                self._share(tensor, pinned=True)
+            return tensor
+
+        def numpy(tensor):
+            shared = self._shared.get(_address(tensor))
+            if shared is not None and shared.pinned:
+                self._touch(shared, self.host, True, "the host")
+            return as_array(tensor)
+
+        with torch.device("meta"):
+            empty(1)  # this way of choosing a device looks its functions up once: before they are replaced
+        monkeypatch.setattr(torch, "empty", allocate)
+        monkeypatch.setattr(Tensor, "numpy", numpy)
+        monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: self._share(tensor, pinned=False))
         replacements = {
             "Stream": lambda device=None: _Stream(self), "stream": self._in_stream,
             "current_stream": lambda device=None: getattr(self._local, "stream", self._default),
             "synchronize": lambda device=None: self.whole_device("device wait"),
             "empty_cache": lambda: self.whole_device("empty_cache"), "CUDAGraph": lambda: _Graph(self),
-            "graph_pool_handle": lambda: (0, 1), "Event": _Event,
+            "graph_pool_handle": lambda: (0, 1), "Event": lambda enable_timing=False: _Event(self),
             "get_device_properties": lambda device=None: types.SimpleNamespace(total_memory=self.total_bytes),
             "is_current_stream_capturing": lambda: getattr(self._local, "capturing", None) is not None,
         }  # fmt: skip
@@ -97,17 +123,100 @@ class FakeCuda:
         before = getattr(self._local, "stream", self._default)
         self._local.stream = stream
         try:
-            yield
+            with _Watch(self):
+                yield
         finally:
             self._local.stream = before
+
+    def _share(self, tensor: Tensor, pinned: bool) -> None:
+        """Watch memory from now on."""
+        address = _address(tensor)
+        if address not in self._shared:
+            born = None if pinned else self._born.get(address)
+            self._shared[address] = _Shared(tensor.untyped_storage(), pinned, born)
+
+    def ran(self, func, args, outputs) -> None:
+        """An operation of the current stream, or of the host where it is on pinned memory and waits for its end."""
+        if getattr(self._local, "capturing", None) is not None:
+            return  # done by replays
+        name = func.overloadpacket.__name__
+        read = [_address(tensor) for tensor in tree_leaves(args) if isinstance(tensor, Tensor)]
+        shared = {address: self._shared[address] for address in read if address in self._shared}
+        if not shared and name != "zeros":
+            return
+        made = {_address(tensor) for tensor in tree_leaves(outputs) if isinstance(tensor, Tensor)}
+        by_host = any(memory.pinned for memory in shared.values()) and not (name == "copy_" and args[2:] == (True,))
+        clock = self.host if by_host else torch.cuda.current_stream().clock
+        with self._lock:
+            clock.join(self.host)
+            clock.tick()
+            for address in made.difference(read):
+                self._born[address] = clock.name, clock.times[clock.name]
+        if name.endswith("_") or not made.issubset(read):  # a view touches nothing
+            for address, memory in shared.items():
+                self._touch(memory, clock, name.endswith("_") and address == read[0], f"{name} on {clock.name}")
+
+    def _touch(self, memory: _Shared, clock: _Clock, writes: bool, who: str) -> None:
+        with self._lock:
+            clock.tick()
+            before = [memory.written, *(memory.read.items() if writes else ())]
+            if any(time > clock.times[name] for name, time in filter(None, before)):
+                self.races.append(f"{who} {'writes' if writes else 'reads'} too early")
+            if writes:
+                memory.written, memory.read = (clock.name, clock.times[clock.name]), {}
+            else:
+                memory.read[clock.name] = clock.times[clock.name]
+
+
+def _address(tensor: Tensor) -> int:
+    """Where a tensor's memory begins; 0 for weights in a library's own layout."""
+    return 0 if tensor.is_mkldnn else tensor.untyped_storage().data_ptr()
+
+
+class _Clock:
+    """What a stream, or the host, comes after: a count of operations for each of them."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.times = name, Counter()
+
+    def tick(self) -> None:
+        self.times[self.name] += 1
+
+    def join(self, other: _Clock) -> None:
+        self.times |= other.times
+
+
+@dataclasses.dataclass
+class _Shared:
+    storage: object
+    pinned: bool
+    written: tuple[str, int] | None
+    read: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self, cuda: FakeCuda) -> None:
+        super().__init__()
+        self._cuda = cuda
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outputs = func(*args, **(kwargs or {}))
+        self._cuda.ran(func, args, outputs)
+        return outputs
 
 
 class _Stream:
     def __init__(self, cuda: FakeCuda) -> None:
         self._cuda = cuda
+        self.clock = _Clock(f"stream {id(self)}")
+        self.clock.join(cuda.host)
 
     def wait_stream(self, other) -> None:
         self._cuda.call("wait between streams")
+        self.clock.join(other.clock)
+
+    def wait_event(self, event) -> None:
+        self.clock.join(event.clock)
 
     def synchronize(self) -> None:
         self._cuda.call("stream wait")
@@ -115,14 +224,22 @@ class _Stream:
             if capture.stream is self:
                 capture.invalid = True
                 raise RuntimeError(NOT_PERMITTED)
+        self._cuda.host.join(self.clock)
 
 
 class _Event:
-    def __init__(self, enable_timing: bool = False) -> None:
-        self._time_s = 0.0
+    def __init__(self, cuda: FakeCuda) -> None:
+        self._cuda = cuda
+        self._time_s, self.clock = 0.0, _Clock("event")
 
     def record(self, stream=None) -> None:
-        self._time_s = time.perf_counter()
+        self._time_s, self.clock = time.perf_counter(), _Clock("event")
+        self.clock.join((stream or torch.cuda.current_stream()).clock)
+
+    def synchronize(self) -> None:
+        if not self.clock.times <= self._cuda.host.times:
+            self._cuda.call("event wait")
+        self._cuda.host.join(self.clock)
 
     def elapsed_time(self, other: _Event) -> float:
         return (other._time_s - self._time_s) * 1000.0

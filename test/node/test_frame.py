@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 
 pytest.importorskip("sensor_msgs", reason="needs ROS 2 (sensor_msgs)")
 
-from sensor_msgs.msg import Image
+from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import Header
 
 from clustvit_ros.engine import Engine, EngineInfo, Prediction, ScriptedEngine, Settings
@@ -60,6 +61,10 @@ class SpyEngine(Engine):
         self.images: list[np.ndarray] = []
         self.warmed: list[tuple[int, int] | None] = []
         self.failure: Exception | None = None
+        self.upcoming: Callable[[], np.ndarray | None] = lambda: None
+
+    def look_ahead(self, upcoming: Callable[[], np.ndarray | None]) -> None:
+        self.upcoming = upcoming
 
     @property
     def info(self) -> EngineInfo:
@@ -166,6 +171,32 @@ def test_mask_is_the_engines_with_the_frames_header(pixels: np.ndarray) -> None:
     assert record.stamped
     assert record.age_ms == pytest.approx(1000.0)
     assert bench.logger.infos[0].startswith("first mask: 48x32, 1000.0 ms after the image's stamp")
+
+
+def test_an_engine_looks_ahead_to_the_picture_that_waits(pixels: np.ndarray) -> None:
+    bench = Bench("mask")
+    assert bench.engine.upcoming() is None
+    for shown in (pixels, pixels[::-1]):  # the newer one takes the other's place
+        frame = bench.frame(shown)
+        bench.slot.put(frame)
+        ahead = bench.engine.upcoming()
+        np.testing.assert_array_equal(ahead, shown)
+        assert bench.slot.peek() is frame
+    bench.session.handle(frame)
+    assert bench.engine.images[-1] is ahead, "the very array that the engine was shown"
+
+
+def test_an_engine_is_shown_nothing_that_takes_time_or_will_be_another_picture(pixels: np.ndarray) -> None:
+    message = Bench("mask").frame(pixels).message
+    broken = Image(header=message.header, height=32, width=48, encoding="rgb8", step=3, data=b"short")
+    for shown, values in (
+        (CompressedImage(header=message.header, format="png"), {}), (broken, {}), (message, {"rotate": 180}),
+        (message, {"batching": True}), (message, {"lazy": True}),
+    ):  # fmt: skip
+        bench = Bench(**values)
+        bench.slot.put(Frame(shown, 0))
+        assert bench.engine.upcoming() is None
+    assert not bench.logger.errors
 
 
 def test_only_the_mask_is_computed_for_nobody(pixels: np.ndarray) -> None:
