@@ -99,7 +99,8 @@ def run(args: argparse.Namespace) -> int:
     engine = create_engine(args.model, args.engine, args.device, args.threads)
     info = engine.info
     reason = f" ({info.device_reason})" if info.device_reason else ""
-    print(f"{args.bag} -> {args.output}: model {info.model}, engine {info.engine} on {info.device}{reason}", flush=True)
+    told = f"engine {info.engine_told} on {info.device}{reason}"
+    print(f"{args.bag} -> {args.output}: model {info.model}, {told}", flush=True)
     bar: Any = None
 
     def show(done: int, total: int) -> None:

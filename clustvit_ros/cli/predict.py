@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     engine = create_engine(args.model, args.engine, args.device, args.threads, args.precision)
     info = engine.info
     reason = f" ({info.device_reason})" if info.device_reason else ""
-    print(f"model {info.model}, engine {info.engine} on {info.device}{reason}", flush=True)
+    print(f"model {info.model}, engine {info.engine_told} on {info.device}{reason}", flush=True)
     folder = _make_folder(args.out)
     prediction = _Predictor(engine, parameters, folder, args, unreadable)
     started_s = time.monotonic()

@@ -170,6 +170,8 @@ class EngineInfo:
         tokens_total: patch tokens at `input_size`.
         weights_sha256: hash of the weights file, so that measurements can be kept for it; empty when there is none.
         accuracies: what the model's operating points are worth, as its folder says; empty where it says nothing.
+        execution_providers: ONNX Runtime's, with the share of the network's operations that each of them took, e.g.
+            "CUDAExecutionProvider 98 %, CPUExecutionProvider 2 %"; empty for other engines.
     """
 
     model: str
@@ -182,6 +184,12 @@ class EngineInfo:
     tokens_total: int
     weights_sha256: str = ""
     accuracies: tuple[Accuracy, ...] = ()
+    execution_providers: str = ""
+
+    @property
+    def engine_told(self) -> str:
+        """The engine's name for people, with its execution providers."""
+        return f"{self.engine} ({self.execution_providers})" if self.execution_providers else self.engine
 
 
 class Engine(abc.ABC):

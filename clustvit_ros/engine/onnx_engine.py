@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from clustvit_ros.engine.network_engine import (
     select_device,
 )
 from clustvit_ros.engine.onnx_export import EXEMPT_NAME, describe_export, export_onnx
-from clustvit_ros.engine.onnx_session import open_session, read_metadata
+from clustvit_ros.engine.onnx_session import describe_providers, open_session, read_metadata
 from clustvit_ros.errors import ConfigError, EngineError, ModelError
 from clustvit_ros.networks.model_folder import ModelConfig, hash_weights, inside, load_config
 from clustvit_ros.networks.vit import grid_size_of
@@ -95,7 +96,8 @@ class OnnxEngine(NetworkEngine):
         super().__init__(
             "onnxruntime", config, selected, describe_device(selected), reason, self._weights_sha256, precision
         )
-        self._sessions: dict[tuple[int, int], Any] = {config.input.size: session}
+        self._sessions: dict[tuple[int, int], Any] = {}
+        self._keep(config.input.size, session)
 
     def infer(
         self, x: Tensor, settings: Settings, lap: Lap = lambda stage: None, exempt: Tensor | None = None
@@ -173,10 +175,15 @@ class OnnxEngine(NetworkEngine):
             session, problem = self._open(self._config, size, self._device)
             if problem:
                 raise EngineError(f"{self._info.device}: {problem}")
-        while len(self._sessions) >= _MOST_SESSIONS:
-            del self._sessions[next(iter(self._sessions))]
+            self._keep(size, session)
         self._sessions[size] = session  # the last one now
         return session
+
+    def _keep(self, size: tuple[int, int], session: Any) -> None:
+        while len(self._sessions) >= _MOST_SESSIONS:
+            del self._sessions[next(iter(self._sessions))]
+        self._sessions[size] = session
+        self._info = replace(self._info, execution_providers=describe_providers(session))
 
     def _open(self, config: ModelConfig, size: tuple[int, int], device: torch.device) -> tuple[Any, str]:
         """A session for a size of the network's input, and why it is not on the wanted provider."""

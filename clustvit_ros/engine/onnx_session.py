@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -83,6 +84,7 @@ def open_session(
     options.log_severity_level = 3  # a provider that does not load is reported below, once, not as a warning per start
     # Threads that wait by spinning take the cores from the post-processing that follows.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
         session = onnxruntime.InferenceSession(
             str(path),
@@ -98,6 +100,21 @@ def open_session(
         f"ONNX Runtime {onnxruntime.__version__} runs on {running[0]} instead of {PROVIDERS[name]} "
         f"(it was built with {', '.join(onnxruntime.get_available_providers())})"
     )
+
+
+def describe_providers(session: Any) -> str:
+    """Providers that a session runs on, each with its share of the file's operations, the largest first.
+
+    What one of them was preferred for is not what it took: TensorRT leaves what has no static shape to CUDA, and that
+    leaves to the CPU what it has no kernel for.
+    """
+    if not hasattr(session, "get_provider_graph_assignment_info"):  # since 1.24
+        return ", ".join(session.get_providers()) + " (this ONNX Runtime does not tell shares)"
+    counts: Counter[str] = Counter()
+    for assigned in session.get_provider_graph_assignment_info():
+        counts[assigned.ep_name] += len(assigned.get_nodes())
+    total = sum(counts.values())
+    return ", ".join(f"{name} {100 * count / total:.0f} %" for name, count in counts.most_common())
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import datetime
+import math
 import multiprocessing
 import re
 import statistics
@@ -39,13 +40,13 @@ from clustvit_ros.networks.model_folder import load_config
 from clustvit_ros.policy import percentile
 
 ROW_KEYS = (
-    "arch", "engine", "device", "precision", "threads", "size", "batch", "classes", "tokens_total", "tokens_kept",
-    "p50_ms", "p95_ms", "p99_ms", "gflops", "parameters", "peak_memory_mb", "stages_ms",
+    "arch", "engine", "execution_providers", "device", "precision", "threads", "size", "batch", "classes",
+    "tokens_total", "tokens_kept", "p50_ms", "p95_ms", "p99_ms", "gflops", "parameters", "peak_memory_mb", "stages_ms",
 )  # fmt: skip
 """The keys of a result, in order."""
 
 
-_ALL_BUT_CERTAIN = float(np.nextafter(np.float32(1.0), np.float32(0.0)))
+_ALL_BUT_CERTAIN = math.nextafter(1.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -159,9 +160,10 @@ def _row(pipeline: Pipeline, samples: Sequence[Stats], times_ms: list[float]) ->
     # What ran, not what was asked for: graphs fall back to eager frames where they cannot be captured.
     engine = f"{info.engine}:{case.execution_provider}" if case.execution_provider else info.engine
     values = (
-        case.arch, f"{engine}:compiled" if case.compiled else engine, info.device, info.precision,
-        torch.get_num_threads(), f"{size[0]}x{size[1]}", case.batch, len(config.classes), stats.tokens_total, kept,
-        p50_ms, p95_ms, p99_ms, round(cost.flops / 1e9, 3), cost.parameters, round(_peak_memory_mb(case), 1), stages_ms,
+        case.arch, f"{engine}:compiled" if case.compiled else engine, info.execution_providers, info.device,
+        info.precision, torch.get_num_threads(), f"{size[0]}x{size[1]}", case.batch, len(config.classes),
+        stats.tokens_total, kept, p50_ms, p95_ms, p99_ms, round(cost.flops / 1e9, 3), cost.parameters,
+        round(_peak_memory_mb(case), 1), stages_ms,
     )  # fmt: skip
     return dict(zip(ROW_KEYS, values, strict=True))
 

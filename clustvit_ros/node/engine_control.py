@@ -252,7 +252,7 @@ class EngineControl:
             )
         reason = f" ({info.device_reason})" if info.device_reason else ""
         self._say(
-            f"{info.model} runs on {info.device}{reason}: engine {info.engine}, {info.precision}, "
+            f"{info.model} runs on {info.device}{reason}: engine {info.engine_told}, {info.precision}, "
             f"{len(info.classes)} classes, {info.tokens_total} tokens at {info.input_size[1]}x{info.input_size[0]}; "
             f"loaded and warm in {time.monotonic() - start_s:.1f} s"
         )

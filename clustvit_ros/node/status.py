@@ -78,6 +78,8 @@ def camera_status(
             "model": info.model, "engine": info.engine, "device": info.device, "device_reason": info.device_reason,
             "precision": info.precision, "classes": str(len(info.classes)),
         }  # fmt: skip
+        if info.execution_providers:
+            pairs["execution_providers"] = info.execution_providers
     if loading:
         pairs["loading"] = loading
     pairs |= budget.as_pairs() | ledger.window_pairs()

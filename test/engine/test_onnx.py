@@ -14,6 +14,7 @@ import json
 import re
 import resource
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from clustvit_ros.engine import Settings, create_engine, onnx_engine, onnx_sessi
 from clustvit_ros.engine.ladder import choose_capacity, default_ladder
 from clustvit_ros.engine.onnx_engine import OnnxEngine
 from clustvit_ros.engine.onnx_export import export_onnx
-from clustvit_ros.engine.onnx_session import open_session, read_metadata
+from clustvit_ros.engine.onnx_session import describe_providers, open_session, read_metadata
 from clustvit_ros.engine.torch_engine import TorchEngine
 from clustvit_ros.errors import ConfigError, EngineError, ModelError
 from clustvit_ros.networks import build_network, load_config, load_segmenter, save_model
@@ -259,6 +260,25 @@ def test_a_missing_package_names_the_extra(toy_model, onnx_cache, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without_onnxruntime)
     with pytest.raises(EngineError, match="install clustvit_ros with its 'onnx' extra"):
         create_engine(str(toy_model), "onnxruntime", "cpu")
+
+
+def test_providers_are_told_with_what_they_took(toy_model, onnx_cache):
+    engine = create_engine(str(toy_model), "onnxruntime", "cpu")
+    assert engine.info.execution_providers == "CPUExecutionProvider 100 %"
+    assert engine.info.engine_told == "onnxruntime (CPUExecutionProvider 100 %)"
+    assert TorchEngine.from_model(toy_model, "cpu").info.engine_told == "torch"
+
+    def took(provider, nodes):
+        return SimpleNamespace(ep_name=provider, get_nodes=lambda: [None] * nodes)
+
+    kernels = [took("CPUExecutionProvider", 1), *[took("CUDAExecutionProvider", 1)] * 6]
+    session = SimpleNamespace(
+        get_provider_graph_assignment_info=lambda: [*kernels, took("TensorrtExecutionProvider", 13)]
+    )
+    expected = "TensorrtExecutionProvider 65 %, CUDAExecutionProvider 30 %, CPUExecutionProvider 5 %"
+    assert describe_providers(session) == expected
+    old = SimpleNamespace(get_providers=lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    assert describe_providers(old).startswith("CUDAExecutionProvider, CPUExecutionProvider (")
 
 
 @pytest.fixture
