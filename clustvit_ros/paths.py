@@ -59,6 +59,15 @@ def user_cache_dir() -> Path:
         return temporary_cache_dir()
 
 
+def user_models_dir() -> Path:
+    """Where models go that a user gets: `clustvit_ros/models` in `$XDG_DATA_HOME` or `~/.local/share`."""
+    given = os.environ.get("XDG_DATA_HOME")
+    try:
+        return (Path(given) if given else Path.home() / ".local" / "share") / "clustvit_ros" / "models"
+    except RuntimeError:  # a container's user without a home
+        return temporary_cache_dir() / "models"
+
+
 def temporary_cache_dir() -> Path:
     """A folder of this user alone where temporary files go (`TMPDIR`), for what the home has no room for."""
     with contextlib.suppress(OSError):
@@ -88,7 +97,7 @@ def _usable(folder: Path) -> Path:
 
 
 def find_model(name_or_path: str | Path) -> Path:
-    """The folder of a shipped model by its name, or any model folder by its path.
+    """The folder of a shipped model, or of one that the user got, by its name, or any model folder by its path.
 
     Raises:
         ModelError: there is no such model.
@@ -97,13 +106,14 @@ def find_model(name_or_path: str | Path) -> Path:
     if (given / MODEL_FILE).is_file():
         return given
     if given.name == str(name_or_path):
-        models = share_dir() / "models"
-        if (models / given / MODEL_FILE).is_file():
-            return models / given
+        for models in (share_dir() / "models", user_models_dir()):
+            if (models / given / MODEL_FILE).is_file():
+                return models / given
         shipped = [folder.name for folder in shipped_models()]
         raise ModelError(
             f"model {str(name_or_path)!r} is not shipped (shipped: {', '.join(shipped) or 'none'}) and no "
-            "folder of that name holds a model.yaml; pass one of these names or the path of a model folder"
+            "folder of that name holds a model.yaml; pass one of these names or the path of a model folder, or get it "
+            "first (`clustvit-ros models --released`)"
         )
     raise ModelError(
         f"model folder {given} holds no {MODEL_FILE}; pass a shipped model's name or a model folder's path"
@@ -118,7 +128,16 @@ def model_name(folder: Path) -> str:
 
 def shipped_models() -> list[Path]:
     """Folders of the models that come with the package."""
-    return sorted(path.parent for path in (share_dir() / "models").glob(f"*/{MODEL_FILE}"))
+    return _models_in(share_dir() / "models")
+
+
+def user_models() -> list[Path]:
+    """Folders of the models that the user got."""
+    return _models_in(user_models_dir())
+
+
+def _models_in(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.glob(f"*/{MODEL_FILE}"))
 
 
 def shipped_recipes() -> dict[str, Path]:

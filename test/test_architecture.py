@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "clustvit_ros"
-FOUNDATION = {"errors", "config", "paths", "classes", "images", "compressed_images", "jpeg", "dds"}
+FOUNDATION = {"errors", "config", "paths", "classes", "images", "compressed_images", "jpeg", "dds", "released"}
 # The document is the rule: room -> rooms that it may import.
 PAGE = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
 ALLOWED = {
@@ -54,7 +54,7 @@ def test_the_document_lists_the_rooms_and_foundations_that_there_are():
 
 def test_the_house_is_as_small_as_it_claims():
     files = list(PACKAGE.rglob("*.py"))
-    assert len(files) <= 141
+    assert len(files) <= 143
     root = PACKAGE.parent
     files += [path for room in ("launch", "scripts", "test") for path in (root / room).rglob("*.py")]
     assert {path.name for path in files if len(path.read_text().splitlines()) > 400} == set()

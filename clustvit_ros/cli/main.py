@@ -39,7 +39,11 @@ COMMANDS = {
         "predict street.jpg", "predict drive/ --merge-threshold 0.3", "predict drive.mp4 --budget-ms 40",
         "predict /dev/video0 --show", "predict 'rtsp://USER:PASSWORD@HOST/stream' --model camvid_small",
     )),
-    "models": Command("predict", "add_models_parser", ("models", "models --json")),
+    "models": Command("models", "add_list_parser", ("models", "models --json", "models --released")),
+    "get": Command("models", "add_get_parser", (
+        "get ade20k_vit_b", "get ade20k_vit_b --file Downloads/64205613.pth",
+        "get https://HOST/mine.pth --out models/mine",
+    )),
     "demo": Command("demo", "add_parser", ("demo", "demo --source drive.mp4", "demo --source /dev/video0 --view")),
     "doctor": Command("doctor", "add_parser", ("doctor", "doctor --topic /camera/image_raw --json")),
     "param": Command("doctor", "add_param_parser", (
@@ -63,7 +67,7 @@ COMMANDS = {
     "label_bag": Command("label_bag", "add_parser", ("label-bag drive_1 drive_1_labels",)),
     "label_bags": Command("label_bag", "add_fleet_parser", ("label-bags 'recordings/**' --out labels/",)),
     "export": Command("export", "add_parser", ("export --model camvid_tiny",)),
-    "import_checkpoint": Command("import_checkpoint", "add_parser", (
+    "import_checkpoint": Command("models", "add_parser", (
         "import-checkpoint --checkpoint official.pth --out models/mine",
     )),
     "convert_labels": Command("datasets", "add_convert_parser", (

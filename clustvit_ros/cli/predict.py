@@ -4,10 +4,7 @@
 # applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
 # governing permissions and limitations under the License.
-"""`clustvit-ros predict`: masks of pictures, videos and cameras, without ROS and without labels.
-
-And `clustvit-ros models`: what they can be predicted with.
-"""
+"""`clustvit-ros predict`: masks of pictures, videos and cameras, without ROS and without labels."""
 
 from __future__ import annotations
 
@@ -31,8 +28,7 @@ from clustvit_ros.engine.masks import draw_overlay
 from clustvit_ros.errors import ConfigError, ImageError
 from clustvit_ros.images import IMAGE_SUFFIXES, check_pixels
 from clustvit_ros.measure.pictures import FilmWriter, annotated, class_legend, save_picture, window_problem
-from clustvit_ros.networks.model_folder import load_config
-from clustvit_ros.paths import replacing, shipped_models, shipped_recipes
+from clustvit_ros.paths import replacing
 from clustvit_ros.policy import Policy, percentile
 from clustvit_ros.policy.parameter_spec import build
 from clustvit_ros.policy.parameters import SegmentationParameters
@@ -342,33 +338,3 @@ class _Notes:
             tqdm.write(text)
 
     error = warning
-
-
-def add_models_parser(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("models", help="list the models and training recipes that come with the package")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(run=list_models)
-
-
-def list_models(args: argparse.Namespace) -> int:
-    """Print every shipped model: classes, scores, and what it may be used for."""
-    configs = [load_config(folder) for folder in shipped_models()]
-    rows = [
-        {
-            "name": config.name, "architecture": config.architecture, "input_size": list(config.input.size),
-            "classes": list(config.classes.names), "miou": config.scores.get("miou"),
-            "split": config.scores.get("split"), "data": config.training.get("data", ""), "terms": config.licence,
-        }
-        for config in configs
-    ]  # fmt: skip
-    if args.json:
-        print(json.dumps({"models": rows, "recipes": list(shipped_recipes())}, indent=1))
-        return 0
-    for row in rows:
-        height, width = row["input_size"]
-        print(f"{row['name']}: mIoU {row['miou']:.1f} ({row['split']}), {row['architecture']} at {width}x{height}")
-        for key in ("classes", "data", "terms"):
-            text = ", ".join(row[key]) if key == "classes" else row[key]
-            print(f"  {key:<8} {text}")
-    print(f"recipes for `clustvit-ros train`: {', '.join(shipped_recipes())}")
-    return 0

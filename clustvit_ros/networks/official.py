@@ -43,7 +43,7 @@ _UPERNET = (
     (r"fpn_convs\.(\d)\.", r"smooth.{}."), (r"bottleneck\.", r"bottleneck."), (r"fpn_bottleneck\.", r"fuse."),
 )  # fmt: skip
 _NECK = {"lateral_convs": "lateral", "convs": "smooth"}
-_TRAINING_ONLY = ("auxiliary_head.",)
+_TRAINING_ONLY = ("auxiliary_head.", "data_preprocessor.", "criterion.", "loss.")
 _CLUSTR_STAGE = re.compile(r"(patch_embed|block|norm)([1-4])\.(.+)")
 # Coarse clusters stand for these many tokens, squared, in every published size; no parameter's shape tells.
 PUBLISHED_SR_RATIOS = (8, 4, 2, 1)
@@ -294,7 +294,7 @@ def hints_of(model: dict[str, Any]) -> dict[str, Any]:
         if len(points) > 1:
             raise ConfigError(f"injection_points: got {points}, official checkpoints have exactly one")
     blocks = backbone.get("out_indices")
-    if isinstance(blocks, list) and len(blocks) == NUM_LEVELS and head.get("type") == "UPerHead":
+    if isinstance(blocks, (list, tuple)) and len(blocks) == NUM_LEVELS and head.get("type") == "UPerHead":
         hints["head_blocks"] = list(blocks)
     size = backbone.get("img_size")
     if size:

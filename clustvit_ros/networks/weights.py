@@ -7,8 +7,7 @@
 """The one importer of weights: every known layout to this package's names, for training and for model folders alike.
 
 Layouts: our own; OpenMMLab's and ClusTR's (see `official`); and timm's `vision_transformer`, in which augreg (Steiner
-et al., arXiv 2106.10270), DeiT and DeiT III are published. Files are read with `weights_only=True`; nothing in them is
-ever executed, and a checkpoint's own configuration, Python text in the file, is read as literals.
+et al., arXiv 2106.10270), DeiT and DeiT III are published. `checkpoint` reads the files.
 
 Our ViT has fewer parameters than some of them; what it lacks does the same when it is folded into what it has:
 
@@ -21,24 +20,21 @@ A class or distillation token's own head is left out, as is a distillation token
 
 from __future__ import annotations
 
-import ast
 import math
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from clustvit_ros.config import to_mapping
 from clustvit_ros.errors import ConfigError, ModelError
 from clustvit_ros.networks.architectures import ARCHITECTURES, build_network
+from clustvit_ros.networks.checkpoint import Checkpoint
 from clustvit_ros.networks.clustr import ClusTRConfig
-from clustvit_ros.networks.model_folder import WEIGHTS_FILE, check_weights, load_config
+from clustvit_ros.networks.model_folder import check_weights
 from clustvit_ros.networks.official import (
     clustr_shape,
     count_blocks,
@@ -51,79 +47,12 @@ from clustvit_ros.networks.official import (
 from clustvit_ros.networks.segmenter import NetworkConfig, Segmenter
 from clustvit_ros.networks.vit import grid_size_of
 from clustvit_ros.networks.vit_config import ViTConfig
-from clustvit_ros.paths import MODEL_FILE
 
 POSITIONS = "backbone.pos_embed"
-_WRAPPERS = ("state_dict", "model", "model_state", "module")
 # What belongs to classification.
 _LEFT_OUT = re.compile(r"(backbone\.)?((head|head_dist|fc_norm|pre_logits|head_drop)\.|dist_token$)")
 # What an encoder's weights leave to be trained.
 _FRESH = ("head.", "backbone.clusterer.", "backbone.regenerator.", "backbone.later_")
-
-
-class Checkpoint(NamedTuple):
-    """A file of weights.
-
-    Attributes:
-        weights: parameter names to tensors; names are as in the file, without `module.` in front.
-        model: the `model` section of the configuration that the file carries; empty when it carries none.
-        grid_size: (h, w) patches of the position embedding, where the file or its model folder says so.
-        others: names beside the weights of what is no tensor.
-    """
-
-    weights: dict[str, Tensor]
-    model: dict[str, Any]
-    grid_size: tuple[int, int] | None = None
-    others: Sequence[str] = ()
-
-
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a file of weights without executing anything in it.
-
-    Args:
-        path: `.safetensors` file, or what `torch.load` reads with `weights_only=True`; the weights may lie below
-            `state_dict`, `model`, `model_state` or `module`, beside whatever else a training saved.
-
-    Raises:
-        ModelError: unreadable, or no weights in it.
-        ConfigError: the `model.yaml` beside a model folder's weights cannot be used.
-    """
-    grid_size = None
-    try:
-        if path.suffix == ".safetensors":
-            content: Any = load_file(path)
-            with safe_open(path, framework="pt") as file:
-                text = (file.metadata() or {}).get("grid_size", "")
-            if re.fullmatch(r"\d+x\d+", text):
-                height, width = map(int, text.split("x"))
-                grid_size = height, width
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise ModelError(f"{path}: does not exist; expected a file of weights, .pth or .safetensors") from error
-    except Exception as error:  # the readers raise whatever a damaged file makes them stumble over
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if not isinstance(error, (OSError, RuntimeError, SafetensorError)):
-            # PyTorch recommends to load without `weights_only`, which would execute what is in the file.
-            reason = "it is damaged or holds other objects"
-        raise ModelError(
-            f"{path}: cannot be read as weights of plain tensors ({reason}); pass a .safetensors file, or, if it is a "
-            "training checkpoint with other objects in it, save its state_dict alone"
-        ) from error
-    if path.name == WEIGHTS_FILE and (path.parent / MODEL_FILE).is_file():
-        network = load_config(path.parent).network
-        grid_size = grid_size_of(network.image_size, network.patch_size)
-    meta = content.get("meta", {}) if isinstance(content, dict) else {}
-    text = meta.get("cfg", "") if isinstance(meta, dict) else ""
-    for name in _WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(name), dict):
-            content = content[name]
-    content = content if isinstance(content, dict) else {}
-    weights = {k.removeprefix("module."): v for k, v in content.items() if isinstance(v, Tensor) and isinstance(k, str)}
-    if not weights:
-        raise ModelError(f"{path}: holds no tensors by name; expected a state_dict of tensors")
-    others = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
-    return Checkpoint(weights, _model_section(text) if isinstance(text, str) else {}, grid_size, others)
 
 
 class Imported(NamedTuple):
@@ -339,27 +268,3 @@ def _fold_layer_scale(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             folded[f"{layer}.weight"] = gamma[:, None] * weights[f"{layer}.weight"]
             folded[f"{layer}.bias"] = gamma * weights[f"{layer}.bias"]
     return folded
-
-
-def _model_section(text: str) -> dict[str, Any]:
-    """The `model = dict(...)` of a configuration text, literals and dict() calls only; empty when there is none."""
-    try:
-        tree = ast.parse(text)
-    except SyntaxError:
-        return {}
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "model":
-            value = _literal(node.value)
-            return value if isinstance(value, dict) else {}
-    return {}
-
-
-def _literal(node: ast.expr) -> Any:
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
-        return {keyword.arg: _literal(keyword.value) for keyword in node.keywords}
-    if isinstance(node, (ast.List, ast.Tuple)):
-        return [_literal(item) for item in node.elts]
-    try:
-        return ast.literal_eval(node)
-    except ValueError:
-        return None

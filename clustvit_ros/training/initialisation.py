@@ -27,10 +27,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clustvit_ros.errors import ModelError
+from clustvit_ros.networks.checkpoint import read_checkpoint
 from clustvit_ros.networks.model_folder import WEIGHTS_FILE
 from clustvit_ros.networks.segmenter import Segmenter
 from clustvit_ros.networks.vit import VisionTransformer
-from clustvit_ros.networks.weights import POSITIONS, fit_positions, import_weights, read_checkpoint
+from clustvit_ros.networks.weights import POSITIONS, fit_positions, import_weights
 from clustvit_ros.paths import MODEL_FILE, replacing, share_dir
 
 ENCODER_FILE = "encoder.safetensors"

@@ -4,20 +4,159 @@
 # applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
 # governing permissions and limitations under the License.
-"""Files that are no checkpoint, or one that nobody trained: one line, and no model."""
+"""Checkpoints as trainings leave them, and files that are none: a model, or one line and no model."""
 
 from __future__ import annotations
 
+import pickle
+import sys
+import types
+
+import numpy as np
 import pytest
 import torch
 
 from clustvit_ros.cli.main import main
-from clustvit_ros.networks import ViTConfig, build_network
+from clustvit_ros.errors import ModelError
+from clustvit_ros.networks import ViTConfig, build_network, load_config, load_segmenter
+from clustvit_ros.networks.checkpoint import read_checkpoint
 from clustvit_ros.networks.official import to_official
 
 
-def import_(checkpoint, out):
-    return main(["import-checkpoint", "--checkpoint", str(checkpoint), "--out", str(out)])
+def import_(checkpoint, out, *options):
+    return main(["import-checkpoint", "--checkpoint", str(checkpoint), "--out", str(out), *options])
+
+
+@pytest.fixture(scope="module")
+def official():
+    torch.manual_seed(0)
+    config = ViTConfig(image_size=(32, 32), embed_dim=64, depth=4, num_heads=1, injection_point=1, head_depth=1)
+    return to_official(build_network(config, 3).state_dict())
+
+
+CONFIG = (
+    "img = dict(mean=[1])\nmodel = dict(backbone=dict(num_heads=2, injection_points=[1], type='ClustViT'), decode_head="
+    "dict(num_heads=1), data_preprocessor=dict(mean=[1.0, 2, 3], std=[4, 5, 6], bgr_to_rgb=True))\n"
+)
+
+
+@pytest.fixture
+def training(monkeypatch):
+    """What a training of MMEngine keeps beside its weights, objects of its own among them."""
+    module = types.ModuleType("mmengine.logging.history_buffer")
+
+    class HistoryBuffer:
+        def mean(self):
+            raise AssertionError("nothing of a checkpoint runs")
+
+        def __setstate__(self, state):
+            raise AssertionError("nothing of a checkpoint runs")
+
+    HistoryBuffer.__module__, HistoryBuffer.__qualname__ = module.__name__, "HistoryBuffer"
+    HistoryBuffer.mean.__qualname__ = "HistoryBuffer.mean"
+    HistoryBuffer.mean.__module__ = module.__name__
+    module.HistoryBuffer = HistoryBuffer
+    for name in ("mmengine", "mmengine.logging"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    buffer = HistoryBuffer()
+    buffer.history, buffer.methods = np.arange(9.0), {"mean": HistoryBuffer.mean}
+    return {
+        "meta": {"cfg": CONFIG, "iter": 7, "dataset_meta": {
+            "classes": ("road ", "tree", "sky"), "palette": [[1, 2, 3], [4, 5, 6], [7, 8, 9]], "label_map": None,
+        }},
+        "message_hub": {"log_scalars": {"loss": buffer}, "lr": np.float64(0.1)},
+        "optimizer": {"state": {0: {"momentum_buffer": torch.zeros(2)}}, "param_groups": [{"lr": 0.1}]},
+    }  # fmt: skip
+
+
+def test_a_training_file_of_mmengine_gives_its_model_names_and_normalisation(tmp_path, official, training, capsys):
+    torch.save({**training, "state_dict": official}, tmp_path / "a.pth")
+    with pytest.raises(pickle.UnpicklingError):  # so it is: PyTorch alone refuses it
+        torch.load(tmp_path / "a.pth", weights_only=True)
+    assert import_(tmp_path / "a.pth", tmp_path / "m") == 0
+    config = load_config(tmp_path / "m")
+    assert config.classes.names == ("road", "tree", "sky") and config.classes.colours[1] == (4, 5, 6)
+    assert (config.input.mean, config.input.std) == ((1.0, 2.0, 3.0), (4.0, 5.0, 6.0))
+    assert (config.network.num_heads, config.network.injection_point, config.network.head_heads) == (2, 1, 1)
+    assert "assumed" not in capsys.readouterr().err
+    loaded = to_official(load_segmenter(tmp_path / "m").state_dict())
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in official.items())
+    with pytest.raises(pickle.UnpicklingError):  # and nothing stays allowed
+        torch.load(tmp_path / "a.pth", weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("meta", "names", "first"),
+    [
+        ({"CLASSES": ["a", "b", "c"], "PALETTE": [[9, 9, 9]] * 3}, ("a", "b", "c"), (9, 9, 9)),
+        ({"dataset_meta": {"CLASSES": ("a", "b", "c")}}, ("a", "b", "c"), None),
+        ({"CLASSES": ["a", "b"]}, ("background", "rumex_obtusifolius", "rumex_crispus"), (0, 0, 0)),
+        ({"CLASSES": ["a", "a", "a"]}, ("background", "rumex_obtusifolius", "rumex_crispus"), (0, 0, 0)),
+        ({"CLASSES": 7, "PALETTE": "x", "cfg": "model = dict(" * 2000}, ("background", "rumex_obtusifolius"), None),
+        (None, ("background",), None),
+    ],
+)
+def test_class_names_of_every_age_are_read(tmp_path, official, meta, names, first):
+    torch.save({"meta": meta, "state_dict": official}, tmp_path / "a.pth")
+    assert import_(tmp_path / "a.pth", tmp_path / "m") == 0
+    classes = load_config(tmp_path / "m").classes
+    assert classes.names[: len(names)] == names and (first is None or classes.colours[0] == first)
+
+
+def prefixed(weights, prefix):
+    return {prefix + name: tensor for name, tensor in weights.items()}
+
+
+def zeros(weights):
+    return {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+
+
+AUXILIARY = {"auxiliary_head.0.conv_seg.weight": torch.ones(3), "data_preprocessor.mean": torch.ones(3)}
+WAYS = {
+    "several GPUs": lambda w: {"state_dict": prefixed(w, "module.")},
+    "twice wrapped": lambda w: {"model": {"state_dict": prefixed(w, "module._orig_mod.")}},
+    "Lightning": lambda w: {"state_dict": prefixed(w, "model."), "epoch": 3},
+    "auxiliary heads": lambda w: {"state_dict": {**w, **AUXILIARY}},
+    "MMEngine's average": lambda w: {
+        "state_dict": w, "ema_state_dict": {"steps": torch.tensor(3), **prefixed(zeros(w), "module.")},
+    },
+    "the average alone": lambda w: {"ema_state_dict": {"steps": torch.tensor(3), **prefixed(w, "module.")}},
+    "OpenMMLab 1.x's average": lambda w: {
+        "state_dict": {**w, **{"ema_" + name.replace(".", "_"): tensor for name, tensor in zeros(w).items()}},
+    },
+    "a second copy": lambda w: {**prefixed(zeros(w), "ema_model.module."), **prefixed(w, "model.")},
+    "a marked copy alone": lambda w: prefixed(w, "ema_"),
+    "timm's training": lambda w: {"state_dict": w, "state_dict_ema": zeros(w)},
+    "no wrapper at all": lambda w: w,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_weights_are_found_however_they_are_wrapped(tmp_path, official, way):
+    torch.save(WAYS[way](official), tmp_path / "a.pth")
+    assert import_(tmp_path / "a.pth", tmp_path / "m") == 0
+    loaded = to_official(load_segmenter(tmp_path / "m").state_dict())
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in official.items())
+
+
+def test_another_entry_is_taken_when_asked_for_and_told_in_any_case(tmp_path, official, capsys):
+    torch.save({"state_dict": zeros(official), "ema_state_dict": prefixed(official, "module.")}, tmp_path / "a.pth")
+    assert import_(tmp_path / "a.pth", tmp_path / "m") == 0
+    assert "took state_dict; the file holds weights below ema_state_dict as well (--entry" in capsys.readouterr().out
+    assert import_(tmp_path / "a.pth", tmp_path / "m", "--entry", "ema_state_dict") == 0
+    loaded = to_official(load_segmenter(tmp_path / "m").state_dict())
+    assert torch.equal(loaded["backbone.cls_token"], official["backbone.cls_token"])
+    assert import_(tmp_path / "a.pth", tmp_path / "m", "--entry", "model") == 2
+    assert "holds no weights below 'model', expected one of state_dict, ema_state_dict" in capsys.readouterr().err
+
+
+def test_a_file_that_holds_itself_ends(tmp_path):
+    content = {"epoch": 3}
+    content["model"] = content
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(ModelError, match="holds no tensors by name"):
+        read_checkpoint(tmp_path / "a.pth")
 
 
 def hostile_checkpoints():
