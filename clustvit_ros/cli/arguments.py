@@ -83,8 +83,8 @@ def add_variants(parser: argparse.ArgumentParser) -> None:
     """Options that run a model's weights with another way to merge or decode."""
     parser.add_argument(
         "--merge", type=parse_names, default=("",),
-        help="ways to merge, separated by commas: none, clusters (ClustViT's own), algm, cts (of a model that has a "
-        "policy network), tome, kmeans (default: the model's)",
+        help="ways to merge, separated by commas: none, clusters (ClustViT's own), algm, algm+clusters, cts (of a "
+        "model that has a policy network), tome, kmeans (default: the model's)",
     )  # fmt: skip
     parser.add_argument(
         "--decode", type=parse_names, default=("",),

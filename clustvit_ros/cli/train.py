@@ -141,13 +141,11 @@ def run(args: argparse.Namespace) -> int:
     if args.folds_only and not folds:
         raise ConfigError("--folds-only: got no --folds, expected --folds N or --folds group beside it")
     args.recipe = find_recipe(args.recipe)
-    recipe = read_recipe(args.recipe)
-    if args.without_merging:
-        recipe = recipe.without_merging()
     if args.init == "":
         raise ConfigError("--init: got nothing, expected weights to start from; leave it out for the recipe's own")
-    if args.init is not None:
-        recipe = dataclasses.replace(recipe, init=args.init)
+    recipe = read_recipe(args.recipe, args.init)
+    if args.without_merging:
+        recipe = recipe.without_merging()
     recipe = dataclasses.replace(recipe, schedule=overridden(recipe.schedule, args))
     if args.input_size is not None:
         recipe = dataclasses.replace(recipe, input=dataclasses.replace(recipe.input, size=args.input_size))

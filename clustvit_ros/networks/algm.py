@@ -16,6 +16,9 @@ result (`decode: compact`).
 Exact mode follows the authors' code (tue-mps/algm-segmenter), incl. that all images of a batch merge as often as the
 one that merges least. With a capacity, how often windows and pairs are merged follows from it alone, so that all shapes
 are static; a token left over at the edge of an odd grid is in no window.
+
+Windows first and ClustViT's clusters afterwards go together as well: the blocks before the Clusterer, which ClustViT
+runs on all tokens, then run on fewer.
 """
 
 from __future__ import annotations
@@ -36,7 +39,17 @@ from clustvit_ros.networks.bipartite_merging import (
     merge_most_similar,
     similarity_score,
 )
-from clustvit_ros.networks.clustering import gather_rows
+from clustvit_ros.networks.clustering import (
+    Clusterer,
+    Merge,
+    MergeScores,
+    Regenerator,
+    gather_rows,
+    merge_exactly,
+    merge_scores,
+    merge_to_capacity,
+    unmerge,
+)
 from clustvit_ros.networks.segmenter import Features
 from clustvit_ros.networks.vit import Block
 
@@ -101,13 +114,7 @@ class LocalGlobalMergingViT(TrainingFreeViT):
     ) -> Features:
         """Merge and run the remaining blocks. Each row is one group of tokens, and one token of it counts as kept."""
         N, W = state.x.shape[1] - 1, state.score.shape[1]
-        traced = isinstance(token_capacity, Tensor)
-        capacity = token_capacity
-        if capacity is None:
-            windows: int | Tensor = int((state.score > merge_threshold).sum(dim=1).min())
-        else:
-            capacity = capacity if traced else min(max(int(capacity), 1), N)
-            windows = _windows_of(capacity, N, W)
+        capacity, windows = self._plan(state, merge_threshold, token_capacity)
         groups = merge_windows(state.x, state.score, windows, state.grid_size)
         levels = list(state.levels)
         for index in range(self.injection_point, len(self.blocks)):
@@ -119,7 +126,7 @@ class LocalGlobalMergingViT(TrainingFreeViT):
             groups = groups._replace(x=groups.x + block.mlp(block.norm2(groups.x)))
             if self.hands_out(index):
                 levels.append(gather_rows(groups.x[:, 1:], groups.slots))
-        merges = traced or capacity is None or capacity < N
+        merges = isinstance(capacity, Tensor) or capacity is None or capacity < N
         compact, x = self.decode_compact and merges, groups.x
         if merges and not compact:
             x = torch.cat([x[:, :1], gather_rows(x[:, 1:], groups.slots)], dim=1)
@@ -127,6 +134,16 @@ class LocalGlobalMergingViT(TrainingFreeViT):
             x, state.grid_size, levels, cluster_ids=group_ids(groups.slots, groups.leads),
             slots=groups.slots if compact else None, pyramid=state.details,
         )  # fmt: skip
+
+    def _plan(
+        self, state: Windows, merge_threshold: float, capacity: int | Tensor | None
+    ) -> tuple[int | Tensor | None, int | Tensor]:
+        """The capacity, within what there is, and how many windows are merged."""
+        N, W = state.x.shape[1] - 1, state.score.shape[1]
+        if capacity is None:
+            return None, int((state.score > merge_threshold).sum(dim=1).min())
+        capacity = capacity if isinstance(capacity, Tensor) else min(max(capacity, 1), N)
+        return capacity, _windows_of(capacity, N, W)
 
     def _match(self, groups: Groups, capacity: int | Tensor | None, num_tokens: int, num_windows: int) -> Groups:
         """Merge similar pairs: down to a capacity, or those that stand out."""
@@ -145,6 +162,68 @@ def _windows_of(capacity: int | Tensor, num_tokens: int, num_windows: int) -> in
     """How many of the windows a capacity merges."""
     share, whole = _LOCAL_SHARE
     return at_most((num_tokens - capacity) * share // (whole * (WINDOW_TOKENS - 1)), num_windows)
+
+
+class WindowsThenClustersViT(LocalGlobalMergingViT):
+    """ViT that merges windows in one block and clusters, as `ClustViT` does, before a later one.
+
+    Args:
+        injection_point: blocks before that which merges windows.
+        cluster_point: blocks before clusters are merged.
+        num_clusters, cluster_mlp_dim: as in `ClustViT`, whose weights these are.
+        options: as in `TrainingFreeViT`.
+    """
+
+    def __init__(
+        self, injection_point: int, cluster_point: int, num_clusters: int, cluster_mlp_dim: int, **options
+    ) -> None:
+        super().__init__(injection_point, cluster_point, **options)
+        self.num_clusters = num_clusters
+        self.clusterer = Clusterer(self.embed_dim, cluster_mlp_dim, num_clusters)
+        self.regenerator = Regenerator(self.embed_dim)
+
+    def finish(
+        self, state: Windows, merge_threshold: float = 0.5, token_capacity: int | Tensor | None = None
+    ) -> Features:
+        """Merge windows, then clusters of what is left, down to the capacity; regenerate, and undo the windows."""
+        capacity, windows = self._plan(state, merge_threshold, token_capacity)
+        groups = merge_windows(state.x, state.score, windows, state.grid_size)
+        levels = list(state.levels)
+        block = cast(Block, self.blocks[self.injection_point])
+        x = groups.x + block.mlp(block.norm2(groups.x))
+        merge, before, logits = None, x, None
+        for index in range(self.injection_point, len(self.blocks)):
+            if index == self.global_point:
+                before, logits = x, self.clusterer(x[:, 1:])
+                merge = self._merge(x, merge_scores(logits), merge_threshold, capacity, state.x.shape[1] - 1)
+                x = x if merge is None else merge.compact
+            if index > self.injection_point:
+                x = self.blocks[index](x, None if merge is None else merge.key_mask)
+            if self.hands_out(index):
+                levels.append(gather_rows(self._undone(x, before, merge)[:, 1:], groups.slots))
+        x = self._undone(x, before, merge)
+        x = torch.cat([x[:, :1], gather_rows(x[:, 1:], groups.slots)], dim=1)
+        # Tokens that a window's first one stands for have an id behind the clusters'.
+        ids = torch.full_like(groups.slots, self.num_clusters + 1).scatter(1, groups.leads, 0)
+        if merge is not None:
+            of_row = merge.cluster_ids.gather(1, groups.slots)
+            ids = torch.where(of_row > 0, of_row, ids)
+        return self.features(
+            x, state.grid_size, levels, cluster_logits=logits, cluster_ids=ids, cluster_positions=groups.leads,
+            pyramid=state.details,
+        )  # fmt: skip
+
+    def _merge(
+        self, x: Tensor, scores: MergeScores, merge_threshold: float, capacity: int | Tensor | None, num_tokens: int
+    ) -> Merge | None:
+        if capacity is None:
+            return merge_exactly(x, scores, merge_threshold, self.num_clusters)
+        if not isinstance(capacity, Tensor) and capacity >= num_tokens:
+            return None
+        return merge_to_capacity(x, scores, capacity, self.num_clusters)
+
+    def _undone(self, x: Tensor, before: Tensor, merge: Merge | None) -> Tensor:
+        return x if merge is None else unmerge(x, before, merge, self.num_clusters, self.regenerator)
 
 
 def published_points(depth: int) -> tuple[int, int]:

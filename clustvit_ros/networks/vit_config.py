@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import nn
 
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.networks.algm import LocalGlobalMergingViT, published_points
+from clustvit_ros.networks.algm import LocalGlobalMergingViT, WindowsThenClustersViT, published_points
 from clustvit_ros.networks.bipartite_merging import BipartiteMergingViT
 from clustvit_ros.networks.clustvit import ClustViT
 from clustvit_ros.networks.cts import POLICY_STRIDE, TokenSharingViT
@@ -23,9 +23,9 @@ from clustvit_ros.networks.local_kmeans import LocalKMeansViT
 from clustvit_ros.networks.segmenter import NetworkConfig, Segmenter, check_transformer
 from clustvit_ros.networks.vit import VisionTransformer, detail_dims
 
-MERGINGS = ("none", "clusters", "algm", "cts", "tome", "kmeans")
-"""Ways to merge tokens: not at all, ClustViT's clusters, ALGM's windows and matching, CTS's policy network, ToMe's
-matching in every block, local k-means."""
+MERGINGS = ("none", "clusters", "algm", "algm+clusters", "cts", "tome", "kmeans")
+"""Ways to merge tokens: not at all, ClustViT's clusters, ALGM's windows and matching, its windows and then clusters,
+CTS's policy network, ToMe's matching in every block, local k-means."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class ViTConfig(NetworkConfig):
     depth: int = 12
     num_heads: int = 3
     mlp_ratio: float = 4.0
-    merging: Literal["", "none", "clusters", "algm", "cts", "tome", "kmeans"] = ""
+    merging: Literal["", "none", "clusters", "algm", "algm+clusters", "cts", "tome", "kmeans"] = ""
     merge_similarity: float = 0.88
     share_corner: bool = False
     num_clusters: int = 3
@@ -104,10 +104,10 @@ class ViTConfig(NetworkConfig):
         self._check_head()
 
     def _check_merge(self) -> None:
-        if self.backbone == "vit" and self.merging == "clusters":
+        if self.backbone == "vit" and "clusters" in self.merging:
             raise ConfigError(
-                "network: merging is 'clusters', which a plain vit has no weights for; use algm, tome or kmeans, or "
-                "train them (config/train/add_merging.yaml)"
+                f"network: merging is {self.merging!r}, which a plain vit has no weights for; use algm, tome or "
+                "kmeans, or train them (config/train/add_merging.yaml)"
             )
         if self.merging == "cts" and self.patch_size * 2 != POLICY_STRIDE:
             raise ConfigError(
@@ -121,11 +121,13 @@ class ViTConfig(NetworkConfig):
             )
         if not 0.0 < self.merge_similarity < 1.0:
             raise ConfigError(f"network: merge_similarity is {self.merge_similarity:g}, expected above 0 and below 1")
-        if self.merging == "algm" and len(self.injection_points) not in (0, 2):
+        if "algm" in self.merging and len(self.injection_points) not in (0, 2):
             raise ConfigError(
-                f"network: injection_points is {list(self.injection_points)} with merging 'algm', expected two: blocks "
-                "before windows are merged, and before the rest is matched; or none, for the published ones"
+                f"network: injection_points is {list(self.injection_points)} with merging {self.merging!r}, expected "
+                "two: blocks before windows are merged, and before the rest is; or none, for the published ones"
             )
+        if self.merging == "algm+clusters" and self.decode == "compact":
+            raise ConfigError("network: decode is 'compact' with merging 'algm+clusters'; use full")
         points = self.injection_points
         if points and (list(points) != sorted(set(points)) or points[0] < 0):
             raise ConfigError(f"network: injection_points is {list(points)}, expected ascending block counts")
@@ -184,7 +186,7 @@ class ViTConfig(NetworkConfig):
     def unused_weights(self) -> tuple[str, ...]:
         """Those of trained merging, where another way replaces it."""
         own = ("backbone.clusterer.", "backbone.regenerator.", "backbone.later_")
-        replaced = self.backbone == "clustvit" and self.merge_method != "clusters"
+        replaced = self.backbone == "clustvit" and "clusters" not in self.merge_method
         return (own if replaced else ()) + (() if self.merging in ("", "cts") else ("backbone.policy_net.",))
 
     @property
@@ -192,6 +194,8 @@ class ViTConfig(NetworkConfig):
         """Blocks before each merge."""
         if self.merging == "algm":
             return self.injection_points or published_points(self.depth)
+        if self.merging == "algm+clusters":
+            return self.injection_points or (0, self.injection_point)
         return self.injection_points or (self.injection_point,)
 
     @property
@@ -206,6 +210,7 @@ class ViTConfig(NetworkConfig):
         return Segmenter(self._build_backbone(), self._build_head(num_classes))
 
     def _build_backbone(self) -> VisionTransformer:
+        cluster_mlp_dim = self.cluster_mlp_dim or self.embed_dim * 129 // 32
         vit: dict[str, Any] = {
             "image_size": self.image_size, "patch_size": self.patch_size, "stem": self.stem,
             "stem_blocks": self.stem_blocks, "embed_dim": self.embed_dim, "depth": self.depth,
@@ -213,7 +218,6 @@ class ViTConfig(NetworkConfig):
             "level_blocks": self.level_blocks, "detail_stride": self.head_stride if self.head == "detail" else 0,
         }  # fmt: skip
         if self.merge_method == "clusters":
-            cluster_mlp_dim = self.cluster_mlp_dim or self.embed_dim * 129 // 32
             return ClustViT(self.num_clusters, self.points, cluster_mlp_dim, self.decode, **vit)
         if self.merge_method == "none":
             return VisionTransformer(**vit)
@@ -223,6 +227,9 @@ class ViTConfig(NetworkConfig):
         vit["merge_similarity"] = self.merge_similarity
         if self.merge_method == "algm":
             return LocalGlobalMergingViT(self.points[0], self.points[1], **vit)
+        if self.merge_method == "algm+clusters":
+            first, second = self.points
+            return WindowsThenClustersViT(first, second, self.num_clusters, cluster_mlp_dim, **vit)
         return (BipartiteMergingViT if self.merge_method == "tome" else LocalKMeansViT)(self.points[0], **vit)
 
     def _build_head(self, num_classes: int) -> nn.Module:

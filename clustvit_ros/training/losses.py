@@ -150,6 +150,13 @@ def frequency_weights(pixel_counts: Tensor, bound: float = 10.0) -> Tensor:
     return (weights / weights.mean()).float()
 
 
+def shareable(labels: Tensor, side_px: int) -> Tensor:
+    """1 for squares that show one class and nothing else: (B, H, W) int64 -> (B, H // side, W // side) int64."""
+    squares = labels.unfold(1, side_px, side_px).unfold(2, side_px, side_px)
+    lowest, highest = squares.amin(dim=(3, 4)), squares.amax(dim=(3, 4))
+    return ((lowest == highest) & (lowest != IGNORE_INDEX)).long()
+
+
 def pseudo_clusters(labels: Tensor, patch_size: int, num_clusters: int) -> Tensor:
     """Which patches ought to be merged: homogeneous ones of the k classes that cover most such patches of the image.
 

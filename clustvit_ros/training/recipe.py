@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from clustvit_ros.classes import IGNORE_INDEX, ClassEntry, ClassSet, write_out_classes
-from clustvit_ros.config import from_mapping, read_yaml
+from clustvit_ros.config import from_mapping, read_yaml, to_mapping
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.networks.architectures import network_config, plain_twin
-from clustvit_ros.networks.model_folder import InputConfig, ModelConfig
+from clustvit_ros.networks.model_folder import InputConfig, ModelConfig, load_config
+from clustvit_ros.networks.vit_config import ViTConfig
 from clustvit_ros.training.augmentation import Augmentation
 
 
@@ -88,7 +89,8 @@ class Schedule(Optimisation):
             which training starts from, as they were, so that other sizes are learnt and the full one does not change.
         teachers: further models, folders or shipped names, of the same classes and normalisation, whose mean unmerged
             result at full size is learnt as well, with `distillation_weight`.
-        trains: "all", or "merging": Clusterers and Regenerators alone, while the plain ViT around them stays as it is.
+        trains: "all", or "merging": Clusterers and Regenerators, or a policy network, alone, while the plain ViT around
+            them stays as it is.
         validate_every: epochs between validations.
     """
 
@@ -196,7 +198,8 @@ class Recipe:
 
     Args:
         name: name of the model.
-        architecture, network: as in `model.yaml`.
+        architecture, network: as in `model.yaml`. In a file, `architecture: init` is that of the model that training
+            starts from, with its network, classes and input; a plain ViT becomes a ClustViT.
         classes: classes of the data, as a list or by the name of a list in `config/classes`; may be left out where the
             data set names its classes itself.
         input: as in `model.yaml`.
@@ -332,6 +335,26 @@ class Recipe:
         )  # fmt: skip
 
 
+def _as_its_init(content: dict[str, Any], where: str) -> dict[str, Any]:
+    """What a recipe's sections become whose architecture is that of the model that it starts from."""
+    if not content.get("init"):
+        raise ConfigError(f"{where}: architecture is that of the model to start from; name one, e.g. --init MODEL")
+    model = load_config(content["init"])
+    if not isinstance(model.network, ViTConfig):
+        raise ConfigError(
+            f"{where}: {content['init']} is a {model.architecture}, expected a vit or clustvit to start from"
+        )
+    wanted = content.get("network") or {}
+    overrides = {name: value for name, value in model.overrides.items() if name not in ("merging", "image_size")}
+    clusters = wanted.get("merging", "clusters") == "clusters"
+    architecture = f"clust{model.architecture}" if clusters and model.network.backbone == "vit" else model.architecture
+    return {
+        "architecture": architecture, "network": {**overrides, **wanted}, "classes": model.classes.entries(),
+        "input": {name: list(value) for name, value in to_mapping(model.input).items()},
+        "augmentation": {"crop_size": list(model.input.size), **(content.get("augmentation") or {})},
+    }  # fmt: skip
+
+
 def _agreed(
     where: str, written: tuple[ClassEntry, ...], stated: ClassSet | None
 ) -> tuple[ClassEntry, ...]:
@@ -350,13 +373,22 @@ def _agreed(
     return written
 
 
-def read_recipe(path: Path) -> Recipe:
+def read_recipe(path: Path, init: str | None = None) -> Recipe:
     """Read and check a recipe file.
+
+    Args:
+        path: the file.
+        init: weights to start from, instead of the file's.
 
     Raises:
         ConfigError: unreadable, or it holds something unknown, mis-typed or out of range.
+        ModelError: the architecture is that of a model that there is not.
     """
     content = read_yaml(path)
+    if init is not None:
+        content["init"] = init
+    if content.get("architecture") == "init":
+        content |= _as_its_init(content, str(path))
     sources = content["data"] if isinstance(content.get("data"), list) else []
     for section in (content, *(source for source in sources if isinstance(source, dict))):
         write_out_classes(section, str(path))

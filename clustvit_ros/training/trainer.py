@@ -23,6 +23,7 @@ from clustvit_ros.engine.ladder import scaled_size
 from clustvit_ros.errors import ConfigError, DataError
 from clustvit_ros.networks.architectures import build_network
 from clustvit_ros.networks.clustering import Clusterer, Regenerator
+from clustvit_ros.networks.cts import PolicyNetwork
 from clustvit_ros.networks.model_folder import load_config, load_segmenter
 from clustvit_ros.networks.segmenter import Backbone, Segmenter
 from clustvit_ros.networks.vit import grid_size_of
@@ -40,6 +41,7 @@ from clustvit_ros.training.losses import (
     mean_prediction,
     pseudo_clusters,
     segmentation_loss,
+    shareable,
 )
 from clustvit_ros.training.recipe import Recipe, Schedule
 from clustvit_ros.training.run_folder import CHECKPOINT
@@ -95,8 +97,7 @@ class Trainer(TrainingLoop[Segmenter]):
             load_init(self._teacher, recipe.init)
             self._teacher = self._teacher.requires_grad_(False).eval().to(device)
         self._teachers = [_load_teacher(name, recipe).to(device) for name in self.schedule.teachers]
-        if self.schedule.trains == "merging":
-            _freeze_all_but_merging(network, recipe.name)
+        self._merging = _freeze_all_but_merging(network, recipe.name) if self.schedule.trains == "merging" else []
         images = joined([data, *further]) if further else data
         self._counts = _images_per_epoch(recipe, [len(part) for part in (data, *further)])
         self.crops = Crops(
@@ -182,6 +183,8 @@ class Trainer(TrainingLoop[Segmenter]):
     def _to_training_mode(self) -> None:
         # What is frozen has to compute what it will compute in use: no dropped paths, no batch statistics.
         self.network.train(self.schedule.trains == "all")
+        for part in self._merging:
+            part.train()
         if self._teacher is not None:
             # Statistics over mixed input sizes would be those of no size, and the full one's are known.
             for module in self.network.modules():
@@ -236,21 +239,23 @@ def _check_counts(counts: Tensor, names: Sequence[str], where: str) -> None:
     raise DataError(f"{where}: no pixel of {', '.join(absent)} in the training labels{pattern}")
 
 
-def _freeze_all_but_merging(network: Segmenter, name: str) -> None:
-    """Leave gradients to Clusterers and Regenerators.
+def _freeze_all_but_merging(network: Segmenter, name: str) -> list[nn.Module]:
+    """Leave gradients to what merging learns with: Clusterers and Regenerators, or a policy network.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: there is none.
     """
     network.requires_grad_(False)
-    parts = [module for module in network.modules() if isinstance(module, (Clusterer, Regenerator))]
+    kinds = (Clusterer, Regenerator, PolicyNetwork)
+    parts: list[nn.Module] = [module for module in network.modules() if isinstance(module, kinds)]
     if not parts:
         raise ConfigError(
             f"recipe {name}: trains is 'merging', and its network has no Clusterer; expected a ClustViT with its own "
-            "way to merge"
+            "way to merge, or merging 'cts'"
         )
     for part in parts:
         part.requires_grad_(True)
+    return parts
 
 
 class _TrainingStep(nn.Module):
@@ -284,7 +289,7 @@ class _TrainingStep(nn.Module):
         losses = self._supervise(merged.logits.float(), labels)
         measures: dict[str, Tensor] = {}
         # Heads may answer on a finer grid than the patches'.
-        num_tokens = 0 if merged.cluster_logits is None else merged.cluster_logits.shape[1]
+        num_tokens = 0 if merged.cluster_ids is None else merged.cluster_ids.shape[1]
         merges = merged.cluster_logits is not None and token_capacity != num_tokens
         if self._teacher:
             with torch.no_grad():
@@ -311,7 +316,10 @@ class _TrainingStep(nn.Module):
             small = labels
             if input_size != full_size:
                 small = F.interpolate(labels[:, None].float(), input_size, mode="nearest-exact")[:, 0].long()
-            targets = pseudo_clusters(small, self._patch_size, cluster_logits.shape[2] - 1).flatten(1)
+            if backbone.merge_unit == 1:
+                targets = pseudo_clusters(small, self._patch_size, cluster_logits.shape[2] - 1).flatten(1)
+            else:
+                targets = shareable(small, self._patch_size * backbone.merge_unit).flatten(1)
             if merged.cluster_positions is not None:
                 targets = targets.gather(1, merged.cluster_positions)
             losses["cluster_loss"] = cluster_loss(cluster_logits, targets)

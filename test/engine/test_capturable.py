@@ -104,6 +104,7 @@ def test_shipped_models(name):
         ("clustvit_t", {"decode": "grouped"}),
         ("clustvit_t", {"decode": "compact"}),
         ("clustvit_t", {"merging": "algm"}),
+        ("clustvit_t", {"merging": "algm+clusters"}),
         ("vit_t", {"merging": "cts", "decode": "compact"}),
         ("clustvit_t", {"merging": "tome"}),
         ("clustvit_t", {"merging": "kmeans"}),

@@ -320,6 +320,7 @@ def test_an_unreadable_file_is_named(tmp_path):
         {"injection_points": (1, 2), "decode": "compact"},
         {"decode": "grouped"},
         {"merging": "algm", "depth": 4},
+        {"merging": "algm+clusters", "depth": 4},
         {"merging": "cts", "depth": 4},
         {"merging": "tome", "depth": 4},
         {"merging": "kmeans", "head": "linear"},

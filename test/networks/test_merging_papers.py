@@ -98,6 +98,41 @@ def test_windows_then_pairs_as_a_plain_loop_merges_them(capacity):
 
 
 @torch.no_grad()
+def test_clusters_of_windows_as_a_plain_loop_merges_them():
+    """The most similar windows first, then each cluster of what is left, down to the capacity of 15 of 48."""
+    network = make(merging="algm+clusters", injection_point=2)
+    backbone, images = network.backbone, torch.randn(1, 3, 96, 128, generator=torch.Generator().manual_seed(2))
+    x, grid_size = backbone.embed(images)
+    x = x + backbone.blocks[0].attn(backbone.blocks[0].norm1(x))
+    best = window_similarity(x[:, 1:], grid_size)[0].argsort(descending=True)[: (48 - 15) * 2 // 9].tolist()
+    groups = [[w // 4 * 16 + w % 4 * 2 + step for step in (0, 1, 8, 9)] for w in best]
+    groups += [[token] for token in range(48) if not any(token in group for group in groups)]
+    rows = torch.cat([x[:, :1], torch.stack([x[0, [1 + i for i in g]].mean(0) for g in groups])[None]], dim=1)
+    rows = backbone.blocks[1](rows + backbone.blocks[0].mlp(backbone.blocks[0].norm2(rows)))
+    logits = backbone.clusterer(rows[0, 1:])
+    margin, cluster = logits[:, 1:].max(dim=1).values - logits[:, 0], logits[:, 1:].argmax(dim=1)
+    kept = sorted(margin.argsort()[:15].tolist())
+    merged = [row for row in range(len(groups)) if row not in kept]
+    members = [[row for row in merged if cluster[row] == c] for c in range(3)]
+    means = [rows[0, [1 + row for row in m]].mean(0) if m else torch.zeros(24) for m in members]
+    compact = torch.cat([rows[0, :1], rows[0, [1 + row for row in kept]], torch.stack(means)])[None]
+    for block in backbone.blocks[2:]:
+        compact = block(compact)
+    features = backbone(images, token_capacity=15)
+    assert int((features.cluster_ids == 0).sum()) == 15
+    for row, group in enumerate(groups):
+        if row in kept:
+            expected = compact[0, 1 + kept.index(row)]
+        else:
+            pair = torch.cat([rows[0, 1 + row], compact[0, 16 + int(cluster[row])]])
+            hidden = torch.nn.functional.gelu(backbone.regenerator.fc1(pair))
+            expected = backbone.regenerator.fc2(hidden)
+            assert (features.cluster_ids[0, group] == 1 + cluster[row]).all()
+        result = backbone.norm(expected).expand(len(group), -1)
+        torch.testing.assert_close(features.tokens[0, group], result, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
 def test_scores_of_similarity_are_a_half_where_the_paper_merges():
     score = similarity_score(torch.tensor([-1.0, 0.0, 0.44, 0.88, 0.94, 1.0]), 0.88)
     torch.testing.assert_close(score, torch.tensor([0.0, 0.0, 0.25, 0.5, 0.75, 1.0]))

@@ -37,7 +37,8 @@ VARIANTS = [
     {"injection_points": (1, 3), "decode": "grouped"}, {"merging": "tome"}, {"merging": "kmeans"},
     {"merging": "tome", "decode": "compact"}, {"merging": "kmeans", "decode": "compact", "head": "linear"},
     {"merging": "cts"}, {"merging": "cts", "decode": "compact", "stem": "conv", "head": "detail"},
-    {"merging": "algm"}, {"merging": "algm", "injection_points": (1, 2), "decode": "compact"},
+    {"merging": "algm+clusters", "injection_point": 2}, {"merging": "algm"},
+    {"merging": "algm", "injection_points": (1, 2), "decode": "compact"},
     {"stem": "conv", "head": "detail", "decode": "compact"}, {"stem": "conv", "head": "detail", "merging": "tome"},
 ]  # fmt: skip
 

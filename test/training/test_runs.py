@@ -23,6 +23,7 @@ import yaml
 from conftest import CLASSES, RECIPE, write_split
 
 from clustvit_ros.networks import load_config, load_segmenter
+from clustvit_ros.paths import share_dir
 from clustvit_ros.training import trainer
 
 
@@ -168,6 +169,19 @@ def test_merging_alone_is_learned_around_a_plain_vit_that_stays(train, write_rec
     capsys.readouterr()
     assert train(recipe, tmp_path / "twin", "--without-merging") == 2
     assert "trains is 'merging', which leaves its plain ViT twin nothing to learn" in capsys.readouterr().err
+    shipped = yaml.safe_load((share_dir() / "config/train/add_merging.yaml").read_text())
+    shipped["schedule"] |= {"epochs": 1, "batch_size": 4}
+    for network, backbone in (({"injection_point": 1}, "clustvit_t"), ({"merging": "cts"}, "vit_t")):
+        added = tmp_path / f"add_{backbone}.yaml"
+        added.write_text(yaml.safe_dump({**shipped, "network": network}))
+        assert train(added, tmp_path / backbone, "--init", str(tmp_path / "vit/model")) == 0
+        folder = tmp_path / backbone / "model"
+        merged = load_segmenter(folder)
+        assert load_config(folder).architecture == backbone and merged.backbone.merges
+        assert torch.equal(merged(images, merge_threshold=1.0, token_capacity=24).logits, before(images).logits)
+        assert int((merged(images, token_capacity=12).cluster_ids == 0).sum()) == 24
+    assert train(added, tmp_path / "none") == 2
+    assert "architecture is that of the model to start from; name one, e.g. --init MODEL" in capsys.readouterr().err
     assert train(write_recipe(**vit, schedule=merging), tmp_path / "other") == 2
     assert "trains is 'merging', and its network has no Clusterer" in capsys.readouterr().err
 
