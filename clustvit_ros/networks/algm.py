@@ -151,11 +151,9 @@ class LocalGlobalMergingViT(TrainingFreeViT):
         if capacity is None:
             # The class token is the first row of set A in the authors' code, which is why tokens begin in set B.
             return merge_most_similar(groups, lambda best: _standing_out(best, self.global_point + 1), first=1)
-        least = 1 if isinstance(capacity, Tensor) else capacity  # traced is what the smallest capacity needs
+        least = 1 if isinstance(capacity, Tensor) else capacity
         rows = num_tokens - (WINDOW_TOKENS - 1) * int(_windows_of(least, num_tokens, num_windows))
-        for _ in range(matchings(rows, least, 1)[0]):
-            groups = merge_most_similar(groups, capacity, first=1)
-        return groups
+        return match_down(groups, capacity, rows)
 
 
 def _windows_of(capacity: int | Tensor, num_tokens: int, num_windows: int) -> int | Tensor:
@@ -239,6 +237,20 @@ def window_similarity(tokens: Tensor, grid_size: tuple[int, int]) -> Tensor:
     total = grid.unflatten(2, (width // 2, 2)).unflatten(1, (height // 2, 2)).sum(dim=(2, 4))
     pairs = total.square().sum(dim=3) - WINDOW_TOKENS  # each vector with itself is 1
     return (pairs / (WINDOW_TOKENS * (WINDOW_TOKENS - 1))).flatten(1)
+
+
+def match_down(groups: Groups, capacity: int | Tensor, rows: int) -> Groups:
+    """Merge similar pairs, as often as it takes, until no more than `capacity` rows are left.
+
+    Args:
+        groups: the sequence.
+        capacity: rows that may be left.
+        rows: how many there are; where the capacity is traced, at a capacity of 1, which takes most matchings.
+    """
+    groups = groups._replace(metric=groups.x[:, 1:])
+    for _ in range(matchings(rows, 1 if isinstance(capacity, Tensor) else capacity, 1)[0]):
+        groups = merge_most_similar(groups, at_most(capacity, groups.x.shape[1] - 1), first=1)
+    return groups
 
 
 def count_unshared(score: Tensor, num_tokens: int, merge_threshold: float | Tensor) -> Tensor:

@@ -248,13 +248,13 @@ def at_most(count: int | Tensor, limit: int | Tensor) -> int | Tensor:
 
 
 def group_ids(slots: Tensor, leads: Tensor) -> Tensor:
-    """Cluster ids of groups: 0 for one token of each, a number of the group's (1..254, repeating) for the rest.
+    """Cluster ids of groups: 0 for one token of each, a number of that one's (1..254, repeating) for the rest.
 
     Args:
         slots: (B, N) int64, each token's group.
         leads: (B, T) int64, one token of each group.
     """
-    return (1 + slots % _NUM_IDS).scatter(1, leads, 0)
+    return (1 + leads.gather(1, slots) % _NUM_IDS).scatter(1, leads, 0)
 
 
 def _attention_and_metric(attention: Attention, x: Tensor, log_size: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clustvit_ros.networks.algm import WINDOW_TOKENS, count_unshared, merge_windows
+from clustvit_ros.networks.algm import WINDOW_TOKENS, count_unshared, match_down, merge_windows
 from clustvit_ros.networks.bipartite_merging import at_most, group_ids
 from clustvit_ros.networks.clustering import gather_rows
 from clustvit_ros.networks.segmenter import Features
@@ -115,7 +115,7 @@ class Sharing(NamedTuple):
 
 
 class TokenSharingViT(VisionTransformer):
-    """ViT whose windows of one class share a token from the beginning. It keeps at least one token of each window.
+    """ViT whose windows of one class share a token from the beginning.
 
     Args:
         decode_compact: leave the sequence compact for the head, as in the paper.
@@ -158,17 +158,20 @@ class TokenSharingViT(VisionTransformer):
     ) -> Features:
         """Let windows share, and run all blocks; exact mode lets as many as the threshold has in every image.
 
-        One token of each window counts as kept. A capacity is kept to the window; a quarter of the tokens is the least.
+        One token of each window counts as kept. A capacity is kept to the window. Where each of them shares and that is
+        not enough, below a quarter of the tokens, pairs of tokens that are alike become one as well.
         """
         N, W = state.x.shape[1] - 1, state.shared.shape[1]
-        margin = _margin(state)
+        margin, others = _margin(state), WINDOW_TOKENS - 1
         if token_capacity is None:
             windows: int | Tensor = int((margin.sigmoid() > merge_threshold).sum(dim=1).min())
         else:
             capacity = token_capacity if isinstance(token_capacity, Tensor) else min(max(token_capacity, 1), N)
-            others = WINDOW_TOKENS - 1
             windows = at_most((N - capacity + others - 1) // others, W)
         groups = merge_windows(state.x, margin, windows, state.grid_size, state.shared)
+        if token_capacity is not None:
+            most = W if isinstance(windows, Tensor) else windows
+            groups = match_down(groups, capacity, N - others * most)
         merges = isinstance(windows, Tensor) or windows > 0
         compact = self.decode_compact and merges
         ids = group_ids(groups.slots, groups.leads)
