@@ -22,7 +22,7 @@ import numpy as np
 
 from clustvit_ros.errors import ImageError
 from clustvit_ros.images import check_pixels, message_bytes, narrow
-from clustvit_ros.jpeg import JPEG_SIGNATURE, decode_jpeg, decode_with_opencv, read_jpeg_header, truncated
+from clustvit_ros.jpeg import JPEG_SIGNATURE, Shift, decode_jpeg, decode_with_opencv, read_jpeg_header, truncated
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Each scan of a progressive JPEG passes over the whole picture; encoders make about ten.
@@ -47,7 +47,8 @@ def holds_depth(format_text: str) -> bool:
 
 
 def decode_compressed(
-    message: Any, max_pixels: int, narrow: Callable[[np.ndarray], np.ndarray] = narrow
+    message: Any, max_pixels: int, narrow: Callable[[np.ndarray], np.ndarray] = narrow,
+    is_scene: Callable[[Shift], bool] = lambda found: False,
 ) -> np.ndarray:  # fmt: skip
     """Decode a sensor_msgs/CompressedImage.
 
@@ -55,6 +56,7 @@ def decode_compressed(
         message: anything with `format` and `data`.
         max_pixels: larger images are refused before they are decoded.
         narrow: makes uint8 of uint16 values, for PNG images of 16 bits.
+        is_scene: as `decode_jpeg` has it; `KnownEdges` of the camera.
 
     Returns:
         (H, W, 3) uint8 RGB. Orientation tags are ignored: camera_info knows the picture as the sensor saw it.
@@ -77,7 +79,7 @@ def decode_compressed(
         pixels = decode_with_opencv(_pixels_of_png(data, height, width), height, width)
         return narrow(pixels) if pixels.dtype == np.uint16 else pixels
     _check_jpeg(data, height, width)
-    return decode_jpeg(data, read_jpeg_header(view))
+    return decode_jpeg(data, read_jpeg_header(view), is_scene)
 
 
 def compressed_size(data: bytes) -> tuple[int, int]:

@@ -13,6 +13,8 @@ is an ImageError that says what was got and what to do.
 
 from __future__ import annotations
 
+import functools
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,6 +26,8 @@ import numpy as np
 
 from clustvit_ros.errors import DataError, ImageError
 from clustvit_ros.jpeg import JPEG_SIGNATURE, decode_jpeg, read_jpeg_header
+
+_LOG = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 """Files of a folder that are taken for images, whatever the case."""
@@ -52,13 +56,15 @@ class Sample(NamedTuple):
 def read_image(path: Path) -> np.ndarray:
     """Read an image file: (H, W, 3) uint8 RGB, the pixels as stored: orientation tags are ignored, as in messages.
 
+    A file that only looks damaged is told and used: somebody chose it, can look at it, and one in ten thousand is not.
+
     Raises:
         DataError: it cannot be read, or is damaged.
     """
     try:
         data = Path(path).read_bytes()
         if data.startswith(JPEG_SIGNATURE):
-            return decode_jpeg(data, read_jpeg_header(memoryview(data)))
+            return decode_jpeg(data, read_jpeg_header(memoryview(data)), lambda found: _tell_damage(Path(path)))
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     except ImageError as error:
         raise DataError(f"{path}: {str(error).removeprefix('data: ')}; replace or remove the file") from error
@@ -67,6 +73,16 @@ def read_image(path: Path) -> np.ndarray:
     if image is None:
         raise DataError(f"{path}: cannot be read as an image; replace or remove the file")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+@functools.lru_cache(maxsize=4096)
+def _tell_damage(path: Path) -> bool:
+    """Say it once of each file: training reads them again and again."""
+    _LOG.warning(
+        "%s: looks damaged (from some block on all are brighter, darker or of another colour); it is used, replace or "
+        "remove it if that is so", path,
+    )  # fmt: skip
+    return True
 
 
 @dataclass(frozen=True)

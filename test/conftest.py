@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 
 from clustvit_ros.classes import ClassSet
@@ -109,3 +111,17 @@ def scripted_engine():
         return ScriptedEngine(latency_ms, sleep=clock.sleep, clock=clock), clock
 
     return make
+
+
+@pytest.fixture(scope="session")
+def stair_jpeg() -> Callable[[int, int], bytes]:
+    """Makes JPEGs of 320x240, darker from the 16x16 unit at (row, column) on, as behind an error in the file."""
+
+    def encode(row: int, column: int) -> bytes:
+        coarse = np.random.default_rng(0).uniform(80, 180, (12, 16, 3))
+        pixels = cv2.resize(coarse, (320, 240), interpolation=cv2.INTER_CUBIC)
+        pixels[16 * row : 16 * row + 16, 16 * column :] -= 30.0
+        pixels[16 * row + 16 :] -= 30.0
+        return cv2.imencode(".jpg", np.clip(pixels, 0, 255).astype(np.uint8))[1].tobytes()
+
+    return encode

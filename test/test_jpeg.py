@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -185,23 +185,24 @@ def test_odd_bytes_before_restart_markers_are_kept_to_their_interval() -> None:
 @pytest.mark.parametrize("where", ["first", "middle", "last"])
 @pytest.mark.parametrize("levels", [8, -30])
 def test_a_shift_from_a_block_on_is_damage_and_a_straight_edge_is_none(where: str, levels: int) -> None:
-    from clustvit_ros.jpeg import has_shift, read_jpeg_header
+    from clustvit_ros.jpeg import find_shift, read_jpeg_header
 
     header = read_jpeg_header(memoryview(encode(picture())))
     rng = np.random.default_rng(0)
     coarse = cv2.resize(rng.uniform(80, 180, (24, 32, 3)), (640, 480), interpolation=cv2.INTER_CUBIC)
     pixels = np.clip(coarse + rng.normal(0, 4, coarse.shape), 40, 210).astype(np.uint8)
-    assert not has_shift(pixels, header)
+    assert not find_shift(pixels, header)
     row = {"first": 3, "middle": 15, "last": 26}[where] * 16
     straight = pixels.copy()
     straight[row:] = (straight[row:].astype(int) + levels).astype(np.uint8)
-    assert not has_shift(straight, header)
+    assert not find_shift(straight, header)
     stair = straight.copy()
     stair[row : row + 16, :272] = pixels[row : row + 16, :272]
-    assert has_shift(stair, header)
+    found = find_shift(stair, header)
+    assert found is not None and (found.row, found.column) == (row // 16, 17)
     barred = pixels.copy()
     barred[:48], barred[-48:] = 0, 0
-    assert not has_shift(barred, header)
+    assert not find_shift(barred, header)
 
 
 def test_a_damaged_picture_of_a_data_set_is_named(tmp_path: Path) -> None:
@@ -211,6 +212,27 @@ def test_a_damaged_picture_of_a_data_set_is_named(tmp_path: Path) -> None:
         read_image(tmp_path / "a.jpg")
     (tmp_path / "b.jpg").write_bytes(data)
     np.testing.assert_array_equal(read_image(tmp_path / "b.jpg"), as_opencv(data))
+
+
+def test_a_picture_of_a_data_set_that_only_looks_damaged_is_told_once_and_used(
+    tmp_path: Path, stair_jpeg: Callable[[int, int], bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    data = stair_jpeg(5, 9)
+    (tmp_path / "a.jpg").write_bytes(data)
+    for _ in range(2):
+        np.testing.assert_array_equal(read_image(tmp_path / "a.jpg"), as_opencv(data))
+    (message,) = caplog.messages
+    assert message.startswith(f"{tmp_path}/a.jpg: looks damaged (from some block on")
+    with pytest.raises(ImageError, match="from some block on"):
+        decode(data)
+
+
+@pytest.mark.parametrize("name", ["montana_usa__IMG_9747", "boston_street_april__p1010224"])
+def test_a_roof_along_the_blocks_is_no_damage(name: str, camvid_dir: Path) -> None:
+    (path,) = (camvid_dir.parent / "labelmefacade/train/images").glob(f"*{name}.jpg")
+    np.testing.assert_array_equal(decode(path.read_bytes()), as_opencv(path.read_bytes()))
+    again = encode(cv2.imread(str(path))[4:], cv2.IMWRITE_JPEG_QUALITY, 50)
+    np.testing.assert_array_equal(decode(again), as_opencv(again))
 
 
 def test_files_and_messages_ignore_orientation_alike(tmp_path: Path) -> None:

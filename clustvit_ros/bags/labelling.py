@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import os
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,6 +37,7 @@ from clustvit_ros.bags.writing import read_about, remove_output, to_png, write_b
 from clustvit_ros.engine import Engine, Settings
 from clustvit_ros.engine.engine import FrameRecord
 from clustvit_ros.errors import BagError, ClustvitError, ConfigError, ImageError
+from clustvit_ros.jpeg import KnownEdges
 
 FORMATS = ("bag", "png")
 OUTPUT_STORAGES = ("same", "mcap", "sqlite3")
@@ -283,16 +285,19 @@ def _label(
     done = journal.next_number
     progress(done, total)
     report.continued = done
+    edges: defaultdict[str, KnownEdges] = defaultdict(KnownEdges)
     try:
         for number, message in enumerate(_image_messages(bag, report.prefixes)):
             if number >= done:
-                journal.add(_labelled(number, message, engine, settings))
+                journal.add(_labelled(number, message, engine, settings, edges[message.topic]))
                 progress(number + 1, total)
     finally:
         journal.commit()
 
 
-def _labelled(number: int, message: Salvaged, engine: Engine, settings: Settings) -> LabelledFrame:
+def _labelled(
+    number: int, message: Salvaged, engine: Engine, settings: Settings, edges: KnownEdges
+) -> LabelledFrame:  # fmt: skip
     place = (number, message.topic, min(max(message.timestamp_ns, 0), _LATEST_NS))
     if place[2] != message.timestamp_ns:
         return LabelledFrame(*place, problem=f"recorded at {message.timestamp_ns} ns, which is no time of ROS 2")
@@ -300,7 +305,7 @@ def _labelled(number: int, message: Salvaged, engine: Engine, settings: Settings
         image = read_message(message.msgtype, message.data)
         head = image.header
         stamped = (*place, head.stamp.sec, head.stamp.nanosec, head.frame_id)
-        prediction = engine.segment(to_pixels(image), settings)
+        prediction = engine.segment(to_pixels(image, edges), settings)
     except ImageError as error:
         return LabelledFrame(*place, problem=str(error))
     assert prediction.confidence is not None  # `settings` asks for it

@@ -25,6 +25,7 @@ from clustvit_ros.compressed_images import decode_compressed, holds_depth
 from clustvit_ros.config import read_yaml
 from clustvit_ros.errors import BagError, ConfigError, ImageError
 from clustvit_ros.images import SUPPORTED_ENCODINGS, decode_image
+from clustvit_ros.jpeg import KnownEdges
 
 STORAGES = {".mcap": "mcap", ".db3": "sqlite3", ".bag": "ros1"}
 """Storage plugins of rosbag2, and ROS 1, by the suffix of their files."""
@@ -378,8 +379,8 @@ def _depth(encoding: str) -> str:
     return f"holds depth ({encoding}), which is no picture to segment"
 
 
-def to_pixels(message: Any) -> np.ndarray:
-    """Decode a message of `read_message` to (H, W, 3) uint8 RGB.
+def to_pixels(message: Any, edges: KnownEdges) -> np.ndarray:
+    """Decode a message of `read_message` to (H, W, 3) uint8 RGB; `edges` are of its topic.
 
     Raises:
         ImageError: unsupported or damaged.
@@ -387,6 +388,9 @@ def to_pixels(message: Any) -> np.ndarray:
     reason = unusable(message)
     if reason:
         raise ImageError(f"{reason}; choose the colour camera's topic with --topic")
-    decode = decode_compressed if hasattr(message, "format") else decode_image
+    if hasattr(message, "format"):
+        pixels = decode_compressed(message, _MAX_PIXELS, is_scene=edges.is_scene)
+    else:
+        pixels = decode_image(message, _MAX_PIXELS)
     # Bags are read only, and PyTorch wants arrays that could be written to.
-    return np.require(decode(message, _MAX_PIXELS), requirements="W")
+    return np.require(pixels, requirements="W")

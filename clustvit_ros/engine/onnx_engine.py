@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -188,7 +189,14 @@ class OnnxEngine(NetworkEngine):
     def _open(self, config: ModelConfig, size: tuple[int, int], device: torch.device) -> tuple[Any, str]:
         """A session for a size of the network's input, and why it is not on the wanted provider."""
         path = self._find_file(config, size)
-        return open_session(path, device, self._threads, self._execution_provider, self._cache_dir, self._half)
+        opened = open_session(path, device, self._threads, self._execution_provider, self._cache_dir, self._half)
+        found = {value.name: tuple(value.shape[1:]) for value in (*opened[0].get_inputs(), *opened[0].get_outputs())}
+        logits = found.get("logits", ())
+        wanted = {**dict.fromkeys((*INPUT_NAMES, *OUTPUT_NAMES), ()), "images": (3, *size), "logits": logits}
+        wanted["cluster_ids"] = (math.prod(grid_size_of(size, config.network.patch_size)),)
+        if found != wanted or logits[:1] != (len(config.classes),) or not all(isinstance(n, int) for n in logits):
+            raise ModelError(f"{path}: its inputs and outputs are {found}, not the model's; delete the file")
+        return opened
 
     def _find_file(self, config: ModelConfig, size: tuple[int, int]) -> Path:
         wanted = describe_export(config, self._weights_sha256, size, None)
@@ -197,7 +205,8 @@ class OnnxEngine(NetworkEngine):
             inside(shipped.parent, ONNX_FILE)
         if shipped.is_file():
             found = {"temperature": "1.0", **read_metadata(shipped)}
-            decisive = ("format", "weights_sha256", "network", "temperature")
+            decisive = ["format", "weights_sha256", "network", "temperature"]
+            decisive += [name for name in ("input_size", "batch") if name not in found]
             stale = [name for name in decisive if found.get(name) != wanted[name]]
             if stale:
                 raise ModelError(
@@ -228,7 +237,7 @@ class OnnxEngine(NetworkEngine):
 
 def _logits_size(session: Any) -> tuple[int, int]:
     """(h, w) of a file's logits, which need not be the tokens' grid."""
-    height, width = json.loads(session.get_modelmeta().custom_metadata_map["logits_size"])
+    height, width = next(value.shape[2:] for value in session.get_outputs() if value.name == "logits")
     return height, width
 
 

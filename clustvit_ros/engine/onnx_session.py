@@ -124,7 +124,10 @@ def read_metadata(path: Path) -> dict[str, str]:
         EngineError: onnxruntime is missing or cannot read the file.
     """
     session, _ = open_session(path, torch.device("cpu"))
-    return session.get_modelmeta().custom_metadata_map
+    try:
+        return session.get_modelmeta().custom_metadata_map
+    except UnicodeDecodeError as error:
+        raise EngineError(f"{path}: its metadata is no text ({error}); delete the file, or export it again") from error
 
 
 def _providers(

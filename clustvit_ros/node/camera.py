@@ -23,6 +23,7 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud2
 
 from clustvit_ros.classes import ClassSet
 from clustvit_ros.images import AutoRange
+from clustvit_ros.jpeg import KnownEdges
 from clustvit_ros.node.messages import LabelInfo, image_message, label_info_message, scaled_camera_info, stamp_ns
 from clustvit_ros.node.points import LabelledPoints, PointsOrder
 from clustvit_ros.node.qos import (
@@ -220,6 +221,8 @@ class Camera:
         self._points_checked_s = 0.0
         self.auto_range = AutoRange()
         """Of its 16-bit images."""
+        self.known_edges = KnownEdges()
+        """Of its JPEG images."""
         self.watch: InputWatch | None = None
         """Of the image topic; None while there is no subscription."""
         self.ledger = Ledger()

@@ -77,11 +77,16 @@ def decode(frame: Frame, camera: Camera, parameters: SegmentationParameters) -> 
         ImageError: the message holds none that can be segmented.
     """
     start_s = time.perf_counter()
-    read = decode_image if isinstance(frame.message, Image) else decode_compressed
-    limits = parameters.intensity_range
+    message, limits = frame.message, parameters.intensity_range
     to_bytes = camera.auto_range.narrow if limits is None else lambda pixels: narrow(pixels, *limits)
+
+    def read() -> np.ndarray:
+        if isinstance(message, Image):
+            return decode_image(message, parameters.max_image_pixels, to_bytes)
+        return decode_compressed(message, parameters.max_image_pixels, to_bytes, camera.known_edges.is_scene)
+
     # What is kept is not turned: the parameter may change before another thread asks for it.
-    image = turned(frame.image(lambda: read(frame.message, parameters.max_image_pixels, to_bytes)), parameters.rotate)
+    image = turned(frame.image(read), parameters.rotate)
     wants = frame.points is not None or camera.outputs.wanted("confidence"), camera.outputs.wanted("clusters")
     return Decoded(frame, camera, parameters, image, wants, is_watched(camera), _since_ms(start_s))
 

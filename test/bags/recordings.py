@@ -65,6 +65,12 @@ def compressed(number: int) -> Any:
     return STORE.types[COMPRESSED](header=header(number), format="rgb8; png compressed bgr8", data=encoded.reshape(-1))
 
 
+def jpeg(number: int, data: bytes) -> Any:
+    """A JPEG image message."""
+    pixels = np.frombuffer(data, np.uint8)
+    return STORE.types[COMPRESSED](header=header(number), format="rgb8; jpeg compressed bgr8", data=pixels)
+
+
 def record(path: Path, topics: dict[str, list[Any]], storage: str = "mcap") -> Path:
     """Write messages by topic into a bag; the n-th of every topic at START_NS + n * PERIOD_NS."""
     with Writer(path, version=8, storage_plugin=StoragePlugin[storage.upper()]) as writer:

@@ -389,3 +389,10 @@ def test_reading_says_what_a_bag_holds(tmp_path):
             "sqlite3",
             [("/camera/image_raw", recordings.IMAGE, 3)],
         )
+
+
+def test_what_looks_damaged_at_one_place_throughout_is_the_scene(tmp_path: Path, stair_jpeg) -> None:
+    messages = [recordings.jpeg(number, stair_jpeg(5, 9 if number else 3)) for number in range(4)]
+    report = label(record(tmp_path / "bag", {"/camera/image/compressed": messages}), tmp_path / "labels")
+    assert (report.labelled, report.unlabelled) == (2, 2)
+    assert "from some block on all are brighter" in report.problems[0]

@@ -34,7 +34,7 @@ from clustvit_ros.networks.clustering import count_kept, merge_scores
 from clustvit_ros.networks.model_folder import hash_weights
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime, of the extra 'onnx'")
-pytest.importorskip("onnx", reason="needs onnx, of the extra 'onnx'")
+onnx = pytest.importorskip("onnx", reason="needs onnx, of the extra 'onnx'")
 
 CPU = torch.device("cpu")
 TOKENS = 48
@@ -247,6 +247,40 @@ def test_a_models_own_file_is_used_and_a_stale_one_refused(variant, tmp_path):
     variant(perturb=0.1)
     with pytest.raises(ModelError, match=r"its weights_sha256 differs from the model's.*clustvit-ros export"):
         OnnxEngine(model, "cpu", cache_dir=cache)
+
+
+def test_odd_metadata_is_used_or_refused_in_a_sentence(variant, tmp_path):
+    model, rng = variant(), np.random.default_rng(0)
+    export_onnx(model, model / "model.onnx")
+    made = onnx.load(model / "model.onnx")
+    odd = ("", "{", "null", "[1]", "[-1, 1e99]", "\u0000", "9" * 5000, "\x1b[2J")
+    decisive = ("format", "weights_sha256", "network", "input_size", "batch")
+    others = [entry.key for entry in made.metadata_props if entry.key not in (*decisive, "temperature")]
+    for keys in (others, *([key] for key in decisive)):
+        changed = onnx.ModelProto()
+        changed.CopyFrom(made)
+        for entry in [entry for entry in changed.metadata_props if entry.key in keys]:
+            entry.value = str(rng.choice(odd))
+            if keys != others or rng.integers(2):
+                changed.metadata_props.remove(entry)
+        onnx.save(changed, model / "model.onnx")
+        if keys == others:
+            engine = OnnxEngine(model, "cpu", cache_dir=tmp_path / "cache")
+            assert engine.segment(np.zeros((96, 128, 3), np.uint8)).mask.shape == (1, 96, 128)
+        else:
+            with pytest.raises(ModelError, match=f"its {keys[0]} differs from the model's.*make it again with"):
+                OnnxEngine(model, "cpu", cache_dir=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_file_of_another_graph_is_refused(variant, tmp_path):
+    model = variant()
+    export_onnx(model, model / "model.onnx")
+    made = onnx.load(model / "model.onnx")
+    made.graph.output[0].name = made.graph.node[-1].output[0] = "scores"
+    onnx.save(made, model / "model.onnx")
+    with pytest.raises((ModelError, EngineError), match=r"model\.onnx: "):
+        OnnxEngine(model, "cpu", cache_dir=tmp_path / "cache")
 
 
 def test_a_missing_package_names_the_extra(toy_model, onnx_cache, monkeypatch):

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -25,6 +26,7 @@ from clustvit_ros.engine import Engine, EngineInfo, Prediction, ScriptedEngine, 
 from clustvit_ros.engine.worker import DeviceLost, FrameSlot
 from clustvit_ros.errors import EngineError
 from clustvit_ros.images import AutoRange
+from clustvit_ros.jpeg import KnownEdges
 from clustvit_ros.node.camera import Frame, Outputs
 from clustvit_ros.node.filling import FrameFiller
 from clustvit_ros.node.frame import FrameSession, MaskPublisher
@@ -114,7 +116,7 @@ class FakeCamera:
             return self.published.setdefault(output, FakePublisher(int(output in subscribed)))
 
         self.outputs = Outputs(create, f"{name}/segmentation" if name else "segmentation")
-        self.auto_range = AutoRange()
+        self.auto_range, self.known_edges = AutoRange(), KnownEdges()
 
 
 class Bench:
@@ -197,6 +199,18 @@ def test_an_engine_is_shown_nothing_that_takes_time_or_will_be_another_picture(p
         bench.slot.put(Frame(shown, 0))
         assert bench.engine.upcoming() is None
     assert not bench.logger.errors
+
+
+def test_what_looks_damaged_in_frame_after_frame_at_one_place_is_the_scene(
+    stair_jpeg: Callable[[int, int], bytes],
+) -> None:
+    bench = Bench("mask", image_transport="compressed")
+    for row, column in ((4, 7), (4, 8), (9, 13), (9, 13), (4, 7)):
+        data = array("B", stair_jpeg(row, column))
+        bench.session.handle(Frame(CompressedImage(format="jpeg", data=data), bench.now_ns))
+    # The first at each place may be damaged; after another place, so may the old one.
+    assert (bench.counts()["mask"], bench.camera.ledger.count("rejected")) == (2, 3)
+    assert "from some block on all are brighter, darker" in bench.logger.errors[0]
 
 
 def test_only_the_mask_is_computed_for_nobody(pixels: np.ndarray) -> None:
