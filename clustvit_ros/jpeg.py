@@ -19,6 +19,7 @@ was found at the same place in its frame before is taken for the scene (`KnownEd
 from __future__ import annotations
 
 import functools
+import math
 import re
 import struct
 import warnings
@@ -45,11 +46,26 @@ _MISPLACED_MARKERS = frozenset({0x00, 0x01, *range(0xD0, 0xDB)})
 _MAX_SEGMENTS = 1024
 # Cameras of Logitech leave odd bytes before restart markers, between which damage is contained.
 _CONTAINED_SHARE = 0.02
-# A stair. All but a fifth of its steps, in units of the usual one between blocks; and relative to its height: what
-# steps differ by, and the step before it. Low qualities leave little of colour but such steps.
-_CLEAR, _UNEVEN, _BEFORE = (1.5, 3.0, 3.0), (0.5, 0.3, 0.3), (1.0, 0.3, 0.3)
-# Likewise: each of its parts, what is elsewhere, how lines of pixels change across the border and beside it.
-_PART, _ALONE, _ACROSS, _BESIDE = 0.6, 0.7, 0.7, 0.2
+
+
+class _Limits(NamedTuple):
+    """What a stair has at least: all but a fifth of its steps, in units of the usual one between blocks; and relative
+    to its height, each of its parts, and what lies between two lines of pixels. And at most: what steps differ by, the
+    step before it, and what is elsewhere.
+    """
+
+    step: float
+    part: float
+    across: float
+    uneven: float
+    before: float
+    elsewhere: float
+
+
+# Low qualities leave little of colour but steps between blocks.
+_BRIGHTNESS, _COLOUR = _Limits(1.5, 0.4, 0.85, 0.6, math.inf, 0.85), _Limits(3.0, 0.6, 0.7, 0.3, 0.3, 0.7)
+# How lines change beside a stair, relative to its height.
+_BESIDE = 0.2
 # Half of RGB to luma and two chroma axes.
 _YCC = np.array([[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]], np.float32) / 2
 
@@ -233,28 +249,29 @@ def find_shift(pixels: np.ndarray, header: JpegHeader) -> Shift | None:
         shift, usual = float(ordered[len(window) // 2]), float(noise[channel, 0])
         # Coarse quantisation alone makes steps of one or two levels of it, in chroma along whole rows.
         smallest = max(2.0, 1.5 * header.levels[0]) if channel == 0 else max(1.0, 2.5 * header.levels[1])
-        if shift < smallest or ordered[len(window) // 5] < _CLEAR[channel] * usual:
+        limits = _COLOUR if channel else _BRIGHTNESS
+        if shift < smallest or ordered[len(window) // 5] < limits.step * usual:
             continue
-        # All are set off by the same, but for what the scene adds.
-        if np.median(np.abs(window - shift)) > _UNEVEN[channel] * shift:
+        # All are set off by the same, but for what the scene adds, and the one before is not.
+        if np.median(np.abs(window - shift)) > limits.uneven * shift:
             continue
-        # A stair has both parts, the end of one row of units and the beginning of the next one, and begins with a step.
+        if abs(np.median(steps[channel, max(first - 4, 0) : first])) > limits.before * shift:
+            continue
+        # A stair has both parts, the end of one row of units and the beginning of the next one.
         parts = np.split(window, [columns - first % columns]) if first > 0 else [window[:0]]
-        if not all(len(part) > 1 and np.median(part) > _PART * shift for part in parts):
+        if not all(len(part) and np.median(part) > limits.part * shift for part in parts):
             continue
-        if abs(np.median(steps[channel, max(first - 4, 0) : first])) > _BEFORE[channel] * shift:
-            continue
-        # Edges of a scene are elsewhere in most columns, or as wide as a lens makes them; those of its coarse colours
-        # are not, but brightness changes with them.
+        # Edges of a scene are elsewhere in most columns, or as wide as a lens makes them.
         above, across, below = np.sign(height) * _changes(pixels, header, channel, place)
-        if across < _ACROSS * shift or max(abs(above), abs(below)) > _BESIDE * shift:
+        if across < limits.across * shift or max(abs(above), abs(below)) > _BESIDE * shift:
             continue
+        # Those of coarse colours are not, but brightness changes with them.
         if channel and np.abs(_changes(pixels, header, 0, place)[::2]).max() > shift:
             continue
         # And there is nothing like it elsewhere, nor half a unit further down, where scenes have edges as well.
         means[channel, max(peak - columns, 0) : peak + columns] = 0.0
         between = _window_means(_steps(pixels, header, high // 2)[channel, None], noise[channel, None], columns)
-        if max(np.abs(means[channel]).max(), np.abs(between).max()) < _ALONE * abs(height):
+        if max(np.abs(means[channel]).max(), np.abs(between).max()) < limits.elsewhere * abs(height):
             return Shift(header.mcus, channel, first // columns + 1, first % columns)
     return None
 

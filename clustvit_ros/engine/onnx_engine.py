@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +40,7 @@ from clustvit_ros.paths import find_model, temporary_cache_dir, user_cache_dir
 ONNX_FILE = "model.onnx"
 # One for each rung of the ladder of input sizes, for two cameras of different aspects.
 _MOST_SESSIONS = 12
+_MOST_LOGITS_PX = 1 << 26
 _LOG = logging.getLogger(__name__)
 
 
@@ -129,18 +129,18 @@ class OnnxEngine(NetworkEngine):
 
         if exempt is not None:
             return self._run_exempt(session, x, merge_threshold, token_capacity, exempt)
-        binding = session.io_binding()
-        binding.bind_cpu_input("merge_threshold", np.array(merge_threshold, np.float32))
-        binding.bind_cpu_input("token_capacity", np.array(token_capacity, np.int64))
-        device = {"device_type": self._device.type, "device_id": self._device.index or 0}
-        binding.bind_input("images", **device, **_buffer(x, np.float32))
-        binding.bind_output("logits", **device, **_buffer(logits, np.float32))
-        binding.bind_output("cluster_ids", **device, **_buffer(cluster_ids, np.int64))
-        binding.bind_output("capacity", "cpu", 0, element_type=np.int64, shape=(), buffer_ptr=capacity.ctypes.data)
         if self._device.type == "cuda":
             # ONNX Runtime has a stream of its own, which does not wait for the one that fills x.
             torch.cuda.current_stream(self._device).synchronize()
         try:
+            binding = session.io_binding()
+            binding.bind_cpu_input("merge_threshold", np.array(merge_threshold, np.float32))
+            binding.bind_cpu_input("token_capacity", np.array(token_capacity, np.int64))
+            device = {"device_type": self._device.type, "device_id": self._device.index or 0}
+            binding.bind_input("images", **device, **_buffer(x, np.float32))
+            binding.bind_output("logits", **device, **_buffer(logits, np.float32))
+            binding.bind_output("cluster_ids", **device, **_buffer(cluster_ids, np.int64))
+            binding.bind_output("capacity", "cpu", 0, element_type=np.int64, shape=(), buffer_ptr=capacity.ctypes.data)
             session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
             raise EngineError(f"{self._info.device} failed on a batch of shape {tuple(x.shape)}: {error}") from error
@@ -190,12 +190,18 @@ class OnnxEngine(NetworkEngine):
         """A session for a size of the network's input, and why it is not on the wanted provider."""
         path = self._find_file(config, size)
         opened = open_session(path, device, self._threads, self._execution_provider, self._cache_dir, self._half)
-        found = {value.name: tuple(value.shape[1:]) for value in (*opened[0].get_inputs(), *opened[0].get_outputs())}
-        logits = found.get("logits", ())
-        wanted = {**dict.fromkeys((*INPUT_NAMES, *OUTPUT_NAMES), ()), "images": (3, *size), "logits": logits}
-        wanted["cluster_ids"] = (math.prod(grid_size_of(size, config.network.patch_size)),)
-        if found != wanted or logits[:1] != (len(config.classes),) or not all(isinstance(n, int) for n in logits):
-            raise ModelError(f"{path}: its inputs and outputs are {found}, not the model's; delete the file")
+        session = opened[0]
+        found = {value.name: tuple(value.shape[1:]) for value in (*session.get_inputs(), *session.get_outputs())}
+        wanted = {"images": (3, *size), "logits": (len(config.classes), *_logits_size(session))}
+        for name, shape in wanted.items():
+            dimensions = found.get(name, ())
+            # A text is a size that the file computes.
+            fits = [size == n or isinstance(size, str) for size, n in zip(dimensions, shape, strict=False)]
+            if len(dimensions) != len(shape) or not all(shape) or not all(fits):
+                raise ModelError(
+                    f"{path}: its {name} are {dimensions}, the model's and its metadata's {shape}; delete the file, or "
+                    f"make it again with 'clustvit-ros export --model {self._model}'"
+                )
         return opened
 
     def _find_file(self, config: ModelConfig, size: tuple[int, int]) -> Path:
@@ -236,9 +242,12 @@ class OnnxEngine(NetworkEngine):
 
 
 def _logits_size(session: Any) -> tuple[int, int]:
-    """(h, w) of a file's logits, which need not be the tokens' grid."""
-    height, width = next(value.shape[2:] for value in session.get_outputs() if value.name == "logits")
-    return height, width
+    """(h, w) of a file's logits, which need not be the tokens' grid; zeros where its metadata does not say."""
+    try:
+        height, width = map(int, json.loads(session.get_modelmeta().custom_metadata_map["logits_size"]))
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
+        return 0, 0
+    return (height, width) if 0 < height * width <= _MOST_LOGITS_PX else (0, 0)
 
 
 def _buffer(tensor: Tensor, element_type: type) -> dict[str, Any]:

@@ -254,7 +254,7 @@ def test_odd_metadata_is_used_or_refused_in_a_sentence(variant, tmp_path):
     export_onnx(model, model / "model.onnx")
     made = onnx.load(model / "model.onnx")
     odd = ("", "{", "null", "[1]", "[-1, 1e99]", "\u0000", "9" * 5000, "\x1b[2J")
-    decisive = ("format", "weights_sha256", "network", "input_size", "batch")
+    decisive = ("format", "weights_sha256", "network", "input_size", "batch", "logits_size")
     others = [entry.key for entry in made.metadata_props if entry.key not in (*decisive, "temperature")]
     for keys in (others, *([key] for key in decisive)):
         changed = onnx.ModelProto()
@@ -268,7 +268,8 @@ def test_odd_metadata_is_used_or_refused_in_a_sentence(variant, tmp_path):
             engine = OnnxEngine(model, "cpu", cache_dir=tmp_path / "cache")
             assert engine.segment(np.zeros((96, 128, 3), np.uint8)).mask.shape == (1, 96, 128)
         else:
-            with pytest.raises(ModelError, match=f"its {keys[0]} differs from the model's.*make it again with"):
+            problem = "its logits are .* metadata's" if keys == ["logits_size"] else f"its {keys[0]} differs from the"
+            with pytest.raises(ModelError, match=f"{problem}.*make it again with 'clustvit-ros export"):
                 OnnxEngine(model, "cpu", cache_dir=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 

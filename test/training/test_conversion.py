@@ -205,7 +205,7 @@ def test_names_of_images_lead_nowhere_else(tmp_path: Path) -> None:
 _VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.just([]) | st.just({})
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_whatever_a_label_file_holds_is_converted_or_told(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

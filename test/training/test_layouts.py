@@ -12,9 +12,11 @@ import cv2
 import numpy as np
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from clustvit_ros.errors import ConfigError, DataError
-from clustvit_ros.training.dataset import check_images, list_findings, warn_of_orientation, without
+from clustvit_ros.training.dataset import check_images, group_images, list_findings, warn_of_orientation, without
 from clustvit_ros.training.layouts import open_data_set
 
 RNG = np.random.default_rng(0)
@@ -290,3 +292,83 @@ def test_turned_images_are_told(tmp_path):
     assert warn_of_orientation(data.subset([0])) == "" and data[1].image.shape == (24, 32, 3)
     with pytest.raises(DataError, match="drawn on the turned image, whose orientation tag is not applied"):
         data[2]
+
+
+LABEL_FILES = st.one_of(
+    st.tuples(
+        st.sampled_from([np.uint8, np.uint16, np.float32]),
+        st.sampled_from([(), (1,), (3,), (4,)]),
+        st.lists(st.sampled_from([0, 1, 2, 3, 127, 254, 255, 256, 1000, 65535]), min_size=1, max_size=3),
+        st.sampled_from([(6, 8), (6, 8), (6, 8), (8, 6), (1, 1)]),
+        st.sampled_from([".png", ".tiff", ".jpg"]),
+    ),
+    st.binary(max_size=40),
+    st.integers(1, 60),  # a palette's file cut there
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(content=LABEL_FILES, colours=st.booleans())
+def test_whatever_a_label_file_is_gives_ids_of_classes_or_an_error(tmp_path_factory, content, colours):
+    folder = tmp_path_factory.mktemp("any")
+    put(folder / "train" / "images" / "a.png", photo((6, 8)))
+    label = folder / "train" / "labels" / "a.png"
+    label.parent.mkdir()
+    if isinstance(content, tuple):
+        dtype, channels, values, size, suffix = content
+        pixels = np.resize(np.array(values), (*size, *channels)).astype(dtype)
+        try:
+            label.write_bytes(cv2.imencode(suffix, pixels)[1].tobytes())
+        except cv2.error:
+            return  # no such file
+    elif isinstance(content, bytes):
+        label.write_bytes(content)
+    else:
+        images = pytest.importorskip("PIL.Image", reason="needs Pillow (matplotlib)")
+        images.fromarray(columns([0, 1, 2], (6, 8))).convert("P").save(label)
+        label.write_bytes(label.read_bytes()[: -content or None])
+    kind = "labels: colours\n" if colours else ""
+    (folder / "dataset.yaml").write_text(
+        f"classes: [{{name: a, colour: [0, 0, 0]}}, {{name: b, colour: [1, 1, 1]}}]\n{kind}"
+    )
+    try:
+        labels = open_data_set(folder).open("train", 2)[0].labels
+    except (ConfigError, DataError) as error:
+        assert "a.png" in str(error)
+    else:
+        assert labels.shape == (6, 8) and labels.dtype == np.uint8 and set(np.unique(labels)) <= {0, 1, 255}
+
+
+YAML_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-300, 300) | st.floats() | st.text(max_size=5) | st.just("../x"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5) | st.integers(), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_whatever_dataset_yaml_says_is_read_or_refused(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("described")
+    for name in ("rgb", "masks"):
+        put(folder / name / "a.png", np.zeros((6, 8, 3) if name == "rgb" else (6, 8), np.uint8))
+    content = {
+        "classes": [{"name": "a", "colour": [0, 0, 0]}, "b"], "labels": "ids", "ignore": [7], "label_suffix": ".png",
+        "splits": {"train": {"images": "rgb", "labels": "masks", "list": ""}}, "group": "a", "root": ".",
+        "layout": "folders",
+    }  # fmt: skip
+    for _ in range(data.draw(st.integers(1, 3))):
+        place, key = content, data.draw(st.sampled_from(sorted(content)))
+        while isinstance(place[key], (dict, list)) and place[key] and data.draw(st.booleans()):
+            place = place[key]
+            key = data.draw(st.sampled_from(sorted(place, key=str) if isinstance(place, dict) else range(len(place))))
+        place[key] = data.draw(YAML_VALUES)
+    (folder / "dataset.yaml").write_text(yaml.safe_dump(content))
+    try:
+        data_set = open_data_set(folder)
+        for split in data_set.splits:
+            images = data_set.open(split, len(data_set.classes))
+            check_images(images)
+            group_images(images, data_set.group)
+    except (ConfigError, DataError) as error:
+        assert str(error)
