@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from clustvit_ros.classes import IGNORE_INDEX
+from clustvit_ros.errors import DataError
 from clustvit_ros.images import Sample
 from clustvit_ros.training.augmentation import Augmentation, ClassPlaces
 
@@ -158,3 +159,26 @@ class Crops:
 
     def _move(self, item: _Stored) -> _Stored:
         return item._replace(image=item.image.to(self._device), labels=item.labels.to(self._device))
+
+
+def check_counts(counts: Tensor, names: Sequence[str], where: str) -> None:
+    """Refuse training labels in which a class never occurs: nothing can be learnt of it, and no score would show it.
+
+    Args:
+        counts: (C,), pixels of each class.
+        names: of the classes.
+        where: folder of the labels.
+
+    Raises:
+        DataError: which classes, and what such labels often are.
+    """
+    absent = [name for name, count in zip(names, counts.tolist(), strict=True) if not count]
+    if not absent:
+        return
+    only_zero = len(names) > 1 and int((counts > 0).sum()) == 1 and bool(counts[0])
+    pattern = (
+        "; every labelled pixel is 0, as in binary masks of 0 and 255, and 255 is void here: write class ids 0, 1, ..."
+        if only_zero
+        else "; check ids and colours, or leave the class out of the list"
+    )
+    raise DataError(f"{where}: no pixel of {', '.join(absent)} in the training labels{pattern}")

@@ -20,14 +20,14 @@ from tqdm import tqdm
 
 from clustvit_ros.config import to_mapping
 from clustvit_ros.engine.ladder import scaled_size
-from clustvit_ros.errors import ConfigError, DataError
+from clustvit_ros.errors import ConfigError
 from clustvit_ros.networks.architectures import build_network
 from clustvit_ros.networks.clustering import Clusterer, Regenerator
 from clustvit_ros.networks.cts import PolicyNetwork
 from clustvit_ros.networks.model_folder import load_config, load_segmenter
 from clustvit_ros.networks.segmenter import Backbone, Segmenter
 from clustvit_ros.networks.vit import grid_size_of
-from clustvit_ros.training.crops import COUNTED_IMAGES, DEFAULT_CACHE_BYTES, Batch, Crops, Place
+from clustvit_ros.training.crops import COUNTED_IMAGES, DEFAULT_CACHE_BYTES, Batch, Crops, Place, check_counts
 from clustvit_ros.training.dataset import LabelledImages, joined
 from clustvit_ros.training.distributed import Processes
 from clustvit_ros.training.initialisation import InitReport, load_init
@@ -108,7 +108,7 @@ class Trainer(TrainingLoop[Segmenter]):
         counts = self.crops.pixel_counts(images.num_classes)
         if len(images) <= COUNTED_IMAGES:  # else a rare class may be in none of those that were counted
             others = [f"{source.name}'s {entry.name}" for source in recipe.sources[1:] for entry in source.classes]
-            _check_counts(counts, [*self.config.classes.names, *others], images.where)
+            check_counts(counts, [*self.config.classes.names, *others], images.where)
         if self.schedule.class_weighting:
             self._class_weights = frequency_weights(counts).to(device)
         fingerprint = to_mapping(recipe)
@@ -219,24 +219,6 @@ class Trainer(TrainingLoop[Segmenter]):
         if pick < len(schedule.kept_fractions):
             return size, 1.0, max(round(rows * columns * schedule.kept_fractions[pick]), 1)
         return size, schedule.merge_thresholds[pick - len(schedule.kept_fractions)], None
-
-
-def _check_counts(counts: Tensor, names: Sequence[str], where: str) -> None:
-    """Refuse training labels in which a class never occurs: nothing can be learnt of it, and no score would show it.
-
-    Raises:
-        DataError: which classes, and what such labels often are.
-    """
-    absent = [name for name, count in zip(names, counts.tolist(), strict=True) if not count]
-    if not absent:
-        return
-    only_zero = len(names) > 1 and int((counts > 0).sum()) == 1 and bool(counts[0])
-    pattern = (
-        "; every labelled pixel is 0, as in binary masks of 0 and 255, and 255 is void here: write class ids 0, 1, ..."
-        if only_zero
-        else "; check ids and colours, or leave the class out of the list"
-    )
-    raise DataError(f"{where}: no pixel of {', '.join(absent)} in the training labels{pattern}")
 
 
 def _freeze_all_but_merging(network: Segmenter, name: str) -> list[nn.Module]:
