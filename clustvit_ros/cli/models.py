@@ -72,6 +72,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="of the images it was trained with: half is (v - 127.5) / 127.5, imagenet is DeiT's (default: as its "
         "configuration in the file says, else half)",
     )  # fmt: skip
+    parser.add_argument("--policy-net", type=Path, help="CTS: file of a policy network that the checkpoint lacks")
     parser.add_argument("--entry", help="where in the file the weights lie (default: state_dict or the like)")
     parser.set_defaults(run=run)
 
@@ -220,7 +221,12 @@ def run(args: argparse.Namespace) -> int:
     if args.image_size:
         known["image_size"] = _size(args.image_size)
     options = {name: getattr(args, name) for name in ("classes", "arch", "head", "normalisation")}
-    import_model(read_checkpoint(args.checkpoint, args.entry), str(args.checkpoint), args.out, known, **options)
+    checkpoint = read_checkpoint(args.checkpoint, args.entry)
+    if args.policy_net:
+        policy = read_checkpoint(args.policy_net).weights
+        named = {f"backbone.policy_net.{name.removeprefix('policy_net.')}": tensor for name, tensor in policy.items()}
+        checkpoint = checkpoint._replace(weights={**checkpoint.weights, **named})
+    import_model(checkpoint, str(args.checkpoint), args.out, known, **options)
     return 0
 
 
@@ -281,7 +287,8 @@ def import_model(
     text = ""
     if isinstance(settings, ViTConfig):
         text = f"width {settings.embed_dim}, {settings.depth} blocks of {settings.num_heads} heads, "
-        text += f"merging after block {settings.injection_point}, " if settings.merges else ""
+        text += f"merging after block {settings.injection_point}, " if settings.merge_method == "clusters" else ""
+        text += f"{settings.shared_windows} windows share a token (CTS), " if settings.merge_method == "cts" else ""
         text += f"{settings.head} head, "
     print(f"{out}: {architecture}, {text}{len(labels)} classes")
     if checkpoint.entries:

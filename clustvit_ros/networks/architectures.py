@@ -39,8 +39,8 @@ ARCHITECTURES |= {
 
 # Hyper-parameters that mean nothing to a plain ViT.
 _OF_MERGING = {
-    "merging", "merge_similarity", "share_corner", "num_clusters", "injection_point", "injection_points",
-    "cluster_mlp_dim", "decode",
+    "merging", "merge_similarity", "share_corner", "shared_windows", "num_clusters", "injection_point",
+    "injection_points", "cluster_mlp_dim", "decode",
 }  # fmt: skip
 
 

@@ -40,6 +40,7 @@ _STAGES = (
     (1, 3, 1, 6, 320),
 )  # fmt: skip
 _STEM_CHANNELS = 32
+_LEAST_MARGIN = 1e-3
 
 
 class _InvertedResidual(nn.Sequential):
@@ -120,14 +121,19 @@ class TokenSharingViT(VisionTransformer):
     Args:
         decode_compact: leave the sequence compact for the head, as in the paper.
         share_corner: as ClustViT's authors have it.
+        shared_windows: how many windows of an image of `image_size` share at a threshold of 0.5, as many of its part in
+            another size; 0 is those that show one class more probably than not.
         vit: arguments of `VisionTransformer`; patches of 16 pixels.
     """
 
     merges = True
     merge_unit = 2
 
-    def __init__(self, decode_compact: bool = False, share_corner: bool = False, **vit: Any) -> None:
+    def __init__(
+        self, decode_compact: bool = False, share_corner: bool = False, shared_windows: int = 0, **vit: Any
+    ) -> None:
         super().__init__(**vit)
+        self.shared_windows = shared_windows
         self.decode_compact = decode_compact
         self.share_corner = share_corner
         self.policy_net = PolicyNetwork()
@@ -141,13 +147,29 @@ class TokenSharingViT(VisionTransformer):
         if images.shape[2] < height or images.shape[3] < width:
             whole = F.pad(images, (0, max(width - images.shape[3], 0), 0, max(height - images.shape[2], 0)))
         whole = whole[:, :, :height, :width]
-        logits = self.policy_net(whole).flatten(2).transpose(1, 2)
+        logits = self._centred(self.policy_net(whole).flatten(2).transpose(1, 2))
         # Half of the resolution by bilinear interpolation is the mean of four pixels.
         shared = self.patch_embed(F.avg_pool2d(whole, 2)).flatten(2).transpose(1, 2)
         positions = self.resized_pos_embed(grid_size)[:, 1:].unflatten(1, grid_size)[:, : 2 * rows, : 2 * columns]
         windows = positions.unflatten(2, (columns, 2)).unflatten(1, (rows, 2))
         position = windows[:, :, 0, :, 0] if self.share_corner else windows.mean(dim=(2, 4))
         return Sharing(x, shared + position.flatten(1, 2), logits, grid_size, details)
+
+    def _centred(self, logits: Tensor) -> Tensor:
+        """Logits (B, W, 2) whose margin is above 0 for as many windows of each image as share by schedule."""
+        if not self.shared_windows:
+            return logits
+        margin = logits[..., 1] - logits[..., 0]
+        share = self.shared_windows / ((self.grid_size[0] // 2) * (self.grid_size[1] // 2))
+        rank = margin.argsort(dim=1, descending=True, stable=True).argsort(dim=1, stable=True)
+        shares = rank + 0.5 < share * margin.shape[1]
+        # Halfway between the last window that shares and the first that does not, which may be equal.
+        last = margin.masked_fill(~shares, torch.inf).amin(dim=1, keepdim=True)
+        first = margin.masked_fill(shares, -torch.inf).amax(dim=1, keepdim=True)
+        centre = torch.where(last.isinf(), first, torch.where(first.isinf(), last, (last + first) / 2))
+        margin = margin - centre
+        margin = torch.where(shares, margin.clamp(min=_LEAST_MARGIN), margin.clamp(max=-_LEAST_MARGIN))
+        return torch.stack([-margin / 2, margin / 2], dim=2)
 
     def count_kept(self, state: Sharing, merge_threshold: float | Tensor) -> Tensor:
         """Tokens that are left when windows share whose probability of showing one class is above the threshold."""

@@ -45,6 +45,8 @@ _UPERNET = (
 _NECK = {"lateral_convs": "lateral", "convs": "smooth"}
 _TRAINING_ONLY = ("auxiliary_head.", "data_preprocessor.", "criterion.", "loss.")
 _CLUSTR_STAGE = re.compile(r"(patch_embed|block|norm)([1-4])\.(.+)")
+# Windows that share a token, of all, in the official configurations of CTS: 103 of 256.
+_PUBLISHED_SHARE = 103 / 256
 # Coarse clusters stand for these many tokens, squared, in every published size; no parameter's shape tells.
 PUBLISHED_SR_RATIOS = (8, 4, 2, 1)
 
@@ -92,6 +94,7 @@ def network_of(
             continue
         if name in shapes and shapes[name] != value:
             raise ConfigError(f"{name}: got {value!r}, but the checkpoint's shapes say {shapes[name]!r}")
+    shapes |= _sharing(weights, model)
     backbone = {"num_heads": max(embed_dim // 64, 1), **hints_of(model)}
     network = {**backbone, **shapes, **known, "head": shapes["head"]}
     for name in ("injection_points", "head_blocks"):
@@ -119,15 +122,43 @@ def network_of(
     return architecture, {name: value for name, value in network.items() if getattr(published, name) != value}
 
 
+def _sharing(weights: dict[str, Tensor], model: dict[str, Any]) -> dict[str, Any]:
+    """What makes a ViT one of CTS, as ClustViT's authors have it; empty for any other.
+
+    Raises:
+        ModelError: its policy network is missing.
+    """
+    backbone = part if isinstance(part := model.get("backbone"), dict) else {}
+    if not _shares(weights):
+        if backbone.get("type") == "CTSVisionTransformer" and backbone.get("policy_method") != "no_sharing":
+            raise ModelError(
+                "checkpoint: is a CTS network by its own configuration, but holds no policy network "
+                "(backbone.policy_net.*), which decides what is merged; pass it with --policy-net policynet.pth"
+            )
+        return {}
+    windows = (weights["backbone.pos_embed"].shape[1] - 1) // 4
+    shared = round(_PUBLISHED_SHARE * windows)
+    schedule = backbone.get("policy_schedule")
+    if isinstance(schedule, (list, tuple)) and len(schedule) == 2 and isinstance(schedule[1], int):
+        shared = schedule[1]
+    return {"merging": "cts", "share_corner": True, "shared_windows": max(min(shared, windows - 1), 0)}
+
+
+def _shares(weights: Iterable[str]) -> bool:
+    """Whether these are names of a CTS network."""
+    return any(name.startswith("backbone.policy_net.") for name in weights)
+
+
 def from_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename the parameters of an official checkpoint; names that are not recognised stay as they are.
 
-    What serves training only (auxiliary heads) is left out, and a bias of the patch projection, which older versions of
+    What serves training only (auxiliary heads) is left out; of a CTS network the class token's position becomes zero,
+    since its official code leaves it out. A bias of the patch projection, which older versions of
     mmsegmentation had, is added to the position embedding, where it does the same.
     """
     linear = head_of(state_dict) == "linear"
     weights = {}
-    for name, tensor in _fold_patch_bias(state_dict).items():
+    for name, tensor in _fold_positions(state_dict).items():
         if name.startswith(_TRAINING_ONLY):
             continue
         if linear and name == "decode_head.conv_seg.weight":
@@ -304,14 +335,14 @@ def hints_of(model: dict[str, Any]) -> dict[str, Any]:
     return hints
 
 
-def _fold_patch_bias(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights (OpenMMLab's names) without a bias of the patch projection, which is added to all patches' positions."""
-    bias = weights.get("backbone.patch_embed.projection.bias")
-    if bias is None or "backbone.pos_embed" not in weights:
-        return weights
-    weights = {name: tensor for name, tensor in weights.items() if name != "backbone.patch_embed.projection.bias"}
-    pos_embed = weights["backbone.pos_embed"]
-    weights["backbone.pos_embed"] = torch.cat([pos_embed[:, :1], pos_embed[:, 1:] + bias], dim=1)
+def _fold_positions(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights (OpenMMLab's names) whose position embedding holds what its code adds otherwise, or leaves out."""
+    weights = dict(weights)
+    bias, pos_embed = weights.pop("backbone.patch_embed.projection.bias", None), weights.get("backbone.pos_embed")
+    if pos_embed is not None and (bias is not None or _shares(weights)):
+        cls, grid = pos_embed[:, :1], pos_embed[:, 1:]
+        cls = torch.zeros_like(cls) if _shares(weights) else cls
+        weights["backbone.pos_embed"] = torch.cat([cls, grid if bias is None else grid + bias], dim=1)
     return weights
 
 

@@ -44,6 +44,8 @@ class ViTConfig(NetworkConfig):
         num_clusters: k, clusters besides "keep".
         injection_point: number of blocks before merging.
         share_corner: CTS as ClustViT's authors have it: a shared token stands at its window's first place alone.
+        shared_windows: CTS by schedule: windows of an image of `image_size` that share at a threshold of 0.5; 0 leaves
+            that to their probability.
         injection_points: for several merges, blocks before each; empty is `injection_point` alone. ALGM has two, and
             takes the published ones, in the first block and after a third of them, where none are given.
         cluster_mlp_dim: hidden width of the Clusterer; 0 takes the published ratio, 4 1/32 times embed_dim.
@@ -72,6 +74,7 @@ class ViTConfig(NetworkConfig):
     merging: Literal["", "none", "clusters", "algm", "algm+clusters", "cts", "tome", "kmeans"] = ""
     merge_similarity: float = 0.88
     share_corner: bool = False
+    shared_windows: int = 0
     num_clusters: int = 3
     injection_point: int = 3
     injection_points: tuple[int, ...] = ()
@@ -113,6 +116,12 @@ class ViTConfig(NetworkConfig):
             raise ConfigError(
                 f"network: patch_size is {self.patch_size} with merging 'cts', whose policy network sees windows of "
                 f"{POLICY_STRIDE} px, two patches; expected {POLICY_STRIDE // 2}, or another merging"
+            )
+        windows = (self.image_size[0] // POLICY_STRIDE) * (self.image_size[1] // POLICY_STRIDE)
+        if self.shared_windows and (self.merging != "cts" or not 0 < self.shared_windows < windows):
+            raise ConfigError(
+                f"network: shared_windows is {self.shared_windows} with merging {self.merge_method!r}, expected 'cts' "
+                f"and fewer than the {windows} windows of image_size {list(self.image_size)}"
             )
         if self.share_corner and (self.merging != "cts" or self.decode != "full"):
             raise ConfigError(
@@ -223,7 +232,7 @@ class ViTConfig(NetworkConfig):
             return VisionTransformer(**vit)
         vit["decode_compact"] = self.decode == "compact"
         if self.merge_method == "cts":
-            return TokenSharingViT(share_corner=self.share_corner, **vit)
+            return TokenSharingViT(share_corner=self.share_corner, shared_windows=self.shared_windows, **vit)
         vit["merge_similarity"] = self.merge_similarity
         if self.merge_method == "algm":
             return LocalGlobalMergingViT(self.points[0], self.points[1], **vit)

@@ -151,6 +151,51 @@ def test_another_entry_is_taken_when_asked_for_and_told_in_any_case(tmp_path, of
     assert "holds no weights below 'model', expected one of state_dict, ema_state_dict" in capsys.readouterr().err
 
 
+SHARING = "model = dict(backbone=dict(type='CTSVisionTransformer', num_heads=1, policy_schedule=(48, 4)))"
+
+
+@pytest.fixture(scope="module")
+def sharing():
+    """A CTS network in the official layout, whose class token has a position that its code leaves out."""
+    torch.manual_seed(0)
+    config = ViTConfig(backbone="vit", image_size=(128, 128), embed_dim=64, depth=2, num_heads=1, head_depth=1,
+                       merging="cts", share_corner=True, shared_windows=4)  # fmt: skip
+    network = build_network(config, 3).eval()
+    with torch.no_grad():
+        network.backbone.pos_embed[:, 0] = 0
+    weights = to_official(network.state_dict())
+    positions = weights["backbone.pos_embed"].clone()
+    positions[:, 0] = 7.0
+    return network, {**weights, "backbone.pos_embed": positions}
+
+
+@torch.no_grad()
+def test_a_cts_checkpoint_shares_as_many_windows_as_its_schedule_says(tmp_path, sharing):
+    network, weights = sharing
+    torch.save({"meta": {"cfg": SHARING}, "state_dict": prefixed(weights, "module.")}, tmp_path / "a.pth")
+    assert import_(tmp_path / "a.pth", tmp_path / "m") == 0
+    config, loaded = load_config(tmp_path / "m").network, load_segmenter(tmp_path / "m")
+    assert (config.merge_method, config.share_corner, config.shared_windows) == ("cts", True, 4)
+    images = torch.randn(2, 3, 128, 128)
+    output = loaded(images)
+    assert ((output.cluster_ids == 0).sum(dim=1) == 64 - 3 * 4).all()
+    torch.testing.assert_close(output.logits, network(images, token_capacity=52).logits, rtol=0, atol=1e-5)
+    assert (loaded(torch.randn(1, 3, 64, 128)).cluster_ids > 0).sum() == 3 * 2  # half of the image, half of them
+    assert (loaded(images, merge_threshold=1.0).cluster_ids == 0).all()
+
+
+def test_a_cts_checkpoint_without_its_policy_network_is_told_or_given_one(tmp_path, sharing, capsys):
+    policy = {name: tensor for name, tensor in sharing[1].items() if ".policy_net." in name}
+    rest = {name: tensor for name, tensor in sharing[1].items() if name not in policy}
+    torch.save({"meta": {"cfg": SHARING}, "state_dict": rest}, tmp_path / "a.pth")
+    assert import_(tmp_path / "a.pth", tmp_path / "m") == 2
+    assert "is a CTS network by its own configuration, but holds no policy network" in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
+    torch.save({name.removeprefix("backbone.policy_net."): t for name, t in policy.items()}, tmp_path / "policynet.pth")
+    assert import_(tmp_path / "a.pth", tmp_path / "m", "--policy-net", str(tmp_path / "policynet.pth")) == 0
+    assert load_config(tmp_path / "m").network.merge_method == "cts"
+
+
 def test_a_file_that_holds_itself_ends(tmp_path):
     content = {"epoch": 3}
     content["model"] = content

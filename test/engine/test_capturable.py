@@ -105,7 +105,7 @@ def test_shipped_models(name):
         ("clustvit_t", {"decode": "compact"}),
         ("clustvit_t", {"merging": "algm"}),
         ("clustvit_t", {"merging": "algm+clusters"}),
-        ("vit_t", {"merging": "cts", "decode": "compact"}),
+        ("vit_t", {"merging": "cts", "share_corner": True, "shared_windows": 103}),
         ("clustvit_t", {"merging": "tome"}),
         ("clustvit_t", {"merging": "kmeans"}),
         ("clustvit_t", {"injection_points": [2, 5]}),
