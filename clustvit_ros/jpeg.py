@@ -252,14 +252,14 @@ def find_shift(pixels: np.ndarray, header: JpegHeader) -> Shift | None:
         limits = _COLOUR if channel else _BRIGHTNESS
         if shift < smallest or ordered[len(window) // 5] < limits.step * usual:
             continue
-        # All are set off by the same, but for what the scene adds, and the one before is not.
+        # All are set off by the same, but for what the scene adds.
         if np.median(np.abs(window - shift)) > limits.uneven * shift:
             continue
-        if abs(np.median(steps[channel, max(first - 4, 0) : first])) > limits.before * shift:
-            continue
-        # A stair has both parts, the end of one row of units and the beginning of the next one.
+        # A stair has both parts, the end of one row of units and the beginning of the next one, and begins with a step.
         parts = np.split(window, [columns - first % columns]) if first > 0 else [window[:0]]
         if not all(len(part) and np.median(part) > limits.part * shift for part in parts):
+            continue
+        if abs(np.median(steps[channel, max(first - 4, 0) : first])) > limits.before * shift:
             continue
         # Edges of a scene are elsewhere in most columns, or as wide as a lens makes them.
         above, across, below = np.sign(height) * _changes(pixels, header, channel, place)

@@ -302,9 +302,21 @@ def tensorboard_writer(run_dir: Path) -> Callable[[dict[str, Any]], None]:
     return write
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def draw_log(log: Path) -> None:
-    """Draw loss and mIoU over the epochs of a log of JSON lines as a PNG beside it, where matplotlib is installed."""
-    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    """Draw loss and mIoU over the epochs of a log of JSON lines as a PNG beside it, where matplotlib is installed.
+
+    What a full disk or an editor made of a line is left out: the run is done, and this is its picture.
+    """
+    records: list[dict[str, Any]] = []
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict) and all(_is_number(record.get(key, 0)) for key in ("epoch", "loss", "miou")):
+                records += [record] if {"epoch", "loss"} <= record.keys() else []
     try:
         figure, ((losses,),) = new_figure((7.0, 4.0))
     except ConfigError:

@@ -25,6 +25,7 @@ from conftest import CLASSES, RECIPE, write_split
 from clustvit_ros.networks import load_config, load_segmenter
 from clustvit_ros.paths import share_dir
 from clustvit_ros.training import trainer
+from clustvit_ros.training.run_folder import draw_log
 
 
 def checkpoint(run):
@@ -72,6 +73,12 @@ def test_options_come_before_the_recipe_and_the_run_is_drawn(train, write_recipe
     names = ("batch_size", "learning_rate", "precision", "epochs")
     assert [schedule[name] for name in names] == [2, 0.001, "bfloat16", 1]
     assert load_config(tmp_path / "run/model").input.size == (48, 64) and written["input"]["size"] == [48, 64]
+    assert cv2.imread(str(tmp_path / "run/log.png")).shape == (480, 840, 3)
+    # A disk that filled up, or an editor, may have left anything in the log of a run that is done.
+    (tmp_path / "run/log.png").unlink()
+    with (tmp_path / "run/log.jsonl").open("ab") as log:
+        log.write(b'{"epoch": 2}\n{"epoch": 3, "loss": "high"}\n[]\n\xff\n{"epoch": 4, "lo')
+    draw_log(tmp_path / "run/log.jsonl")
     assert cv2.imread(str(tmp_path / "run/log.png")).shape == (480, 840, 3)
 
 
