@@ -12,7 +12,7 @@ are errors that the codes survive. Each block states its mean brightness as a di
 such an error shifts brightness or colour of everything behind it: in the picture, blocks are set off from those above
 them along exactly one row's length in the order of the file, from the middle of one row of blocks to the middle of the
 next, and between two lines of pixels. Scenes have edges along rows, but seldom such a stair on the blocks' own borders:
-none in 2,307 photographs and 25,000 windows of them. Where one does, a camera at rest would lose every frame: what
+none in 2,307 photographs and 49,000 windows of them. Where one does, a camera at rest would lose every frame: what
 was found at the same place in its frame before is taken for the scene (`KnownEdges`).
 """
 

@@ -284,9 +284,7 @@ def load_weights(network: Segmenter, path: Path, unused: tuple[str, ...] = ()) -
             weights = {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path}: cannot be read ({error}); fetch the model again") from error
-    broken = [name for name, tensor in weights.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
-    if broken:
-        raise ModelError(f"{path}: infinite or no numbers in {', '.join(broken[:10])}; train or fetch the model again")
+    check_weights(network, weights, str(path))
     hollow = {name: tensor.dtype for name, tensor in network.state_dict().items() if tensor.is_meta}
     weights |= {name: weights[name].to(dtype) for name, dtype in hollow.items()}
     network.load_state_dict(weights, assign=bool(hollow))
@@ -326,12 +324,21 @@ def hash_weights(model: str | Path) -> str:
 
 
 def check_weights(network: Segmenter, weights: dict[str, torch.Tensor], where: str) -> None:
-    """Compare names and shapes with a network's, before any is loaded.
+    """Compare names, shapes and kinds with a network's, before any is loaded.
 
     Raises:
-        ModelError: with every missing, unknown and mis-shaped name (the first ten of each).
+        ModelError: with every missing, unknown and mis-shaped name, or those that hold no finite numbers (the first
+            ten of each).
     """
     _check_shapes(network, {name: tuple(tensor.shape) for name, tensor in weights.items()}, where)
+    broken = [
+        name for name, own in network.state_dict().items()
+        if (tensor := weights[name]).layout != torch.strided or tensor.is_meta or tensor.is_quantized
+        or tensor.is_complex() or tensor.is_floating_point() != own.is_floating_point()
+        or not tensor.to(own.dtype).isfinite().all()
+    ]  # fmt: skip
+    if broken:
+        raise ModelError(f"{where}: infinite or no numbers in {', '.join(broken[:10])}; train or fetch the model again")
 
 
 def _check_shapes(network: Segmenter, shapes: dict[str, tuple[int, ...]], where: str) -> None:

@@ -176,7 +176,7 @@ def fill_network(
         The network, names in the file that it has no use for, and its own names that are to be trained.
 
     Raises:
-        ModelError: missing, unknown or mis-shaped weights.
+        ModelError: missing, unknown or mis-shaped weights, or values that are no numbers.
     """
     torch.manual_seed(0)
     network = build_network(config, num_classes)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from clustvit_ros.errors import ModelError
 from clustvit_ros.networks.checkpoint import read_checkpoint
-from clustvit_ros.networks.model_folder import WEIGHTS_FILE
+from clustvit_ros.networks.model_folder import WEIGHTS_FILE, check_weights
 from clustvit_ros.networks.segmenter import Segmenter
 from clustvit_ros.networks.vit import VisionTransformer
 from clustvit_ros.networks.weights import POSITIONS, fit_positions, import_weights
@@ -110,6 +110,7 @@ def load_init(network: Segmenter, source: str | Path) -> InitReport:
         for name, value in weights.items()
         if name in own and own[name].shape != value.shape
     ]
+    check_weights(network, {**own, **matching}, str(path))
     network.load_state_dict({name: value.to(own[name].dtype) for name, value in matching.items()}, strict=False)
     return InitReport(
         source=str(path), loaded=sorted(matching), resized=[name for name in resized if name in matching],

@@ -204,6 +204,13 @@ def test_a_file_that_holds_itself_ends(tmp_path):
         read_checkpoint(tmp_path / "a.pth")
 
 
+KINDS = {
+    "no number": lambda tensor: tensor * float("nan"), "infinite as float32": lambda tensor: tensor.double() + 1e300,
+    "complex": lambda tensor: tensor.to(torch.complex64), "whole": lambda tensor: tensor.to(torch.int8),
+    "sparse": lambda tensor: tensor.to_sparse(), "hollow": lambda tensor: tensor.to("meta"),
+}  # fmt: skip
+
+
 def hostile_checkpoints():
     weights = to_official(build_network(ViTConfig(image_size=(32, 32), embed_dim=64, depth=2, num_heads=1,
                                                   injection_point=1, head_depth=1), 3).state_dict())  # fmt: skip
@@ -214,6 +221,8 @@ def hostile_checkpoints():
         yield f"{name} is a number", {**weights, name: torch.tensor(1.0)}
         yield f"{name} is flat", {**weights, name: torch.ones(3)}
         yield f"{name} is empty", {**weights, name: torch.zeros(0, 0, 0)}
+        for kind, change in KINDS.items():
+            yield f"{name} is {kind}", {**weights, name: change(weights[name])}
     for number in (1_000_000_000_000, 10**400, 7):
         yield f"block {str(number)[:20]}", {**weights, block.replace("1", str(number), 1): weights[block]}
     yield "meta is text", {"meta": "x", "state_dict": weights | {"a": "text"}}
@@ -224,8 +233,10 @@ def hostile_checkpoints():
 def test_hostile_checkpoints_are_one_line(tmp_path, capsys):
     for kind, content in hostile_checkpoints():
         torch.save(content, tmp_path / "a.pth")
-        assert import_(tmp_path / "a.pth", tmp_path / "m") == 2, kind
-        assert capsys.readouterr().err.startswith("clustvit-ros: error: "), kind
+        assert import_(tmp_path / "a.pth", tmp_path / "m", "--injection-point", "1") == 2, kind
+        error = capsys.readouterr().err
+        assert error.startswith("clustvit-ros: error: "), kind
+        assert kind.partition(" is ")[2] not in KINDS or "infinite or no numbers in" in error, (kind, error)
 
 
 @pytest.mark.parametrize(
