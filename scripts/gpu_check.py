@@ -7,8 +7,8 @@
 # governing permissions and limitations under the License.
 """What only a GPU can tell: see gpu_check.sh, which calls this once for each part.
 
-Usage: `python scripts/gpu_check.py agreement|graphs|swap|batches|memory --device DEVICE --json FILE`, or
-`python scripts/gpu_check.py report OUTDIR`.
+Usage: `python scripts/gpu_check.py agreement|graphs|swap|batches|memory|budgets|tensorrt --device DEVICE --json FILE`,
+or `python scripts/gpu_check.py report OUTDIR`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ import argparse
 import json
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import torch
@@ -34,6 +36,10 @@ from clustvit_ros.errors import ClustvitError
 from clustvit_ros.networks.architectures import build_network, network_config
 from clustvit_ros.networks.model_folder import InputConfig, ModelConfig, save_model
 from clustvit_ros.paths import share_dir
+from clustvit_ros.policy import Policy, percentile
+from clustvit_ros.policy.calibration import CalibrationCache
+from clustvit_ros.policy.parameter_spec import build
+from clustvit_ros.policy.parameters import SegmentationParameters
 
 _LEAST_AGREEMENT = 0.995
 _LEAST_EQUAL = 0.9999
@@ -49,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = {
         "agreement": check_agreement, "graphs": check_graphs, "swap": check_swap, "batches": check_batches,
-        "memory": check_memory,
+        "memory": check_memory, "budgets": check_budgets, "tensorrt": check_tensorrt,
     }  # fmt: skip
     parser.add_argument("part", choices=(*parts, "report"))
     parser.add_argument("folder", type=Path, nargs="?", help="of a report")
@@ -156,6 +162,9 @@ def check_swap(device: str) -> list[dict[str, Any]]:
         slowest_ms = max((ms for *_, ms in new), default=0.0)
         rows.append({**row, "slowest_ms": slowest_ms, "passed": not wrong and not ended[-1]})
     host.close(60.0)
+    for thread in threading.enumerate():  # predecessors free their engines; a process that ends meanwhile is aborted
+        if thread.name == "engine":
+            thread.join(60.0)
     return rows
 
 
@@ -198,6 +207,66 @@ def check_memory(device: str) -> list[dict[str, Any]]:
     return rows
 
 
+def check_budgets(device: str) -> list[dict[str, Any]]:
+    """Budgets of 60, 40 and 25 % of an unmerged frame's time, kept frame by frame as the node keeps them."""
+    rows, count = [], 20 if device == "cpu" else 400
+    with tempfile.TemporaryDirectory(prefix="clustvit_gpu_") as folder:
+        model, size = _model_for(device, Path(folder))
+        frames = _frames(size)
+        engine = create_engine(model, "auto", device, precision="auto")
+        engine.warmup(size)
+        alone = [engine.segment(frames[0], Settings(1.0, confidence=False)).stats.total_ms for _ in range(count // 4)]
+        full_ms = percentile(alone, 0.5)
+        # What else the machine does is no reason not to measure here.
+        policy = Policy(engine, MagicMock(), CalibrationCache(Path(folder)), others_s=lambda: 0.0)
+        for share in (0.6, 0.4, 0.25):
+            parameters = build(SegmentationParameters, {"latency_budget_ms": max(share * full_ms, 0.5)})
+            times_ms: list[float] = []
+            while len(times_ms) < count:
+                frame = frames[len(times_ms) % len(frames)]
+                plan = policy.plan([frame], parameters)
+                result = engine.segment(frame, plan.settings)
+                policy.learn(plan, result, [result.stats.total_ms])
+                policy.use_idle_time(lambda: True)
+                if plan.budget_state != "calibrating":
+                    times_ms.append(result.stats.total_ms)
+            p95_ms, problem = percentile(times_ms[count // 4 :], 0.95), policy.status.problem()
+            held = p95_ms <= parameters.latency_budget_ms
+            row = {"share": share, "budget_ms": parameters.latency_budget_ms, "p95_ms": p95_ms, "problem": problem}
+            # One that cannot be held is told with the smallest that can; a CPU only shows that this script runs.
+            rows.append({**row, "held": held, "passed": held or bool(problem) or device == "cpu"})
+        engine.close()
+    return rows
+
+
+def check_tensorrt(device: str, limit_s: float = 1500.0) -> list[dict[str, Any]]:
+    """The engine tensorrt: compiled beside the graphs' frames, then its masks and times against theirs."""
+    rows, turns = [], 1 if device == "cpu" else 10
+    with tempfile.TemporaryDirectory(prefix="clustvit_gpu_") as folder:
+        model, size = _model_for(device, Path(folder))
+        graphs = create_engine(model, "auto", device, precision="auto")
+        engine = create_engine(model, "tensorrt", device, precision="auto")
+    frames, began_s = _frames(size), time.monotonic()
+    engine.warmup(size)
+    while device != "cpu" and engine.info.engine != "tensorrt" and not engine.fault:
+        engine.segment(frames[0], Settings(confidence=False))  # masks flow meanwhile
+        if time.monotonic() - began_s > limit_s:
+            break
+    compiled_s = time.monotonic() - began_s
+    for capacity in (0, engine.capacities(size)[2]):
+        settings = Settings(1.0, capacity, confidence=False)
+        pairs = [[each.segment(frame, settings) for each in (engine, graphs)] for frame in frames * turns]
+        agreement = float(np.mean([(ours.mask == theirs.mask).mean() for ours, theirs in pairs[: len(frames)]]))
+        ours_ms, graphs_ms = (percentile([pair[side].stats.total_ms for pair in pairs], 0.5) for side in (0, 1))
+        row = {"engine": engine.info.engine, "fault": engine.fault, "compiled_s": compiled_s, "capacity": capacity}
+        passed = agreement >= _LEAST_AGREEMENT and (engine.info.engine == "tensorrt" or device == "cpu")
+        times = {"p50_ms": ours_ms, "graphs_p50_ms": graphs_ms}
+        rows.append({**row, **times, "agreement": agreement, "passed": passed})
+    for each in (engine, graphs):
+        each.close()
+    return rows
+
+
 def write_report(folder: Path) -> None:
     """Join what a check left behind into `report.json`, which is all that has to be sent back."""
     content: dict[str, Any] = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
@@ -223,6 +292,13 @@ def _frames(size: tuple[int, int]) -> list[np.ndarray]:
     tops, lefts = np.linspace(0, height, 2, dtype=int), np.linspace(0, width, _FRAMES // 2, dtype=int)
     crops = [picture[top : top + height, left : left + width] for top in tops for left in lefts]
     return [cv2.resize(crop, size[::-1], interpolation=cv2.INTER_LINEAR) for crop in crops]
+
+
+def _model_for(device: str, folder: Path) -> tuple[str, tuple[int, int]]:
+    """A shipped model and a camera's size; for a CPU, which only shows that this script runs, a tiny one."""
+    if device != "cpu":
+        return "camvid_tiny", (480, 640)
+    return str(_random_model(folder / "clustvit_t", (64, 64))), (64, 64)
 
 
 def _random_model(folder: Path, size: tuple[int, int]) -> Path:

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, on a bare machine with PyTorch and a CUDA GPU, without ROS, within 12 minutes on a
-# workstation and 45 on a Jetson:
+# Everything that only a GPU can show, on a bare machine with PyTorch and a CUDA GPU, without ROS, within 15 minutes on a
+# workstation and an hour on a Jetson:
 #
 #   scripts/gpu_check.sh OUTDIR
 #
 # gpu-marked tests, float16 against float32, captured graphs against eager frames, models that change under load, batches
-# and camera sizes, memory at its peak, and the benchmark tables, ONNX Runtime's CUDA and TensorRT among them where it is
-# installed; each as JSON (or a log) in OUTDIR, a summary, and all of it in OUTDIR/report.json, to be sent back. Needs what `import clustvit_ros` needs besides PyTorch (numpy, OpenCV, PyYAML,
+# and camera sizes, memory at its peak, latency budgets, the engine tensorrt and ONNX Runtime's CUDA and TensorRT where they
+# are installed, and the benchmark tables; each as JSON (or a log) in OUTDIR, a summary, and all of it in
+# OUTDIR/report.json, to be sent back. Needs what `import clustvit_ros` needs besides PyTorch (numpy, OpenCV, PyYAML,
 # safetensors) and pytest with hypothesis and pytest-timeout; installs nothing.
 # PYTHON chooses the interpreter. GPU_CHECK_DEVICE=cpu goes through all the steps with tiny cases, to test this script.
 #
@@ -46,12 +47,12 @@ except ClustvitError as error:
 PY
 fi
 
-# A Jetson's limits are four times a workstation's.
+# A Jetson's limits, and a CPU's, are four times a workstation's.
 scale="$("$python" -c "
 import sys, torch
-small = sys.argv[1] != 'cpu' and torch.cuda.get_device_properties(0).multi_processor_count < 20
+small = sys.argv[1] == 'cpu' or torch.cuda.get_device_properties(0).multi_processor_count < 20
 print(4 if small else 1)" "$device")" || exit 3
-deadline=$((SECONDS + 720 * scale))
+deadline=$((SECONDS + 900 * scale))
 failed=0
 summary="$out/summary.txt"
 : >"$summary"
@@ -82,11 +83,18 @@ bench() { # bench NAME SECONDS OPTIONS...
 }
 
 "$python" - "$device" >"$out/machine.json" <<'PY'
-import json, platform, sys, torch
+import importlib.metadata, json, platform, sys, torch
+from clustvit_ros import __version__
 from clustvit_ros.measure.bench import result_stem
 device = torch.device(sys.argv[1])
-print(json.dumps({"name": result_stem(device), "torch": torch.__version__, "cuda": torch.version.cuda,
-                  "python": platform.python_version()}, indent=2))
+versions = {}
+for name in ("onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "triton", "numpy"):
+    try:
+        versions[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        pass
+print(json.dumps({"name": result_stem(device), "clustvit_ros": __version__, "torch": torch.__version__,
+                  "cuda": torch.version.cuda, "python": platform.python_version(), **versions}, indent=2))
 PY
 
 sizes=(--warmup 20 --runs 200)
@@ -97,11 +105,11 @@ if [ "$device" = cpu ]; then
   random=(--size 64x64 --classes 5)
   archs=vit_t,clustvit_t
 fi
-# Their limits sum to 700 s.
+# Their limits sum to 890 s.
 step tests 120 "$python" -m pytest -q -p no:cacheprovider -m gpu test/engine --junitxml "$out/tests.xml"
 step agreement 60 "$python" scripts/gpu_check.py agreement --device "$device" --json "$out/agreement.json"
 step graphs 80 "$python" scripts/gpu_check.py graphs --device "$device" --json "$out/graphs.json"
-for part in swap batches memory; do
+for part in swap batches memory budgets; do
   step "$part" 40 "$python" scripts/gpu_check.py "$part" --device "$device" --json "$out/$part.json"
 done
 for precision in float16 float32; do
@@ -109,6 +117,11 @@ for precision in float16 float32; do
     bench "bench_${precision}_$engine" 60 --arch "$archs" "${random[@]}" --engine "$engine" --precision "$precision"
   done
 done
+if [ "$device" = cpu ] || "$python" -c 'import tensorrt, onnx' 2>/dev/null; then
+  step tensorrt 150 "$python" scripts/gpu_check.py tensorrt --device "$device" --json "$out/tensorrt.json"
+else
+  echo "tensorrt: not tried, it and onnx are not installed" | tee -a "$summary"
+fi
 if [ "$device" != cpu ] && "$python" -c 'import onnx, onnxruntime' 2>/dev/null; then
   bench bench_float32_onnx_cuda 30 --model camvid_tiny --engine onnxruntime --provider cuda
   bench bench_float16_onnx_tensorrt 50 --model camvid_tiny --engine onnxruntime --provider tensorrt --precision float16
