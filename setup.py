@@ -12,6 +12,7 @@ the `install_scripts` setting that colcon relies on, and colcon writes its own i
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from setuptools import find_packages, setup
 NAME = "clustvit_ros"
 # Resolved: `colcon build --symlink-install` runs this file through a link in its build folder.
 ROOT = Path(__file__).resolve().parent
+# A wheel has at most 40 MB: models larger than this are left to checkouts, and to what colcon installs from them.
+MODEL_BYTES_IN_WHEELS = 20_000_000
 
 
 def shared_files() -> Iterator[tuple[str, list[str]]]:
@@ -31,6 +34,9 @@ def shared_files() -> Iterator[tuple[str, list[str]]]:
         *(path for top in ("config", "models") for path in (ROOT / top, *(ROOT / top).rglob("*"))),
     ]
     for folder in folders:
+        weights = folder / "model.safetensors"
+        if "bdist_wheel" in sys.argv and weights.is_file() and weights.stat().st_size > MODEL_BYTES_IN_WHEELS:
+            continue
         files = [str(path.relative_to(ROOT)) for path in sorted(folder.glob("*")) if path.is_file()]
         if files:
             yield f"share/{NAME}/{folder.relative_to(ROOT)}", files

@@ -112,8 +112,8 @@ def find_model(name_or_path: str | Path) -> Path:
         shipped = [folder.name for folder in shipped_models()]
         raise ModelError(
             f"model {str(name_or_path)!r} is not shipped (shipped: {', '.join(shipped) or 'none'}) and no "
-            "folder of that name holds a model.yaml; pass one of these names or the path of a model folder, or get it "
-            "first (`clustvit-ros models --released`)"
+            "folder of that name holds a model.yaml; pass one of these names or the path of a model folder (models/ of "
+            "a checkout has those that are too large for a wheel), or get it first (`clustvit-ros models --released`)"
         )
     raise ModelError(
         f"model folder {given} holds no {MODEL_FILE}; pass a shipped model's name or a model folder's path"

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EXECUTABLES = ("segmentation_node", "camera_node", "clustvit-ros")
 ON_PATH = ("clustvit_segmentation_node", "clustvit_camera_node", "clustvit-ros")
 """Others may have a camera_node, too."""
+SHIPPED = sorted((ROOT / "models").glob("*/model.safetensors"))
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +60,9 @@ def test_shared_files_lie_where_ros_looks(prefix):
     for name in ("package.xml", "launch/segment.launch.py", "config/segment.yaml", "config/fastdds_shm.xml"):
         assert (share / name).is_file(), name
     assert (prefix / "share/ament_index/resource_index/packages/clustvit_ros").is_file()
-    assert {path.parent.name for path in (ROOT / "models").glob("*/model.yaml")} == {
-        path.parent.name for path in (share / "models").glob("*/model.safetensors")
-    }
+    small = {path.parent.name for path in SHIPPED if path.stat().st_size < 20_000_000}
+    assert {path.parent.name for path in (share / "models").glob("*/*")} == small
+    assert sum(path.stat().st_size for path in prefix.rglob("*") if path.is_file()) < 40_000_000
 
 
 def test_executables_are_on_the_path_and_where_ros2_run_looks(prefix):
@@ -93,6 +94,8 @@ def test_what_setup_py_installs_runs_in_the_virtual_environment_that_is_active(t
         assert os.access(tmp_path / "install/lib/clustvit_ros" / name, os.X_OK)
         assert first_line(tmp_path / "install/lib/clustvit_ros" / name) == "#!/usr/bin/env python3"
         assert first_line(ROOT / "scripts/ros" / name) == "#!/usr/bin/env python3"
+    models = (tmp_path / "install/share/clustvit_ros/models").glob("*/model.safetensors")
+    assert {path.parent.name for path in models} == {path.parent.name for path in SHIPPED}
 
 
 @pytest.mark.skipif(shutil.which("colcon") is None, reason="colcon is not installed")

@@ -4,8 +4,10 @@
 # applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
 # governing permissions and limitations under the License.
-"""`clustvit-ros export`: a model as one ONNX file or several of static shapes, compared with PyTorch before they are
-handed over, or as an official checkpoint."""
+"""`clustvit-ros export`: a model as one ONNX file or several of static shapes, or as an official checkpoint.
+
+What is exported is compared with PyTorch before it is handed over.
+"""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def add_label_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_output_size(text: str) -> tuple[int, int] | str:
-    """ "input", "model", or HEIGHTxWIDTH -> (height, width)."""
+    """Parse "input", "model", or HEIGHTxWIDTH -> (height, width)."""
     return text if text in ("input", "model") else parse_size(text)
 
 

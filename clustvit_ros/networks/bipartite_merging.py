@@ -109,8 +109,7 @@ class TrainingFreeViT(VisionTransformer):
 
 
 class BipartiteMergingViT(TrainingFreeViT):
-    """ViT that merges tokens by bipartite soft matching in every block from `injection_point` on.
-    """
+    """ViT that merges tokens by bipartite soft matching in every block from `injection_point` on."""
 
     def encode(self, images: Tensor) -> Similarity:
         """Everything before the first merge: (B, 3, H, W) -> state, whose cost no setting changes."""

@@ -52,6 +52,7 @@ _CLOCK_GRACE = 3
 _FINISH_S = 0.8
 _FAREWELL_S = 1.0
 
+
 class SegmentationNode(LifecycleNode):
     """Segments the newest image of each camera, again and again.
 

@@ -88,7 +88,7 @@ def box(
     label: str, texture: str, centre: Sequence[float], size: Sequence[float], colour: Colour, top: float = 1.0,
     texture_m: float = 1.0,
 ) -> Mesh:  # fmt: skip
-    """A box (x, y, z), whose upper face is `top` times as long and wide as the lower."""
+    """A box with sides along x, y and z, whose upper face is `top` times as long and wide as the lower."""
     cx, cy, cz = centre
     half = np.asarray(size) / 2
     low = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * half[:2] + (cx, cy)

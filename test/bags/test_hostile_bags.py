@@ -201,8 +201,8 @@ def test_times_that_no_bag_can_hold_are_named(tmp_path, time_ns):
 
     with Writer(tmp_path / "in", version=8, storage_plugin=StoragePlugin.MCAP) as writer:
         connection = writer.add_connection("/camera", recordings.IMAGE, typestore=recordings.STORE)
-        for number, time in enumerate((5, time_ns)):
-            writer.write(connection, time, recordings.STORE.serialize_cdr(image(number), recordings.IMAGE))
+        for number, stamp_ns in enumerate((5, time_ns)):
+            writer.write(connection, stamp_ns, recordings.STORE.serialize_cdr(image(number), recordings.IMAGE))
     report = label(storage_file(tmp_path / "in"), tmp_path / "out")
     assert report.labelled == 1 and not report.complete
     assert report.damage or str(time_ns) in report.problems[0]

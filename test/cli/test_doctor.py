@@ -282,7 +282,7 @@ CAMERA = {
         ({"publishers": [], "image_topics": ["/front/image_raw"]}, Level.FAIL, "nobody publishes"),
         ({"messages": 0}, Level.FAIL, "nothing arrives"),
         ({"errors": ["encoding: got '32FC1', expected one of rgb8"]}, Level.FAIL, "32FC1"),
-        ({"publishers": [{**CAMERA["publishers"][0], "type": "std_msgs/msg/String"}]}, Level.FAIL, "String"),  # type: ignore[index]
+        ({"publishers": [{**CAMERA["publishers"][0], "type": "std_msgs/msg/String"}]}, Level.FAIL, "String"),
         ({"stamped": False}, Level.WARN, "without a time stamp"),
         ({"age_s": 12.0}, Level.WARN, "12.0 s old"),
         ({"publishers": CAMERA["publishers"] * 2}, Level.WARN, "2 publishers"),  # type: ignore[operator]

@@ -166,7 +166,6 @@ def test_arguments_become_parameters_only_when_given(monkeypatch: pytest.MonkeyP
             assert entity.description
             entity.execute(context)
 
-
     def nodes() -> list[dict[str, Any]]:
         return [entity for entity in module._start_nodes(context) if isinstance(entity, dict)]
 
