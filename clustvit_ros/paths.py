@@ -163,6 +163,16 @@ def find_recipe(name_or_path: str | Path) -> Path:
     )
 
 
+def new_run_folder(parent: Path) -> Path:
+    """Make `<parent>/<n>`, with the first number above all that are there; of two processes each gets its own."""
+    number = max((int(path.name) for path in parent.glob("*") if path.name.isdecimal()), default=0) + 1
+    while True:
+        with contextlib.suppress(FileExistsError):
+            (parent / str(number)).mkdir(parents=True)
+            return parent / str(number)
+        number += 1
+
+
 @contextlib.contextmanager
 def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
     """A file beside `path` to be written, which takes its place at the end: readers see the old one or the new one.

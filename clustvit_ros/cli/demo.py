@@ -27,7 +27,7 @@ import cv2
 
 from clustvit_ros.dds import claim_domain, node_environment
 from clustvit_ros.demo.film import write_film
-from clustvit_ros.demo.frame_source import VideoSource
+from clustvit_ros.demo.frame_source import VideoSource, sim_seed
 from clustvit_ros.demo.processes import NodeProcess
 from clustvit_ros.demo.sim_demo import DEFAULT_SEED, SIM_RATE_HZ, Phase, run_sim
 from clustvit_ros.errors import ClustvitError, ConfigError, DataError
@@ -116,7 +116,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             "the demo needs ROS 2's rclpy: source a ROS 2 installation, or install this package with its 'ros' extra"
         )
-    simulated = re.fullmatch(r"sim(?::(\d{1,18}))?", args.source or "")
+    seed = sim_seed(args.source or "", DEFAULT_SEED)
+    simulated = seed is not None
     if args.rate is None:
         args.rate = SIM_RATE_HZ if simulated else _RATE_HZ
     if args.rate <= 0 or args.frames < 0:
@@ -126,9 +127,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"no window: {problem}; film and pictures in {args.output} show the same")
         args.view = False
     args.model = args.model or (_SIM_MODEL if simulated else _MODEL)
-    if simulated:
+    if seed is not None:
         args.output = make_run_folder(args.output, args.source)
-        return run_sim(args, int(simulated[1] or DEFAULT_SEED), environ)
+        return run_sim(args, seed, environ)
     classes = load_config(args.model).classes
     source = find_source(args.source, args.frames)
     args.output = make_run_folder(args.output, source.location)

@@ -28,7 +28,7 @@ from clustvit_ros.engine.masks import draw_overlay
 from clustvit_ros.errors import ConfigError, ImageError
 from clustvit_ros.images import IMAGE_SUFFIXES, check_pixels
 from clustvit_ros.measure.pictures import FilmWriter, annotated, class_legend, save_picture, window_problem
-from clustvit_ros.paths import replacing
+from clustvit_ros.paths import new_run_folder, replacing
 from clustvit_ros.policy import Policy, percentile
 from clustvit_ros.policy.parameter_spec import build
 from clustvit_ros.policy.parameters import SegmentationParameters
@@ -130,12 +130,7 @@ def _make_folder(asked: Path | None) -> Path:
             raise ConfigError(f"--out: {asked} is there and not empty; expected a new or empty folder")
         asked.mkdir(parents=True, exist_ok=True)
         return asked
-    number = max((int(path.name) for path in _RUNS.glob("*") if path.name.isdecimal()), default=0) + 1
-    while True:
-        with contextlib.suppress(FileExistsError):
-            (_RUNS / str(number)).mkdir(parents=True)
-            return _RUNS / str(number)
-        number += 1
+    return new_run_folder(_RUNS)
 
 
 class _Predictor:
@@ -308,7 +303,9 @@ class _Predictor:
             print(f"  left out: {problem}")
         if len(unreadable) > _PROBLEMS_TOLD:
             print(f"  left out: {len(unreadable) - _PROBLEMS_TOLD} more, see summary.json")
-        if count:
+        if not count:
+            print(f"0 images: none of {len(unreadable)} could be read")
+        else:
             print(
                 f"{count} images in {elapsed_s:.1f} s, {report['images_per_second']:.1f} per second; engine p50 "
                 f"{report['engine_ms']['p50']:.1f} ms, p95 {report['engine_ms']['p95']:.1f} ms; "

@@ -11,14 +11,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import re
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from clustvit_ros.cli.arguments import add_input_scale, add_threads
 from clustvit_ros.cli.evaluate import open_labelled
+from clustvit_ros.demo.frame_source import sim_seed
 from clustvit_ros.engine import Engine, Settings, create_engine
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.images import read_image
@@ -40,11 +41,12 @@ from clustvit_ros.networks.model_folder import (
     load_config,
     save_config,
 )
-from clustvit_ros.paths import MODEL_FILE, find_model
+from clustvit_ros.paths import MODEL_FILE, find_model, new_run_folder
 from clustvit_ros.training.dataset import LabelledImages, find_images
 
 _DEFAULT_LIMIT = 50
-_STREAM_LIMIT = 90
+_STREAM_LIMIT = 60
+_RUNS = Path("runs") / "tune"
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -66,7 +68,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--limit", type=int,
         help=f"use so many images, evenly chosen (default: {_DEFAULT_LIMIT}; with --write, all), or the first "
-        f"{_STREAM_LIMIT} with --streaming",
+        f"{_STREAM_LIMIT} with --streaming, which needs more than {MOST_AGE}",
     )  # fmt: skip
     parser.add_argument("--engine", default="torch", help="torch or onnxruntime (default: torch)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
@@ -75,8 +77,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--write", action="store_true",
         help="write the operating points with their accuracy into the model's model.yaml, for latency budgets to go by",
     )  # fmt: skip
-    parser.add_argument("--json", type=Path, help="write all rows to this file")
-    parser.add_argument("--plot", type=Path, default=Path("tune.png"), help="the picture (default: tune.png)")
+    parser.add_argument("--json", type=Path, help=f"write all rows to this file (default: {_RUNS}/<n>/tune.json)")
+    parser.add_argument("--plot", type=Path, help=f"the picture (default: {_RUNS}/<n>/tune.png)")
     parser.set_defaults(run=run)
 
 
@@ -96,8 +98,7 @@ def run(args: argparse.Namespace) -> int:
     image_size = (images[0].shape[0], images[0].shape[1])
     rungs = ladder_rungs(config)
     if args.streaming is not None:
-        _stream(args, engine, images, labels, [rung.settings(engine, image_size) for rung in rungs], current)
-        return 0
+        return _stream(args, engine, images, labels, [rung.settings(engine, image_size) for rung in rungs], current)
     merging = ladder_settings(engine.capacities(image_size)[-1]) if config.network.merges else []
     named = {rung.settings(engine, image_size): rung for rung in rungs}
     chosen = named.get(current, current)
@@ -106,17 +107,13 @@ def run(args: argparse.Namespace) -> int:
     measure = "mIoU" if labels is not None else "agreement with the full result"
     suggestion = suggest(rows, args.budget_ms) if args.budget_ms else None
     print(sweep_table(rows, measure, suggestion, args.budget_ms))
-    if args.json:
-        report = {
-            "model": engine.info.model, "engine": engine.info.engine, "device": engine.info.device,
-            "images": len(images), "measure": measure, "budget_ms": args.budget_ms,
-            "suggestion": asdict(suggestion) if suggestion else None, "rows": [asdict(row) for row in rows],
-        }  # fmt: skip
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    picture = _report(
+        args, engine, images=len(images), measure=measure, budget_ms=args.budget_ms,
+        suggestion=asdict(suggestion) if suggestion else None, rows=[asdict(row) for row in rows],
+    )  # fmt: skip
     title = f"{engine.info.model} on {engine.info.device}, {len(images)} images"
-    draw_sweep(rows, rows[settings.index(chosen)], suggestion, args.budget_ms, measure, title, args.plot)
-    print(f"picture in {args.plot}")
+    draw_sweep(rows, rows[settings.index(chosen)], suggestion, args.budget_ms, measure, title, picture)
+    print(f"picture in {picture}")
     if args.write:
         measured = [rows[settings.index(rung)] for rung in rungs]
         print(_write(args.model, config, measured_points(rungs, measured, config)))
@@ -126,8 +123,8 @@ def run(args: argparse.Namespace) -> int:
 def _stream(
     args: argparse.Namespace, engine: Engine, images: list[np.ndarray], labels: list[np.ndarray] | None,
     settings: list[Settings], current: Settings,
-) -> None:  # fmt: skip
-    """Compare settings as a consumer of a camera sees them, and draw what age does to masks."""
+) -> int:  # fmt: skip
+    """Compare settings as a consumer of a camera sees them, and draw what age does to masks; the exit code."""
     if labels is None:
         raise ConfigError("--streaming: expected labels for every frame: --labels, --data or --images sim:SEED")
     sizes = {image.shape for image in images}
@@ -136,7 +133,8 @@ def _stream(
             f"--streaming: got {len(images)} images of {len(sizes)} sizes, expected more than {MOST_AGE} consecutive "
             "frames of one camera"
         )
-    rows = stream(engine, images, labels, list(dict.fromkeys([*settings, current])), args.streaming)
+    wanted = list(dict.fromkeys([current, *settings]))
+    rows = stream(engine, images, labels, wanted, args.streaming)
     print(f"{'scale':>6}{'threshold':>11}{'capacity':>10}{'p50 ms':>9}{'fresh':>8}{'dropped':>9}{'filled':>8}")
     for row in sorted(rows, key=lambda row: -row.filled):
         text = f"{row.input_scale:>6g}{row.merge_threshold:>11g}{row.token_capacity:>10}{row.latency_ms_p50:>9.1f}"
@@ -146,27 +144,38 @@ def _stream(
         f"without fill_frames, the best is input_scale {dropped.input_scale:g}, merge_threshold "
         f"{dropped.merge_threshold:g}, token_capacity {dropped.token_capacity} ({dropped.held:.2f})"
     )
+    if len(rows) < len(wanted):
+        print(f"interrupted after {len(rows)} of {len(wanted)} settings; nothing is written")
+        return 130
     curves = age_curves(images, labels, [engine.segment(image, current) for image in images], len(engine.info.classes))
-    if args.json:
-        report = {
-            "model": engine.info.model, "engine": engine.info.engine, "device": engine.info.device,
-            "images": len(images), "rate_hz": args.streaming, "rows": [asdict(row) for row in rows],
-            "miou_over_age": curves,
-        }  # fmt: skip
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    facts = {"images": len(images), "rate_hz": args.streaming, "rows": [asdict(row) for row in rows]}
+    picture = _report(args, engine, **facts, miou_over_age=curves)
     title = f"{engine.info.model} on {engine.info.device}, {len(images)} frames of {args.images or args.data}"
-    draw_ages(curves, args.streaming, title, args.plot)
-    print(f"picture in {args.plot}")
+    draw_ages(curves, args.streaming, title, picture)
+    print(f"picture in {picture}")
+    return 0
+
+
+def _report(args: argparse.Namespace, engine: Engine, **facts: Any) -> Path:
+    """Write all rows where they are wanted, or beside a picture that has no other place; returns the picture's path."""
+    picture, rows = args.plot, args.json
+    if picture is None:
+        folder = new_run_folder(_RUNS)
+        picture, rows = folder / "tune.png", rows or folder / "tune.json"
+    if rows:
+        about = {"model": engine.info.model, "engine": engine.info.engine, "device": engine.info.device}
+        rows.parent.mkdir(parents=True, exist_ok=True)
+        rows.write_text(json.dumps({**about, **facts}, indent=2) + "\n", encoding="utf-8")
+    return picture
 
 
 def _load(
     args: argparse.Namespace, class_names: tuple[str, ...]
 ) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
     limit = args.limit or (None if args.write else _STREAM_LIMIT if args.streaming else _DEFAULT_LIMIT)
-    simulated = re.fullmatch(r"sim(?::(\d{1,18}))?", str(args.images))
-    if simulated:
-        return _drive(int(simulated[1] or 0), args.streaming or 1.0, limit or _DEFAULT_LIMIT, class_names)
+    seed = sim_seed(str(args.images))
+    if seed is not None:
+        return _drive(seed, args.streaming or 1.0, limit or _DEFAULT_LIMIT, class_names)
     if args.data is not None:
         data = open_labelled(args.data, args.split, class_names, args.model)
     elif args.images is None:

@@ -23,7 +23,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from clustvit_ros.errors import DataError
+from clustvit_ros.errors import ConfigError, DataError
 from clustvit_ros.images import IMAGE_SUFFIXES, list_images, read_image
 
 _STREAM_TIMEOUT_MS = 10_000
@@ -228,6 +228,20 @@ def is_url(source: str) -> bool:
     return re.match(r"(rtsps?|rtmps?|https?|udp|tcp)://", source, re.IGNORECASE) is not None
 
 
+def sim_seed(source: str, default: int = 0) -> int | None:
+    """The seed of "sim:SEED", that of "sim" being `default`; None for a source that is not the simulated camera.
+
+    Raises:
+        ConfigError: its seed is none.
+    """
+    if not re.match(r"sim(:|$)", source):
+        return None
+    simulated = re.fullmatch(r"sim(?::(\d{1,18}))?", source)
+    if simulated is None:
+        raise ConfigError(f"source: got {source!r}, expected sim, or sim:SEED with a whole number, e.g. sim:7")
+    return int(simulated[1] or default)
+
+
 def open_source(
     source: str, width: int = 0, height: int = 0, rate_hz: float = 30.0, points: bool = False, loop_frames: int = 0,
     on_unreadable: Callable[[str], None] | None = None,
@@ -247,9 +261,9 @@ def open_source(
         ConfigError: the simulated camera cannot be used.
         DataError: nothing there, or nothing usable.
     """
-    simulated = re.fullmatch(r"sim(?::(\d{1,18}))?", source)
-    if simulated:
-        return SimSource(int(simulated[1] or 0), (height or 480, width or 640), rate_hz, points, loop_frames)
+    seed = sim_seed(source)
+    if seed is not None:
+        return SimSource(seed, (height or 480, width or 640), rate_hz, points, loop_frames)
     device = re.fullmatch(r"(?:/dev/video)?(\d{1,3})", source)
     if device:
         return DeviceSource(int(device[1]), width, height)

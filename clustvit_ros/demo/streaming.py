@@ -32,7 +32,7 @@ from sensor_msgs.msg import Image
 from std_msgs.msg import Header
 
 from clustvit_ros.demo.camera import CAMERA_QOS, TRUTH_QOS
-from clustvit_ros.demo.frame_source import open_source
+from clustvit_ros.demo.frame_source import open_source, sim_seed
 from clustvit_ros.errors import ClustvitError, ConfigError
 from clustvit_ros.measure.metrics import ConfusionMatrix
 from clustvit_ros.node.messages import image_message, stamp_ns
@@ -70,7 +70,7 @@ class StreamingNode(Node):
     def __init__(self, **arguments: Any) -> None:
         super().__init__("streaming", **arguments)
         self._options = ParameterServer(self, StreamingParameters, lambda: "cannot change while it runs").current
-        if not self._options.source.startswith("sim"):
+        if sim_seed(self._options.source) is None:
             raise ConfigError(f"source: got {self._options.source!r}, expected sim or sim:SEED, whose truth is known")
         self._executor: SingleThreadedExecutor | None = None
         self._masks: list[tuple[int, float, Image]] = []

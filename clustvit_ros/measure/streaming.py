@@ -105,13 +105,22 @@ def stream(
         rate_hz: frames per second of the camera.
 
     Returns:
-        One row per setting, in order.
+        One row per setting, in order; fewer when interrupted after the first.
     """
-    num_classes, rows = len(engine.info.classes), []
+    num_classes, rows = len(engine.info.classes), list[StreamRow]()
     engine.warmup((images[0].shape[0], images[0].shape[1]))
-    for setting in tqdm(settings, desc="streaming", leave=False, mininterval=1.0):
-        engine.segment(images[0], setting)
-        results = [engine.segment(image, setting) for image in images]
+    bar = tqdm(desc="streaming", total=len(settings) * len(images), unit="image", leave=False, mininterval=1.0)
+    for setting in settings:
+        try:
+            engine.segment(images[0], setting)
+            results = []
+            for image in images:
+                results.append(engine.segment(image, setting))
+                bar.update()
+        except KeyboardInterrupt:
+            if not rows:
+                raise
+            break
         latency_ms = percentile([result.stats.total_ms for result in results], 0.5)
         held, filled = sources(len(images), 1000.0 / rate_hz, latency_ms)
         first = next((index for index, source in enumerate(held) if source is not None), len(images))
@@ -138,6 +147,7 @@ def stream(
                 scores[1], scores[2],
             )
         )  # fmt: skip
+    bar.close()
     best = max(row.filled for row in rows)
     return [replace(row, best=row.filled == best) for row in rows]
 

@@ -91,6 +91,8 @@ def test_unreadable_pictures_are_counted_and_the_others_segmented(model_dir, tmp
     assert "bad.png: cannot be read as an image" in printed and "line.png: image size" in printed
     assert [entry["name"] for entry in entries(tmp_path / "out")] == ["good.png"]
     assert len(json.loads((tmp_path / "out" / "summary.json").read_text())["unreadable"]) == 2
+    assert main(["predict", str(tmp_path / "in" / "bad.png"), *arguments[2:4], "--out", str(tmp_path / "none")]) == 1
+    assert "0 images: none of 1 could be read" in capsys.readouterr().out
 
 
 def test_a_video_becomes_a_film_that_browsers_play(model_dir, video, tmp_path, capsys):
@@ -139,6 +141,7 @@ def test_a_budget_chooses_size_and_tokens(model_dir, tmp_path, capsys, monkeypat
         (["{tmp}/*.jpg"], "holds no pictures"),
         (["{tmp}"], "holds no pictures"),
         (["/dev/video987"], "/dev/video987 does not exist"),
+        (["sim:abc"], "got 'sim:abc', expected sim, or sim:SEED with a whole number"),
         (["{tmp}/notes.txt"], "cannot be read as a video"),
         (["rtsp://user:secret@127.0.0.1:9/x"], "rtsp://127.0.0.1:9/x gives no video"),
         (["{picture}", "--model", "nope"], "model 'nope' is not shipped"),

@@ -72,6 +72,24 @@ def test_filling_is_worth_what_age_costs() -> None:
     assert fast.fresh == fast.held == fast.filled > slow.filled and fast.best and not slow.best
 
 
+def test_interrupted_it_gives_what_it_has() -> None:
+    images, labels = frames(10)
+    segmented = 0
+
+    def latency_ms(call: int, kept: int, total: int) -> float:
+        nonlocal segmented
+        segmented += 1
+        if segmented > 18:
+            raise KeyboardInterrupt
+        return 1.0
+
+    settings = [Settings(1.0), Settings(0.5)]
+    rows = stream(ScriptedEngine(latency_ms), images, labels, settings, 30.0)
+    assert [row.merge_threshold for row in rows] == [1.0] and rows[0].best
+    with pytest.raises(KeyboardInterrupt):
+        stream(ScriptedEngine(latency_ms), images, labels, settings, 30.0)
+
+
 def test_masks_lose_with_age_and_less_when_carried() -> None:
     images, labels = frames(20)
     engine = ScriptedEngine()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -68,10 +69,16 @@ def test_command_writes_picture_and_rows(model_dir, labelled_dir, tmp_path, caps
     assert "within 100000 ms: merge_threshold" in capsys.readouterr().out
 
 
-def test_command_without_labels_and_with_a_budget_that_nothing_meets(model_dir, labelled_dir, tmp_path, capsys):
+def test_command_without_labels_and_with_a_budget_that_nothing_meets(
+    model_dir, labelled_dir, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/tune/7").mkdir(parents=True)  # another run's
     arguments = ["tune", "--model", str(model_dir), "--images", str(labelled_dir / "images"), "--device", "cpu"]
-    assert main([*arguments, "--plot", str(tmp_path / "t.png"), "--budget-ms", "0.001"]) == 0
+    assert main([*arguments, "--budget-ms", "0.001"]) == 0
     printed = capsys.readouterr().out
+    assert "picture in runs/tune/8/tune.png" in printed and cv2.imread("runs/tune/8/tune.png") is not None
+    assert len(json.loads(Path("runs/tune/8/tune.json").read_text())["rows"]) > 12
     assert "agreement with the full result" in printed and "nothing stays within 0.001 ms" in printed
     assert main([*arguments, "--limit", "0"]) == 2
 
