@@ -51,7 +51,7 @@ COMMANDS = {
     )),
     "tune": Command("tune", "add_parser", (
         "tune --model camvid_tiny --images DIR/images --labels DIR/labels --budget-ms 40",
-        "tune --model runs/finetune/model --data DIR --write",
+        "tune --model runs/finetune/model --data DIR --write", "tune --engines --model camvid_tiny --images DIR/images",
     )),
     "train": Command("train", "add_parser", (
         "train finetune --data DIR", "train finetune --data DIR --epochs 20 --batch-size 4 --input-size 256x352",

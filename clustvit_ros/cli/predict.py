@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from clustvit_ros.cli.arguments import add_input_scale, add_threads
 from clustvit_ros.demo.frame_source import FrameReader, FrameSource, PictureSource, SourceFrame, open_source
-from clustvit_ros.engine import ENGINES, PRECISIONS, Engine, Prediction, create_engine
+from clustvit_ros.engine import ENGINES, PRECISION_CHOICES, Engine, Prediction, create_engine
 from clustvit_ros.engine.masks import draw_overlay
 from clustvit_ros.errors import ConfigError, ImageError
 from clustvit_ros.images import IMAGE_SUFFIXES, check_pixels
@@ -73,7 +73,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--show", action="store_true", help="show overlays in a window; q ends")
     parser.add_argument("--engine", choices=ENGINES, default="auto", help="what runs the network (default: auto)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of the network (default: float32)")
+    parser.add_argument("--precision", choices=PRECISION_CHOICES, default="auto", help="of the network (default: auto)")
     add_threads(parser)
     parser.set_defaults(run=run)
 
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     engine = create_engine(args.model, args.engine, args.device, args.threads, args.precision)
     info = engine.info
     reason = f" ({info.device_reason})" if info.device_reason else ""
-    print(f"model {info.model}, engine {info.engine_told} on {info.device}{reason}", flush=True)
+    print(f"model {info.model}, engine {info.engine_told} in {info.precision} on {info.device}{reason}", flush=True)
     folder = _make_folder(args.out)
     prediction = _Predictor(engine, parameters, folder, args, unreadable)
     started_s = time.monotonic()

@@ -21,6 +21,7 @@ from clustvit_ros.cli.arguments import add_input_scale, add_threads
 from clustvit_ros.cli.evaluate import open_labelled
 from clustvit_ros.demo.frame_source import sim_seed
 from clustvit_ros.engine import Engine, Settings, create_engine
+from clustvit_ros.engine.choice import fastest, is_disturbed, measure, store
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.images import read_image
 from clustvit_ros.measure.streaming import MOST_AGE, age_curves, draw_ages, stream
@@ -70,6 +71,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help=f"use so many images, evenly chosen (default: {_DEFAULT_LIMIT}; with --write, all), or the first "
         f"{_STREAM_LIMIT} with --streaming, which needs more than {MOST_AGE}",
     )  # fmt: skip
+    parser.add_argument(
+        "--engines", action="store_true",
+        help="measure which engine and precision is fastest on this CPU and keeps 99.5 %% of the pixels, and have "
+        "`auto` take it from then on; --images without labels will do",
+    )  # fmt: skip
     parser.add_argument("--engine", default="torch", help="torch or onnxruntime (default: torch)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add_threads(parser)
@@ -91,6 +97,10 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--streaming: got {args.streaming:g} Hz, expected above 0 and at most 1000")
     if args.streaming is not None and args.write:
         raise ConfigError("--streaming, --write: expected one of them; operating points are measured on single images")
+    if args.engines and (args.streaming is not None or args.write or args.device not in ("auto", "cpu")):
+        raise ConfigError("--engines: measures a CPU and keeps the result; leave out --streaming, --write and --device")
+    if args.engines:
+        return _choose_engine(args)
     current = Settings(args.merge_threshold, args.token_capacity, confidence=False, input_scale=args.input_scale)
     config = load_config(args.model)
     engine = create_engine(args.model, args.engine, args.device, args.threads)
@@ -153,6 +163,31 @@ def _stream(
     title = f"{engine.info.model} on {engine.info.device}, {len(images)} frames of {args.images or args.data}"
     draw_ages(curves, args.streaming, title, picture)
     print(f"picture in {picture}")
+    return 0
+
+
+def _choose_engine(args: argparse.Namespace) -> int:
+    """Measure engines side by side, and keep the result if nothing disturbed it; exit code 1 where something did."""
+    config = load_config(args.model)
+    images, _ = _load(args, config.classes.names)
+    images = [image for image in images if image.shape == images[0].shape]
+
+    def make(engine: str, precision: str) -> Engine:
+        return create_engine(args.model, engine, "cpu", args.threads, precision)
+
+    rows, problems, cores = measure(make, images)
+    print(f"{'engine':<14}{'precision':<11}{'p50 ms':>8}{'of float32':>12}{'equal pixels':>14}, {len(images)} images")
+    for row in rows:
+        share = f"{row.share:>12.2f}{100 * row.equal:>12.2f} %"
+        print(f"{row.engine:<14}{row.precision:<11}{row.latency_ms:>8.1f}{share}")
+    for name, problem in problems.items():
+        print(f"{name}: {problem}")
+    if is_disturbed(cores):
+        print(f"not kept: other processes used {cores:.1f} cores meanwhile; try again when the machine is quiet")
+        return 1
+    path = store(args.model, args.threads, rows)
+    best = fastest(rows) or rows[0]
+    print(f"engine and precision `auto` take {best.engine} in {best.precision} from now on ({path})")
     return 0
 
 

@@ -8,6 +8,9 @@
 
 from __future__ import annotations
 
+import logging
+from typing import TYPE_CHECKING
+
 from clustvit_ros.classes import ClassSet
 from clustvit_ros.engine.engine import (
     PRECISION_CHOICES,
@@ -21,6 +24,11 @@ from clustvit_ros.engine.engine import (
 )
 from clustvit_ros.engine.scripted_engine import ScriptedEngine
 from clustvit_ros.errors import ConfigError, EngineError, missing_package
+
+if TYPE_CHECKING:
+    from clustvit_ros.engine.network_engine import NetworkEngine
+
+_LOG = logging.getLogger(__name__)
 
 ENGINES = ("auto", "torch", "cuda_graph", "tensorrt", "onnxruntime", "onnxruntime_tensorrt", "scripted")
 
@@ -38,7 +46,8 @@ def create_engine(
 
     Args:
         model: a shipped model's name or a model folder's path; "scripted" needs none.
-        engine: one of `ENGINES`; "auto" is "cuda_graph" on a GPU and "torch" on a CPU.
+        engine: one of `ENGINES`; "auto" is "cuda_graph" on a GPU, on a CPU what was measured to be the fastest there
+            (`choice`), or "torch"; so is the precision "auto".
         device: "auto", "cpu", "cuda" or "cuda:N".
         threads: CPU threads; 0 is automatic.
         precision: one of `PRECISION_CHOICES`; `onnxruntime` has float16 with TensorRT alone, and int8 is for a CPU.
@@ -55,10 +64,12 @@ def create_engine(
         return ScriptedEngine()
     try:
         # Imported here and not above: the scripted engine serves machines and tests without PyTorch.
-        if engine == "auto":
+        if engine in ("auto", "torch") and "auto" in (engine, precision) and not compiled:
             from clustvit_ros.engine.network_engine import select_device
 
-            engine = "torch" if select_device(device)[0].type == "cpu" else "cuda_graph"
+            if select_device(device)[0].type == "cpu":
+                return _fastest_on_cpu(model, engine, device, threads, precision, share_cores)
+            engine = "cuda_graph" if engine == "auto" else engine
         if engine == "torch":
             from clustvit_ros.engine.torch_engine import TorchEngine
 
@@ -84,6 +95,35 @@ def create_engine(
     except ImportError as error:
         raise EngineError(missing_package(error, f"engine {engine}")) from error
     raise ConfigError(f"engine: got {engine!r}, expected one of {', '.join(ENGINES)}")
+
+
+def _fastest_on_cpu(
+    model: str, engine: str, device: str, threads: int, precision: str, share_cores: bool
+) -> NetworkEngine:
+    """What was measured to be the fastest here, or else PyTorch in float32."""
+    from clustvit_ros.engine.choice import fastest, load
+    from clustvit_ros.engine.onnx_engine import OnnxEngine
+    from clustvit_ros.engine.torch_engine import TorchEngine
+
+    rows = load(model, threads)
+    row = fastest(rows, engine, precision)
+    try:
+        if row is not None and row.engine == "onnxruntime":
+            made: NetworkEngine = OnnxEngine(model, device, threads, "cpu")
+        else:
+            chosen = row.precision if row is not None else "float32" if precision == "auto" else precision
+            made = TorchEngine.from_model(model, device, threads, chosen, share_cores=share_cores)
+    except (EngineError, ConfigError, ImportError) as error:
+        if row is None:
+            raise
+        _LOG.warning("%s in %s was the fastest and cannot be had now (%s)", row.engine, row.precision, error)
+        return TorchEngine.from_model(model, device, threads, "float32", share_cores=share_cores)
+    if row is not None:
+        same = f"{100 * row.equal:.1f} % of the pixels the same"
+        made.explain(f"{row.engine} in {row.precision} took {row.share:.2f} of float32's time here, {same}")
+    elif precision == "auto":
+        made.explain("nothing else was faster" if rows else "`tune --engines` finds out whether others are faster")
+    return made
 
 
 def check_model(model: str) -> tuple[ClassSet, int]:

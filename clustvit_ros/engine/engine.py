@@ -163,7 +163,7 @@ class EngineInfo:
         model: name of the model.
         engine: name of the implementation, e.g. "torch".
         device: name of the device that it runs on, e.g. "cpu" or "cuda:0 (Orin)".
-        device_reason: why this device, when it was chosen automatically or fell back; else empty.
+        device_reason: why this device and engine, when chosen automatically or fallen back to; else empty.
         precision: e.g. "float32".
         classes: names and colours.
         input_size: (height, width) the network sees for an image of that aspect.

@@ -274,8 +274,7 @@ class GraphEngine(TorchEngine):
 
     def _go_eager(self, reason: str) -> None:
         self._recorder = EagerRecorder()
-        told = "; ".join(filter(None, (self._info.device_reason, f"{reason}: frames run without graphs")))
-        self._info = dataclasses.replace(self._info, engine=TorchEngine.engine_name, device_reason=told)
+        self.explain(f"{reason}: frames run without graphs", engine=TorchEngine.engine_name)
 
     def _send_ahead(self, settings: Settings) -> None:
         """Bring the images of the next call to the device while it is at this one's."""

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 import math
 import platform
 import re
@@ -230,6 +231,11 @@ class NetworkEngine(Engine):
     @property
     def info(self) -> EngineInfo:
         return self._info
+
+    def explain(self, reason: str, **changed: Any) -> None:
+        """Add why it runs as it does to what it tells of itself, with what else that changes there."""
+        told = "; ".join(filter(None, (self._info.device_reason, reason)))
+        self._info = dataclasses.replace(self._info, device_reason=told, **changed)
 
     @property
     def device(self) -> torch.device:

@@ -75,7 +75,7 @@ class SegmentationParameters:
         live=True,
     )  # fmt: skip
     engine: str = parameter(
-        "auto", "What runs the network; `auto` is `cuda_graph` on a GPU and `torch` (eager) on a CPU.",
+        "auto", "What runs it; `auto`: `cuda_graph` on a GPU, `torch` or what `tune --engines` found on a CPU.",
         choices=ENGINES,
     )  # fmt: skip
     device: str = parameter(
@@ -83,7 +83,7 @@ class SegmentationParameters:
         pattern=r"auto|cpu|cuda(:\d{1,3})?", form="auto, cpu, cuda or cuda:N",
     )  # fmt: skip
     precision: str = parameter(
-        "auto", "What the network computes in: `auto` is float16 on a GPU, float32 on a CPU; int8: a CPU with VNNI.",
+        "auto", "What it computes in; `auto`: float16 on a GPU, float32 or what `tune --engines` found on a CPU.",
         choices=PRECISION_CHOICES,
     )  # fmt: skip
     threads: int = parameter(

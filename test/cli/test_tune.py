@@ -149,3 +149,17 @@ def test_points_that_the_network_cannot_run_are_refused(point, message, model_di
     with pytest.raises(ConfigError) as error:
         load_config(model)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("disturbed", [False, True])
+def test_the_fastest_engine_is_kept_where_nothing_disturbed(
+    disturbed, model_dir, labelled_dir, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("clustvit_ros.cli.tune.is_disturbed", lambda cores: disturbed)
+    command = ["tune", "--engines", "--model", str(model_dir), "--images", str(labelled_dir / "images")]
+    assert main([*command, "--limit", "2"]) == int(disturbed)
+    printed = capsys.readouterr().out
+    assert "torch         bfloat16" in printed and ("not kept" in printed) == disturbed
+    assert len(list(tmp_path.glob("clustvit_ros/engines/*.json"))) == (not disturbed)
+    assert main([*command, "--write"]) == 2
