@@ -26,6 +26,7 @@ from clustvit_ros.networks import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = sorted(page for pattern in ("*.md", "[cdm]*/**/*.md") for page in ROOT.glob(pattern))  # config, docs, models
 MODELS = sorted(path.parent for path in (ROOT / "models").glob("*/model.yaml"))
 
 
@@ -140,11 +141,29 @@ def test_a_bag_s_labels_tell_the_palette(tmp_path, make_toy_model):
     assert about["classes"] == [{"name": "sky", "colour": [1, 2, 250]}, {"name": "road", "colour": [90, 80, 70]}]
 
 
+def anchors(page: Path) -> set[str]:
+    """What links may follow `#` with: headings, as GitHub names them."""
+    text = re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    titles = re.findall(r"^#+ +(.*?) *$", text, re.M)
+    headings = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+    return {f"{name}-{headings[:i].count(name)}" if name in headings[:i] else name for i, name in enumerate(headings)}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_resolve(path):
+    text = re.sub(r"`[^`\n]*`", "", path.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)[^)]*\)", text) + re.findall(r"(?:src|href)=\"([^\"]+)", text):
+        if re.match(r"https?://[\w.-]+(/|$)", target):
+            continue
+        name, _, anchor = target.partition("#")
+        page = (path.parent / name).resolve() if name else path
+        assert page.exists() and page.is_relative_to(ROOT), target
+        assert not anchor or anchor in anchors(page), target
+
+
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
 def test_what_documents_point_to_exists(path):
     text = path.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\((?!http)([^)#]+)", text):
-        assert (path.parent / target).exists(), target
     for name in re.findall(r"`((?:config|scripts|docker|launch|docs|models)/[\w/.]+)`", text):
         assert (ROOT / name).exists(), name
     for command in re.findall(r"^clustvit-ros ([\w-]+)", text, re.M):
