@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import json
 import math
 import types
 import typing
@@ -88,6 +89,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not a valid YAML file: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: got {type(content).__name__} at the top level, expected key: value pairs")
+    return content
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file whose top level is an object.
+
+    Raises:
+        ConfigError: it cannot be read, or is something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON ({error}); restore it, or pass another") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: got {type(content).__name__}, expected an object; restore it, or pass another")
     return content
 
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 
 from clustvit_ros.cli.arguments import EXIT_TIME_UP, add_training_options, parse_size, prepare
-from clustvit_ros.config import to_mapping
+from clustvit_ros.config import read_json, to_mapping
 from clustvit_ros.engine import Settings
 from clustvit_ros.engine.network_engine import select_device
 from clustvit_ros.engine.torch_engine import TorchEngine
@@ -54,7 +54,6 @@ from clustvit_ros.training.run_folder import (
     draw_log,
     list_data,
     owned,
-    read_json,
     tensorboard_writer,
     write_data_listing,
     write_run_files,

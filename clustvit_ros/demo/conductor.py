@@ -24,11 +24,10 @@ from typing import Any
 
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray
-from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue
-from rcl_interfaces.srv import SetParameters
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 
+from clustvit_ros.demo.parameter_client import ParameterClient
 from clustvit_ros.errors import ClustvitError, ConfigError
 from clustvit_ros.node.messages import stamp_ns
 from clustvit_ros.node.parameter_server import ParameterServer
@@ -80,7 +79,6 @@ class ConductorNode(Node):
         self._newest: dict[str, str] = {}
         self._stamp_ns = 0
         self.create_subscription(DiagnosticArray, "segmentation/stats", self._on_stats, 50)
-        self._client = self.create_client(SetParameters, "segmentation/set_parameters")
 
     def close(self) -> int:
         """Nothing to stop; 0."""
@@ -97,12 +95,13 @@ class ConductorNode(Node):
         """
         self._executor = executor
         options = self._options
+        self._segmentation = ParameterClient(self, executor, "segmentation", options.silence_timeout_s)
         self._wait(lambda: self._frames > 0, "the first mask", options.start_timeout_s)
-        self._set(latency_budget_ms=_EASY_BUDGET_MS)
+        self._segmentation.assign(latency_budget_ms=_EASY_BUDGET_MS)
         self._wait(lambda: "slowdown" in self._newest, "the node's calibration", options.start_timeout_s)
-        self._set(merge_threshold=options.merge_threshold, latency_budget_ms=0.0)
+        self._segmentation.assign(merge_threshold=options.merge_threshold, latency_budget_ms=0.0)
         self._run_phase("default", merge_threshold=options.merge_threshold)
-        self._set(merge_threshold=1.0)
+        self._segmentation.assign(merge_threshold=1.0)
         full_ms = self._run_phase("full", merge_threshold=1.0)
         for share in self._shares:
             asked_ms = round(share * full_ms, 1)
@@ -110,7 +109,7 @@ class ConductorNode(Node):
             self._run_phase(
                 f"budget_{round(100 * share)}", share=share, asked_ms=asked_ms, budget_ms=budget_ms, refused=reason
             )
-        self._set(merge_threshold=options.merge_threshold, latency_budget_ms=0.0)
+        self._segmentation.assign(merge_threshold=options.merge_threshold, latency_budget_ms=0.0)
         return 0
 
     def _run_phase(self, name: str, **facts: Any) -> float:
@@ -137,7 +136,7 @@ class ConductorNode(Node):
         refused = ""
         for _ in range(_MAX_TRIES):
             try:
-                self._set(latency_budget_ms=budget_ms)
+                self._segmentation.assign(latency_budget_ms=budget_ms)
                 return budget_ms, refused
             except ConfigError as error:
                 refused = refused or str(error)
@@ -146,24 +145,6 @@ class ConductorNode(Node):
                     raise
                 budget_ms = float(offer[1])
         raise ClustvitError(f"the node refuses even the budget that it offered, {budget_ms:g} ms")
-
-    def _set(self, **values: float) -> None:
-        """Set parameters together, as `ros2 param set` does.
-
-        Raises:
-            ConfigError: the node refuses them, for the reason it gives.
-        """
-        parameters = [
-            Parameter(name=name, value=ParameterValue(type=ParameterType.PARAMETER_DOUBLE, double_value=value))
-            for name, value in values.items()
-        ]
-        timeout_s = self._options.silence_timeout_s
-        self._wait(self._client.service_is_ready, "the node's parameter service", timeout_s)
-        future = self._client.call_async(SetParameters.Request(parameters=parameters))
-        self._wait(future.done, "the answer of the node's parameter service", timeout_s)
-        refusals = [result.reason for result in future.result().results if not result.successful]
-        if refusals:
-            raise ConfigError(refusals[0])
 
     def _wait(self, condition: Callable[[], bool], what: str, timeout_s: float) -> None:
         assert self._executor is not None

@@ -19,6 +19,8 @@ import rclpy
 import yaml
 from rcl_interfaces.msg import ParameterDescriptor
 from rcl_interfaces.srv import DescribeParameters, GetParameters, ListParameters, SetParameters
+from rclpy.executors import Executor, SingleThreadedExecutor
+from rclpy.node import Node
 from rclpy.parameter import Parameter, parameter_value_to_python
 
 from clustvit_ros.errors import ClustvitError, ConfigError
@@ -30,23 +32,15 @@ class ParameterClient:
     """The parameters of one running node.
 
     Args:
-        node_name: its full name, e.g. "/segmentation".
+        node: who asks.
+        executor: spins that node while an answer is awaited.
+        name: of the node that is asked, e.g. "/segmentation"; relative names are in the asking node's namespace.
         timeout_s: how long to wait for each answer.
     """
 
-    def __init__(self, node_name: str, timeout_s: float) -> None:
-        self._name = "/" + node_name.strip("/")
-        self._timeout_s = timeout_s
-        self._context = rclpy.Context()
-        rclpy.init(args=[], context=self._context)
-        self._node = rclpy.create_node("clustvit_parameter_client", context=self._context)
-        self._executor = rclpy.executors.SingleThreadedExecutor(context=self._context)
-        self._executor.add_node(self._node)
-
-    def close(self) -> None:
-        """Leave ROS."""
-        self._node.destroy_node()
-        rclpy.shutdown(context=self._context)
+    def __init__(self, node: Node, executor: Executor, name: str, timeout_s: float) -> None:
+        self._node, self._executor = node, executor
+        self._name, self._timeout_s = name.rstrip("/"), timeout_s
 
     def names(self) -> list[str]:
         """Names of all parameters, sorted."""
@@ -72,16 +66,17 @@ class ParameterClient:
         request = DescribeParameters.Request(names=[name])
         return self._call(DescribeParameters, "describe_parameters", request).descriptors[0]
 
-    def assign(self, name: str, value: Any) -> None:
-        """Set a parameter.
+    def assign(self, **values: Any) -> None:
+        """Set parameters, one after the other.
 
         Raises:
-            ConfigError: the node refuses, for the reason that it gives.
+            ConfigError: the node refuses one, for the reason that it gives.
         """
-        parameter = Parameter(name, value=value).to_parameter_msg()
-        (result,) = self._call(SetParameters, "set_parameters", SetParameters.Request(parameters=[parameter])).results
-        if not result.successful:
-            raise ConfigError(result.reason)
+        parameters = [Parameter(name, value=value).to_parameter_msg() for name, value in values.items()]
+        request = SetParameters.Request(parameters=parameters)
+        for result in self._call(SetParameters, "set_parameters", request).results:
+            if not result.successful:
+                raise ConfigError(result.reason)
 
     def _check(self, name: str) -> None:
         if name not in self.names():
@@ -115,7 +110,7 @@ def _run(client: ParameterClient, verb: str, words: list[str]) -> str:
     if verb == "get":
         return yaml.safe_dump(client.get(words[0]), default_flow_style=True).removesuffix("\n...\n").strip()
     if verb == "set":
-        client.assign(words[0], yaml.safe_load(words[1]))
+        client.assign(**{words[0]: yaml.safe_load(words[1])})
         return f"{words[0]} is {client.get(words[0])} now"
     found = client.describe(words[0])
     lines = [f"{found.name}: {_TYPES.get(found.type, found.type)}", f"  {found.description}"]
@@ -130,16 +125,21 @@ def main() -> int:
     Returns:
         0; 1 when the node refuses, 2 when it does not answer.
     """
-    node, timeout, verb, *words = sys.argv[1:]
-    client = ParameterClient(node, float(timeout))
+    name, timeout, verb, *words = sys.argv[1:]
+    context = rclpy.Context()
+    rclpy.init(args=[], context=context)
+    node = rclpy.create_node("clustvit_parameter_client", context=context)
+    executor = SingleThreadedExecutor(context=context)
+    executor.add_node(node)
     try:
-        print(_run(client, verb, words))
+        print(_run(ParameterClient(node, executor, "/" + name.strip("/"), float(timeout)), verb, words))
         return 0
     except (ClustvitError, yaml.YAMLError, TypeError) as error:  # the last: a value of no parameter type
         print(f"clustvit-ros: error: {error}", file=sys.stderr)
         return 1 if isinstance(error, ConfigError) else 2
     finally:
-        client.close()
+        node.destroy_node()
+        rclpy.shutdown(context=context)
 
 
 if __name__ == "__main__":

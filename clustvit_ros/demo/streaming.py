@@ -24,8 +24,6 @@ from typing import Any
 import cv2
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray
-from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue
-from rcl_interfaces.srv import SetParameters
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from sensor_msgs.msg import Image
@@ -33,6 +31,7 @@ from std_msgs.msg import Header
 
 from clustvit_ros.demo.camera import CAMERA_QOS, TRUTH_QOS
 from clustvit_ros.demo.frame_source import open_source, sim_seed
+from clustvit_ros.demo.parameter_client import ParameterClient
 from clustvit_ros.errors import ClustvitError, ConfigError
 from clustvit_ros.measure.metrics import ConfusionMatrix
 from clustvit_ros.node.messages import image_message, stamp_ns
@@ -78,7 +77,6 @@ class StreamingNode(Node):
         self._camera = self.create_publisher(Image, "image", CAMERA_QOS)
         self.create_subscription(Image, "segmentation/mask", self._on_mask, TRUTH_QOS)
         self.create_subscription(DiagnosticArray, "segmentation/stats", self._on_stats, 50)
-        self._client = self.create_client(SetParameters, "segmentation/set_parameters")
 
     def close(self) -> int:
         """Nothing to stop; 0."""
@@ -97,16 +95,16 @@ class StreamingNode(Node):
         options = self._options
         frames = self._render(options.frames + _WARM_UP_FRAMES)
         self._wait(lambda: self._camera.get_subscription_count() > 0, "a node that subscribes to image")
-        phases = {}
+        segmentation, phases = ParameterClient(self, executor, "segmentation", options.timeout_s), {}
         if options.fresh:
-            self._fill(False)
+            segmentation.assign(fill_frames=False)
             phases["fresh"] = self._score(frames, *self._one_by_one(frames))
         for name, fill in (("held", False), ("filled", True)):
-            self._fill(fill)
+            segmentation.assign(fill_frames=fill)
             phases[name] = self._score(frames, *self._at_rate(frames))
             text = ", ".join(f"{key} {value}" for key, value in phases[name].items())
             self.get_logger().info(f"{name}: {text}")
-        self._fill(False)
+        segmentation.assign(fill_frames=False)
         report = {"source": options.source, "rate_hz": options.rate_hz, "frames": options.frames, **phases}
         with replacing(Path(options.output)) as partial:
             partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -195,16 +193,6 @@ class StreamingNode(Node):
 
     def _has_mask(self, stamp: int) -> bool:
         return any(mask[0] == stamp for mask in self._masks[-3:])
-
-    def _fill(self, fill: bool) -> None:
-        value = ParameterValue(type=ParameterType.PARAMETER_BOOL, bool_value=fill)
-        self._wait(self._client.service_is_ready, "the node's parameter service")
-        request = SetParameters.Request(parameters=[Parameter(name="fill_frames", value=value)])
-        future = self._client.call_async(request)
-        self._wait(future.done, "the answer of the node's parameter service")
-        for result in future.result().results:
-            if not result.successful:
-                raise ClustvitError(f"fill_frames: {result.reason}")
 
     def _wait(self, condition: Callable[[], bool], what: str) -> None:
         deadline_s = time.monotonic() + self._options.timeout_s

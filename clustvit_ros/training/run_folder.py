@@ -32,7 +32,7 @@ import yaml
 from safetensors import SafetensorError
 
 import clustvit_ros
-from clustvit_ros.config import to_mapping
+from clustvit_ros.config import read_json, to_mapping
 from clustvit_ros.errors import ConfigError, DataError
 from clustvit_ros.measure.tables import new_figure, save_figure
 from clustvit_ros.paths import hash_file, replacing
@@ -257,21 +257,6 @@ def write_data_listing(run_dir: Path, listing: dict[str, Any]) -> None:
         return
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(listing, indent=1) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a file that a run wrote.
-
-    Raises:
-        DataError: it is no longer what was written.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as JSON ({error}); restore it, or pass another run folder") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: got {type(content).__name__}, expected an object; restore it, or pass another folder")
-    return content
 
 
 def tensorboard_writer(run_dir: Path) -> Callable[[dict[str, Any]], None]:
