@@ -54,7 +54,7 @@ def test_the_document_lists_the_rooms_and_foundations_that_there_are():
 
 def test_the_house_is_as_small_as_it_claims():
     files = list(PACKAGE.rglob("*.py"))
-    assert len(files) <= 143
+    assert len(files) <= 144
     root = PACKAGE.parent
     files += [path for room in ("launch", "scripts", "test") for path in (root / room).rglob("*.py")]
     assert {path.name for path in files if len(path.read_text().splitlines()) > 400} == set()

@@ -82,8 +82,9 @@ def test_commands_work_as_they_stand(command, folder, capsys):
         from recordings import camera_bag
 
         camera_bag(Path("drive_1"), 2)
-    assert main(command) == 0, capsys.readouterr()
-    assert "Traceback" not in capsys.readouterr().err
+    code, streams = main(command), capsys.readouterr()
+    # A loaded machine may be too slow for a budget, which is then refused with what can be had.
+    assert code == 0 or ("--budget-ms" in command and "expected 0 (off) or at least" in streams.err), streams
 
 
 @pytest.mark.slow

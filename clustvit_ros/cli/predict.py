@@ -307,8 +307,8 @@ class _Predictor:
             print(f"0 images: none of {len(unreadable)} could be read")
         else:
             print(
-                f"{count} images in {elapsed_s:.1f} s, {report['images_per_second']:.1f} per second; engine p50 "
-                f"{report['engine_ms']['p50']:.1f} ms, p95 {report['engine_ms']['p95']:.1f} ms; "
+                f"{count} image{'s' * (count > 1)} in {elapsed_s:.1f} s, {report['images_per_second']:.1f} per second; "
+                f"engine p50 {report['engine_ms']['p50']:.1f} ms, p95 {report['engine_ms']['p95']:.1f} ms; "
                 f"{100 * report['tokens_kept_share']:.0f} % of the tokens kept"
             )
             shares = self._pixels / max(self._pixels.sum(), 1)

@@ -360,7 +360,10 @@ def _agreed(
 ) -> tuple[ClassEntry, ...]:
     """The class list that a recipe writes and a data set states; either may leave it out."""
     if stated is None and not written:
-        raise ConfigError(f"{where}: classes is missing, and the data set names none; list them in either")
+        raise ConfigError(
+            f"{where}: classes is missing, and the data set names none; list them in its dataset.yaml, in the order of "
+            "their ids (classes: [sky, road, car]), or in the recipe"
+        )
     if stated is None:
         return written
     if not written:
