@@ -58,9 +58,6 @@ def check_torch(device: str = "auto") -> list[Finding]:
     hardware = gpu_hardware()
     try:
         import torch
-
-        from clustvit_ros.engine.network_engine import describe_device, select_device
-        from clustvit_ros.networks.inference import int8_problem
     except (ImportError, OSError, AttributeError) as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == "torch"
         remedy = import_remedy(str(error), "torch")
@@ -69,6 +66,11 @@ def check_torch(device: str = "auto") -> list[Finding]:
         elif missing:
             remedy = "pip install torch, or this package with its 'torch' extra"
         return [Finding("torch", Level.FAIL, f"cannot be imported by {sys.executable}: {error}", remedy)]
+    try:
+        from clustvit_ros.engine.network_engine import describe_device, select_device
+        from clustvit_ros.networks.inference import int8_problem
+    except Exception as error:  # a damaged package may raise anything
+        return [_not_tried("torch", error)]
     findings = []
     built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     a = torch.arange(64 * 64, dtype=torch.float32).reshape(64, 64) % 7.0
@@ -97,6 +99,12 @@ def check_torch(device: str = "auto") -> list[Finding]:
     return [*findings, Finding("gpu", Level.OK, f"none; the node runs on the CPU ({reason or 'as asked'})")]
 
 
+def _not_tried(package: str, error: Exception) -> Finding:
+    """A package that is none the worse for what is amiss elsewhere, and must not be installed again for it."""
+    text = f"was not tried, for what uses it cannot be loaded: {error}"
+    return Finding(package, Level.WARN, text, "mend that first, see above")
+
+
 def _gpu_remedy(built_for_cuda: bool) -> str:
     if platform.machine() == "aarch64":
         return _JETSON_TORCH
@@ -113,7 +121,9 @@ def check_onnxruntime() -> list[Finding]:
         import numpy as np
 
         from clustvit_ros.engine.onnx_session import import_onnxruntime
-
+    except Exception as error:  # a damaged package may raise anything
+        return [_not_tried("onnxruntime", error)]
+    try:
         onnxruntime = import_onnxruntime()
     except (ImportError, OSError, AttributeError, ClustvitError) as error:
         remedy = "reinstall onnxruntime, or on a GPU an onnxruntime-gpu that fits its CUDA"
