@@ -90,7 +90,8 @@ def test_commands_work_as_they_stand(command, folder, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c[0] in SLOW], ids=" ".join)
 def test_dear_commands_work_as_they_stand(command, folder):
-    shutil.rmtree("camvid_tiny")  # the real one is what they start from
+    if command[0] == "train":
+        shutil.rmtree("camvid_tiny")  # the real one is what it starts from
     assert main(command) == 0
 
 

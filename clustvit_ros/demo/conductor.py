@@ -114,8 +114,8 @@ class ConductorNode(Node):
 
     def _run_phase(self, name: str, **facts: Any) -> float:
         """Let frames pass and note the phase; the median of the engine's milliseconds."""
-        target = self._frames + self._options.settle_frames
-        self._wait(lambda: self._frames >= target, f"phase {name}", self._options.silence_timeout_s)
+        for _ in range(self._options.settle_frames):  # each in its time: slow frames are no silence
+            self._wait_for_frame(name)
         first_ns, heard = self._stamp_ns, len(self._engine_ms)
         end_s = time.monotonic() + self._options.phase_s
         self._wait(
@@ -130,6 +130,10 @@ class ConductorNode(Node):
         with replacing(Path(self._options.output)) as partial:
             partial.write_text(json.dumps({"phases": self._phases}, indent=1) + "\n", encoding="utf-8")
         return median_ms
+
+    def _wait_for_frame(self, name: str) -> None:
+        heard = self._frames
+        self._wait(lambda: self._frames > heard, f"a frame of phase {name}", self._options.silence_timeout_s)
 
     def _set_budget(self, budget_ms: float) -> tuple[float, str]:
         """Set a budget, or the smallest that the node offers instead; and the reason of the refusal, if any."""
