@@ -303,6 +303,7 @@ def _finish(
     config = dataclasses.replace(config, training=_provenance(recipe, recipe_name), scores=scores)
     _save(model_dir, config, best, dtype)
     print(f"{_describe(scores)}; model in {model_dir}")
+    print(f"use it with --model {model_dir}, and in the node as model:={model_dir.resolve()}")
     return scores
 
 
