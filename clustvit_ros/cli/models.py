@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from clustvit_ros.classes import ClassSet, class_set_names, load_class_set
-from clustvit_ros.config import from_mapping, to_mapping
+from clustvit_ros.config import from_mapping, read_json, to_mapping
 from clustvit_ros.errors import ConfigError, ModelError
 from clustvit_ros.networks.architectures import network_config
 from clustvit_ros.networks.checkpoint import Checkpoint, read_checkpoint
@@ -323,12 +323,7 @@ def _tell_assumptions(settings: ViTConfig, told: dict[str, Any]) -> None:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: got {type(content).__name__}, expected an object")
+    content = read_json(path)
     unknown = sorted(content.keys() - _CONFIG_KEYS.keys() - _IGNORED_CONFIG_KEYS)
     if unknown:
         raise ConfigError(f"{path}: unknown keys {', '.join(unknown)}; known: {', '.join(_CONFIG_KEYS)}")
