@@ -37,9 +37,7 @@ from clustvit_ros.policy.plan import Misses
 if TYPE_CHECKING:
     from clustvit_ros.node.filling import FrameFiller
 
-_LOG_PERIOD_S = 5.0
-# No camera is that slow.
-_OTHER_CLOCK_S = 60.0
+_LOG_PERIOD_S, _OTHER_CLOCK_S = 5.0, 60.0  # no camera is as slow as the latter
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,6 @@ def decode(frame: Frame, camera: Camera, parameters: SegmentationParameters) -> 
         if isinstance(message, Image):
             return decode_image(message, parameters.max_image_pixels, to_bytes)
         return decode_compressed(message, parameters.max_image_pixels, to_bytes, camera.known_edges.is_scene)
-
     # What is kept is not turned: the parameter may change before another thread asks for it.
     image = turned(frame.image(read), parameters.rotate)
     wants = frame.points is not None or camera.outputs.wanted("confidence"), camera.outputs.wanted("clusters")

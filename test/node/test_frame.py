@@ -36,16 +36,14 @@ from clustvit_ros.policy.ledger import Ledger
 from clustvit_ros.policy.parameter_spec import build
 from clustvit_ros.policy.parameters import SegmentationParameters
 
-SECOND_NS = 1_000_000_000
-ALL = ("mask", "confidence", "overlay", "clusters")
+SECOND_NS, ALL = 1_000_000_000, ("mask", "confidence", "overlay", "clusters")
 
 
 class FakePublisher:
     """Stands in for an rclpy publisher."""
 
     def __init__(self, subscribers: int) -> None:
-        self.subscribers = subscribers
-        self.messages: list[Image] = []
+        self.subscribers, self.messages = subscribers, list[Image]()
 
     def get_subscription_count(self) -> int:
         return self.subscribers
@@ -59,9 +57,7 @@ class SpyEngine(Engine):
 
     def __init__(self) -> None:
         self._engine = ScriptedEngine()
-        self.settings: list[Settings] = []
-        self.images: list[np.ndarray] = []
-        self.warmed: list[tuple[int, int] | None] = []
+        self.settings, self.images, self.warmed = list[Settings](), list[np.ndarray](), list[tuple[int, int] | None]()
         self.failure: Exception | None = None
         self.upcoming: Callable[[], np.ndarray | None] = lambda: None
 
@@ -93,8 +89,7 @@ class FakeLogger:
     """Keeps what is logged."""
 
     def __init__(self) -> None:
-        self.errors: list[str] = []
-        self.infos: list[str] = []
+        self.errors, self.infos = list[str](), list[str]()
 
     def error(self, text: str, **_throttle: Any) -> None:
         self.errors.append(text)
@@ -123,8 +118,7 @@ class Bench:
     """A session with fake publishers, of which `subscribed` have a subscriber."""
 
     def __init__(self, *subscribed: str, cameras: tuple[str, ...] = ("",), **values: Any) -> None:
-        self.engine, self.logger = SpyEngine(), FakeLogger()
-        self.now_ns = 100 * SECOND_NS
+        self.engine, self.logger, self.now_ns = SpyEngine(), FakeLogger(), 100 * SECOND_NS
         parameters = build(SegmentationParameters, {"lazy": False, **values})
         self.cameras = {name: FakeCamera(name, subscribed, parameters) for name in cameras}
         self.camera = self.cameras[cameras[0]]
