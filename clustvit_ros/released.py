@@ -40,6 +40,7 @@ _BLOCK_BYTES = 1 << 18
 # An attempt that brings less than this counts as failed; after so many in a row the download is given up.
 _LEAST_PROGRESS_BYTES, _MOST_FAILURES = 1 << 20, 4
 _SPARE_BYTES = 1 << 28
+_BY_HAND = "open the address in a browser, save the file, and pass it with --file"
 
 
 @dataclass(frozen=True)
@@ -241,6 +242,8 @@ class _Transfer:
             return
         self.reached = True
         with response:
+            if response.status not in (200, 206):  # 202: a challenge for browsers
+                raise ModelError(f"{self.address}: the server says {response.status} {response.reason}; {_BY_HAND}")
             start = _first_byte(response.headers) if response.status == 206 else 0
             if start is None or start not in (0, have):
                 raise ModelError(f"{self.address}: the server sends another part than asked for; try again later")
@@ -353,10 +356,7 @@ def _no_weights(address: str, block: bytes) -> str:
         got = f"a web page{called}"
     else:
         got = f"a file that begins with {block[:16]!r}"
-    return (
-        f"{address}: the server sends {got}, expected a file of weights; open the address in a browser, save the file, "
-        "and pass it with --file"
-    )
+    return f"{address}: the server sends {got}, expected a file of weights; {_BY_HAND}"
 
 
 def _gave_up(transfer: _Transfer, problem: Exception | None) -> str:

@@ -254,6 +254,7 @@ def import_model(
         ModelError: no known network, or weights that do not fit it.
         ConfigError: options that contradict the file.
     """
+    checkpoint = _as_rgb(checkpoint)
     told = {**(defaults or {}), **hints_of(checkpoint.model), **(known or {})}
     known = {**{name: value for name, value in told.items() if name in (defaults or {})}, **(known or {})}
     try:
@@ -314,6 +315,8 @@ def _tell_assumptions(settings: ViTConfig, told: dict[str, Any]) -> None:
         assumed.append(f"merging after block {settings.injection_point} (--injection-point)")
     if settings.head == "segmenter" and not {"head_heads", "num_heads"} & told.keys():
         assumed.append(f"{settings.head_heads or settings.num_heads} heads in the decode head (--head-heads)")
+    if settings.head == "upernet" and "head_blocks" not in told:
+        assumed.append(f"levels after blocks {list(settings.level_blocks)} from 0 (--config with out_indices)")
     if assumed:
         print(
             f"warning: assumed, since neither the file nor you say so: {', '.join(assumed)}; with others the weights "
@@ -355,6 +358,19 @@ def _classes(name: str | None, count: int, checkpoint: Checkpoint, class_set: st
             print(f"{count} classes: named as in {packaged} (--classes chooses another list)")
             return classes
     return ClassSet.numbered(count)
+
+
+def _as_rgb(checkpoint: Checkpoint) -> Checkpoint:
+    """A network that was trained on BGR images, as its configuration says, takes RGB once its weights change places."""
+    stated = checkpoint.model.get("data_preprocessor")
+    if not isinstance(stated, dict) or not any(stated.get(key) is False for key in ("bgr_to_rgb", "to_rgb")):
+        return checkpoint
+    turned = {key: value[::-1] for key, value in stated.items() if isinstance(value, (list, tuple))}
+    weights = {
+        name: tensor.flip(1) if "patch_embed" in name and tensor.ndim == 4 and tensor.shape[1] == 3 else tensor
+        for name, tensor in checkpoint.weights.items()
+    }
+    return checkpoint._replace(weights=weights, model={**checkpoint.model, "data_preprocessor": {**stated, **turned}})
 
 
 def _input(normalisation: str | None, model: dict[str, Any], size: tuple[int, int]) -> InputConfig:

@@ -249,6 +249,7 @@ def test_redirections_are_followed_to_the_web_alone(server, capsys):
         ((200, {}, b"\n<html>no title"), "sends a web page, expected"),
         ((200, {}, b"\x1f\x8b\x08 gzip"), "a file that begins with b'\\x1f\\x8b\\x08 gzip'"),
         ((200, {"Content-Length": "0"}, b""), "broke off after 0 bytes"),
+        ((202, {"Content-Length": "0"}, b""), "the server says 202 Accepted; open the address in a browser"),
         ((404, {}, b""), "the server says 404 Not Found; look where it was published"),
         ((503, {}, b""), "(the server says 503 Service Unavailable); the same command goes on"),
         ((200, {"Content-Encoding": "gzip"}, b"PK\x03\x04"), "the server packs the file"),

@@ -104,6 +104,18 @@ def test_class_names_of_every_age_are_read(tmp_path, official, meta, names, firs
     assert classes.names[: len(names)] == names and (first is None or classes.colours[0] == first)
 
 
+@torch.no_grad()
+def test_a_network_that_was_trained_on_bgr_takes_rgb(tmp_path, official):
+    for name, rgb in (("rgb", "True"), ("bgr", "False")):
+        text = CONFIG.replace("bgr_to_rgb=True", f"bgr_to_rgb={rgb}")
+        torch.save({"meta": {"cfg": text}, "state_dict": official}, tmp_path / "a.pth")
+        assert import_(tmp_path / "a.pth", tmp_path / name) == 0
+    images = torch.randn(1, 3, 32, 32)
+    logits = load_segmenter(tmp_path / "rgb")(images).logits
+    torch.testing.assert_close(load_segmenter(tmp_path / "bgr")(images.flip(1)).logits, logits, rtol=0, atol=1e-5)
+    assert load_config(tmp_path / "bgr").input.mean == (3.0, 2.0, 1.0)
+
+
 def prefixed(weights, prefix):
     return {prefix + name: tensor for name, tensor in weights.items()}
 
