@@ -20,7 +20,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,8 +133,8 @@ def convert_labels(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: is there and not empty; expected a new or empty folder")
     done = Conversion()
-    opened = [_open_labelme(path, done) if path.is_dir() else _open_coco(path, images) for path in sources]
-    names = _chosen_classes([name for source in opened for name in source.names], classes)
+    opened = [_open_labelme(path, done) if path.is_dir() else _open_coco(path, images, done) for path in sources]
+    names = _chosen_classes([name for source in opened for name in source.names], classes, background)
     place = {name: index for index, name in enumerate(names)}
     place |= dict.fromkeys(_VOIDS, IGNORE_INDEX) | dict.fromkeys(_BACKGROUNDS, len(names))
     unlabelled = IGNORE_INDEX if background == VOID else len(names)
@@ -162,7 +162,8 @@ def convert_labels(
     done.classes = (*names, _BACKGROUNDS[0] if background == VOID else background) if has_background else names
     done.missing = tuple(name for index, name in enumerate(done.classes) if not painted["train"][index])
     folders = {split: {"images": f"{split}/images", "labels": f"{split}/labels"} for split in done.counts}
-    content = {"classes": _class_set(done.classes).entries(), "splits": folders}
+    classes_named = replace(ClassSet.numbered(len(done.classes)), names=done.classes)
+    content = {"classes": classes_named.entries(), "splits": folders}
     text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
     (out / DATASET_FILE).write_text(text, encoding="utf-8")
     return done
@@ -180,12 +181,12 @@ def _read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _open_coco(path: Path, images: Path | None) -> Source:
+def _open_coco(path: Path, images: Path | None, done: Conversion) -> Source:
     content = _read_object(path)
     if "shapes" in content:
         raise DataError(f"{path}: is labelme's file of one image; pass its folder")
     try:
-        return _coco_source(path, content, images)
+        return _coco_source(path, content, images, done.left_out)
     except _MALFORMED as error:
         raise DataError(
             f"{path}: cannot be read as COCO labels ({_reason(error)}); expected images, annotations and categories as "
@@ -197,39 +198,46 @@ def _reason(error: Exception) -> str:
     return f"{error} is missing" if isinstance(error, KeyError) else str(error)
 
 
-def _coco_source(path: Path, content: Mapping[str, Any], images: Path | None) -> Source:
+def _coco_source(
+    path: Path, content: Mapping[str, Any], images: Path | None, left_out: Counter[str]
+) -> Source:  # fmt: skip
     category_names = {int(entry["id"]): str(entry["name"]).strip() for entry in content["categories"]}
     panoptic = any("segments_info" in entry for entry in content["annotations"])
     annotations: dict[Any, list[dict[str, Any]]] = {}
     used_ids: set[int] = set()
     for entry in content["annotations"]:
+        if not panoptic and not entry.get("segmentation"):
+            left_out["box"] += 1
+            continue
         annotations.setdefault(entry["image_id"], []).append(entry)
         used_ids |= {int(part["category_id"]) for part in (entry["segments_info"] if panoptic else [entry])}
     unknown = sorted(used_ids - category_names.keys())
     if unknown:
         raise DataError(f"{path}: annotations name categories {unknown[:10]}, which categories does not list")
-    listed = content["images"]
-    if not listed:
+    if not (listed := content["images"]):
         raise DataError(f"{path}: lists no images, expected at least one")
     folder = _image_folder(path, [str(entry["file_name"]) for entry in listed], images)
-
-    def regions_of(size: tuple[int, int], entries: list[dict[str, Any]]) -> Callable[[], list[Region]]:
-        if panoptic:
-            return lambda: [
-                region for entry in entries for region in _segments(path, entry, category_names)
-            ]
-        return lambda: [
-            Region(category_names[int(entry["category_id"])], float(entry.get("area") or 0.0), painter)
-            for entry in entries
-            if (painter := _painter(entry.get("segmentation"), size)) is not None
-        ]
 
     found = []
     for entry in listed:
         name, size = str(entry["file_name"]), (int(entry["height"]), int(entry["width"]))
-        found.append(Annotated(name, folder / name, size, regions_of(size, annotations.get(entry["id"], []))))
+        regions = functools.partial(_regions, path, annotations.get(entry["id"], []), size, category_names)
+        found.append(Annotated(name, folder / name, size, regions))
     names = tuple(dict.fromkeys(name for number, name in category_names.items() if number in used_ids))
     return Source(_split_of(path.stem, path.parent.name), names, found)
+
+
+def _regions(
+    path: Path, entries: Sequence[Mapping[str, Any]], size: tuple[int, int], category_names: Mapping[int, str]
+) -> list[Region]:
+    found: list[Region] = []
+    for entry in entries:
+        if "segments_info" in entry:
+            found += _segments(path, entry, category_names)
+        else:
+            name, area = category_names[int(entry["category_id"])], float(entry.get("area") or 0.0)
+            found.append(Region(name, area, _painter(entry["segmentation"], size)))
+    return found
 
 
 def _image_folder(path: Path, names: Sequence[str], given: Path | None) -> Path:
@@ -245,15 +253,11 @@ def _image_folder(path: Path, names: Sequence[str], given: Path | None) -> Path:
     raise DataError(f"{path}: its image {names[0]} is not in {tried}; pass the folder with --images")
 
 
-def _painter(segmentation: Any, size: tuple[int, int]) -> Callable[[np.ndarray, int], None] | None:
-    """What paints a COCO segmentation; None for a box alone."""
-    if not segmentation:
-        return None
+def _painter(segmentation: Any, size: tuple[int, int]) -> Callable[[np.ndarray, int], None]:
+    """What paints a COCO segmentation."""
     if isinstance(segmentation, dict):
-        mask = read_run_lengths(segmentation, size)
-        return functools.partial(_set_where, mask)
-    polygons = [read_points(flat) for flat in segmentation]
-    return functools.partial(_fill, polygons)
+        return functools.partial(_set_where, read_run_lengths(segmentation, size))
+    return functools.partial(_fill, [read_points(flat) for flat in segmentation])
 
 
 def _segments(path: Path, entry: Mapping[str, Any], category_names: Mapping[int, str]) -> Iterator[Region]:
@@ -332,20 +336,19 @@ def _set_where(mask: np.ndarray, labels: np.ndarray, value: int) -> None:
     labels[mask] = value
 
 
-def _chosen_classes(found: Sequence[str], asked: Sequence[str]) -> tuple[str, ...]:
+def _chosen_classes(found: Sequence[str], asked: Sequence[str], background: str) -> tuple[str, ...]:
     occur = tuple(dict.fromkeys(name for name in found if name not in _VOIDS and name not in _BACKGROUNDS))
     missing = [name for name in asked if name not in occur]
     if missing:
         raise ConfigError(f"--classes: {', '.join(missing)} do not occur; there are {', '.join(occur) or 'none'}")
     names = tuple(asked) or occur
     if not 0 < len(names) < IGNORE_INDEX:
-        raise DataError(f"{len(names)} classes are labelled, expected 1 to {IGNORE_INDEX - 1}; choose some (--classes)")
-    _class_set(names)  # names that cannot be used are told before anything is written
+        reason = "boxes alone are none" if not names else "choose some (--classes)"
+        raise DataError(f"{len(names)} classes have labelled areas, expected 1 to {IGNORE_INDEX - 1}; {reason}")
+    # Names that cannot be used are told before anything is written.
+    all_names = names if background == VOID else (*names, background)
+    replace(ClassSet.numbered(len(all_names)), names=all_names)
     return names
-
-
-def _class_set(names: tuple[str, ...]) -> ClassSet:
-    return ClassSet(names, ClassSet.numbered(len(names)).colours)
 
 
 def _paint(annotated: Annotated, place: Mapping[str, int], unlabelled: int) -> np.ndarray:
@@ -389,11 +392,9 @@ def _write_pair(folder: Path, stem: str, image: Path, labels: np.ndarray, copy: 
     for name in ("images", "labels"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     target = folder / "images" / (stem + image.suffix)
-    linked = False
     if not copy:
         with suppress(OSError):  # file systems without links
             target.symlink_to(image.resolve())
-            linked = True
-    if not linked:
+    if not target.is_symlink():
         shutil.copyfile(image, target)
     (folder / "labels" / f"{stem}.png").write_bytes(cv2.imencode(".png", labels)[1].tobytes())

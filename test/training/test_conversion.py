@@ -59,7 +59,7 @@ def labels_of(out: Path, split: str = "train") -> tuple[tuple[str, ...], np.ndar
     return data_set.classes.names, data_set.open(split, len(data_set.classes))[0].labels
 
 
-def test_coco_polygons_and_run_lengths_become_ids(tmp_path: Path) -> None:
+def test_coco_polygons_and_run_lengths_become_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     put_image(tmp_path / "train2017" / "a.jpg")
     put_image(tmp_path / "val2017" / "deep" / "a.jpg")
     rows = np.zeros(SIZE, bool)
@@ -75,6 +75,7 @@ def test_coco_polygons_and_run_lengths_become_ids(tmp_path: Path) -> None:
     val = put_json(tmp_path / "annotations" / "instances_val2017.json", coco(annotations[0], names=("deep/a.jpg",)))
     out = tmp_path / "out"
     assert main(["convert-labels", str(train), str(val), "--out", str(out)]) == 0
+    assert "left out: 1 box" in capsys.readouterr().out
     expected = np.full(SIZE, 2)
     expected[2:12, 2:22], expected[0:3, 24:32], expected[rows], expected[4:8, 4:8] = 0, 0, 0, 1
     names, labels = labels_of(out)
@@ -148,6 +149,10 @@ def test_classes_are_chosen_and_ordered(tmp_path: Path) -> None:
     convert_labels([tmp_path], tmp_path / "out", classes=["road", "grass"], background="void")
     names, labels = labels_of(tmp_path / "out")
     assert names == ("road", "grass") and labels[0, [0, 8, 16, 24]].tolist() == [0, IGNORE_INDEX, 1, IGNORE_INDEX]
+    for background in ("kerb", "", "\x1b[2J"):
+        with pytest.raises(ConfigError, match="names must be"):
+            convert_labels([tmp_path], tmp_path / "other", background=background)
+    assert not (tmp_path / "other").exists()
     with pytest.raises(ConfigError, match="--classes: lane do not occur; there are grass, kerb, road"):
         convert_labels([tmp_path], tmp_path / "other", classes=["lane"])
 
@@ -177,9 +182,10 @@ def test_escape_codes_in_names_stay_in_the_file(tmp_path: Path, capsys: pytest.C
         ("[]", "got list at the top level"),
         ("{}", "categories' is missing"),
         (json.dumps(coco(names=())), "lists no images"),
-        (json.dumps(coco({"category_id": 9, "segmentation": []})), r"categories \[9\], which"),
+        (json.dumps(coco({"category_id": 9, "segmentation": [[0]]})), r"categories \[9\], which"),
         (json.dumps(labelme()), "pass its folder"),
         (json.dumps(coco({"category_id": 3, "segmentation": []}, names=("b.jpg",))), "b.jpg is not in .* --images"),
+        (json.dumps(coco({"category_id": 3, "bbox": [0, 0, 5, 5]})), "0 classes have labelled areas.* boxes alone"),
         (json.dumps(coco({"category_id": 3, "segmentation": [[0, 0, 1]]})), "its labels cannot be read"),
         (json.dumps(coco({"category_id": 3, "segmentation": [[0, 0, 1e30, 1, 1, 1]]})), "points that no image has"),
         (json.dumps(coco({"category_id": 3, "segmentation": {"size": [24, 32], "counts": [3]}})), "do not add up"),
