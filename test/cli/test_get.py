@@ -104,7 +104,11 @@ def server(content, tmp_path, monkeypatch):
         def log_message(self, *_):
             pass
 
-    host = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Host(ThreadingHTTPServer):
+        def handle_error(self, *_):
+            """Clients that hang up are what some tests are about."""
+
+    host = Host(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=host.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     served.address = f"http://127.0.0.1:{host.server_port}/weights"
