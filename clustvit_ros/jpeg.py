@@ -49,9 +49,11 @@ _CONTAINED_SHARE = 0.02
 
 
 class _Limits(NamedTuple):
-    """What a stair has at least: all but a fifth of its steps, in units of the usual one between blocks; and relative
-    to its height, each of its parts, and what lies between two lines of pixels. And at most: what steps differ by, the
-    step before it, and what is elsewhere.
+    """Bounds of a stair.
+
+    At least: all but a fifth of its steps, in units of the usual one between blocks; and relative to its height, each
+    of its parts, and what lies between two lines of pixels. At most: what steps differ by, the step before it, and what
+    is elsewhere.
     """
 
     step: float

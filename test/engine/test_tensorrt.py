@@ -18,7 +18,7 @@ pytest.importorskip("onnx", reason="needs onnx, of the extra 'onnx'")
 pytest.importorskip("onnxruntime", reason="needs onnxruntime, of the extra 'onnx'")
 
 import fake_tensorrt
-from test_engine_contract import *  # noqa: F403  # its tests, with the engine below
+from test_engine_contract import *  # noqa  # its tests, with the engine below
 from test_graph_engine import CountingRecorder
 
 from clustvit_ros.engine import Settings, create_engine
