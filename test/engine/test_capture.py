@@ -209,7 +209,7 @@ def test_memory_bounds_what_is_remembered(make, cuda):
     assert engine.segment(pictures(1)[0]).mask.shape == (1, 96, 128)
 
 
-@pytest.mark.parametrize("step", ["capture", "replay", "copy"])
+@pytest.mark.parametrize("step", ["capture", "replay", "copy", "stream wait"])
 def test_out_of_memory_is_met_with_fewer_tokens_wherever_it_happens(make, cuda, step):
     engine = make(warm=False)
     cuda.fails[step] = OUT_OF_MEMORY
@@ -222,7 +222,7 @@ def test_out_of_memory_is_met_with_fewer_tokens_wherever_it_happens(make, cuda, 
     assert engine.info.engine == "cuda_graph" and not cuda.collisions
 
 
-@pytest.mark.parametrize("step", ["capture", "replay", "copy"])
+@pytest.mark.parametrize("step", ["capture", "replay", "copy", "stream wait"])
 @pytest.mark.parametrize("warm", [False, True])
 def test_after_a_sticky_error_a_new_process_is_needed(make, cuda, step, warm):
     engine = make(warm)
@@ -233,7 +233,7 @@ def test_after_a_sticky_error_a_new_process_is_needed(make, cuda, step, warm):
     assert cuda.calls["capture"] <= 1 + 12 * warm, "it is not tried again"
 
 
-@pytest.mark.parametrize("step", ["replay", "copy"])
+@pytest.mark.parametrize("step", ["replay", "copy", "stream wait"])
 def test_a_lost_device_goes_to_the_cpu(make, cuda, step):
     engine = make()
     cuda.fails[step] = LOST
