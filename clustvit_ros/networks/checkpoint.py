@@ -48,7 +48,9 @@ _ROOT = re.compile(r"(?:backbone\.|decode_head\.|cls_token$|patch_embed)")
 _AVERAGED = re.compile(r"ema_(?!model\.)")
 # Libraries whose objects stand beside weights, and what refers to their members.
 _BESIDE = ("mmengine", "mmcv", "mmseg", "numpy", "omegaconf", "argparse", "pathlib", "datetime", "collections", "torch")
-_BESIDE_NAMES = {"builtins.getattr", "builtins.slice", "builtins.range", "builtins.object", "copyreg._reconstructor"}
+_BESIDE_NAMES = {
+    "builtins.getattr", "builtins.slice", "builtins.range", "builtins.object", "copyreg._reconstructor", "_codecs.encode",
+}  # fmt: skip
 
 
 class Checkpoint(NamedTuple):
