@@ -49,7 +49,8 @@ _AVERAGED = re.compile(r"ema_(?!model\.)")
 # Libraries whose objects stand beside weights, and what refers to their members.
 _BESIDE = ("mmengine", "mmcv", "mmseg", "numpy", "omegaconf", "argparse", "pathlib", "datetime", "collections", "torch")
 _BESIDE_NAMES = {
-    "builtins.getattr", "builtins.slice", "builtins.range", "builtins.object", "copyreg._reconstructor", "_codecs.encode",
+    "builtins.getattr", "builtins.slice", "builtins.range", "builtins.object", "copyreg._reconstructor",
+    "_codecs.encode",
 }  # fmt: skip
 
 
