@@ -141,6 +141,7 @@ def write_variant(
     content = read_yaml(source / MODEL_FILE)
     own = {"merging": content.pop("merging")} if "merging" in content else {}
     content["network"] = {**(content.get("network") or {}), **own, **network}
+    content.pop("operating_points", None)  # which are worth something else now
     if input_size is not None:
         content["input"] = {**content["input"], "size": list(input_size)}
     folder.mkdir(parents=True, exist_ok=True)

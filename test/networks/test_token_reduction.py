@@ -274,6 +274,8 @@ def test_a_clustvits_weights_run_with_another_way_to_merge(make_toy_model, tmp_p
     from clustvit_ros.classes import ClassSet
 
     model = make_toy_model(ClassSet.numbered(7))
+    with (model / "model.yaml").open("a") as file:
+        file.write("operating_points: [{size: [96, 128], capacity: 24, miou: 50.0, agreement: 0.9}]\n")
     network = load_segmenter(write_variant(model, tmp_path / "variant", {"merging": merge}))
     network = network.requires_grad_(False)
     own = load_segmenter(model).requires_grad_(False)
