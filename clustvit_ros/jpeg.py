@@ -282,12 +282,15 @@ def _changes(pixels: np.ndarray, header: JpegHeader, channel: int, place: slice)
     """(3,) medians, over some units, of how lines change above their upper border, across it and below it."""
     high, wide = header.mcu
     columns, rows = header.width // wide, header.height // high
-    image = pixels[: rows * high, : columns * wide].reshape(rows, high, columns * wide, 3)
+    first = place.start // columns
+    last = min((place.stop - 1) // columns + 2, rows)
+    image = pixels[first * high : last * high, : columns * wide].reshape(-1, high, columns * wide, 3)
     near = 1 if channel and high > 8 else 0  # subsampled chroma is interpolated across the border
     lines = [image[:-1, -3 - near], image[:-1, -1 - near], image[1:, near], image[1:, 2 + near]]
     changes = np.diff(np.stack(lines).astype(np.float32), axis=0).reshape(-1, columns * wide, 3)
     means = cv2.resize(changes, (columns, len(changes)), interpolation=cv2.INTER_AREA)
-    return np.median((means @ (2.0 * _YCC[channel])).reshape(3, -1)[:, place], axis=1)
+    of_units = (means @ (2.0 * _YCC[channel])).reshape(3, -1)
+    return np.median(of_units[:, place.start - first * columns : place.stop - first * columns], axis=1)
 
 
 def _steps(pixels: np.ndarray, header: JpegHeader, offset: int) -> np.ndarray:
