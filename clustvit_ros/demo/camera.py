@@ -100,7 +100,7 @@ class CameraNodeParameters:
     )
     loop: bool = parameter(True, "Start over at the end of a folder or video.")
     count: int = parameter(0, "End after so many frames; 0 never ends by itself.", minimum=0, maximum=2_147_483_647)
-    frame_id: str = parameter("camera", "Frame of the images' headers.")
+    frame_id: str = parameter("camera_optical_frame", "Frame of the images' headers.")
     width: int = parameter(0, "Scale to this width; 0 keeps the source's.", minimum=0, maximum=65_535, unit="px")
     height: int = parameter(0, "Scale to this height; 0 keeps the source's.", minimum=0, maximum=65_535, unit="px")
     wait_for_subscribers: int = parameter(

@@ -201,6 +201,8 @@ class SegmentationNode(LifecycleNode):
                 self.get_logger().error(f"{self._fault}{unknown}")
             return TransitionCallbackReturn.FAILURE
         self._state, self._fault = reached, ""
+        if what not in ("configuring", "activating") and self.context.ok():  # which say more by themselves
+            self.get_logger().info(f"{what} done: {reached}")
         return TransitionCallbackReturn.SUCCESS
 
     def _configure(self) -> None:

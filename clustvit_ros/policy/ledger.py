@@ -286,6 +286,8 @@ def judge(health: Health) -> tuple[int, str]:
         return ERROR, health.fault
     if health.loading and health.state in ("unconfigured", "inactive"):
         return OK, f"{health.state}: {health.loading}"
+    if health.state == "finalized":
+        return ERROR, "finalized: shut down for good; start the process again"
     if health.state != "active":
         return OK, f"{health.state}: waiting for a lifecycle transition"
     if recent["failed"] and not recent["segmented"] + recent["late"]:

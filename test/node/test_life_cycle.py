@@ -21,6 +21,7 @@ import pytest
 
 pytest.importorskip("rclpy", reason="needs ROS 2 (rclpy)")
 
+from diagnostic_msgs.msg import DiagnosticArray
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState, GetAvailableTransitions, GetState
 from rcl_interfaces.srv import SetParameters
@@ -75,6 +76,15 @@ def test_shutdown_from_active_stops_the_work(ros_client: Any, start_node: Callab
     assert state(ros_client, "/ended/segmentation") == "active"
     assert change(ros_client, Transition.TRANSITION_ACTIVE_SHUTDOWN, "/ended/segmentation")
     assert state(ros_client, "/ended/segmentation") == "finalized"
+    process.wait_for_output("shutting down done: finalized")
+    statuses = ros_client.collect(DiagnosticArray, "/diagnostics")
+    ros_client.spin_until(
+        lambda: any(
+            each.name == "ended/segmentation: segmentation" and each.level == b"\x02" and "finalized" in each.message
+            for array in statuses for each in array.status
+        ),
+        "diagnostics that do not call it OK",
+    )  # fmt: skip
     assert process.stop(signal.SIGTERM) == 0
 
 

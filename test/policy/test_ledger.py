@@ -48,6 +48,7 @@ ACTIVE = Health(state="active", input_topic="/image", ledger=ledger())
         ({}, OK, "segmenting"),
         ({"ledger": Ledger()}, OK, "waiting for the first image"),
         ({"state": "inactive"}, OK, "inactive: waiting for a lifecycle transition"),
+        ({"state": "finalized"}, ERROR, "finalized: shut down for good; start the process again"),
         ({"state": "unconfigured", "loading": "loading model x"}, OK, "unconfigured: loading model x"),
         ({"state": "unconfigured", "fault": "configuring failed: no model"}, ERROR, "configuring failed: no model"),
         ({"input_silence_s": 3.5}, ERROR, "no image on /image for 3.5 s"),
