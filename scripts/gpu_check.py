@@ -42,7 +42,7 @@ from clustvit_ros.policy.parameter_spec import build
 from clustvit_ros.policy.parameters import SegmentationParameters
 
 _LEAST_AGREEMENT = 0.995
-_LEAST_EQUAL = 0.9999
+_LEAST_EQUAL = 0.999
 _FRAMES = 8
 
 
@@ -91,33 +91,30 @@ def check_agreement(device: str) -> list[dict[str, Any]]:
 
 
 def check_graphs(device: str) -> list[dict[str, Any]]:
-    """Captured graphs against eager frames, at full size: masks must be equal.
+    """Captured graphs against eager frames: masks must be equal, but for one pixel in 1,000.
 
-    All but one pixel in 10,000: a library may choose another kernel, with other rounding, while it is captured.
+    A library may choose another kernel, with other rounding, while it is captured, and label maps of graphs are made by
+    a kernel of their own. Of trained models: random weights give classes that rounding decides between.
     """
-    # A CPU only shows that this script runs.
-    size, archs = ((64, 64), ("clustvit_t",)) if device == "cpu" else ((512, 512), ("clustvit_t", "clustvit_b"))
     rows = []
-    with tempfile.TemporaryDirectory(prefix="clustvit_gpu_") as folder:
-        for arch in archs:
-            model = _random_model(Path(folder) / arch, size)
-            for precision in ("float32", "float16"):
-                graphs = GraphEngine.from_model(model, device, precision=precision)
-                eager = TorchEngine.from_model(model, device, precision=precision)
-                graphs.warmup()
-                frames = _frames(size)[:3]
-                rungs = graphs.capacities(size)
-                settings = [Settings(t, c) for t in (0.5, 1.0) for c in (0, rungs[0], rungs[2])]
-                equal = min(
-                    float((graphs.segment(frame, setting).mask == eager.segment(frame, setting).mask).mean())
-                    for frame in frames
-                    for setting in settings
-                )
-                captured = graphs.info.engine == "cuda_graph"
-                passed = equal >= _LEAST_EQUAL and (captured or device == "cpu")
-                row = {"arch": arch, "precision": precision, "captured": captured, "equal_pixels": equal}
-                rows.append({**row, "reason": graphs.info.device_reason, "passed": passed})
-                graphs.close()
+    for model in ("sim_tiny",) if device == "cpu" else ("camvid_tiny", "camvid_small"):
+        for precision in ("float32", "float16"):
+            graphs = GraphEngine.from_model(model, device, precision=precision)
+            eager = TorchEngine.from_model(model, device, precision=precision)
+            size = graphs.info.input_size
+            graphs.warmup(size)
+            frames, rungs = _frames(size)[: 1 if device == "cpu" else 3], graphs.capacities(size)
+            settings = [Settings(t, c) for t in (0.5, 1.0) for c in (0, rungs[0], rungs[2])]
+            equal = min(
+                float((graphs.segment(frame, setting).mask == eager.segment(frame, setting).mask).mean())
+                for frame in frames
+                for setting in settings
+            )
+            captured = graphs.info.engine == "cuda_graph"
+            passed = equal >= _LEAST_EQUAL and (captured or device == "cpu")
+            row = {"model": model, "precision": precision, "captured": captured, "equal_pixels": equal}
+            rows.append({**row, "reason": graphs.info.device_reason, "passed": passed})
+            graphs.close()
     return rows
 
 

@@ -122,11 +122,11 @@ if [ "$device" = cpu ] || "$python" -c 'import tensorrt, onnx' 2>/dev/null; then
 else
   echo "tensorrt: not tried, it and onnx are not installed" | tee -a "$summary"
 fi
-if [ "$device" != cpu ] && "$python" -c 'import onnx, onnxruntime' 2>/dev/null; then
-  bench bench_float32_onnx_cuda 30 --model camvid_tiny --engine onnxruntime --provider cuda
-  bench bench_float16_onnx_tensorrt 50 --model camvid_tiny --engine onnxruntime --provider tensorrt --precision float16
+if "$python" -c 'import onnx, onnxruntime' 2>/dev/null; then
+  bench "bench_float32_onnx_$device" 30 --model camvid_tiny --engine onnxruntime --provider "$device"
+  [ "$device" = cpu ] || bench bench_float16_onnx_tensorrt 50 --model camvid_tiny --engine onnxruntime --provider tensorrt --precision float16
 else
-  echo "onnxruntime: not tried, it is not installed" | tee -a "$summary"
+  echo "onnxruntime: not tried, it and onnx are not installed" | tee -a "$summary"
 fi
 
 "$python" - "$out" "$device" <<'PY' | tee -a "$summary"
