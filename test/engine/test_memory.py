@@ -43,7 +43,7 @@ def make_engine(name, model, request):
 
 @pytest.mark.parametrize("name", ["torch", "torch int8", "cuda_graph", "onnxruntime"])
 @pytest.mark.parametrize(
-    ("calls", "allowed_mb"), [(300, 8), pytest.param(10_000, 8, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])]
+    ("calls", "allowed_mb"), [(120, 8), pytest.param(10_000, 8, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])]
 )
 def test_memory_is_constant_in_steady_state(toy_model, onnx_cache, request, name, calls, allowed_mb):
     engine = make_engine(name, toy_model, request)

@@ -34,7 +34,10 @@ def test_files_rooms_and_threads_are_counted():
 
 
 @pytest.mark.ros
-@pytest.mark.parametrize(("budget_ms", "files", "room_changes"), [("0", "25", "20"), ("60000", "27", "27")])
+@pytest.mark.parametrize(
+    ("budget_ms", "files", "room_changes"),
+    [("0", "25", "20"), pytest.param("60000", "27", "27", marks=pytest.mark.slow)],
+)
 def test_a_frame_goes_a_short_way(tmp_path, budget_ms, files, room_changes):
     pytest.importorskip("rclpy", reason="needs ROS 2 (rclpy)")
     pytest.importorskip("torch", reason="needs PyTorch")
