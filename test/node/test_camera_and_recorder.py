@@ -168,6 +168,6 @@ def test_simulated_camera_publishes_truth_with_the_stamp_of_its_image(
     np.testing.assert_allclose(
         np.reshape(info.k, (3, 3)), [[simulated.focal_px, 0, 79.5], [0, simulated.focal_px, 59.5], [0, 0, 1]]
     )
-    assert {message.header.frame_id for message in (image, info, truth, cloud)} == {"camera"}
+    assert {message.header.frame_id for message in (image, info, truth, cloud)} == {"camera_optical_frame"}
     for subscription in subscriptions:
         ros_client.node.destroy_subscription(subscription)
