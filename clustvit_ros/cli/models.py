@@ -298,7 +298,9 @@ def import_model(
             f"{', '.join(checkpoint.entries)} as well (--entry takes those)"
         )
     if isinstance(settings, ViTConfig):
-        _tell_assumptions(settings, told)
+        backbone = checkpoint.model.get("backbone")
+        scheduled = isinstance(backbone, dict) and "policy_schedule" in backbone
+        _tell_assumptions(settings, {*told, *(["shared_windows"] if scheduled else [])})
     left_out = sorted([*left_out, *checkpoint.left_out])
     if left_out:
         more = f" and {len(left_out) - 10} more" if len(left_out) > 10 else ""
@@ -308,15 +310,17 @@ def import_model(
         print(f"fresh, to be trained: {', '.join(sorted(modules))}")
 
 
-def _tell_assumptions(settings: ViTConfig, told: dict[str, Any]) -> None:
+def _tell_assumptions(settings: ViTConfig, told: set[str]) -> None:
     """Say what no shape tells and nobody said: other values fit the weights as well, and give wrong masks."""
     assumed = [] if "num_heads" in told else [f"{settings.num_heads} heads (--num-heads)"]
     if settings.merge_method == "clusters" and "injection_point" not in told:
         assumed.append(f"merging after block {settings.injection_point} (--injection-point)")
-    if settings.head == "segmenter" and not {"head_heads", "num_heads"} & told.keys():
+    if settings.head == "segmenter" and not {"head_heads", "num_heads"} & told:
         assumed.append(f"{settings.head_heads or settings.num_heads} heads in the decode head (--head-heads)")
     if settings.head == "upernet" and "head_blocks" not in told:
         assumed.append(f"levels after blocks {list(settings.level_blocks)} from 0 (--config with out_indices)")
+    if settings.shared_windows and "shared_windows" not in told:
+        assumed.append(f"{settings.shared_windows} windows that share a token (shared_windows in its model.yaml)")
     if assumed:
         print(
             f"warning: assumed, since neither the file nor you say so: {', '.join(assumed)}; with others the weights "

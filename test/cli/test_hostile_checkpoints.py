@@ -182,7 +182,7 @@ def sharing():
 
 
 @torch.no_grad()
-def test_a_cts_checkpoint_shares_as_many_windows_as_its_schedule_says(tmp_path, sharing):
+def test_a_cts_checkpoint_shares_as_many_windows_as_its_schedule_says(tmp_path, sharing, capsys):
     network, weights = sharing
     torch.save({"meta": {"cfg": SHARING}, "state_dict": prefixed(weights, "module.")}, tmp_path / "a.pth")
     assert import_(tmp_path / "a.pth", tmp_path / "m") == 0
@@ -194,6 +194,10 @@ def test_a_cts_checkpoint_shares_as_many_windows_as_its_schedule_says(tmp_path, 
     torch.testing.assert_close(output.logits, network(images, token_capacity=52).logits, rtol=0, atol=1e-5)
     assert (loaded(torch.randn(1, 3, 64, 128)).cluster_ids > 0).sum() == 3 * 2  # half of the image, half of them
     assert (loaded(images, merge_threshold=1.0).cluster_ids == 0).all()
+    assert "windows that share" not in capsys.readouterr().err
+    torch.save({"state_dict": weights}, tmp_path / "b.pth")
+    assert import_(tmp_path / "b.pth", tmp_path / "n") == 0
+    assert "6 windows that share a token (shared_windows in its model.yaml)" in capsys.readouterr().err
 
 
 def test_a_cts_checkpoint_without_its_policy_network_is_told_or_given_one(tmp_path, sharing, capsys):

@@ -10,32 +10,23 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_network import make_small
 
 from clustvit_ros.classes import ClassSet
 from clustvit_ros.cli.main import main
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.measure.flops import count_cost
-from clustvit_ros.networks import ViTConfig, build_network, network_config
+from clustvit_ros.networks import ViTConfig, network_config
 from clustvit_ros.networks.algm import window_similarity
 from clustvit_ros.networks.bipartite_merging import similarity_score
-
-SMALL = {"image_size": (96, 128), "embed_dim": 24, "depth": 4, "num_heads": 2, "injection_point": 1, "head_depth": 1}
-
-
-def make(**changes):
-    torch.manual_seed(0)
-    network = build_network(ViTConfig(**{**SMALL, **changes}), 5)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return network.eval()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("merging", ["clusters", "algm", "cts", "tome"])
 def test_what_is_kept_comes_back_bit_for_bit(merging):
     images = torch.randn(2, 3, 96, 128, generator=torch.Generator().manual_seed(1))
-    full, compact = (make(merging=merging, decode=d).backbone(images, token_capacity=21) for d in ("full", "compact"))
+    networks = (make_small(merging=merging, decode=decode) for decode in ("full", "compact"))
+    full, compact = (network.backbone(images, token_capacity=21) for network in networks)
     kept = full.cluster_ids == 0
     assert torch.equal(full.cluster_ids, compact.cluster_ids) and int(kept.sum()) == 42
     rows = compact.tokens.gather(1, compact.slots[..., None].expand(-1, -1, 24))
@@ -46,7 +37,7 @@ def test_what_is_kept_comes_back_bit_for_bit(merging):
 @pytest.mark.parametrize("capacity", [None, 40, 20, 9])
 def test_windows_then_pairs_as_a_plain_loop_merges_them(capacity):
     """ALGM (arXiv 2406.09936), row by row: each token's result is that of its group."""
-    network = make(merging="algm", injection_points=(1, 2), merge_similarity=0.7)
+    network = make_small(merging="algm", injection_points=(1, 2), merge_similarity=0.7)
     backbone, images = network.backbone, torch.randn(1, 3, 96, 112, generator=torch.Generator().manual_seed(2))
     images[:, :, 40:] *= 0.05  # half of the image is nearly flat
     x, (height, width) = backbone.embed(images)
@@ -100,7 +91,7 @@ def test_windows_then_pairs_as_a_plain_loop_merges_them(capacity):
 @torch.no_grad()
 def test_clusters_of_windows_as_a_plain_loop_merges_them():
     """The most similar windows first, then each cluster of what is left, down to the capacity of 15 of 48."""
-    network = make(merging="algm+clusters", injection_point=2)
+    network = make_small(merging="algm+clusters", injection_point=2)
     backbone, images = network.backbone, torch.randn(1, 3, 96, 128, generator=torch.Generator().manual_seed(2))
     x, grid_size = backbone.embed(images)
     x = x + backbone.blocks[0].attn(backbone.blocks[0].norm1(x))
@@ -136,7 +127,7 @@ def test_clusters_of_windows_as_a_plain_loop_merges_them():
 def test_scores_of_similarity_are_a_half_where_the_paper_merges():
     score = similarity_score(torch.tensor([-1.0, 0.0, 0.44, 0.88, 0.94, 1.0]), 0.88)
     torch.testing.assert_close(score, torch.tensor([0.0, 0.0, 0.25, 0.5, 0.75, 1.0]))
-    network = make(merging="algm")
+    network = make_small(merging="algm")
     images = torch.rand(1, 3, 96, 128, generator=torch.Generator().manual_seed(4))
     state = network.backbone.encode(images)
     merged = int((window_similarity(state.x[:, 1:], (6, 8)) > 0.88).sum())
@@ -148,7 +139,7 @@ def test_scores_of_similarity_are_a_half_where_the_paper_merges():
 @pytest.mark.parametrize("capacity", [33, 20, None])
 def test_windows_share_a_token_as_a_plain_loop_lets_them(corner, decode, capacity):
     """CTS (arXiv 2306.02095), window by window: half the resolution, one position, and one result."""
-    network = make(merging="cts", share_corner=corner, decode=decode, head="linear")
+    network = make_small(merging="cts", share_corner=corner, decode=decode, head="linear")
     backbone, images = network.backbone, torch.randn(1, 3, 96, 112, generator=torch.Generator().manual_seed(2))
     positions = torch.nn.functional.interpolate(
         backbone.pos_embed[:, 1:].transpose(1, 2).unflatten(2, (6, 8)), size=(6, 7), mode="bicubic"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_network import SMALL, make_small
 
 from clustvit_ros.cli.arguments import write_variant
 from clustvit_ros.errors import ConfigError, ModelError
@@ -30,7 +31,6 @@ from clustvit_ros.networks.model_folder import InputConfig
 from clustvit_ros.networks.official import to_official
 from clustvit_ros.networks.segmenter import Features
 
-SMALL = {"image_size": (96, 128), "embed_dim": 24, "depth": 4, "num_heads": 2, "injection_point": 1, "head_depth": 1}
 VARIANTS = [
     {"injection_points": (1, 2)}, {"injection_points": (0, 2, 3)}, {"decode": "compact"},
     {"injection_points": (1, 3), "decode": "compact"}, {"decode": "grouped"},
@@ -41,15 +41,6 @@ VARIANTS = [
     {"merging": "algm", "injection_points": (1, 2), "decode": "compact"},
     {"stem": "conv", "head": "detail", "decode": "compact"}, {"stem": "conv", "head": "detail", "merging": "tome"},
 ]  # fmt: skip
-
-
-def make(**changes):
-    torch.manual_seed(0)
-    network = build_network(ViTConfig(**{**SMALL, **changes}), 5)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return network.eval()
 
 
 @pytest.fixture(params=VARIANTS, ids=lambda changes: "-".join(str(value) for value in changes.values()))
@@ -64,7 +55,7 @@ def images():
 
 @torch.no_grad()
 def test_all_tokens_kept_is_the_plain_vit_bit_for_bit(changes, images):
-    network = make(**changes)
+    network = make_small(**changes)
     config = without_merging(
         ViTConfig(**{**SMALL, **changes, "merging": "", "injection_points": (), "decode": "full"})
     )
@@ -78,7 +69,7 @@ def test_all_tokens_kept_is_the_plain_vit_bit_for_bit(changes, images):
 @torch.no_grad()
 @pytest.mark.parametrize("capacity", [1, 6, 17, 30, 47])
 def test_capacity_is_kept(changes, images, capacity):
-    output = make(**changes)(images, token_capacity=capacity)
+    output = make_small(**changes)(images, token_capacity=capacity)
     kept = (output.cluster_ids == 0).sum(dim=1)
     if changes.get("merging") == "cts" and capacity >= 12:  # whole windows
         assert (kept == 48 - 3 * -(-(48 - capacity) // 3)).all()
@@ -92,7 +83,7 @@ def test_capacity_is_kept(changes, images, capacity):
 
 @torch.no_grad()
 def test_a_batch_equals_its_images(changes, images):
-    network = make(**changes)
+    network = make_small(**changes)
     both = network(images, token_capacity=17)
     for index in range(2):
         alone = network(images[index : index + 1], token_capacity=17)
@@ -103,7 +94,7 @@ def test_a_batch_equals_its_images(changes, images):
 
 @torch.no_grad()
 def test_count_falls_with_the_threshold(changes, images):
-    network = make(**changes)
+    network = make_small(**changes)
     state = network.backbone.encode(images)
     counts = [int(network.backbone.count_kept(state, threshold).sum()) for threshold in (0.0, 0.3, 0.6, 0.9, 1.0)]
     assert counts == sorted(counts) and counts[0] == 0 and counts[-1] == 96
@@ -112,7 +103,7 @@ def test_count_falls_with_the_threshold(changes, images):
 
 
 def test_every_parameter_gets_a_gradient(changes, images):
-    network = make(**changes).train()
+    network = make_small(**changes).train()
     output = network(images, token_capacity=20)
     loss = output.logits.square().mean()
     if output.cluster_logits is not None:
@@ -126,7 +117,7 @@ def test_every_parameter_gets_a_gradient(changes, images):
 @pytest.mark.parametrize("decode", ["full", "compact"])
 def test_padding_of_a_batch_changes_nothing(images, decode):
     """Exact mode pads images to the fullest one at every point."""
-    network = make(injection_points=(1, 2), decode=decode)
+    network = make_small(injection_points=(1, 2), decode=decode)
     both = network(images)
     kept = (both.cluster_ids == 0).sum(dim=1)
     assert kept[0] != kept[1]
@@ -138,8 +129,8 @@ def test_padding_of_a_batch_changes_nothing(images, decode):
 
 @torch.no_grad()
 def test_later_points_merge_only_what_is_still_kept(images):
-    network = make(injection_points=(1, 2))
-    one = make()
+    network = make_small(injection_points=(1, 2))
+    one = make_small()
     one.load_state_dict({name: network.state_dict()[name] for name in one.state_dict()})
     first = one.backbone.finish(one.backbone.encode(images), token_capacity=33).cluster_ids
     features = network.backbone.finish(network.backbone.encode(images), token_capacity=18)
@@ -153,7 +144,7 @@ def test_later_points_merge_only_what_is_still_kept(images):
 @torch.no_grad()
 def test_regeneration_is_nested(images):
     """A token merged at the second point is regenerated there, and the first point's tokens from its result."""
-    network = make(injection_points=(1, 2))
+    network = make_small(injection_points=(1, 2))
     backbone = network.backbone
     before = backbone.finish(backbone.encode(images), token_capacity=18).tokens
     ids = backbone.finish(backbone.encode(images), token_capacity=18).cluster_ids
@@ -167,7 +158,7 @@ def test_regeneration_is_nested(images):
 
 @torch.no_grad()
 def test_compact_decoding_gives_a_cluster_one_score(images):
-    network = make(decode="compact")
+    network = make_small(decode="compact")
     output = network(images, token_capacity=17)
     for image in range(2):
         scores = output.logits[image].flatten(1).T
@@ -205,7 +196,7 @@ def test_groups_are_neighbours_of_one_cluster_wherever_its_members_allow(num_kep
 
 @torch.no_grad()
 def test_grouping_equal_tokens_changes_nothing():
-    head = make(head_depth=2).head
+    head = make_small(head_depth=2).head
     tokens = torch.randn(2, 48, 24, generator=torch.Generator().manual_seed(3))
     ids = torch.zeros(2, 48, dtype=torch.int64)
     ids[:, 16:32], ids[:, 32:43] = 1, 2
@@ -218,7 +209,7 @@ def test_grouping_equal_tokens_changes_nothing():
 
 @torch.no_grad()
 def test_grouped_decoding_keeps_members_apart_and_leaves_exact_mode_alone(images):
-    grouped, full = make(decode="grouped"), make()
+    grouped, full = make_small(decode="grouped"), make_small()
     assert torch.equal(grouped(images).logits, full(images).logits)
     output = grouped(images, token_capacity=17)
     merged = output.logits[0].flatten(1).T[output.cluster_ids[0] > 0]
@@ -335,7 +326,7 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(ConfigError, match="merging is 'algm', which clustr_b1 cannot do: it clusters by itself"):
         network_config("clustr_b1", {"merging": "algm"})
     with pytest.raises(ModelError, match="no name for a second injection point"):
-        to_official(make(injection_points=(1, 2)).state_dict())
+        to_official(make_small(injection_points=(1, 2)).state_dict())
 
 
 def test_a_model_of_several_points_is_saved_and_loaded(tmp_path, images):
