@@ -23,6 +23,7 @@ from clustvit_ros.networks.clustering import (
     merge_to_capacity,
     unmerge,
 )
+from clustvit_ros.networks.vit import Attention
 
 SMALL = ViTConfig(
     backbone="clustvit", image_size=(96, 128), embed_dim=24, depth=3, num_heads=2, injection_point=1, head_depth=1
@@ -180,3 +181,22 @@ def test_unusable_hyper_parameters_are_refused(overrides, message):
 def test_injection_point_beyond_the_last_block_is_refused():
     with pytest.raises(ConfigError, match="injection_point: got 3 with 3 blocks, expected 0 to 2"):
         build_network(ViTConfig(**{**vars(SMALL), "injection_point": 3}), 5)
+
+
+@pytest.mark.parametrize("mask", ["none", "kept", "weights"])
+def test_attention_learns_the_same_in_bfloat16(mask):
+    torch.manual_seed(0)
+    attention = Attention(24, 2)
+    tokens = torch.randn(2, 7, 24)
+    key_mask = {"none": None, "kept": torch.arange(7) < 4, "weights": torch.arange(7) / 7}[mask]
+    if key_mask is not None:
+        key_mask = key_mask.expand(2, 7)
+    results = []
+    for precise in (True, False):
+        tokens.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=not precise):
+            out = attention(tokens.requires_grad_(), key_mask)
+        (out.float() * torch.arange(24.0)).sum().backward()
+        results.append((out.detach().float(), tokens.grad))
+    for exact, rounded in zip(*results, strict=True):
+        assert (exact - rounded).abs().max() < 0.02 * exact.abs().max()
