@@ -4,7 +4,7 @@
 # applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
 # governing permissions and limitations under the License.
-"""Camera, segmentation and, on request, RViz: `ros2 launch clustvit_ros demo.launch.py source:=/dev/video0`."""
+"""Camera, segmentation and, on request, RViz: `ros2 launch clustvit_ros demo.launch.py source:=FOLDER rviz:=true`."""
 
 import os
 
@@ -16,16 +16,16 @@ from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
 
-from clustvit_ros.dds import dds_environment
+from clustvit_ros.dds import IMAGE_TOPIC, dds_environment
 from clustvit_ros.paths import share_dir
 
 # Arguments of this file alone; those of segment.launch.py can be given as well and go through to it.
 _ARGUMENTS = {
-    "source": (None, "Folder of pictures, video file, /dev/videoN or N."),
+    "source": ("/dev/video0", "Folder of pictures, video file, /dev/videoN or N."),
     "rate_hz": ("10.0", "Frames per second of a folder or video."),
     "loop": ("true", "Start over at the end of a folder or video."),
     "namespace": ("", "Of nodes and topics; a, b: a camera and a node each."),
-    "image_topic": ("image", "What the camera publishes and the node segments."),
+    "image_topic": (IMAGE_TOPIC, "What the camera publishes and the node segments."),
     "rviz": ("false", "Open RViz with camera, overlay and confidence."),
 }
 
@@ -34,7 +34,7 @@ def generate_launch_description() -> LaunchDescription:
     """Declare the arguments, start the camera and include segment.launch.py."""
     share = share_dir()
     arguments = [
-        DeclareLaunchArgument(name, description=description, **({} if default is None else {"default_value": default}))
+        DeclareLaunchArgument(name, default_value=default, description=description)
         for name, (default, description) in _ARGUMENTS.items()
     ]
     # Before any node: the process that publishes the images needs the room most.
@@ -71,7 +71,7 @@ def _start_cameras(context: LaunchContext) -> list[Node]:
                     "loop": ParameterValue(LaunchConfiguration("loop"), value_type=bool),
                 }
             ],
-            remappings=[("image", image_topic), ("camera_info", beside)],
+            remappings=[(IMAGE_TOPIC, image_topic), ("camera_info", beside)],
             output="screen",
         )
         for namespace in LaunchConfiguration("namespace").perform(context).split(",")

@@ -6,7 +6,8 @@
 # governing permissions and limitations under the License.
 """Starts the segmentation node: `ros2 launch clustvit_ros segment.launch.py image_topic:=/camera/image_raw`.
 
-Several cameras: `namespace:=front,rear` starts a process for each, with its own engine (`front/image`, `rear/image`);
+Several cameras: `namespace:=front,rear` starts a process for each, with its own engine (`front/image_raw`,
+`rear/image_raw`);
 `cameras:=front,rear` starts one process whose engine they share. The topics have the same names either way.
 
 A node that crashes or is killed is started again (`respawn:=false` leaves it ended). One that refuses its
@@ -36,7 +37,7 @@ from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
 
-from clustvit_ros.dds import dds_environment
+from clustvit_ros.dds import IMAGE_TOPIC, dds_environment
 from clustvit_ros.paths import share_dir
 
 # Launch arguments that are node parameters: left empty, the parameter file decides.
@@ -62,7 +63,7 @@ _PARAMETERS = {
 _ARGUMENTS = {
     "params_file": (str(share_dir() / "config" / "segment.yaml"), "Parameter file of the node."),
     "namespace": ("", "Of node and topics; a, b: one node each."),
-    "image_topic": ("image", "Camera image to segment."),
+    "image_topic": (IMAGE_TOPIC, "Camera image to segment."),
     "points_topic": ("points", "Cloud, for labelled points."),
     "depth_topic": ("depth", "Or an aligned depth image."),
     "log_level": ("info", "debug, info, warn, error or fatal."),
@@ -107,7 +108,10 @@ def _start_nodes(context: LaunchContext) -> list[LaunchDescriptionEntity]:
             name="segmentation",
             namespace=namespace,
             parameters=[file, *([overrides] if overrides else [])],
-            remappings=[(name, LaunchConfiguration(f"{name}_topic")) for name in ("image", "points", "depth")],
+            remappings=[
+                (IMAGE_TOPIC, LaunchConfiguration("image_topic")),
+                *((name, LaunchConfiguration(f"{name}_topic")) for name in ("points", "depth")),
+            ],
             ros_arguments=["--log-level", LaunchConfiguration("log_level")],
             output="screen",
             emulate_tty=True,

@@ -57,9 +57,10 @@ def test_the_reference_is_current(tmp_path, installed):
 
 def test_viewers_configurations_are_current(views):
     classes = load_config(views.MODEL).classes
-    assert (ROOT / "config/rviz/segmentation.rviz").read_text() == views.rviz(views.IMAGE_TOPIC), "run `make reference`"
+    shown = (ROOT / "config/rviz/segmentation.rviz").read_text()
+    assert shown == views.rviz(views.CAMERA_TOPIC), "run `make reference`"
     layout = (ROOT / "config/foxglove/segmentation.json").read_text()
-    assert layout == views.foxglove(views.IMAGE_TOPIC, views.MODEL, classes), "run `make reference`"
+    assert layout == views.foxglove(views.CAMERA_TOPIC, views.MODEL, classes), "run `make reference`"
 
 
 def test_viewers_show_topics_that_exist():
@@ -74,7 +75,7 @@ def test_viewers_show_topics_that_exist():
     for topic in {*shown, *images, *(path.split(".")[0] for path in plots)}:
         assert topic in known, topic
     # A camera may be best effort, and a subscriber that wants more hears nothing.
-    assert shown["/image"] == "Best Effort"
+    assert shown["/image_raw"] == "Best Effort"
 
 
 def test_the_foxglove_layout_places_every_panel_once():

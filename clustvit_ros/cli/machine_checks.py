@@ -27,7 +27,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from clustvit_ros.dds import PROFILE_VARIABLES, SHARED_MEMORY, dds_environment, find_leftovers, node_environment
+from clustvit_ros.dds import (
+    IMAGE_TOPIC,
+    PROFILE_VARIABLES,
+    SHARED_MEMORY,
+    dds_environment,
+    find_leftovers,
+    node_environment,
+)
 from clustvit_ros.paths import share_dir
 
 
@@ -349,7 +356,7 @@ def judge_camera(found: dict[str, Any], required: bool) -> list[Finding]:
     kinds = sorted({publisher["type"] for publisher in publishers})
     wrong = [kind for kind in kinds if kind not in ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")]
     if wrong:
-        remedy = "remap `image` to a topic of sensor_msgs/msg/Image"
+        remedy = f"remap `{IMAGE_TOPIC}` to a topic of sensor_msgs/msg/Image"
         return [Finding("camera", Level.FAIL, f"{topic} carries {', '.join(wrong)}", remedy)]
     findings = []
     if len(publishers) > 1:

@@ -29,6 +29,7 @@ from rclpy.task import Future
 from sensor_msgs.msg import CameraInfo, Image, PointCloud2, PointField
 from std_msgs.msg import Header
 
+from clustvit_ros.dds import IMAGE_TOPIC
 from clustvit_ros.demo.frame_source import FrameReader, SourceFrame, open_source
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.node.messages import image_message
@@ -93,7 +94,7 @@ class CameraNodeParameters:
     """What to publish, and how."""
 
     source: str = parameter(
-        "", "Folder of pictures, video file, /dev/videoN or N, sim or sim:SEED.", accepts_integer=True
+        "/dev/video0", "Folder of pictures, video file, /dev/videoN or N, sim or sim:SEED.", accepts_integer=True
     )
     rate_hz: float = parameter(
         30.0, "Frames per second; a device gives fewer if it must.", minimum=0.01, maximum=1000.0, unit="Hz"
@@ -146,7 +147,7 @@ class TruthPublishers:
 
 
 class CameraNode(Node):
-    """Publishes the frames of a source on `image`.
+    """Publishes the frames of a source on `image_raw`.
 
     Raises:
         ConfigError: a parameter that cannot be used.
@@ -174,7 +175,7 @@ class CameraNode(Node):
             # Kept open for the node's life; line by line, so that readers see whole entries at once.
             self._manifest = Path(parameters.manifest).open("w", buffering=1, encoding="utf-8")  # noqa: SIM115
         self._publisher = self.create_publisher(
-            Image, "image", CAMERA_QOS, qos_overriding_options=QoSOverridingOptions.with_default_policies()
+            Image, IMAGE_TOPIC, CAMERA_QOS, qos_overriding_options=QoSOverridingOptions.with_default_policies()
         )
         self._truths = TruthPublishers(self, self._source.focal_px) if self._source.focal_px else None
         self._steady = Clock(clock_type=ClockType.STEADY_TIME)

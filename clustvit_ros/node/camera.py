@@ -22,6 +22,7 @@ from rclpy.lifecycle import LifecycleNode
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud2
 
 from clustvit_ros.classes import ClassSet
+from clustvit_ros.dds import IMAGE_TOPIC
 from clustvit_ros.images import AutoRange
 from clustvit_ros.jpeg import KnownEdges
 from clustvit_ros.node.messages import LabelInfo, image_message, label_info_message, scaled_camera_info, stamp_ns
@@ -290,7 +291,7 @@ class Camera:
 
     @property
     def _image_topic(self) -> str:
-        topic = self._node.resolve_topic_name(f"{self._prefix}image")
+        topic = self._node.resolve_topic_name(f"{self._prefix}{IMAGE_TOPIC}")
         # Whoever names the compressed topic itself means that camera.
         return topic.removesuffix("/compressed") if self.parameters.image_transport == "compressed" else topic
 

@@ -26,6 +26,7 @@ from rclpy.qos import (
 )
 from rclpy.qos_overriding_options import QoSOverridingOptions
 
+from clustvit_ros.dds import IMAGE_TOPIC
 from clustvit_ros.errors import ConfigError
 
 try:
@@ -206,7 +207,8 @@ class InputWatch:
         transport = "raw" if self._type_name.endswith("CompressedImage") else "compressed"
         if other_types:
             found = ", ".join(other_types)
-            return f"it carries {found}, expected {self._type_name}; set image_transport:={transport} or remap `image`"
+            remedy = f"set image_transport:={transport} or remap `{IMAGE_TOPIC}`"
+            return f"it carries {found}, expected {self._type_name}; {remedy}"
         if publishers:
             return (
                 f"{len(publishers)} publisher(s) there, but nothing arrives; check that the camera runs, and both "
@@ -222,4 +224,4 @@ class InputWatch:
             and not {"segmentation", self._node.get_name()} & set(name.split("/")[:-1])
         ]  # fmt: skip
         found = f"; images are published on {', '.join(elsewhere[:_MAX_SUGGESTIONS])}" if elsewhere else ""
-        return f"nobody publishes there; start the camera or remap with `-r image:=<topic>`{found}"
+        return f"nobody publishes there; start the camera or remap with `-r {IMAGE_TOPIC}:=<topic>`{found}"

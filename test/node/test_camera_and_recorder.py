@@ -42,7 +42,7 @@ def test_camera_publishes_in_order_and_ends(
     ros_client: Any, start_node: Callable[..., Any], pictures: Path, tmp_path: Path
 ) -> None:
     frames: list[Image] = []
-    subscription = ros_client.node.create_subscription(Image, "/shop/image", frames.append, qos_profile_sensor_data)
+    subscription = ros_client.node.create_subscription(Image, "/shop/image_raw", frames.append, qos_profile_sensor_data)
     manifest = tmp_path / "manifest.jsonl"
     camera = start_node(
         "demo.camera", "-r", "__ns:=/shop", "-p", f"source:={pictures}", "-p", "rate_hz:=50", "-p", "count:=7",
@@ -66,7 +66,7 @@ def test_camera_publishes_in_order_and_ends(
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ([], "source: got nothing"),
+        (["-p", "source:=''"], "source: got nothing"),
         (["-p", "source:=/nowhere"], "source: got '/nowhere', which is not there; expected a folder of pictures"),
         (["-p", "source:=987"], "/dev/video987 does not exist"),
     ],
@@ -126,7 +126,7 @@ def test_simulated_camera_publishes_truth_with_the_stamp_of_its_image(
     pytest.importorskip("panda3d", reason="needs panda3d (the 'sim' extra)")
     from clustvit_ros.sim import SimulatedCamera
 
-    kinds = {"image": Image, "camera_info": CameraInfo, "ground_truth": Image, "points": PointCloud2}
+    kinds = {"image_raw": Image, "camera_info": CameraInfo, "ground_truth": Image, "points": PointCloud2}
     heard: dict[str, dict[tuple[int, int], Any]] = {name: {} for name in kinds}
 
     def keep(name: str) -> Callable[[Any], None]:

@@ -72,7 +72,7 @@ def test_the_demo_starts_camera_and_segmentation(monkeypatch: pytest.MonkeyPatch
     declared = {entity.name: entity for entity in entities if isinstance(entity, DeclareLaunchArgument)}
     assert set(declared) == {"source", "rate_hz", "loop", "namespace", "image_topic", "rviz"}
     assert all(entity.description for entity in declared.values())
-    assert declared["source"].default_value is None
+    assert declared["image_topic"].default_value[0].text == "image_raw"
     assert sum(isinstance(entity, Node) for entity in entities) == 1  # RViz
     assert sum(isinstance(entity, IncludeLaunchDescription) for entity in entities) == 1
     module = load(DEMO)
@@ -81,7 +81,7 @@ def test_the_demo_starts_camera_and_segmentation(monkeypatch: pytest.MonkeyPatch
     context.launch_configurations.update({"namespace": "front, rear", "image_topic": "/cam/image_raw"})
     cameras = module._start_cameras(context)
     assert [camera["namespace"] for camera in cameras] == ["front", "rear"]
-    assert cameras[0]["remappings"] == [("image", "/cam/image_raw"), ("camera_info", "/cam/camera_info")]
+    assert cameras[0]["remappings"] == [("image_raw", "/cam/image_raw"), ("camera_info", "/cam/camera_info")]
 
 
 class Launched:

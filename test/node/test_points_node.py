@@ -134,7 +134,7 @@ def test_each_camera_of_several_has_points_of_its_own(
         name: ros_client.node.create_publisher(PointCloud2, f"/pair_rig/{name}/points", qos_profile_sensor_data)
         for name in names
     }
-    cameras = {name: ros_client.image_publisher(f"/pair_rig/{name}/image") for name in names}
+    cameras = {name: ros_client.image_publisher(f"/pair_rig/{name}/image_raw") for name in names}
     found = {name: ros_client.collect(PointCloud2, f"/pair_rig/{name}/segmentation/points") for name in names}
     deadline_s = time.monotonic() + 60.0
     while not all(found.values()):

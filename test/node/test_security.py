@@ -41,8 +41,9 @@ SCHEMA = {
 }  # fmt: skip
 # In the policy, but there only with certain parameters or packages.
 OPTIONAL = {
-    "/image", "/image/compressed", "/camera_info", "/points", "/depth", "/clock", "/segmentation/mask/compressed",
-    "/segmentation/label_info", "/segmentation/camera_info", "/segmentation/get_type_description",
+    "/image_raw", "/image_raw/compressed", "/camera_info", "/points", "/depth", "/clock",
+    "/segmentation/mask/compressed", "/segmentation/label_info", "/segmentation/camera_info",
+    "/segmentation/get_type_description",
 }  # fmt: skip
 
 
@@ -199,7 +200,7 @@ def test_files_are_written_below_the_cache_folder_only(
     )  # fmt: skip
     try:
         masks = ros_client.collect(Image, "/files/segmentation/mask")
-        camera = ros_client.image_publisher("/files/image")
+        camera = ros_client.image_publisher("/files/image_raw")
         pixels = rng.integers(0, 256, (96, 128, 3), dtype=np.uint8)
         stats = ros_client.collect(DiagnosticArray, "/files/segmentation/stats")
 
