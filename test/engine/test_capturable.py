@@ -108,6 +108,7 @@ def test_shipped_models(name):
         ("vit_t", {"merging": "cts", "share_corner": True, "shared_windows": 103}),
         ("clustvit_t", {"merging": "tome"}),
         ("clustvit_t", {"merging": "kmeans"}),
+        *(("clustvit_t", {"merging": merging, "decode": "compact"}) for merging in ("algm", "tome", "kmeans", "cts")),
         ("clustvit_t", {"injection_points": [2, 5]}),
         ("clustvit_t", {"head": "upernet"}),
         ("clustr_b1", {}),

@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 
+import cv2
 import numpy as np
 import pytest
 
 from clustvit_ros.engine import ENGINES, Settings, create_engine
+from clustvit_ros.engine.graph_engine import GraphEngine
+from clustvit_ros.engine.recorded_graph import EagerRecorder
 from clustvit_ros.errors import ConfigError, EngineError, ImageError, ModelError
+from clustvit_ros.networks.vit_config import MERGINGS
 
 
 @pytest.fixture(params=[*ENGINES, "torch int8"])
@@ -127,6 +131,61 @@ def test_a_size_leaves_nothing_behind_for_the_next(engine, image):
     full, small = engine.segment(image, Settings(1.0)), engine.segment(image, Settings(1.0, input_scale=0.5))
     assert np.array_equal(engine.segment(image, Settings(1.0)).mask, full.mask)
     assert np.array_equal(engine.segment(image, Settings(1.0, input_scale=0.5)).mask, small.mask)
+
+
+class CountingRecorder(EagerRecorder):
+    """Counts what is recorded."""
+
+    recorded = 0
+
+    def record(self, work):
+        self.recorded += 1
+        return super().record(work)
+
+
+@pytest.mark.parametrize("kind", ["cuda_graph", "onnxruntime"])
+@pytest.mark.parametrize("merging", [merging for merging in MERGINGS if merging not in ("none", "clusters")])
+def test_every_way_to_merge_keeps_the_contract(merging, kind, make_toy_variant, onnx_cache):
+    """At three sizes and capacities as asked, equal to the torch engine, and with nothing to record once warm.
+
+    ONNX Runtime needs a file for each size, so it is asked for one.
+    """
+    if kind == "onnxruntime":
+        for package in ("onnx", "onnxruntime"):
+            pytest.importorskip(package, reason=f"needs {package}, of the extra 'onnx'")
+    model, recorder = str(make_toy_variant(merging=merging)), CountingRecorder()
+    reference = create_engine(model, "torch", "cpu", precision="float32")
+    if kind == "onnxruntime":
+        engine, scales = create_engine(model, kind, "cpu"), (1.0,)
+    else:
+        engine, scales = GraphEngine.from_model(model, "cpu", recorder=recorder), (1.0, 0.75, 0.5)
+    # Smooth, as a CPU's resizing and a GPU's take noise differently.
+    noise = np.random.default_rng(4).integers(0, 256, (2, 6, 8, 3), np.uint8)
+    images = [cv2.resize(image, (128, 96), interpolation=cv2.INTER_CUBIC) for image in noise]
+    recorded, masks = 0, {}
+    for again in (False, True):
+        for scale in scales:
+            ladder = engine.capacities((96, 128), scale)
+            for capacity in (ladder[0], ladder[len(ladder) // 2], ladder[-1]):
+                settings = Settings(1.0, capacity, input_scale=scale, clusters=True)
+                ours, theirs = engine.segment(images[0], settings), reference.segment(images[0], settings)
+                for stats in (ours.stats, theirs.stats):
+                    assert stats.operating_point == (scale, capacity, ladder[-1])
+                assert ours.stats.tokens_kept == theirs.stats.tokens_kept <= capacity
+                for one, other in ((ours.mask, theirs.mask), (ours.cluster_map, theirs.cluster_map)):
+                    assert (one == other).mean() > (0.99 if scale == 1.0 else 0.95)
+                assert (capacity == ladder[-1]) == (not ours.cluster_map.any())
+                mask = masks.setdefault((scale, capacity), ours.mask)
+                assert np.array_equal(ours.mask, mask), "other settings leave nothing behind"
+        assert recorder.recorded == recorded or not again
+        recorded = recorder.recorded
+    few = Settings(1.0, ladder[0])
+    alone = [engine.segment(image, few).mask for image in images]
+    assert (engine.segment(images, few).mask == np.concatenate(alone)).mean() > 0.99
+    kept = [engine.segment(images[0], Settings(threshold)).stats.tokens_kept for threshold in (0.0, 0.3, 0.6, 1.0)]
+    assert kept == sorted(kept) and kept[0] < kept[-1]
+    engine.close()
+    reference.close()
 
 
 def test_fewer_tokens_are_kept_as_the_threshold_falls(engine, image):

@@ -108,23 +108,6 @@ def test_every_way_to_decode_is_replayed(make_toy_variant, images, decode):
     engine.close()
 
 
-@pytest.mark.parametrize("merging", ["algm", "algm+clusters", "cts", "tome", "kmeans"])
-def test_every_way_to_merge_is_replayed(make_toy_variant, images, merging):
-    model = make_toy_variant(merging=merging, injection_point=2)
-    eager = TorchEngine.from_model(model, "cpu")
-    engine = GraphEngine.from_model(model, "cpu", recorder=CountingRecorder())
-    engine.warmup((96, 128))
-    recorded = len(engine._recorder.recorded)
-    for image in images:
-        for settings in (*(Settings(merge_threshold=1.0, token_capacity=c) for c in (6, 18, 48)), Settings()):
-            ours, reference = engine.segment(image, settings), eager.segment(image, settings)
-            assert (ours.mask == reference.mask).mean() > 0.999
-            assert ours.stats.tokens_kept == reference.stats.tokens_kept <= ours.stats.token_capacity
-            assert settings.token_capacity in (0, ours.stats.token_capacity)
-    assert len(engine._recorder.recorded) == recorded
-    engine.close()
-
-
 def test_predictions_are_the_callers_own(engine, images):
     first = engine.segment(images[0], Settings(clusters=True))
     copies = [first.mask.copy(), first.confidence.copy(), first.cluster_map.copy()]
