@@ -85,8 +85,8 @@ class TorchEngine(NetworkEngine):
         # Halved before it is moved: in float32, a large network would need twice the device's memory for a moment.
         self._network = for_inference(network, self._dtype)
         if selected.type == "cuda":
-            # Tensor cores take channels last, and sizes are few: the fastest kernel is looked for once.
-            self._network.to(selected).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            # Sizes are few: the fastest kernel is looked for once.
+            self._network.to(selected)
             torch.backends.cudnn.benchmark = True
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         if precision == "int8":

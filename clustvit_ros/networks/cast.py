@@ -188,7 +188,7 @@ class CASTAttention(nn.Module):
         mixing = (a_q * ((F.softplus(phi) + 1.0) / self.tau_q)[:, None]).softmax(dim=3)
         importance = a_k * ((F.softplus(-phi) + 1.0) / self.tau_k)[:, None]
         out = mix_clusters(q, k, v, mixing, importance, members)
-        return self.proj(out.transpose(1, 2).reshape(B, N, C))
+        return self.proj(out.transpose(1, 2).flatten(2))
 
     def assign(self, a_g: Tensor) -> Members:
         """Cluster members by affinity (B, N, Nc). No gradient passes."""
@@ -213,32 +213,33 @@ def mix_clusters(q: Tensor, k: Tensor, v: Tensor, mixing: Tensor, importance: Te
     Returns:
         (B, H, N, D)
     """
-    B, H, _, D = q.shape
+    B, H, N, D = q.shape
     num_clusters, size = members.positions.shape[1:]
-    slots = members.positions.reshape(B, 1, num_clusters * size, 1)
-    q_g, k_g, v_g = (_gathered(x, slots).view(B, H, num_clusters, size, D) for x in (q, k, v))
-    key_mask = None if members.valid is None else members.valid[:, None, :, None, :]
-    intra = F.scaled_dot_product_attention(
-        q_g.flatten(1, 2), k_g.flatten(1, 2), v_g.flatten(1, 2),
-        None if key_mask is None else key_mask.expand(-1, H, -1, -1, -1).flatten(1, 2),
-    ).view(B, H, num_clusters, size, D)  # fmt: skip
+    slots = (members.positions + N * torch.arange(B, device=q.device)[:, None, None]).flatten()  # in all images' tokens
+    # Whole tokens are picked, with all their heads: rows of memory, which is many times faster than numbers one by one.
+    q_g, k_g, v_g = (
+        _tokens(x).index_select(0, slots).view(B * num_clusters, size, H, D).transpose(1, 2) for x in (q, k, v)
+    )  # B*Nc H kappa D
+    valid = None if members.valid is None else members.valid.flatten(0, 1)[:, None]  # B*Nc 1 kappa
+    intra = F.scaled_dot_product_attention(q_g, k_g, v_g, None if valid is None else valid[:, :, None])
 
     per_slot = members.positions[:, None].expand(-1, H, -1, -1)  # B H Nc kappa
-    logits = importance.transpose(2, 3).gather(3, per_slot)
-    if members.valid is not None:
-        logits = logits.masked_fill(~members.valid[:, None], torch.finfo(logits.dtype).min)
-    inter = (logits.softmax(dim=3)[..., None, :] @ v_g).squeeze(3)  # B H Nc D
+    importance, weight = (
+        x.transpose(2, 3).gather(3, per_slot).transpose(1, 2).flatten(0, 1) for x in (importance, mixing)
+    )  # B*Nc H kappa
+    if valid is not None:
+        importance = importance.masked_fill(~valid, torch.finfo(importance.dtype).min)
+        weight = weight * valid
+    inter = importance.softmax(dim=2)[:, :, None] @ v_g  # B*Nc H 1 D
+    beyond = (weight[..., None] * (intra - inter)).transpose(1, 2).reshape(B * num_clusters * size, H * D)
+    summaries = inter.view(B, num_clusters, H, D).transpose(1, 2)
+    out = _tokens(mixing @ summaries).scatter_add(0, slots[:, None].expand_as(beyond), beyond)
+    return out.view(B, N, H, D).transpose(1, 2)
 
-    weight = mixing.transpose(2, 3).gather(3, per_slot)
-    if members.valid is not None:
-        weight = weight * members.valid[:, None]
-    beyond = (weight[..., None] * (intra - inter[:, :, :, None])).flatten(2, 3)
-    return (mixing @ inter).scatter_add(2, slots.expand(-1, H, -1, D), beyond)
 
-
-def _gathered(x: Tensor, slots: Tensor) -> Tensor:
-    """(B, H, N, D), (B, 1, M, 1) -> (B, H, M, D)."""
-    return x.gather(2, slots.expand(-1, x.shape[1], -1, x.shape[3]))
+def _tokens(x: Tensor) -> Tensor:
+    """Rows of all images' tokens: (B, H, N, D) -> (B*N, H*D)."""
+    return x.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 class CAST(VisionTransformer):

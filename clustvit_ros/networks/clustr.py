@@ -134,19 +134,29 @@ class ClusTRAttention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
+class ResidualDepthwise(nn.Conv2d):
+    """A depthwise 3x3 convolution beside a skip connection: (B, C, h, w) -> (B, C, h, w)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
 class ConvMlp(nn.Module):
     """Linear, GELU of the hidden tokens plus their depthwise 3x3 convolution on the grid, linear."""
 
     def __init__(self, embed_dim: int, hidden_dim: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(embed_dim, hidden_dim)
-        self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim)
+        self.dwconv = ResidualDepthwise(hidden_dim)
+        self.act: nn.Module = nn.GELU()
         self.fc2 = nn.Linear(hidden_dim, embed_dim)
 
     def forward(self, x: Tensor, grid_size: tuple[int, int]) -> Tensor:
-        hidden = self.fc1(x)
-        grid = hidden.transpose(1, 2).unflatten(2, grid_size)  # B N C -> B C h w
-        return self.fc2(F.gelu(hidden + self.dwconv(grid).flatten(2).transpose(1, 2)))
+        hidden = self.fc1(x).transpose(1, 2).unflatten(2, grid_size)  # B N C -> B C h w
+        return self.fc2(self.act(self.dwconv(hidden)).flatten(2).transpose(1, 2))
 
 
 class ClusTRBlock(nn.Module):

@@ -11,8 +11,9 @@ Du et al., "Study on density peaks clustering based on k-nearest neighbors". Det
 implementation's density noise, which breaks ties at random, is left out; among equal scores the lower position wins.
 
 `density_peaks` is exact: the distances of all pairs decide. They are worked on in bands of rows where all at once would
-take too much memory. `split_windows` bounds the work as well: clusters are then sought within windows of the grid, and
-cost grows with the number of tokens, not with its square.
+take too much memory, and on a CPU a few images at a time, so that they stay in its cache. `split_windows` bounds the
+work as well: clusters are then sought within windows of the grid, and cost grows with the number of tokens, not with
+its square.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from torch import Tensor
 NEIGHBOURS = 5
 # Entries of the distance matrix that are held at once: 64 MB in float32.
 _MAX_DISTANCES = 1 << 24
+# Entries for which a CPU's cache has room, 4 MB in float32: as many windows as have no more are clustered together.
+_CACHED_DISTANCES = 1 << 20
 
 
 @torch.no_grad()
@@ -45,8 +48,13 @@ def density_peaks(x: Tensor, num_clusters: Sequence[int]) -> list[Tensor]:
         Per scale (B, N) int64, cluster of each token: 0 is that of the highest score.
     """
     N = int(x.shape[1])
+    together = max(_CACHED_DISTANCES // N**2, 1)
+    if x.device.type == "cpu" and len(x) > together and not torch.onnx.is_in_onnx_export():
+        parts = [density_peaks(part, num_clusters) for part in x.split(together)]
+        return [torch.cat(ids) for ids in zip(*parts, strict=True)]
     bands = _Bands(x)
-    nearest = [d.topk(min(NEIGHBOURS, N), dim=2, largest=False).values.square().mean(dim=2) for _, d in bands]
+    scale = int(x.shape[2]) ** -0.5  # rounding keeps order: what is compared alone need not be scaled
+    nearest = [(scale * d.topk(min(NEIGHBOURS, N), dim=2, largest=False).values).square().mean(dim=2) for _, d in bands]
     density = (-torch.cat(nearest, dim=1)).exp()
     separations, largest = [], []
     for rows, d in bands:
@@ -56,9 +64,9 @@ def density_peaks(x: Tensor, num_clusters: Sequence[int]) -> list[Tensor]:
         largest.append(farthest)
     separation = torch.cat(separations, dim=1)
     farthest = torch.cat(largest, dim=1).amax(dim=1, keepdim=True)
-    score = density * torch.where(separation.isinf(), farthest, separation)
+    score = density * (scale * torch.where(separation.isinf(), farthest, separation))
     order = score.argsort(dim=1, descending=True, stable=True)[:, : max(num_clusters)]
-    to_centres = [d.gather(2, order[:, None, :].expand(-1, d.shape[1], -1)) for _, d in bands]
+    to_centres = [scale * d.gather(2, order[:, None, :].expand(-1, d.shape[1], -1)) for _, d in bands]
     distances = torch.cat(to_centres, dim=1)  # B N n
     ids = []
     for count in num_clusters:
@@ -86,15 +94,13 @@ class _Bands:
 
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:
-    """Euclidean distances relative to sqrt(C): (B, N, C), (B, M, C) -> (B, N, M)."""
+    """Euclidean distances: (B, N, C), (B, M, C) -> (B, N, M)."""
     if torch.onnx.is_in_onnx_export():
         # The exporter would write cdist as a tensor of all N * M * C differences; this is what it computes inside.
         squares = x.square().sum(dim=2)[:, :, None] + y.square().sum(dim=2)[:, None, :]
-        distances = (squares - 2.0 * (x @ y.transpose(1, 2))).clamp(min=0.0).sqrt()
-    else:
-        # The reference implementation's own function: near ties then fall the same way.
-        distances = torch.cdist(x, y)
-    return distances * int(x.shape[2]) ** -0.5
+        return (squares - 2.0 * (x @ y.transpose(1, 2))).clamp(min=0.0).sqrt()
+    # The reference implementation's own function: near ties then fall the same way.
+    return torch.cdist(x, y)
 
 
 def split_windows(grid_size: tuple[int, int], window_tokens: int, device: torch.device) -> Tensor:

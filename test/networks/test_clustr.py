@@ -170,6 +170,13 @@ def test_density_peaks_follow_their_definition():
             assert ids[image].tolist() == loop_density_peaks(x[image], count)
 
 
+def test_images_are_clustered_alike_a_few_at_a_time(monkeypatch):
+    x = torch.randn(5, 40, 6, generator=torch.Generator().manual_seed(5))
+    together = density_peaks(x, (3, 12))
+    monkeypatch.setattr(density_peaks_module, "_CACHED_DISTANCES", 2 * 40**2)
+    assert all(torch.equal(a, b) for a, b in zip(density_peaks(x, (3, 12)), together, strict=True))
+
+
 def test_equal_tokens_are_clustered_all_the_same():
     ids = density_peaks(torch.zeros(1, 30, 8), (2, 8))
     assert [int(i.max()) for i in ids] == [1, 7]

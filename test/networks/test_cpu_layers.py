@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from clustvit_ros.networks import build_network, network_config
+from clustvit_ros.networks.clustr import ResidualDepthwise
 from clustvit_ros.networks.inference import (
+    FusedDepthwise,
     Int8Conv2d,
     Int8Linear,
     PackedLinear,
@@ -60,6 +62,15 @@ def test_packed_layers_compute_the_same(needs_packing, gelu, bias):
         x = torch.randn(shape)
         expected = F.gelu(layer(x)) if gelu else layer(x)
         torch.testing.assert_close(PackedLinear(layer, gelu)(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_fused_convolution_holds_its_skip_connection_and_gelu(needs_packing):
+    layer, x = ResidualDepthwise(48).to(memory_format=torch.channels_last), torch.randn(2, 7, 9, 48).permute(0, 3, 1, 2)
+    weight = layer.weight.clone()
+    fused = FusedDepthwise(layer)(x)
+    torch.testing.assert_close(fused, F.gelu(layer(x)), rtol=1e-5, atol=1e-5)
+    assert fused.is_contiguous(memory_format=torch.channels_last) and torch.equal(layer.weight, weight)
 
 
 @pytest.mark.parametrize(("low", "high"), [(-100, 154), (0, 254), (-254, 0)])
