@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from small_network import make_small
@@ -19,18 +21,121 @@ from clustvit_ros.measure.flops import count_cost
 from clustvit_ros.networks import ViTConfig, network_config
 from clustvit_ros.networks.algm import window_similarity
 from clustvit_ros.networks.bipartite_merging import similarity_score
+from clustvit_ros.networks.vit_config import MERGINGS
+
+# What its centres' results are mixed for keeps no row of its own.
+MIXING = ("kmeans",)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("merging", ["clusters", "algm", "cts", "tome"])
-def test_what_is_kept_comes_back_bit_for_bit(merging):
+@pytest.mark.parametrize("capacity", [33, 21, 9, None])
+@pytest.mark.parametrize("merging", [merging for merging in MERGINGS if merging not in ("none", *MIXING)])
+def test_what_is_kept_comes_back_bit_for_bit(merging, capacity):
+    """Each kept token's features are a row of its own of the last block's output, normalised."""
     images = torch.randn(2, 3, 96, 128, generator=torch.Generator().manual_seed(1))
-    networks = (make_small(merging=merging, decode=decode) for decode in ("full", "compact"))
-    full, compact = (network.backbone(images, token_capacity=21) for network in networks)
-    kept = full.cluster_ids == 0
-    assert torch.equal(full.cluster_ids, compact.cluster_ids) and int(kept.sum()) == 42
-    rows = compact.tokens.gather(1, compact.slots[..., None].expand(-1, -1, 24))
-    assert torch.equal(full.tokens[kept], rows[kept])
+    backbone, seen = make_small(merging=merging).backbone, {}
+    last = backbone.blocks[-1]
+    last.norm2.register_forward_hook(lambda module, inputs, output: seen.update(attended=inputs[0]))
+    last.mlp.register_forward_hook(lambda module, inputs, output: seen.update(branch=output))
+    features = backbone(images, token_capacity=capacity)
+    rows = backbone.norm(seen["attended"] + seen["branch"])[:, 1:]
+    assert rows.shape[1] < 48 or capacity is None
+    for image in range(2):
+        kept = features.tokens[image][features.cluster_ids[image] == 0]
+        same = (kept[:, None] == rows[image]).all(dim=2)
+        assert (same.sum(dim=1) == 1).all() and (same.sum(dim=0) <= 1).all()
+
+
+def blend(tokens, sizes, members):
+    """Mean of rows that stand for `sizes` tokens each."""
+    return sum(sizes[row] * tokens[row] for row in members) / sum(sizes[row] for row in members)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("capacity", [None, 40, 20, 9, 2])
+def test_pairs_merge_block_by_block_as_a_plain_loop_merges_them(capacity):
+    """ToMe (arXiv 2210.09461): matching by keys, means by size, proportional attention, and each token its group's."""
+    network = make_small(merging="tome", merge_similarity=0.7)
+    backbone, cosine = network.backbone, torch.nn.functional.cosine_similarity
+    images = torch.randn(1, 3, 96, 128, generator=torch.Generator().manual_seed(2))
+    x = backbone.blocks[0](backbone.embed(images)[0])[0]
+    groups, target, steps = [[token] for token in range(48)], capacity, len(backbone.blocks) - 1
+    for step, block in enumerate(backbone.blocks[1:]):
+        q, k, v = (part.unflatten(1, (2, 12)) for part in block.attn.qkv(block.norm1(x)).chunk(3, dim=1))
+        sizes = [len(group) for group in groups]
+        heads = []
+        for head in range(2):
+            scores = q[:, head] @ k[:, head].T / 12**0.5
+            for column, size in enumerate(sizes):
+                scores[:, 1 + column] += math.log(size)
+            heads.append(scores.softmax(dim=1) @ v[:, head])
+        x = x + block.attn.proj(torch.cat(heads, dim=1))
+        keys = [row.mean(dim=0) for row in k[1:]]
+        if target is None:  # as many as have no other one that is alike
+            alike = [max(float(cosine(one, other, dim=0)) for other in keys if other is not one) for one in keys]
+            target = sum(similarity <= 0.7 for similarity in alike)
+            assert 1 < target < 48
+        tokens, wanted = list(x[1:]), 48 - (48 - target) * (step + 1) // steps
+        while len(groups) > wanted:
+            partner = {}
+            for a in range(0, len(groups), 2):
+                similar = {b: float(cosine(keys[a], keys[b], dim=0)) for b in range(1, len(groups), 2)}
+                partner[a] = max(similar.items(), key=lambda item: item[1])
+            best = sorted(partner, key=lambda a: -partner[a][1])[: min(len(groups) - wanted, len(groups) // 2)]
+            staying = [row for row in range(len(groups)) if row not in best]
+            joined = [[row, *(a for a in best if partner[a][0] == row)] for row in staying]
+            tokens, keys = ([blend(rows, sizes, members) for members in joined] for rows in (tokens, keys))
+            groups = [[token for row in members for token in groups[row]] for members in joined]
+            order = sorted(range(len(groups)), key=lambda row: groups[row][0])
+            tokens, keys, groups = ([rows[row] for row in order] for rows in (tokens, keys, groups))
+            sizes = [len(group) for group in groups]
+        x = torch.stack([x[0], *tokens])
+        x = x + block.mlp(block.norm2(x))
+    features = backbone(images, token_capacity=capacity)
+    assert int((features.cluster_ids == 0).sum()) == len(groups) == target
+    for row, members in zip(backbone.norm(x)[1:], groups, strict=True):
+        torch.testing.assert_close(features.tokens[0, members], row.expand(len(members), -1), rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("decode", ["full", "compact"])
+@pytest.mark.parametrize(("capacity", "centre_grid"), [(12, (3, 4)), (31, (4, 7)), (2, (1, 2))])
+def test_centres_of_a_grid_as_a_plain_loop_moves_them(capacity, centre_grid, decode):
+    """Local k-means (arXiv 2210.01035): means of coarse cells, five soft rounds near by, and reconstruction."""
+    backbone = make_small(merging="kmeans", decode=decode).backbone
+    images = torch.randn(1, 3, 96, 128, generator=torch.Generator().manual_seed(2))
+    x, (rows, columns) = backbone.blocks[0](backbone.embed(images)[0])[0], centre_grid
+    tokens = {(r, c): x[1 + 8 * r + c] for r in range(6) for c in range(8)}
+    places = [(i, j) for i in range(rows) for j in range(columns)]
+    centres = []
+    for i, j in places:
+        cell = [tokens[r, c] for r in range(6 * i // rows, -(-6 * (i + 1) // rows))
+                for c in range(8 * j // columns, -(-8 * (j + 1) // columns))]  # fmt: skip
+        centres.append(sum(cell) / len(cell))
+    mean = sum(x[1:].flatten()) / (48 * 24)
+    spread = sum((x[1:].flatten() - mean) ** 2) / 48
+    for _ in range(5):
+        shares = {}
+        for (r, c), token in tokens.items():
+            near = {place: centre for place, centre in zip(places, centres, strict=True)
+                    if abs(r * rows // 6 - place[0]) <= 2 and abs(c * columns // 8 - place[1]) <= 2}  # fmt: skip
+            closeness = torch.stack([-5.0 * ((token - centre) ** 2).sum() / spread for centre in near.values()])
+            shares[r, c] = dict(zip(near, closeness.softmax(dim=0), strict=True))
+        for index, place in enumerate(places):
+            given = [(shares[at].get(place, torch.zeros(())), token) for at, token in tokens.items()]
+            centres[index] = sum(share * token for share, token in given) / sum(share for share, _ in given)
+    x = torch.stack([x[0], *centres])[None]
+    for block in backbone.blocks[1:]:
+        x = block(x)
+    results = dict(zip(places, x[0, 1:], strict=True))
+    expected = torch.stack([
+        results[max(share, key=share.get)] if decode == "compact" else sum(share[at] * results[at] for at in share)
+        for share in shares.values()
+    ])  # fmt: skip
+    features = backbone(images, token_capacity=capacity)
+    assert int((features.cluster_ids == 0).sum()) == len(places) <= capacity
+    found = features.tokens[0] if decode == "full" else features.tokens[0][features.slots[0]]
+    torch.testing.assert_close(found, backbone.norm(expected), rtol=0, atol=1e-4)
 
 
 @torch.no_grad()
@@ -184,9 +289,7 @@ def test_windows_share_a_token_as_a_plain_loop_lets_them(corner, decode, capacit
 )
 def test_cts_costs_what_is_published(head, classes, published_gflops):
     """612 + 103 tokens of 1024, as ClustViT's authors have it (SUIM and RumexWeeds, 512 x 512, no windows sliding)."""
-    config = network_config(
-        "vit_b", {"image_size": [512, 512], "merging": "cts", "share_corner": True, "head": head}
-    )
+    config = network_config("vit_b", {"image_size": [512, 512], "merging": "cts", "share_corner": True, "head": head})
     cost = count_cost(config, classes, (512, 512), token_capacity=612 + 103)
     assert cost.flops / 1e9 == pytest.approx(published_gflops, rel=0.005)
 
