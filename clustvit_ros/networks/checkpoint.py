@@ -37,13 +37,16 @@ from clustvit_ros.networks.vit import grid_size_of
 from clustvit_ros.paths import MODEL_FILE
 
 # What a training may keep its weights below; averaged ones are last, since MMEngine saves them as `state_dict` and the
-# others as `ema_state_dict`.
+# others as `ema_state_dict`. DINO's teacher is what it publishes.
 _ENTRIES = (
     "state_dict", "model_state_dict", "model", "model_state", "module", "network", "net", "weights",
     "state_dict_ema", "model_ema", "ema_state_dict", "ema",
+    "teacher", "student",
 )  # fmt: skip
 # What wrappers put in front of a network's own names, repeatedly; a second, averaged copy is marked.
-_WRAPPER = re.compile(r"(?:(?:module|_orig_mod|model|network|net|segmentor|(ema|ema_model|model_ema|averaged))\.)*")
+_WRAPPER = re.compile(
+    r"(?:(?:module|_orig_mod|model|network|net|segmentor|encoder|vit|(ema|ema_model|model_ema|averaged))\.)*"
+)
 _ROOT = re.compile(r"(?:backbone\.|decode_head\.|cls_token$|patch_embed)")
 _AVERAGED = re.compile(r"ema_(?!model\.)")
 # Libraries whose objects stand beside weights, and what refers to their members.

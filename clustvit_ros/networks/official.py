@@ -76,9 +76,10 @@ def network_of(
         shapes: dict[str, Any] = {
             "backbone": "clustvit" if "backbone.clusterer.net.0.weight" in weights else "vit",
             "embed_dim": embed_dim,
-            "depth": _count_layers(weights, "backbone"),
+            "depth": count_blocks(weights, r"backbone\.layers\."),
             "patch_size": weights["backbone.patch_embed.projection.weight"].shape[2],
             "mlp_ratio": weights["backbone.layers.0.ffn.layers.0.0.weight"].shape[0] / embed_dim,
+            "final_norm": "backbone.ln1.weight" in weights,
             **_head_shapes(weights),
         }
         num_tokens = weights["backbone.pos_embed"].shape[1] - 1
@@ -86,8 +87,10 @@ def network_of(
             shapes["cluster_mlp_dim"] = weights["backbone.clusterer.net.0.weight"].shape[0]
             shapes["num_clusters"] = weights["backbone.clusterer.net.2.weight"].shape[0] - 1
     except KeyError as error:
+        found = ", ".join(list(weights)[:3])
         raise ModelError(
-            f"checkpoint has no {error.args[0]}; expected a ViT or ClustViT with a Segmenter, UPerNet or linear head"
+            f"checkpoint has no {error.args[0]}, it holds {found[:200]}; expected a ViT or ClustViT with a Segmenter, "
+            "UPerNet or linear head in OpenMMLab's layout, or a ViT encoder in timm's"
         ) from error
     for name, value in known.items():
         if name == "head_depth" and shapes["head"] != "segmenter":
@@ -226,11 +229,9 @@ def _head_shapes(weights: dict[str, Tensor]) -> dict[str, Any]:
             "head_channels": weights["decode_head.conv_seg.weight"].shape[1],
             "neck": any(name.startswith("neck.") for name in weights),
         }
-    return (
-        {"head": head}
-        if head == "linear"
-        else {"head": "segmenter", "head_depth": _count_layers(weights, "decode_head")}
-    )
+    if head == "linear":
+        return {"head": head}
+    return {"head": "segmenter", "head_depth": count_blocks(weights, r"decode_head\.layers\.")}
 
 
 def _rename(name: str) -> str:
@@ -293,10 +294,6 @@ def _swap_prefix(name: str, table: dict[str, str]) -> str:
         if name.startswith(ours):
             return theirs + name[len(ours) :]
     return name
-
-
-def _count_layers(weights: dict[str, Tensor], room: str) -> int:
-    return count_blocks(weights, rf"{room}\.layers\.")
 
 
 def count_blocks(weights: Iterable[str], prefix: str) -> int:

@@ -211,12 +211,13 @@ class VisionTransformer(Backbone):
         level_blocks: blocks (from 0) whose outputs go into the features' `levels`.
         detail_stride: stride of the finest of the convolutional stem's maps that go into the features' `pyramid`, 2 or
             4; 0 hands none out.
+        final_norm: whether the last block's output is normalised.
     """
 
     def __init__(
         self, image_size: tuple[int, int], patch_size: int = 16, stem: str = "patch", stem_blocks: int = 0,
         embed_dim: int = 192, depth: int = 12, num_heads: int = 3, mlp_ratio: float = 4.0, drop_path: float = 0.0,
-        level_blocks: Sequence[int] = (), detail_stride: int = 0,
+        level_blocks: Sequence[int] = (), detail_stride: int = 0, final_norm: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
         self.patch_size = patch_size
@@ -236,7 +237,7 @@ class VisionTransformer(Backbone):
             Block(embed_dim, num_heads, mlp_ratio, BACKBONE_NORM_EPS, drop_path * i / max(depth - 1, 1))
             for i in range(depth)
         )
-        self.norm = nn.LayerNorm(embed_dim, eps=BACKBONE_NORM_EPS)
+        self.norm = nn.LayerNorm(embed_dim, eps=BACKBONE_NORM_EPS) if final_norm else nn.Identity()
         self._resized: dict[tuple, Tensor] = {}
 
     def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:

@@ -62,6 +62,7 @@ class ViTConfig(NetworkConfig):
             gives their class scores to the merged ones; "grouped" regenerates tokens and lets small groups of them go
             through Segmenter's head as one, in capacity mode.
         drop_path: stochastic depth, in training only.
+        final_norm: whether the encoder ends with a norm; mmsegmentation's own ViT models have none where not told to.
     """
 
     backbone: Literal["vit", "clustvit"] = "clustvit"
@@ -89,6 +90,7 @@ class ViTConfig(NetworkConfig):
     neck: bool = False
     decode: Literal["full", "compact", "grouped"] = "full"
     drop_path: float = 0.0
+    final_norm: bool = True
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "embed_dim", "depth", "num_heads", "num_clusters"):
@@ -225,6 +227,7 @@ class ViTConfig(NetworkConfig):
             "stem_blocks": self.stem_blocks, "embed_dim": self.embed_dim, "depth": self.depth,
             "num_heads": self.num_heads, "mlp_ratio": self.mlp_ratio, "drop_path": self.drop_path,
             "level_blocks": self.level_blocks, "detail_stride": self.head_stride if self.head == "detail" else 0,
+            "final_norm": self.final_norm,
         }  # fmt: skip
         if self.merge_method == "clusters":
             return ClustViT(self.num_clusters, self.points, cluster_mlp_dim, self.decode, **vit)

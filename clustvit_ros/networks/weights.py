@@ -49,8 +49,10 @@ from clustvit_ros.networks.vit import grid_size_of
 from clustvit_ros.networks.vit_config import ViTConfig
 
 POSITIONS = "backbone.pos_embed"
-# What belongs to classification.
-_LEFT_OUT = re.compile(r"(backbone\.)?((head|head_dist|fc_norm|pre_logits|head_drop)\.|dist_token$)")
+# What belongs to classification, or to the training of DINOv2 and masked autoencoders.
+_LEFT_OUT = re.compile(
+    r"(backbone\.)?((head|head_dist|fc_norm|pre_logits|head_drop)\.|(dist_token|mask_token)$|decoder_(pos_embed$|\w+\.))"
+)
 # What an encoder's weights leave to be trained.
 _FRESH = ("head.", "backbone.clusterer.", "backbone.regenerator.", "backbone.later_")
 
@@ -190,7 +192,9 @@ def fill_network(
     if POSITIONS in weights:
         grid_size = grid_size_of(config.image_size, config.patch_size)
         weights[POSITIONS] = fit_positions(weights[POSITIONS], imported.grid_size, grid_size)
-    check_weights(network, {**{name: own[name] for name in fresh}, **weights}, where)
+    # How many batches a norm has seen serves training only, and converters leave it out.
+    unneeded = [name for name in own if name.endswith(".num_batches_tracked")]
+    check_weights(network, {**{name: own[name] for name in (*fresh, *unneeded)}, **weights}, where)
     network.load_state_dict(weights, strict=False)
     return network, sorted(left_out), fresh
 

@@ -140,6 +140,7 @@ WAYS = {
     "a second copy": lambda w: {**prefixed(zeros(w), "ema_model.module."), **prefixed(w, "model.")},
     "a marked copy alone": lambda w: prefixed(w, "ema_"),
     "timm's training": lambda w: {"state_dict": w, "state_dict_ema": zeros(w)},
+    "DINO": lambda w: {"student": prefixed(zeros(w), "module."), "teacher": w, "epoch": 3},
     "no wrapper at all": lambda w: w,
 }  # fmt: skip
 

@@ -204,6 +204,7 @@ def timm_tokens(weights, images):
         ({}, "timm.pth"),
         ({}, "timm.safetensors"),
         ({"pos_embed": (1, 16, 64), "blocks.0.ls1.gamma": (64,), "blocks.1.ls2.gamma": (64,)}, "deit3.pth"),
+        ({"mask_token": (1, 1, 64), "decoder_pos_embed": (1, 17, 32), "decoder_embed.bias": (32,)}, "mae.pth"),
     ],
 )
 def test_an_encoder_of_timm_gives_the_tokens_timm_computes(tmp_path, capsys, changes, kind):
@@ -215,7 +216,7 @@ def test_an_encoder_of_timm_gives_the_tokens_timm_computes(tmp_path, capsys, cha
     options = ("--classes", "camvid", "--normalisation", "imagenet")
     assert import_(tmp_path / kind, tmp_path / "model", *options) == 0
     printed = capsys.readouterr().out
-    assert "left out: head.bias, head.weight" in printed and "fresh, to be trained: head" in printed
+    assert "head.bias, head.weight" in printed and "fresh, to be trained: head" in printed
     network = load_segmenter(tmp_path / "model").requires_grad_(False)
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(network.backbone(images).tokens, timm_tokens(weights, images), rtol=0, atol=1e-4)
