@@ -264,15 +264,19 @@ def _mask_type(num_classes: int) -> torch.dtype:
 
 # Interpolated values may exceed their corners by rounding.
 _ROUNDING = 1e-5
-# Fewer classes are upsampled as soon as sorted out.
-_FEWEST_CLASSES = 40
-# Cells of fewer pixels than this along a side cost more than they save.
-_LEAST_SIDE = 4
+# Pixels along a cell's side: a cell of fewer costs more than it saves.
+_LEAST_SIDE = 2
 # Halving costs in proportion to the classes, and leaves a third or a quarter of the candidates: it pays from a tenth of
-# the classes on (measured with 60, 150 and 300 of them on one AVX-512 core).
+# the classes on, and from some of them (measured with 10 to 300 on one AVX-512 core).
 _HALVED_FROM = 0.1
-# Cells that are computed together, by the number of halvings: their pixels of all candidates stay in a CPU's cache.
-_CELLS = (128, 512)
+_HALVED_FROM_CLASSES = 4.0
+_LEAST_HALVED_SIDE = 8
+# Of all classes at all pixels, the share that may be left to interpolate for this way to be the cheaper one; cells have
+# a cost that is that of so many pixels (break-even of 2 to 40 classes on grids of 36x48 to 192x256).
+_WORTH_SHARE = 0.2
+_CELL_PIXELS = 30
+# Pixels of cells that are computed together, which stay in a CPU's cache with all candidates.
+_PIXELS_AT_ONCE = 32_768
 
 
 def cell_labels(logits: Tensor, size: tuple[int, int]) -> Tensor | None:
@@ -287,19 +291,19 @@ def cell_labels(logits: Tensor, size: tuple[int, int]) -> Tensor | None:
         cheaper one, or where logits are not finite or absurdly large.
     """
     Q, h, w = logits.shape
-    if Q <= _FEWEST_CLASSES or size[0] < _LEAST_SIDE * h or size[1] < _LEAST_SIDE * w:
+    if size[0] < _LEAST_SIDE * h or size[1] < _LEAST_SIDE * w:
         return None
     if not bool(logits.abs().amax() < _SOUND):
         return None
     nodes = F.pad(logits[None], (1, 1, 1, 1), mode="replicate")[0].permute(1, 2, 0).contiguous()
     alive = _can_win(nodes)
     halvings = 0
-    if size[0] >= 2 * _LEAST_SIDE * h and size[1] >= 2 * _LEAST_SIDE * w:
-        halvings = int(float(alive.float().mean()) > _HALVED_FROM)
+    if size[0] >= _LEAST_HALVED_SIDE * h and size[1] >= _LEAST_HALVED_SIDE * w:
+        halvings = int(float(alive.float().mean()) > max(_HALVED_FROM, _HALVED_FROM_CLASSES / Q))
     if halvings:
-        nodes = _halved(nodes)
+        nodes = _halved(nodes)[1:-1, 1:-1]  # whose outermost cells have no pixels
         alive = _can_win(nodes)
-    return _best_of(nodes, alive, _cells(h, w, size, halvings), _CELLS[halvings])
+    return _best_of(nodes, alive, _cells(h, w, size, halvings))
 
 
 def _can_win(nodes: Tensor) -> Tensor:
@@ -323,27 +327,35 @@ def _halved(nodes: Tensor) -> Tensor:
     return result
 
 
-def _best_of(nodes: Tensor, alive: Tensor, grid: _Cells, cells_at_once: int) -> Tensor:
-    """The best of the classes that can win: (h, w, Q) and (h-1, w-1, Q) -> (H, W)."""
+def _best_of(nodes: Tensor, alive: Tensor, grid: _Cells) -> Tensor | None:
+    """The best of the classes that can win: (h, w, Q) and (h-1, w-1, Q) -> (H, W); None where too many can."""
     Q = nodes.shape[2]
     cell, candidate = alive.view(-1, Q).nonzero().unbind(1)
     counts = torch.bincount(cell, minlength=len(grid.corner))
+    contested = (counts > 1).nonzero()[:, 0]
+    cell_pixels = grid.row_cell.size * grid.column_cell.size / len(counts)
+    left = float(counts[contested].sum()) / (Q * len(counts))
+    if left > _WORTH_SHARE / (1.0 + _CELL_PIXELS / cell_pixels):
+        return None
     start = counts.cumsum(0) - counts
-    labels = torch.empty(grid.down.shape[0], grid.right.shape[0], len(counts), dtype=_label_type(Q))
+    # Every pixel of a cell gets its first candidate, in most cells the only one. NumPy moves bytes faster.
+    first = candidate[start].to(_mask_type(Q)).view(alive.shape[:2]).numpy()
+    labels = first.take(grid.column_cell, axis=1).take(grid.row_cell, axis=0)
     # Cells with as many candidates side by side, so that few slots are left over.
-    for cells in counts.argsort().split(cells_at_once):
+    contested = contested[counts[contested].argsort()]
+    cells_at_once = max(int(_PIXELS_AT_ONCE / cell_pixels), 1)
+    for cells in contested.split(cells_at_once) if len(contested) else ():
         slots = torch.arange(int(counts[cells[-1]]))[:, None]
         # Slots left over repeat the last candidate.
         candidates = candidate[start[cells] + torch.minimum(slots, counts[cells] - 1)]
-        labels[:, :, cells] = _best(nodes, grid, cells, candidates).to(labels.dtype)
-    return labels.view(-1)[grid.source]
+        best = _best(nodes, grid, cells, candidates)
+        labels.reshape(-1)[grid.pixels(cells)] = best.numpy()
+    return torch.from_numpy(labels)
 
 
 def _best(nodes: Tensor, grid: _Cells, cells: Tensor, candidates: Tensor) -> Tensor:
     """Best class of some cells' pixels: (rows, columns, cells); cells are innermost, so that loops are long."""
     down, right = grid.down[:, cells], grid.right[:, cells]
-    if len(candidates) == 1:
-        return candidates[:, None].expand(len(down), len(right), -1)
     _, width, Q = nodes.shape
     corner = grid.corner[cells] * Q + candidates
     top_left, top_right = nodes.take(corner), nodes.take(corner + Q)
@@ -357,44 +369,50 @@ def _best(nodes: Tensor, grid: _Cells, cells: Tensor, candidates: Tensor) -> Ten
 
 
 class _Cells(NamedTuple):
-    """Where each cell's corners and pixels are.
+    """Where each cell's corners and pixels are. Where a cell has fewer rows or columns than others, its last repeats.
 
     Attributes:
         corner: (cells,) flat position of a cell's upper left corner among the nodes.
+        row_cell, column_cell: (H,) and (W,) int64, which row and column of cells a pixel is in.
+        row, column: (rows, cells) and (columns, cells) int64, a cell's rows of pixels (times W) and columns.
         down: (rows, cells) weight of the lower corners.
         right: (columns, cells) weight of the right corners.
-        source: (H, W) flat position of each pixel in (rows, columns, cells).
     """
 
     corner: Tensor
+    row_cell: np.ndarray
+    column_cell: np.ndarray
+    row: np.ndarray
+    column: np.ndarray
     down: Tensor
     right: Tensor
-    source: Tensor
+
+    def pixels(self, cells: Tensor) -> np.ndarray:
+        """Flat positions in (H, W): (rows, columns, cells)."""
+        return self.row[:, None, cells.numpy()] + self.column[None, :, cells.numpy()]
 
 
 @lru_cache(maxsize=8)
 def _cells(h: int, w: int, size: tuple[int, int], halvings: int) -> _Cells:
-    row_cell, row_slot, down = _axis(h, size[0], halvings)
-    column_cell, column_slot, right = _axis(w, size[1], halvings)
+    row_cell, row, down = _axis(h, size[0], halvings)
+    column_cell, column, right = _axis(w, size[1], halvings)
     across = right.shape[1]
     cells = torch.arange(down.shape[1] * across)
-    corner = cells // across * (across + 1) + cells % across
-    slots = row_slot[:, None] * right.shape[0] + column_slot
-    source = slots * len(cells) + row_cell[:, None] * across + column_cell
-    return _Cells(corner, down[:, cells // across].contiguous(), right[:, cells % across].contiguous(), source)
+    above, left = cells // across, cells % across
+    return _Cells(
+        above * (across + 1) + left, row_cell.numpy(), column_cell.numpy(),
+        (row[:, above] * size[1]).numpy(), column[:, left].numpy(), down[:, above].contiguous(),
+        right[:, left].contiguous(),
+    )  # fmt: skip
 
 
 def _axis(length: int, target: int, halvings: int) -> tuple[Tensor, Tensor, Tensor]:
-    """For samples along one side: their cell (from 0), their slot in it, and weights (slots, cells)."""
-    count = (length + 1) << halvings
-    position = ((torch.arange(target, dtype=torch.float64) + 0.5) * length / target + 0.5) * 2**halvings
+    """For samples along one side: their cell (from 0); and for (slots, cells) the sample there, and its weight."""
+    count = length << 1 if halvings else length + 1
+    centre = (torch.arange(target, dtype=torch.float64) + 0.5) * length / target
+    position = centre * 2 if halvings else centre + 0.5
     cell = position.floor().long().clamp(0, count - 1)
-    first = torch.searchsorted(cell, torch.arange(count))
-    slot = torch.arange(target) - first[cell]
-    weights = torch.zeros(int(slot.max()) + 1, count)
-    weights[slot, cell] = (position - cell).float()
-    return cell, slot, weights
-
-
-def _label_type(num_classes: int) -> torch.dtype:
-    return torch.uint8 if num_classes <= 255 else torch.int32
+    numbers = torch.arange(count)
+    first, end = torch.searchsorted(cell, numbers), torch.searchsorted(cell, numbers, right=True)
+    sample = torch.minimum(first + torch.arange(int((end - first).max()))[:, None], end - 1)
+    return cell, sample, (position[sample] - numbers).float()

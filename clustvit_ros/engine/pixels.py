@@ -61,7 +61,11 @@ def to_input(images: np.ndarray, size: tuple[int, int], config: InputConfig, dev
             else:
                 images = np.stack([cv2.resize(image, size[::-1], interpolation=interpolation) for image in images])
         x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float()
-        return x.sub_(_per_channel(config.mean, device)).div_(_per_channel(config.std, device))
+        # A number is several times faster than three of them along the innermost dimension.
+        mean, std = (
+            values[0] if len(set(values)) == 1 else _per_channel(values, device) for values in (config.mean, config.std)
+        )
+        return x.sub_(mean).div_(std)
     pixels = torch.from_numpy(np.ascontiguousarray(images)).to(device, non_blocking=True)
     return device_input(pixels, size, *normalisation(config, device))
 
