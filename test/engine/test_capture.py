@@ -222,8 +222,10 @@ def test_out_of_memory_is_met_with_fewer_tokens_wherever_it_happens(make, cuda, 
     assert engine.info.engine == "cuda_graph" and not cuda.collisions
 
 
-@pytest.mark.parametrize("step", ["capture", "replay", "copy", "stream wait"])
-@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize(
+    ("step", "warm"),
+    [*((step, False) for step in ("capture", "replay", "copy", "stream wait")), ("capture", True), ("replay", True)],
+)
 def test_after_a_sticky_error_a_new_process_is_needed(make, cuda, step, warm):
     engine = make(warm)
     cuda.fails[step] = ILLEGAL

@@ -75,7 +75,7 @@ def gaps_s(masks: list[Image]) -> list[float]:
 
 def test_cameras_share_a_call_where_that_is_asked_for(ros_client: Any, start_node: Callable[..., Any]) -> None:
     rig = Rig(ros_client, start_node, "/pair", "-p", "scripted_latency_ms:=60.0", "-p", "batching:=true")
-    stats = rig.run(3.0)
+    stats = rig.run(1.5)
     together = [pairs["batch"] for name in rig.cameras for pairs in stats[name]]
     assert together.count("2") > len(together) / 2
     assert {pairs["camera"] for pairs in stats["rear"]} == {"rear"}
@@ -87,10 +87,10 @@ def test_neither_camera_starves(ros_client: Any, start_node: Callable[..., Any])
         ros_client, start_node, "/fair", "-p", "scripted_latency_ms:=60.0", "-p", "latency_budget_ms:=2000.0",
         "-p", "front.weight:=2.0", "-p", "rear.merge_threshold:=0.25",
     )  # fmt: skip
-    rig.run(2.0)  # calibration
+    rig.run(1.0)  # calibration
     for masks in rig.masks.values():
         masks.clear()
-    stats = rig.run(6.0)
+    stats = rig.run(3.0)
     assert {pairs["batch"] for name in rig.cameras for pairs in stats[name]} == {"1"}
     assert {pairs["latency_budget_ms"] for name in rig.cameras for pairs in stats[name]} == {"2000"}
     assert {pairs["merge_threshold"] for pairs in stats["front"]} == {"0.5"}
@@ -117,7 +117,7 @@ def test_cameras_are_named_in_diagnostics_and_tuned_one_by_one(ros_client: Any, 
     assert accepted.successful
     assert not refused.successful
     assert "rear.merge_threshold" in refused.reason and "1.0" in refused.reason
-    stats = rig.run(1.5)
+    stats = rig.run(1.0)
     assert {pairs["merge_threshold"] for pairs in stats["front"]} == {"0.5"}
     assert {pairs["merge_threshold"] for pairs in stats["rear"]} == {"0.125"}
 
@@ -138,7 +138,7 @@ def test_an_engine_ten_times_too_slow_gives_fresh_masks_and_counts_drops(
     )
     image = image_message(np.zeros((480, 640, 3), np.uint8), "rgb8", robot.now())
     robot.segment(image)
-    sent, deadline_s, next_s = 0, time.monotonic() + 6.0, time.monotonic()
+    sent, deadline_s, next_s = 0, time.monotonic() + 4.0, time.monotonic()
     first = len(robot.stats)
     memory_kb = []
     while time.monotonic() < deadline_s:
@@ -151,7 +151,7 @@ def test_an_engine_ten_times_too_slow_gives_fresh_masks_and_counts_drops(
     stats = [{v.key: v.value for v in entry.status[0].values} for entry in robot.stats[first:]]
     ages = sorted(float(pairs["age_ms"]) for pairs in stats)
     engine = max(float(pairs["engine_ms"]) for pairs in stats)
-    assert len(ages) >= 10
+    assert len(ages) >= 6
     # One frame's period, and the way through DDS on the loaded machine of a test run. A few late ones are its fault;
     # a queue of one more frame would make all of them wait for a whole run of the engine.
     assert ages[len(ages) // 2] <= engine + 1000 * PERIOD_S + 30.0

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -28,11 +29,12 @@ from clustvit_ros.node.messages import image_message, stamp_ns
 
 pytestmark = pytest.mark.ros
 
-PERIOD_S = 1 / 20
+PERIOD_S = 1 / 30
 SIZE = (120, 160)
-ENGINE_MS = 150
+ENGINE_MS = 100
 
 
+@functools.cache
 def plane(seed: int = 0) -> np.ndarray:
     """A textured plane whose brightness bands, the scripted engine's classes, are blobs."""
     rng = np.random.default_rng(seed)
@@ -107,21 +109,19 @@ def test_every_frame_gets_a_mask_in_order_that_is_right_and_soon(drive: Drive) -
     # Standing still, the masks that consumers hold would be wrong: each picture is 3 pixels from the one before.
     assert (view(plane(), 0)[..., 1] >> 6 != view(plane(), 12)[..., 1] >> 6).mean() > 0.1
     ages = sorted(float(p["age_ms"]) for p in filled)
-    assert ages[len(ages) // 2] < 1000 * PERIOD_S  # the engine takes three times that
+    assert ages[len(ages) // 2] < ENGINE_MS / 2
     for p in filled:
         assert p["published"] == "true" and float(p["flow_ms"]) > 0 and int(p["filled_frames"]) >= 1
         assert float(p["filled_age_ms"]) >= 0.9 * 1000 * PERIOD_S
         assert float(p["engine_ms"]) > ENGINE_MS * 0.9  # what the engine's own mask took, which is carried
 
 
-@pytest.mark.parametrize("limit", [50, 2, 1])
+@pytest.mark.parametrize("limit", [50, 1])
 def test_every_frame_is_counted_once(drive: Drive, limit: int) -> None:
-    """Also those that are neither filled, the limit being reached, nor in time with their own mask."""
+    """Also those that are neither filled, the limit being reached, nor in time with their own mask; the limit holds."""
     assert drive.robot.set(integer("max_filled_frames", limit))[0].successful
-    drive.client.spin_for(0.5)
     before = drive.pairs(drive.robot.segment(image_message(view(plane(), 0), "rgb8", drive.robot.now())))
-    drive.run([view(plane(), index) for index in range(40)])
-    drive.client.spin_for(0.5)
+    masks = drive.run([view(plane(), index) for index in range(30)])
     after = drive.pairs(drive.robot.segment(image_message(view(plane(), 0), "rgb8", drive.robot.now())))
 
     def change(name: str) -> int:
@@ -130,6 +130,9 @@ def test_every_frame_is_counted_once(drive: Drive, limit: int) -> None:
     fates = ("segmented", "filled", "dropped", "late", "rejected", "failed", "over_rate", "unwatched")
     assert change("received") - sum(map(change, fates)) in (-1, 0, 1)  # the last one was sent until its mask was there
     assert change("filled") > 5
+    pairs = [drive.pairs(mask) for mask in masks]
+    longest = max(int(p["filled_frames"]) for p in pairs if p["filled"] == "true")
+    assert (longest == 1 and len(masks) < 22) if limit == 1 else longest > 1
     assert drive.robot.set(integer("max_filled_frames", 50))[0].successful
 
 
@@ -149,7 +152,6 @@ def test_what_belongs_to_a_mask_comes_with_the_frames_own_stamp(drive: Drive, ro
     for messages in others.values():
         messages.clear()
     masks = drive.run([view(plane(), index) for index in range(30)])
-    ros_client.spin_for(0.5)
     filled = [mask for mask in masks if drive.pairs(mask)["filled"] == "true"]
     assert len(filled) > 15
     for name, messages in others.items():
@@ -166,15 +168,6 @@ def test_what_belongs_to_a_mask_comes_with_the_frames_own_stamp(drive: Drive, ro
     robot.client.node.destroy_publisher(info)
 
 
-def test_a_chain_ends_after_so_many_frames(drive: Drive) -> None:
-    assert drive.robot.set(integer("max_filled_frames", 1))[0].successful
-    masks = drive.run([view(plane(), index) for index in range(30)])
-    pairs = [drive.pairs(mask) for mask in masks]
-    assert {p["filled_frames"] for p in pairs if p["filled"] == "true"} == {"1"}
-    assert len(masks) < 22
-    assert drive.robot.set(integer("max_filled_frames", 50))[0].successful
-
-
 def test_a_mask_is_not_carried_to_another_scene_nor_to_a_blank_picture(drive: Drive) -> None:
     drive.run([view(plane(), index) for index in range(12)])
     other = plane(9)
@@ -187,7 +180,7 @@ def test_a_mask_is_not_carried_to_another_scene_nor_to_a_blank_picture(drive: Dr
 
 def test_a_camera_that_changes_its_size_while_a_mask_is_carried(drive: Drive) -> None:
     drive.run([view(plane(), index) for index in range(10)])
-    for size in ((100, 200), (60, 90), SIZE):
+    for size in ((100, 200), SIZE):
         masks = drive.run([view(plane(), index, size) for index in range(20)])
         own = [mask for mask in masks if (mask.height, mask.width) == size]
         assert len(own) >= 10
@@ -263,7 +256,7 @@ def test_cameras_are_filled_each_from_its_own_masks(ros_client: Any, start_node:
     cameras = {name: ros_client.image_publisher(f"/two/{name}/image_raw") for name in names}
     masks = {name: ros_client.collect(Image, f"/two/{name}/segmentation/mask") for name in names}
     worlds, sent = {name: plane(seed) for seed, name in enumerate(names)}, {}
-    next_s, count = time.monotonic(), 50
+    next_s, count = time.monotonic(), 40
     for index in range(count):
         for name, camera in cameras.items():
             header = Header(stamp=ros_client.node.get_clock().now().to_msg(), frame_id=name)
@@ -272,7 +265,7 @@ def test_cameras_are_filled_each_from_its_own_masks(ros_client: Any, start_node:
             camera.publish(message)
         next_s += PERIOD_S
         ros_client.spin_for(max(next_s - time.monotonic(), 0.001))
-    ros_client.spin_for(1.0)
+    ros_client.spin_for(5 * ENGINE_MS / 1000)
     for name in names:
         stamps = [stamp_ns(mask) for mask in masks[name]]
         assert stamps == sorted(set(stamps)) and len(stamps) > 0.6 * count

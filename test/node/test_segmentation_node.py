@@ -218,7 +218,7 @@ def test_a_lazy_node_works_from_the_first_frame_after_a_subscription(
 
 def test_a_rate_bounds_what_the_engine_gets(ros_client: Any, start_node: Callable[..., Any]) -> None:
     robot = Robot(ros_client, start_node, "/paced", "-p", "max_rate_hz:=10")
-    small, seconds = np.zeros((8, 8, 3), np.uint8), 4.0
+    small, seconds = np.zeros((8, 8, 3), np.uint8), 2.0
     robot.segment(image_message(small, "rgb8", header(1)))
     robot.masks.clear()
     start_s = time.monotonic()

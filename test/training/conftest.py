@@ -8,9 +8,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -94,7 +97,26 @@ def write_recipe(tmp_path):
 def train(scenes):
     """Runs `clustvit-ros train` on the CPU and gives its exit code."""
 
-    def run(recipe: Path, out: Path, *arguments: str, data: Path = scenes) -> int:
-        return main(["train", str(recipe), "--data", str(data), "--out", str(out), "--device", "cpu", *arguments])
+    def run(recipe: Path, out: Path, *arguments: str, data: Path = scenes, draws: bool = False) -> int:
+        command = ["train", str(recipe), "--data", str(data), "--out", str(out), "--device", "cpu", *arguments]
+        # Drawing takes a fifth of a toy's training.
+        with contextlib.nullcontext() if draws else mock.patch("clustvit_ros.cli.train.draw_log"):
+            return main(command)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def toy_run(scenes, tmp_path_factory) -> Path:
+    """The run folder of `RECIPE`, trained to its end; to be read only."""
+    root = tmp_path_factory.mktemp("toy")
+    (root / "toy.yaml").write_text(yaml.safe_dump(RECIPE))
+    command = ["train", str(root / "toy.yaml"), "--data", str(scenes), "--out", str(root / "run"), "--device", "cpu"]
+    assert main(command) == 0
+    return root / "run"
+
+
+@pytest.fixture
+def finished(toy_run, tmp_path) -> Path:
+    """A run folder of its own for a test, `run`, as training `write_recipe()` to its end leaves it."""
+    return shutil.copytree(toy_run, tmp_path / "run")

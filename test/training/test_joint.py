@@ -59,7 +59,8 @@ def joint_recipe(write_recipe):
 
 
 def test_what_is_kept_is_a_model_of_the_first_one_s_classes(train, joint_recipe, others, tmp_path, capsys):
-    recipe = joint_recipe(schedule={"lovasz_weight": 0.5, "distillation_weight": 1.0, "class_weighting": True})
+    weights = {"lovasz_weight": 0.5, "distillation_weight": 1.0, "class_weighting": True}
+    recipe = joint_recipe(schedule={**weights, "epochs": 1})
     folders = ["--data", str(tmp_path / "first"), f"others={others}"]
     write_split(tmp_path / "first/train", 10, 0)
     write_split(tmp_path / "first/val", 3, 1)
@@ -109,8 +110,9 @@ def test_ids_follow_on_each_other_and_no_pixel_is_judged_by_foreign_classes(scen
 
 
 def test_one_data_set_alone_learns_what_it_learnt_before(train, write_recipe, tmp_path):
-    assert train(write_recipe(data=[{"name": "toys"}], network={"head_depth": 1}), tmp_path / "named") == 0
-    assert train(write_recipe(data="toys"), tmp_path / "text") == 0
+    once = {"schedule": {"epochs": 1}}
+    assert train(write_recipe(data=[{"name": "toys"}], network={"head_depth": 1}, **once), tmp_path / "named") == 0
+    assert train(write_recipe(data="toys", **once), tmp_path / "text") == 0
     first, second = (load_segmenter(tmp_path / name / "model").state_dict() for name in ("named", "text"))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
@@ -164,7 +166,7 @@ def test_an_ensemble_teaches_its_own_data_s_classes(
     network = {"network": {**DETAIL, "head_depth": 1}}
     for name in ("one", "two"):
         seed = {"seed": len(name) + ord(name[0])}
-        assert train(write_recipe(**network, schedule={"epochs": 8, **seed}), tmp_path / name) == 0
+        assert train(write_recipe(**network, schedule={"epochs": 2, **seed}), tmp_path / name) == 0
     teachers = [str(tmp_path / name / "model") for name in ("one", "two")]
     taught = {"teachers": teachers, "distillation_weight": 20.0, "epochs": 8, "kept_fractions": [1.0]}
     folders = ["--data", str(scenes), f"others={others}"]

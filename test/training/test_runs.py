@@ -51,8 +51,7 @@ def test_everything_optional_at_once(train, write_recipe, tmp_path):
     load_segmenter(tmp_path / "run/model")
 
 
-def test_a_run_folder_holds_what_it_takes_to_repeat_it(train, scenes, write_recipe, tmp_path):
-    assert train(write_recipe(), tmp_path / "run") == 0
+def test_a_run_folder_holds_what_it_takes_to_repeat_it(train, finished, tmp_path):
     written = yaml.safe_load((tmp_path / "run/recipe.yaml").read_text())
     assert written["schedule"]["weight_decay"] == 0.05  # defaults are written out
     facts = json.loads((tmp_path / "run/run.json").read_text())
@@ -67,7 +66,7 @@ def test_a_run_folder_holds_what_it_takes_to_repeat_it(train, scenes, write_reci
 
 def test_options_come_before_the_recipe_and_the_run_is_drawn(train, write_recipe, tmp_path):
     options = ["--batch-size", "2", "--learning-rate", "0.001", "--precision", "bfloat16", "--input-size", "48x64"]
-    assert train(write_recipe(), tmp_path / "run", *options, "--epochs", "1") == 0
+    assert train(write_recipe(), tmp_path / "run", *options, "--epochs", "1", draws=True) == 0
     written = yaml.safe_load((tmp_path / "run/recipe.yaml").read_text())
     schedule = written["schedule"]
     names = ("batch_size", "learning_rate", "precision", "epochs")
@@ -87,7 +86,7 @@ def test_options_come_before_the_recipe_and_the_run_is_drawn(train, write_recipe
     [pytest.param({}, marks=pytest.mark.slow), {"distillation_weight": 1.0, "input_scales": [1.0, 0.75, 0.5]}],
 )
 def test_stopped_within_an_epoch_and_continued_equals_uninterrupted(train, write_recipe, tmp_path, monkeypatch, extras):
-    recipe = write_recipe(network={"drop_path": 0.2}, schedule={"epochs": 3, "batch_size": 2, **extras})
+    recipe = write_recipe(network={"drop_path": 0.2}, schedule={"epochs": 2, "batch_size": 2, **extras})
     assert train(recipe, tmp_path / "whole") == 0
     monkeypatch.setattr(trainer.Trainer, "_is_due", lambda self: self.step == 7)
     monkeypatch.setattr(trainer.Trainer, "_time_is_up", lambda self: self.step == 7)
@@ -111,14 +110,15 @@ def test_input_sizes_are_drawn_and_learnt(train, write_recipe, tmp_path):
     assert train(write_recipe(schedule={**sizes, "input_scales": [1.0]}), tmp_path / "full") == 0
     assert not same_weights(checkpoint(tmp_path / "run"), checkpoint(tmp_path / "full"))
     # A plain ViT, which merges nothing, learns them as well.
-    assert train(write_recipe(schedule=sizes), tmp_path / "plain", "--without-merging") == 0
+    assert train(write_recipe(schedule=sizes), tmp_path / "plain", "--without-merging", "--epochs", "1") == 0
     assert "distillation_loss" in json.loads((tmp_path / "plain/log.jsonl").read_text().splitlines()[-1])
 
 
 def test_a_frozen_teacher_holds_the_full_size_against_what_the_labels_say(
     train, write_recipe, scenes, tmp_path, capsys
 ):
-    assert train(write_recipe(schedule={"epochs": 8}), tmp_path / "base") == 0
+    length = {"epochs": 6, "validate_every": 6}
+    assert train(write_recipe(schedule=length), tmp_path / "base") == 0
     init = str(tmp_path / "base/model")
     shutil.copytree(scenes, tmp_path / "swapped")
     for path in (tmp_path / "swapped").glob("*/labels/*.png"):
@@ -133,7 +133,7 @@ def test_a_frozen_teacher_holds_the_full_size_against_what_the_labels_say(
 
     equal = {}
     for teacher, weight in (("init", 50.0), ("self", 0.0)):
-        schedule = {"input_scales": [1.0, 0.5], "distillation_weight": weight, "teacher": teacher, "epochs": 8}
+        schedule = {"input_scales": [1.0, 0.5], "distillation_weight": weight, "teacher": teacher, **length}
         recipe = write_recipe(init=init, schedule=schedule)
         assert train(recipe, tmp_path / teacher, data=tmp_path / "swapped") == 0
         equal[teacher] = float((labels(tmp_path / teacher / "model") == labels(init)).float().mean())
@@ -143,7 +143,7 @@ def test_a_frozen_teacher_holds_the_full_size_against_what_the_labels_say(
 
 
 def test_the_plain_twin_trains_alike_and_merges_nothing(train, write_recipe, tmp_path, capsys):
-    recipe = write_recipe(schedule={"distillation_weight": 1.0})
+    recipe = write_recipe(schedule={"distillation_weight": 1.0, "epochs": 1})
     assert train(recipe, tmp_path / "run", "--without-merging") == 0
     assert "toy_vit: device cpu" in capsys.readouterr().out
     config = load_config(tmp_path / "run/model")
@@ -193,16 +193,14 @@ def test_merging_alone_is_learned_around_a_plain_vit_that_stays(train, write_rec
     assert "trains is 'merging', and its network has no Clusterer" in capsys.readouterr().err
 
 
-def test_a_finished_run_is_not_trained_again(train, write_recipe, tmp_path, capsys):
-    assert train(write_recipe(), tmp_path / "run") == 0
-    before = (tmp_path / "run/checkpoint.pt").stat().st_mtime_ns
-    assert train(write_recipe(), tmp_path / "run") == 0
+def test_a_finished_run_is_not_trained_again(train, write_recipe, finished, capsys):
+    before = (finished / "checkpoint.pt").stat().st_mtime_ns
+    assert train(write_recipe(), finished) == 0
     assert "already trained, mIoU" in capsys.readouterr().out
-    assert (tmp_path / "run/checkpoint.pt").stat().st_mtime_ns == before
+    assert (finished / "checkpoint.pt").stat().st_mtime_ns == before
 
 
-def test_another_class_list_and_other_data_are_refused(train, scenes, write_recipe, tmp_path, capsys):
-    assert train(write_recipe(), tmp_path / "run") == 0
+def test_another_class_list_and_other_data_are_refused(train, finished, write_recipe, tmp_path, capsys):
     classes = [{"name": name, "colour": [0, 0, 0]} for name in ("sky", "street", "car")]
     assert train(write_recipe(classes=classes), tmp_path / "run") == 2
     error = capsys.readouterr().err
@@ -219,7 +217,7 @@ def test_another_class_list_and_other_data_are_refused(train, scenes, write_reci
 def test_a_loss_that_is_not_finite_names_the_files_and_keeps_the_checkpoint(
     train, write_recipe, tmp_path, capsys, monkeypatch
 ):
-    recipe = write_recipe(schedule={"epochs": 3, "batch_size": 2})
+    recipe = write_recipe(schedule={"batch_size": 2})
     forward = trainer._TrainingStep.forward
     seen = []
 
@@ -363,13 +361,11 @@ def test_recipes_that_cannot_be_used(train, write_recipe, tmp_path, capsys, sect
     assert message in error and error.count("\n") == 1
 
 
-def test_a_refused_command_changes_no_file_of_the_run(train, write_recipe, tmp_path, capsys):
-    recipe = write_recipe()
-    assert train(recipe, tmp_path / "run") == 0
-    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
-    assert train(recipe, tmp_path / "run", "--epochs", "60") == 2
+def test_a_refused_command_changes_no_file_of_the_run(train, write_recipe, finished, capsys):
+    before = {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()}
+    assert train(write_recipe(), finished, "--epochs", "60") == 2
     assert "was made with another recipe" in capsys.readouterr().err
-    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == before
+    assert {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()} == before
 
 
 def test_a_run_folder_has_one_training_at_a_time(train, write_recipe, tmp_path, capsys):
@@ -379,7 +375,7 @@ def test_a_run_folder_has_one_training_at_a_time(train, write_recipe, tmp_path, 
         assert train(write_recipe(), tmp_path / "run") == 2
     assert "another training runs in this folder" in capsys.readouterr().err
     assert not (tmp_path / "run/recipe.yaml").exists()
-    assert train(write_recipe(), tmp_path / "run") == 0
+    assert train(write_recipe(), tmp_path / "run", "--epochs", "1") == 0
 
 
 @pytest.mark.parametrize(
@@ -387,11 +383,9 @@ def test_a_run_folder_has_one_training_at_a_time(train, write_recipe, tmp_path, 
     [("checkpoint.pt", b"text"), ("checkpoint.pt", b""), ("checkpoint.pt", b"\x80\x02}q\x00."),
      ("data.json", b"{broken"), ("data.json", b"[]"), ("done.json", b"{"), ("done.json", b"7")],
 )  # fmt: skip
-def test_damaged_files_of_a_run_are_named(train, write_recipe, tmp_path, capsys, name, content):
-    recipe = write_recipe()
-    assert train(recipe, tmp_path / "run") == 0
+def test_damaged_files_of_a_run_are_named(train, write_recipe, finished, capsys, name, content):
     if name == "checkpoint.pt":
-        (tmp_path / "run/done.json").unlink()
-    (tmp_path / "run" / name).write_bytes(content)
-    assert train(recipe, tmp_path / "run") == 2
+        (finished / "done.json").unlink()
+    (finished / name).write_bytes(content)
+    assert train(write_recipe(), finished) == 2
     assert f"{name}: " in capsys.readouterr().err

@@ -180,13 +180,13 @@ def toy(tmp_path_factory):
     return root
 
 
-def train(toy, out, recipe="toy.yaml"):
+def train_toy(toy, out, recipe="toy.yaml"):
     return main(["train", str(toy / recipe), "--data", str(toy), "--out", str(out), "--device", "cpu"])
 
 
 @pytest.fixture(scope="module")
 def trained(toy):
-    assert train(toy, toy / "run") == 0
+    assert train_toy(toy, toy / "run") == 0
     return toy / "run"
 
 
@@ -218,27 +218,27 @@ def test_every_kind_of_network_trains(toy, tmp_path, network):
     recipe["network"] |= network
     recipe["schedule"] |= {"epochs": 3, "validate_every": 3, "merge_after": 0.0}
     (toy / f"{tmp_path.name}.yaml").write_text(yaml.safe_dump(recipe))
-    assert train(toy, tmp_path / "run", f"{tmp_path.name}.yaml") == 0
+    assert train_toy(toy, tmp_path / "run", f"{tmp_path.name}.yaml") == 0
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert log[-1]["loss"] < log[0]["loss"] and log[-1]["cluster_loss"] < log[0]["cluster_loss"]
     load_segmenter(tmp_path / "run" / "model")
 
 
-def test_interrupted_training_ends_with_the_same_weights(toy, trained, monkeypatch):
+def test_interrupted_training_ends_with_the_same_weights(train, write_recipe, toy_run, tmp_path, monkeypatch):
     from clustvit_ros.training import trainer
 
     train_epoch = trainer.Trainer._train_epoch
 
     def interrupted(self, epoch):
-        if epoch == 5:
+        if epoch == 1:
             raise KeyboardInterrupt
         return train_epoch(self, epoch)
 
     monkeypatch.setattr(trainer.Trainer, "_train_epoch", interrupted)
-    assert train(toy, toy / "again") == 130
+    assert train(write_recipe(), tmp_path / "again") == 130
     monkeypatch.undo()
-    assert train(toy, toy / "again") == 0
-    first, second = (torch.load(run / "checkpoint.pt", weights_only=True) for run in (trained, toy / "again"))
+    assert train(write_recipe(), tmp_path / "again") == 0
+    first, second = (torch.load(run / "checkpoint.pt", weights_only=True) for run in (toy_run, tmp_path / "again"))
     for name, tensor in first["network"].items():
         assert torch.equal(tensor, second["network"][name]), name
 
@@ -247,7 +247,7 @@ def test_a_run_folder_of_another_recipe_is_refused(toy, trained, capsys):
     recipe = yaml.safe_load((toy / "toy.yaml").read_text())
     recipe["schedule"]["epochs"] = 9
     (toy / "other.yaml").write_text(yaml.safe_dump(recipe))
-    assert train(toy, trained, "other.yaml") == 2
+    assert train_toy(toy, trained, "other.yaml") == 2
     assert "another recipe" in capsys.readouterr().err
 
 
