@@ -183,6 +183,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         "--precision", choices=("auto", "float32", "bfloat16", "float16"),
         help="of the forward pass, instead of the recipe's",
     )  # fmt: skip
+    parser.add_argument("--seed", type=int, help="of everything random, instead of the recipe's")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add_threads(parser)
     parser.add_argument(

@@ -71,7 +71,7 @@ def overridden(schedule: S, args: argparse.Namespace) -> S:
     Raises:
         ConfigError: a value out of range.
     """
-    names = ("epochs", "batch_size", "learning_rate", "precision")
+    names = ("epochs", "batch_size", "learning_rate", "precision", "seed")
     return dataclasses.replace(
         schedule, **{name: getattr(args, name) for name in names if getattr(args, name) is not None}
     )

@@ -34,8 +34,13 @@ ARCHITECTURES |= {
     "clustr_b1": ClusTRConfig(),
     "clustr_b2": ClusTRConfig(depths=(3, 5, 13, 2)),
     "clustr_b3": ClusTRConfig(depths=(3, 5, 18, 3), embed_dims=(64, 128, 320, 512), num_heads=(1, 2, 5, 8)),
-}
-"""Published sizes by name; a model's `network` section states what differs."""
+    "clustr_t": ClusTRConfig(
+        embed_dims=(32, 64, 128, 256), depths=(1, 2, 4, 1), num_heads=(1, 1, 2, 4), mlp_ratios=(4.0, 4.0, 4.0, 4.0),
+        window_tokens=256, head_dim=64,
+    ),
+}  # fmt: skip
+"""Published sizes by name, and `clustr_t`, half as wide as `clustr_b1`, which takes a CPU as long as `vit_t` does; a
+model's `network` section states what differs."""
 
 # Hyper-parameters that mean nothing to a plain ViT.
 _OF_MERGING = {

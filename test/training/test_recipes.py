@@ -74,6 +74,17 @@ def test_recipes_start_from_what_ships_or_from_another_recipe_s_model(path):
         assert not start or load_config(start)
 
 
+def test_the_family_learns_alike_and_costs_alike():
+    """Four systems differ in architecture alone, and the narrow ClusTR takes no more operations than the ViT."""
+    recipes = {kind: read_recipe(FOLDER / f"family_{kind}.yaml") for kind in ("clustvit", "clustr", "cast")}
+    own = {"name": "", "architecture": "vit_t", "network": {}}
+    assert len({repr(dataclasses.replace(recipe, **own)) for recipe in recipes.values()}) == 1
+    vit = recipes["clustvit"].without_merging().model_config().network
+    narrow = recipes["clustr"].model_config().network
+    for size in ((224, 288), (352, 480), (512, 512)):
+        assert count_cost(narrow, 11, size).flops < count_cost(vit, 11, size).flops
+
+
 def test_merging_still_pays_where_more_of_the_network_is_convolutions():
     """At least 60 % of the operations of the unmerged network can be merged away."""
     recipe = read_recipe(FOLDER / "camvid_tiny_drives.yaml")

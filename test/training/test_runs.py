@@ -45,7 +45,8 @@ def test_everything_optional_at_once(train, write_recipe, tmp_path):
             "precision": "bfloat16", "epochs": 3,
         },
     )  # fmt: skip
-    assert train(recipe, tmp_path / "run", "--cache-gb", "0") == 0
+    assert train(recipe, tmp_path / "run", "--cache-gb", "0", "--seed", "7") == 0
+    assert json.loads((tmp_path / "run/run.json").read_text())["seed"] == 7
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert {"loss", "lovasz_loss", "distillation_loss", "cluster_loss", "learning_rate"} <= log[0].keys()
     load_segmenter(tmp_path / "run/model")
