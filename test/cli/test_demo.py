@@ -177,7 +177,7 @@ def test_simulated_drive_is_scored_under_every_budget(make_toy_model, tmp_path, 
     """Short phases and an untrained model: it is the chain that is tested, from renderer to film."""
     model, out = make_toy_model(load_class_set("sim")), tmp_path / "demo"
     arguments = ["demo", "--source", "sim:5", "--model", str(model), "--output", str(out), "--view"]
-    assert main([*arguments, "--device", "cpu", "--frames", "12", "--rate", "10"]) == 0
+    assert main([*arguments, "--device", "cpu", "--frames", "8", "--rate", "10"]) == 0
     out = out / "latest"
     report = json.loads((out / "summary.json").read_text())
     phases = {phase["name"]: phase for phase in report["phases"]}

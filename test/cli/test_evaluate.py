@@ -171,7 +171,20 @@ def test_bad_files_are_skipped_on_request(model_dir, labelled_dir, tmp_path, cap
     assert "b.png: got an unreadable file" in captured.err and "on 2 images" in captured.out
 
 
-@pytest.mark.parametrize("name", ["camvid_tiny", pytest.param("camvid_small", marks=pytest.mark.slow)])
+def test_a_shipped_model_keeps_its_score_on_every_eighth_image(camvid_dir, tmp_path):
+    for kind in ("images", "labels"):
+        (tmp_path / kind).mkdir()
+        for path in sorted((camvid_dir / "val" / kind).iterdir())[::8]:
+            (tmp_path / kind / path.name).symlink_to(path)
+    assert evaluate("camvid_tiny", tmp_path, "--json", tmp_path / "out.json") == 0
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["images"] == 13
+    assert report["miou"] == pytest.approx(62.88, abs=0.2)
+    assert report["tokens_merged_mean"] == pytest.approx(0.385, abs=0.005)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["camvid_tiny", "camvid_small"])
 def test_shipped_models_keep_their_scores(camvid_dir, tmp_path, name):
     """The figures in every model card of CamVid come out of this command."""
     from clustvit_ros.networks import load_config
