@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import io
+import os
+import signal
 import sys
 import textwrap
 from typing import NamedTuple
@@ -95,7 +97,7 @@ class _Help(argparse.HelpFormatter):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a sub-command; errors on purpose become one line and exit code 2, interruption exit code 130."""
+    """Run a sub-command; errors on purpose become one line and exit code 2, interruption 130, a closed pipe 141."""
     bound_spinning()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files and topics may be anything
@@ -104,7 +106,12 @@ def main(argv: list[str] | None = None) -> int:
     asked = [name for name in COMMANDS if arguments[:1] == [name.replace("_", "-")]]
     args = make_parser(asked or list(COMMANDS)).parse_args(arguments)
     try:
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read the output has had enough, as `head`; the rest of it goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (ClustvitError, OSError) as error:  # the latter: files and folders that cannot be read or written
         print(f"clustvit-ros: error: {printable(error)}", file=sys.stderr)
         return 2

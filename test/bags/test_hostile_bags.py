@@ -258,7 +258,7 @@ NEIGHBOURS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_nothing_of_a_user_s_is_ever_removed_or_changed(tmp_path, seed):
     """Any files, called as ours are, in OUT and OUT.partial, before, beside and instead of real output."""
     source = camera_bag(tmp_path / "in", 2)

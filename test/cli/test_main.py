@@ -103,6 +103,13 @@ def test_the_package_runs_as_a_module():
     assert (done.returncode, done.stdout.strip()) == (0, __version__)
 
 
+def test_a_reader_that_has_had_enough_is_no_error():
+    command = [sys.executable, "-m", "clustvit_ros", "models"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 141)
+
+
 @pytest.mark.parametrize("threads", ["-1", "100000", "many"])
 @pytest.mark.parametrize("command", ["bench", "evaluate --model m --images i --labels l", "train r --data d"])
 def test_threads_beyond_what_native_code_bears_are_refused(command, threads, capsys):

@@ -87,7 +87,7 @@ def classifier(config, num_classes):
     return Classifier(exact.build(1).backbone, num_classes).eval()
 
 
-@pytest.mark.parametrize("max_distances", [1 << 24, 1 << 14], ids=["whole", "in_bands"])
+@pytest.mark.parametrize("max_distances", [1 << 24, 100_000], ids=["whole", "in_bands"])
 @torch.no_grad()
 def test_the_network_is_the_official_one(golden_dir, monkeypatch, max_distances):
     monkeypatch.setattr(density_peaks_module, "_MAX_DISTANCES", max_distances)
@@ -97,8 +97,9 @@ def test_the_network_is_the_official_one(golden_dir, monkeypatch, max_distances)
     for stage, (tokens, grid_size) in enumerate(network.backbone.stage_tokens(expected["image"]), start=1):
         close(tokens, expected[f"stage{stage}_tokens"])
         assert grid_size[0] * grid_size[1] == tokens.shape[1]
-    close(network(expected["image"]), expected["logits"])
-    assert torch.equal(network(expected["image"]), network(expected["image"]))
+    logits = network(expected["image"])
+    close(logits, expected["logits"])
+    assert torch.equal(logits, network(expected["image"]))
 
 
 def test_checkpoints_that_are_no_clustr_say_so(golden_dir):
