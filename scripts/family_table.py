@@ -105,6 +105,7 @@ def ways() -> list[str]:
         ("ALGM, windows in block 1, pairs in block 5", {"merging": "algm", "decode": "compact"}),
         ("ToMe from block 3", {"merging": "tome"}),
         ("local k-means after block 3", {"merging": "kmeans"}),
+        ("STViT-R's semantic tokens after block 3", {"merging": "stvit"}),
     )
     for title, network in variants:
         for kept in (512, 307):

@@ -84,7 +84,7 @@ def add_variants(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--merge", type=parse_names, default=("",),
         help="ways to merge, separated by commas: none, clusters (ClustViT's own), algm, algm+clusters, cts (of a "
-        "model that has a policy network), tome, kmeans (default: the model's)",
+        "model that has a policy network), tome, kmeans, stvit (default: the model's)",
     )  # fmt: skip
     parser.add_argument(
         "--decode", type=parse_names, default=("",),

@@ -18,14 +18,14 @@ from clustvit_ros.networks.algm import LocalGlobalMergingViT, WindowsThenCluster
 from clustvit_ros.networks.bipartite_merging import BipartiteMergingViT
 from clustvit_ros.networks.clustvit import ClustViT
 from clustvit_ros.networks.cts import POLICY_STRIDE, TokenSharingViT
+from clustvit_ros.networks.grid_centres import LocalKMeansViT, SemanticTokenViT
 from clustvit_ros.networks.heads import NUM_LEVELS, DetailHead, LinearHead, MaskTransformer, UPerHead
-from clustvit_ros.networks.local_kmeans import LocalKMeansViT
 from clustvit_ros.networks.segmenter import NetworkConfig, Segmenter, check_transformer
 from clustvit_ros.networks.vit import VisionTransformer, detail_dims
 
-MERGINGS = ("none", "clusters", "algm", "algm+clusters", "cts", "tome", "kmeans")
+MERGINGS = ("none", "clusters", "algm", "algm+clusters", "cts", "tome", "kmeans", "stvit")
 """Ways to merge tokens: not at all, ClustViT's clusters, ALGM's windows and matching, its windows and then clusters,
-CTS's policy network, ToMe's matching in every block, local k-means."""
+CTS's policy network, ToMe's matching in every block, local k-means, STViT-R's semantic tokens."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class ViTConfig(NetworkConfig):
         shared_windows: CTS by schedule: windows of an image of `image_size` that share at a threshold of 0.5; 0 leaves
             that to their probability.
         injection_points: for several merges, blocks before each; empty is `injection_point` alone. ALGM has two, and
-            takes the published ones, in the first block and after a third of them, where none are given.
+            takes the published ones, in the first block and after a third of them, where none are given; "tome" and
+            "kmeans" take the first.
         cluster_mlp_dim: hidden width of the Clusterer; 0 takes the published ratio, 4 1/32 times embed_dim.
         head: "segmenter" (mask transformer), "upernet", "linear", or "detail", which joins the tokens with the finer
             maps of a convolutional stem.
@@ -72,7 +73,7 @@ class ViTConfig(NetworkConfig):
     depth: int = 12
     num_heads: int = 3
     mlp_ratio: float = 4.0
-    merging: Literal["", "none", "clusters", "algm", "algm+clusters", "cts", "tome", "kmeans"] = ""
+    merging: Literal["", "none", "clusters", "algm", "algm+clusters", "cts", "tome", "kmeans", "stvit"] = ""
     merge_similarity: float = 0.88
     share_corner: bool = False
     shared_windows: int = 0
@@ -242,6 +243,8 @@ class ViTConfig(NetworkConfig):
         if self.merge_method == "algm+clusters":
             first, second = self.points
             return WindowsThenClustersViT(first, second, self.num_clusters, cluster_mlp_dim, **vit)
+        if self.merge_method == "stvit":
+            return SemanticTokenViT(self.points, **vit)
         return (BipartiteMergingViT if self.merge_method == "tome" else LocalKMeansViT)(self.points[0], **vit)
 
     def _build_head(self, num_classes: int) -> nn.Module:

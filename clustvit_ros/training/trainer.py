@@ -272,7 +272,7 @@ class _TrainingStep(nn.Module):
         measures: dict[str, Tensor] = {}
         # Heads may answer on a finer grid than the patches'.
         num_tokens = 0 if merged.cluster_ids is None else merged.cluster_ids.shape[1]
-        merges = merged.cluster_logits is not None and token_capacity != num_tokens
+        merges = merged.cluster_ids is not None and token_capacity != num_tokens
         if self._teacher:
             with torch.no_grad():
                 full_logits = self._full(self._teacher[0], images)

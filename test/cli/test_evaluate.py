@@ -54,7 +54,7 @@ def test_ways_to_merge_are_scored_side_by_side(model_dir, labelled_dir, tmp_path
     assert [row["tokens_kept_mean"] for row in rows] == [48, 24, 24, 24, 24]
     assert capsys.readouterr().out.count("mIoU") == 5
     assert evaluate(model_dir, labelled_dir, "--merge", "magic") == 2
-    ways = "none, clusters, algm, algm+clusters, cts, tome, kmeans"
+    ways = "none, clusters, algm, algm+clusters, cts, tome, kmeans, stvit"
     assert f"--merge: got 'magic', expected one of {ways}" in capsys.readouterr().err
 
 

@@ -153,7 +153,7 @@ def test_every_way_to_merge_keeps_the_contract(merging, kind, make_toy_variant, 
     if kind == "onnxruntime":
         for package in ("onnx", "onnxruntime"):
             pytest.importorskip(package, reason=f"needs {package}, of the extra 'onnx'")
-    model, recorder = str(make_toy_variant(merging=merging)), CountingRecorder()
+    model, recorder = str(make_toy_variant(merging=merging, depth=4)), CountingRecorder()
     reference = create_engine(model, "torch", "cpu", precision="float32")
     if kind == "onnxruntime":
         engine, scales = create_engine(model, kind, "cpu"), (1.0,)

@@ -100,7 +100,7 @@ def test_both_steps_together_are_the_network(toy_model, tmp_path):
             pytest.param("clustvit_t", overrides, marks=pytest.mark.slow)
             for overrides in (
                 {"decode": "grouped"}, {"merging": "algm"}, {"merging": "algm+clusters"}, {"merging": "cts"},
-                {"merging": "tome"}, {"merging": "kmeans"}, {"injection_points": [2, 5]},
+                {"merging": "tome"}, {"merging": "kmeans"}, {"merging": "stvit"}, {"injection_points": [2, 5]},
             )
         ),
     ],

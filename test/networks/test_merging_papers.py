@@ -24,7 +24,7 @@ from clustvit_ros.networks.bipartite_merging import similarity_score
 from clustvit_ros.networks.vit_config import MERGINGS
 
 # What its centres' results are mixed for keeps no row of its own.
-MIXING = ("kmeans",)
+MIXING = ("kmeans", "stvit")
 
 
 @torch.no_grad()
@@ -136,6 +136,59 @@ def test_centres_of_a_grid_as_a_plain_loop_moves_them(capacity, centre_grid, dec
     assert int((features.cluster_ids == 0).sum()) == len(places) <= capacity
     found = features.tokens[0] if decode == "full" else features.tokens[0][features.slots[0]]
     torch.testing.assert_close(found, backbone.norm(expected), rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("decode", ["full", "compact"])
+@pytest.mark.parametrize(("points", "depth"), [((1,), 5), ((0, 5), 9)])
+@pytest.mark.parametrize(("capacity", "centre_grid"), [(12, (3, 4)), (31, (4, 7)), (2, (1, 2))])
+def test_semantic_tokens_as_a_plain_loop_makes_and_recovers_from_them(capacity, centre_grid, points, depth, decode):
+    """STViT-R (arXiv 2303.08685): pooled queries, two blocks that see all, some on semantic tokens, and recovery."""
+    network = make_small(merging="stvit", injection_points=points, depth=depth, decode=decode)
+    backbone, (rows, columns) = network.backbone, centre_grid
+
+    def run(block, queries, context):
+        """Row by row and head by head."""
+        rows_of = [block.attn.qkv(block.norm1(row)).chunk(3) for row in context]
+        results = []
+        for row in queries:
+            q, heads = block.attn.qkv(block.norm1(row)).chunk(3)[0], []
+            for head in (slice(0, 12), slice(12, 24)):
+                scores = torch.stack([q[head] @ k[head] / 12**0.5 for _, k, _ in rows_of]).softmax(dim=0)
+                heads.append(sum(score * v[head] for score, (_, _, v) in zip(scores, rows_of, strict=True)))
+            row = row + block.attn.proj(torch.cat(heads))
+            results.append(row + block.mlp(block.norm2(row)))
+        return results
+
+    images = torch.randn(1, 3, 96, 128, generator=torch.Generator().manual_seed(2))
+    x = list(backbone.embed(images)[0][0])
+    for index, block in enumerate(backbone.blocks):
+        if index in points:
+            tokens, semantic = x[1:], x[:1]
+            for i in range(rows):
+                for j in range(columns):
+                    cell = [tokens[8 * r + c] for r in range(6 * i // rows, -(-6 * (i + 1) // rows))
+                            for c in range(8 * j // columns, -(-8 * (j + 1) // columns))]  # fmt: skip
+                    semantic.append(sum(cell) / len(cell))
+            made = {index, index + 1}
+            end = depth - 1 if index == points[-1] else points[points.index(index) + 1] - 2
+        if index < points[0] or index > end:
+            x = run(block, x, x)
+        elif index in made:
+            semantic = run(block, semantic, [*semantic, *tokens])
+        elif index < end or (decode == "compact" and index == depth - 1):
+            semantic = run(block, semantic, semantic)
+        else:
+            x = run(block, [semantic[0], *tokens], semantic)
+    if decode == "compact":
+        x = [
+            semantic[0],
+            *(semantic[1 + r * rows // 6 * columns + c * columns // 8] for r in range(6) for c in range(8)),
+        ]
+    features = backbone(images, token_capacity=capacity)
+    found = features.tokens[0] if decode == "full" else features.tokens[0][features.slots[0]]
+    assert int((features.cluster_ids == 0).sum()) == rows * columns
+    torch.testing.assert_close(found, backbone.norm(torch.stack(x[1:])), rtol=0, atol=1e-4)
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from clustvit_ros.networks import (
 from clustvit_ros.networks.architectures import without_merging
 from clustvit_ros.networks.bipartite_merging import Groups, merge_most_similar, most_similar
 from clustvit_ros.networks.clustering import GROUP_SIZE, group_merged
-from clustvit_ros.networks.local_kmeans import grid_of_centres, local_kmeans, middles
+from clustvit_ros.networks.grid_centres import grid_of_centres, local_kmeans, middles
 from clustvit_ros.networks.model_folder import InputConfig
 from clustvit_ros.networks.official import to_official
 from clustvit_ros.networks.segmenter import Features
@@ -36,6 +36,8 @@ VARIANTS = [
     {"injection_points": (1, 3), "decode": "compact"}, {"decode": "grouped"},
     {"injection_points": (1, 3), "decode": "grouped"}, {"merging": "tome"}, {"merging": "kmeans"},
     {"merging": "tome", "decode": "compact"}, {"merging": "kmeans", "decode": "compact", "head": "linear"},
+    {"merging": "stvit"}, {"merging": "stvit", "decode": "compact", "depth": 8, "injection_points": (1, 5)},
+    {"merging": "stvit", "head": "upernet", "head_blocks": (0, 1, 2, 3), "head_channels": 8},
     {"merging": "cts"}, {"merging": "cts", "decode": "compact", "stem": "conv", "head": "detail"},
     {"merging": "algm+clusters", "injection_point": 2}, {"merging": "algm"},
     {"merging": "algm", "injection_points": (1, 2), "decode": "compact"},
@@ -73,7 +75,7 @@ def test_capacity_is_kept(changes, images, capacity):
     kept = (output.cluster_ids == 0).sum(dim=1)
     if changes.get("merging") == "cts" and capacity >= 12:  # whole windows
         assert (kept == 48 - 3 * -(-(48 - capacity) // 3)).all()
-    elif changes.get("merging") == "kmeans":
+    elif changes.get("merging") in ("kmeans", "stvit"):
         assert (kept <= capacity).all() and (kept >= 0.7 * capacity).all()
     else:
         assert (kept == capacity).all()
@@ -320,6 +322,9 @@ def test_what_cannot_be_is_refused():
         ViTConfig(merging="algm", injection_points=(2,))
     with pytest.raises(ConfigError, match=r"injection_points: got \[3, 12\] with 12 blocks, expected ascending"):
         build_network(ViTConfig(merging="algm", injection_points=(3, 12)), 2)
+    for points in ((2,), (0, 3, 7), (9, 12)):
+        with pytest.raises(ConfigError, match=r"with (4|12) blocks and merging 'stvit', expected at least 3 blocks"):
+            build_network(ViTConfig(merging="stvit", injection_points=points, depth=4 if points == (2,) else 12), 2)
     for similarity in (0.0, 1.0, -0.5, float("nan")):
         with pytest.raises(ConfigError, match=r"merge_similarity is .*, expected above 0 and below 1"):
             ViTConfig(merging="algm", merge_similarity=similarity)
