@@ -20,7 +20,8 @@ import yaml
 from clustvit_ros.config import read_yaml
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.networks.model_folder import WEIGHTS_FILE, load_config, weights_path
-from clustvit_ros.networks.vit_config import MERGINGS, ViTConfig
+from clustvit_ros.networks.segmenter import NetworkConfig
+from clustvit_ros.networks.vit_config import DECODINGS, MERGINGS, ViTConfig
 from clustvit_ros.paths import MODEL_FILE, find_model, model_name
 from clustvit_ros.policy.parameters import MOST_THREADS
 
@@ -99,24 +100,35 @@ def find_variants(args: argparse.Namespace, model: str | Path, folder: Path) -> 
     Raises:
         ModelError, ConfigError: the model cannot be used, or not in such a way.
     """
-    models = []
+    source, models = find_model(model), []
     for merging in args.merge:
-        if merging and merging not in MERGINGS:
-            raise ConfigError(f"--merge: got {merging!r}, expected one of {', '.join(MERGINGS)}")
         for decode in args.decode:
             network = {name: value for name, value in (("merging", merging), ("decode", decode)) if value}
-            source = find_model(model)
-            if network and not isinstance(load_config(source).network, ViTConfig):
-                option = "merge" if merging else "decode"
-                raise ConfigError(f"--{option}: {model} is of another family than ViT and ClustViT")
-            if merging == "cts" and getattr(load_config(source).network, "merging", "") != "cts":
-                raise ConfigError(
-                    f"--merge: {model} has no policy network, which cts shares tokens by; import a checkpoint of "
-                    "CTS, or train one (config/train/add_merging.yaml)"
-                )
+            if network:
+                _check_variant(load_config(source).network, model_name(source), merging, decode)
             name = "+".join([model_name(source), *network.values()])
             models.append(write_variant(source, folder / name, network) if network else source)
     return models
+
+
+def _check_variant(network: NetworkConfig, name: str, merging: str, decode: str) -> None:
+    """Refuse ways that do not exist, or that a model's weights have no part for."""
+    for option, value, known in (("merge", merging, MERGINGS), ("decode", decode, DECODINGS)):
+        if value and value not in known:
+            raise ConfigError(f"--{option}: got {value!r}, expected one of {', '.join(known)}")
+    if not isinstance(network, ViTConfig):
+        option = "merge" if merging else "decode"
+        raise ConfigError(f"--{option}: {name} is of another family than ViT and ClustViT; leave it out")
+    if merging == "cts" and network.merge_method != "cts":
+        raise ConfigError(
+            f"--merge: {name} has no policy network, which cts shares tokens by; import a checkpoint of CTS, or train "
+            "one (config/train/add_merging.yaml)"
+        )
+    if merging == "algm+clusters" and network.merge_method == "clusters" and len(network.points) > 1:
+        raise ConfigError(
+            f"--merge: algm+clusters has one Clusterer, {name} has {len(network.points)}, for its injection_points "
+            f"{list(network.points)}; use clusters or algm"
+        )
 
 
 def write_variant(

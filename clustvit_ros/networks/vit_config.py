@@ -27,6 +27,9 @@ MERGINGS = ("none", "clusters", "algm", "algm+clusters", "cts", "tome", "kmeans"
 """Ways to merge tokens: not at all, ClustViT's clusters, ALGM's windows and matching, its windows and then clusters,
 CTS's policy network, ToMe's matching in every block, local k-means, STViT-R's semantic tokens."""
 
+DECODINGS = ("full", "compact", "grouped")
+"""What the head sees of merged tokens."""
+
 
 @dataclass(frozen=True)
 class ViTConfig(NetworkConfig):

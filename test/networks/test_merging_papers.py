@@ -12,15 +12,16 @@ import math
 
 import pytest
 import torch
-from small_network import make_small
+from small_network import SMALL, make_small
 
 from clustvit_ros.classes import ClassSet
 from clustvit_ros.cli.main import main
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.measure.flops import count_cost
-from clustvit_ros.networks import ViTConfig, network_config
+from clustvit_ros.networks import ModelConfig, ViTConfig, build_network, network_config, save_model
 from clustvit_ros.networks.algm import window_similarity
 from clustvit_ros.networks.bipartite_merging import similarity_score
+from clustvit_ros.networks.model_folder import InputConfig
 from clustvit_ros.networks.vit_config import MERGINGS
 
 # What its centres' results are mixed for keeps no row of its own.
@@ -347,11 +348,34 @@ def test_cts_costs_what_is_published(head, classes, published_gflops):
     assert cost.flops / 1e9 == pytest.approx(published_gflops, rel=0.005)
 
 
-def test_what_cts_cannot_do_is_refused(make_toy_model, tmp_path, capsys):
+def test_what_cts_cannot_do_is_refused():
     with pytest.raises(ConfigError, match="patch_size is 8 with merging 'cts', whose policy network sees windows"):
         ViTConfig(merging="cts", patch_size=8)
     with pytest.raises(ConfigError, match="share_corner with merging 'algm' and decode 'full', expected 'cts'"):
         ViTConfig(merging="algm", share_corner=True)
-    model = str(make_toy_model(ClassSet.numbered(7)))
-    assert main(["bench", "--model", model, "--merge", "cts"]) != 0
-    assert "--merge: " in (told := capsys.readouterr().err) and "has no policy network" in told
+
+
+@pytest.mark.parametrize(
+    ("architecture", "network", "options", "message"),
+    [
+        ("clustvit_t", {}, ("--merge", "cts"), "--merge: small has no policy network, which cts shares tokens by"),
+        ("clustvit_t", {}, ("--merge", "magic"), "--merge: got 'magic', expected one of none, clusters, algm"),
+        ("clustvit_t", {}, ("--decode", "half"), "--decode: got 'half', expected one of full, compact, grouped"),
+        ("clustvit_t", {}, ("--merge", "algm+clusters", "--decode", "compact"), "'compact' with merging 'algm+clu"),
+        ("clustvit_t", {"injection_points": [0, 2]}, ("--merge", "algm+clusters"), "one Clusterer, small has 2, for"),
+        ("clustvit_t", {"depth": 3}, ("--merge", "stvit"), "with 3 blocks and merging 'stvit', expected at least 3"),
+        ("vit_t", {}, ("--merge", "clusters"), "merging is 'clusters', which a plain vit has no weights for; use algm"),
+        ("clustr_b1", None, ("--merge", "tome"), "--merge: small is of another family than ViT and ClustViT"),
+    ],
+)  # fmt: skip
+def test_what_a_model_has_no_part_for_is_one_message(architecture, network, options, message, tmp_path, capsys):
+    if network is None:
+        overrides = {"image_size": [96, 128], "embed_dims": [16] * 4, "num_heads": [1] * 4, "depths": [1] * 4}
+    else:
+        overrides = {**SMALL, "image_size": [96, 128], **network}
+    config = network_config(architecture, overrides)
+    model = ModelConfig("m", architecture, config, ClassSet.numbered(5), InputConfig((96, 128)), overrides=overrides)
+    save_model(tmp_path / "small", model, build_network(config, 5))
+    assert main(["bench", "--model", str(tmp_path / "small"), *options]) == 2
+    told = capsys.readouterr().err
+    assert message in told and told.count("\n") == 1

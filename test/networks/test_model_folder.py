@@ -148,6 +148,12 @@ def test_networks_of_absurd_size_cost_nothing(folder, network):
         load_segmenter(folder[0])
 
 
+def test_a_number_that_is_none_is_told(folder):
+    edit(folder[0], network={**OVERRIDES, "merge_similarity": float("nan")})
+    with pytest.raises(ConfigError, match="merge_similarity is nan, expected a number"):
+        load_config(folder[0])
+
+
 @pytest.mark.parametrize("size", [[10**6, 10**6], [8192, 8192], [4096, 4112], [1, 10**5]])
 def test_absurd_inputs_are_refused(folder, size):
     edit(folder[0], input={"size": size})
