@@ -307,8 +307,7 @@ def _check_sizes(network: dict[str, Any], where: str) -> None:
         largest = _DEEPEST if "depth" in name or "point" in name else _LARGEST_SIZE
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int | float) and not abs(number) <= largest:
-                expected = "a number" if number != number else f"at most {largest}"
-                raise ConfigError(f"{where}: {name} is {value}, expected {expected}")
+                raise ConfigError(f"{where}: {name} is {value}, expected a number of at most {largest}")
 
 
 def hash_weights(model: str | Path) -> str:

@@ -97,7 +97,7 @@ def network_of(
             continue
         if name in shapes and shapes[name] != value:
             raise ConfigError(f"{name}: got {value!r}, but the checkpoint's shapes say {shapes[name]!r}")
-    shapes |= _sharing(weights, model)
+    shapes |= sharing_of(weights, model)
     backbone = {"num_heads": max(embed_dim // 64, 1), **hints_of(model)}
     network = {**backbone, **shapes, **known, "head": shapes["head"]}
     for name in ("injection_points", "head_blocks"):
@@ -125,7 +125,7 @@ def network_of(
     return architecture, {name: value for name, value in network.items() if getattr(published, name) != value}
 
 
-def _sharing(weights: dict[str, Tensor], model: dict[str, Any]) -> dict[str, Any]:
+def sharing_of(weights: dict[str, Tensor], model: dict[str, Any]) -> dict[str, Any]:
     """What makes a ViT one of CTS, as ClustViT's authors have it; empty for any other.
 
     Raises:

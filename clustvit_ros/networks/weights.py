@@ -41,8 +41,10 @@ from clustvit_ros.networks.official import (
     count_classes,
     from_official,
     from_official_clustr,
+    hints_of,
     is_clustr,
     network_of,
+    sharing_of,
 )
 from clustvit_ros.networks.segmenter import NetworkConfig, Segmenter
 from clustvit_ros.networks.vit import grid_size_of
@@ -141,13 +143,19 @@ def network_for(
     if not is_clustr(weights) and not _is_vit_encoder(weights):
         return *network_of(weights, checkpoint.model, known), count_classes(weights)
     family: type[NetworkConfig]
+    size: tuple[str, ...]
     if is_clustr(weights):
         family, default, kind = ClusTRConfig, "clustr_b1", " for a ClusTR classifier"
         wanted, size = {**clustr_shape(weights), **known}, ("embed_dims", "depths")
     else:
         family, default, kind = ViTConfig, "vit_t", ""
-        shape = _encoder_shape(import_weights(checkpoint), known.get("image_size"))
-        wanted, size = {**shape, **known}, ("embed_dim", "depth")
+        hints = {k: v for k, v in hints_of(checkpoint.model).items() if k in ("num_heads", "injection_point")}
+        imported = import_weights(checkpoint)
+        shape = _encoder_shape(imported, known.get("image_size"))
+        wanted = {**shape, **sharing_of(imported.weights, checkpoint.model), **hints, **known}
+        size = ("embed_dim", "depth")
+        if "backbone" in shape:
+            default, size = "clustvit_t", ("embed_dim", "depth", "backbone")
     members = {name: to_mapping(config) for name, config in ARCHITECTURES.items() if isinstance(config, family)}
     alike = [name for name, config in members.items() if all(config[key] == wanted[key] for key in size)]
     if architecture is None:
@@ -254,7 +262,17 @@ def _encoder_shape(imported: Imported, image_size: Sequence[int] | None) -> dict
         "depth": count_blocks(weights, r"backbone\.blocks\."),
         "patch_size": patch_size,
         "mlp_ratio": hidden_dim / embed_dim,
+        "final_norm": "backbone.norm.weight" in weights or "backbone.norm.bias" in weights,
+        **_clusterer_shape(weights),
     }
+
+
+def _clusterer_shape(weights: dict[str, Tensor]) -> dict[str, Any]:
+    """What a ClustViT's encoder has beside a ViT's; empty for any other."""
+    first, last = (weights.get(f"backbone.clusterer.{layer}.weight") for layer in ("fc1", "fc2"))
+    if first is None or last is None:
+        return {}
+    return {"backbone": "clustvit", "cluster_mlp_dim": first.shape[0], "num_clusters": last.shape[0] - 1}
 
 
 def _square(count: int) -> tuple[int, int] | None:

@@ -265,3 +265,24 @@ def test_official_checkpoints_give_the_official_logits(name, tmp_path, capsys):
     torch.testing.assert_close(output.logits, expected, rtol=0, atol=1e-4)
     if kind["type"] != "VisionTransformer":
         assert 0 < int((output.cluster_ids > 0).sum()) < output.cluster_ids.numel()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["clustvit, wide images", "cts", "cts, no final norm", "vit, upernet, no final norm"])
+@pytest.mark.parametrize("prefix", ["backbone.", ""])
+def test_an_official_encoder_alone_keeps_its_way_to_merge(name, prefix, tmp_path, capsys):
+    """As the official tools/split_weights.py saves it; only a head is to be trained."""
+    kind = {**KINDS[name], "out_indices": None}
+    weights = draw(shapes_of(**kind))
+    encoder = {prefix + key[9:]: value for key, value in weights.items() if key.startswith("backbone.")}
+    torch.save({"state_dict": encoder, "meta": {"cfg": configuration(**kind)}}, tmp_path / "backbone.pth")
+    arguments = ["import-checkpoint", "--checkpoint", str(tmp_path / "backbone.pth"), "--out", str(tmp_path / "m")]
+    size = "x".join(map(str, kind.get("size", (128, 128))))
+    assert main([*arguments, "--classes", "camvid", "--head", "linear", "--image-size", size]) == 0
+    assert "fresh, to be trained: head\n" in capsys.readouterr().out
+    network, architecture = load_segmenter(tmp_path / "m"), load_config(tmp_path / "m").architecture
+    assert architecture == ("clustvit_t" if "clustvit" in name else "vit_t")
+    image = torch.randn(1, 3, *kind.get("size", (128, 128)), generator=torch.Generator().manual_seed(7))
+    tokens = network.backbone(image).tokens[0]
+    expected = official_maps(weights, image, **kind)[0][0].flatten(1).T
+    torch.testing.assert_close(tokens, expected, rtol=0, atol=1e-4)

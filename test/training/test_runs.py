@@ -194,17 +194,6 @@ def test_merging_alone_is_learned_around_a_plain_vit_that_stays(train, write_rec
     assert "trains is 'merging', and its network has no Clusterer" in capsys.readouterr().err
 
 
-def test_semantic_tokens_are_learnt_from_the_full_network(train, write_recipe, tmp_path):
-    """A way to merge that has no parts of its own is distilled as clusters are."""
-    schedule = {"distillation_weight": 1.0, "kept_fractions": [0.25], "epochs": 4}
-    recipe = write_recipe(network={"merging": "stvit", "depth": 4}, schedule=schedule)
-    assert train(recipe, tmp_path / "run") == 0
-    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert log[-1]["distillation_loss"] > 0 and log[-1]["segmentation_loss"] < log[0]["segmentation_loss"]
-    network = load_segmenter(tmp_path / "run/model")
-    assert 0 < int((network(torch.randn(1, 3, 64, 96), token_capacity=6).cluster_ids == 0).sum()) <= 6
-
-
 def test_a_finished_run_is_not_trained_again(train, write_recipe, finished, capsys):
     before = (finished / "checkpoint.pt").stat().st_mtime_ns
     assert train(write_recipe(), finished) == 0

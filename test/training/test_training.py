@@ -292,3 +292,14 @@ def test_auto_is_bfloat16_where_the_cpu_has_instructions_for_it(monkeypatch, cap
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert Precision("auto", torch.device("cpu")).name == expected
     assert Precision("float32", torch.device("cpu")).name == "float32"
+
+
+def test_semantic_tokens_are_learnt_from_the_full_network(train, write_recipe, tmp_path):
+    """A way to merge that has no parts of its own is distilled as clusters are."""
+    schedule = {"distillation_weight": 1.0, "kept_fractions": [0.25], "epochs": 4}
+    recipe = write_recipe(network={"merging": "stvit", "depth": 4}, schedule=schedule)
+    assert train(recipe, tmp_path / "run") == 0
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert log[-1]["distillation_loss"] > 0 and log[-1]["segmentation_loss"] < log[0]["segmentation_loss"]
+    network = load_segmenter(tmp_path / "run/model")
+    assert 0 < int((network(torch.randn(1, 3, 64, 96), token_capacity=6).cluster_ids == 0).sum()) <= 6
