@@ -10,7 +10,7 @@
 #   make overhead                                 the node's own cost per frame
 #   make reference                                write docs/reference.md and the viewers' configurations again
 #
-# PYTHON chooses the interpreter (3.10 to 3.12), TORCH the PyTorch requirement, e.g. TORCH=torch for the newest build,
+# PYTHON chooses the interpreter (3.10 to 3.13), TORCH the PyTorch requirement, e.g. TORCH=torch for the newest build,
 # TORCH_INDEX where it comes from, e.g. https://download.pytorch.org/whl/cpu for a machine without an NVIDIA GPU.
 
 SHELL := /bin/bash

@@ -193,13 +193,13 @@ def test_another_python_than_the_environment_s_is_refused(set_up, tmp_path):
 
 
 def test_a_python_that_is_too_new_is_refused_with_a_word(tmp_path):
-    other = tmp_path / "python3.13"
+    other = tmp_path / "python3.14"
     other.write_text("#!/bin/sh\nexit 1\n")
     other.chmod(0o755)
     done = subprocess.run(
         ["bash", str(ROOT / "scripts" / "find_python.sh"), str(other)], capture_output=True, text=True
     )
-    assert done.returncode == 1 and "Needed: Python 3.10 to 3.12" in done.stderr
+    assert done.returncode == 1 and "Needed: Python 3.10 to 3.13" in done.stderr
 
 
 def test_package_xml_names_what_is_imported():
