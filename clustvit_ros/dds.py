@@ -28,8 +28,10 @@ from pathlib import Path
 
 from clustvit_ros.paths import share_dir
 
-IMAGE_TOPIC = "image_raw"
+CAMERA_TOPIC = "image_raw"
 """A camera's images, relative to its namespace, as drivers publish them (usb_cam, v4l2_camera)."""
+IMAGE_TOPIC = "image"
+"""What the segmentation node subscribes to where nothing is remapped; the launch files remap it to a camera's."""
 
 PROFILE_VARIABLES = ("FASTRTPS_DEFAULT_PROFILES_FILE", "FASTDDS_DEFAULT_PROFILES_FILE")
 """Where Fast DDS looks for its profile: the first in 2.x (Humble, Jazzy), the second from 3.0 on (Kilted)."""

@@ -16,7 +16,7 @@ from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
 
-from clustvit_ros.dds import IMAGE_TOPIC, dds_environment
+from clustvit_ros.dds import CAMERA_TOPIC, dds_environment
 from clustvit_ros.paths import share_dir
 
 # Arguments of this file alone; those of segment.launch.py can be given as well and go through to it.
@@ -25,7 +25,7 @@ _ARGUMENTS = {
     "rate_hz": ("10.0", "Frames per second of a folder or video."),
     "loop": ("true", "Start over at the end of a folder or video."),
     "namespace": ("", "Of nodes and topics; a, b: a camera and a node each."),
-    "image_topic": (IMAGE_TOPIC, "What the camera publishes and the node segments."),
+    "image_topic": (CAMERA_TOPIC, "What the camera publishes and the node segments."),
     "rviz": ("false", "Open RViz with camera, overlay and confidence."),
 }
 
@@ -71,7 +71,7 @@ def _start_cameras(context: LaunchContext) -> list[Node]:
                     "loop": ParameterValue(LaunchConfiguration("loop"), value_type=bool),
                 }
             ],
-            remappings=[(IMAGE_TOPIC, image_topic), ("camera_info", beside)],
+            remappings=[(CAMERA_TOPIC, image_topic), ("camera_info", beside)],
             output="screen",
         )
         for namespace in LaunchConfiguration("namespace").perform(context).split(",")

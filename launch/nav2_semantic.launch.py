@@ -19,7 +19,7 @@ from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
 
-from clustvit_ros.dds import IMAGE_TOPIC, dds_environment
+from clustvit_ros.dds import CAMERA_TOPIC, IMAGE_TOPIC, dds_environment
 from clustvit_ros.paths import share_dir
 
 
@@ -31,7 +31,7 @@ def generate_launch_description() -> LaunchDescription:
     return LaunchDescription(
         [
             DeclareLaunchArgument("params_file", default_value=default_file, description="Of node and costmap."),
-            DeclareLaunchArgument("image_topic", default_value=IMAGE_TOPIC, description="Camera image to segment."),
+            DeclareLaunchArgument("image_topic", default_value=CAMERA_TOPIC, description="Camera image to segment."),
             DeclareLaunchArgument("model", default_value="camvid_tiny", description="Name or folder of a model."),
             DeclareLaunchArgument("use_sim_time", default_value="false", description="Take the time from /clock."),
             *(SetEnvironmentVariable(name, value) for name, value in dds_environment(os.environ).items()),

@@ -37,7 +37,7 @@ from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
 
-from clustvit_ros.dds import IMAGE_TOPIC, dds_environment
+from clustvit_ros.dds import CAMERA_TOPIC, IMAGE_TOPIC, dds_environment
 from clustvit_ros.paths import share_dir
 
 # Launch arguments that are node parameters: left empty, the parameter file decides.
@@ -63,7 +63,7 @@ _PARAMETERS = {
 _ARGUMENTS = {
     "params_file": (str(share_dir() / "config" / "segment.yaml"), "Parameter file of the node."),
     "namespace": ("", "Of node and topics; a, b: one node each."),
-    "image_topic": (IMAGE_TOPIC, "Camera image to segment."),
+    "image_topic": (CAMERA_TOPIC, "Camera image to segment."),
     "points_topic": ("points", "Cloud, for labelled points."),
     "depth_topic": ("depth", "Or an aligned depth image."),
     "log_level": ("info", "debug, info, warn, error or fatal."),

@@ -36,7 +36,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 import clustvit_ros
-from clustvit_ros.dds import claim_domain, dds_environment, node_environment
+from clustvit_ros.dds import CAMERA_TOPIC, IMAGE_TOPIC, claim_domain, dds_environment, node_environment
 
 PACKAGE = Path(clustvit_ros.__file__ or "").parent
 # The first and the last of our functions on the way.
@@ -176,8 +176,9 @@ def trace(model: str, frames: int, budget_ms: float, threads: int) -> list[Call]
     spinning = threading.Thread(target=executor.spin, name="executor", daemon=True)
     spinning.start()
     camera = subprocess.Popen(
-        [sys.executable, "-m", "clustvit_ros.demo.camera", "--ros-args", "--log-level", "warn", "-p", "source:=sim:1",
-         "-p", "rate_hz:=5.0", "-p", "wait_for_subscribers:=1"],
+        [sys.executable, "-m", "clustvit_ros.demo.camera", "--ros-args", "--log-level", "warn",
+         "-r", f"{CAMERA_TOPIC}:={IMAGE_TOPIC}", "-p", "source:=sim:1", "-p", "rate_hz:=5.0",
+         "-p", "wait_for_subscribers:=1"],
         env=node_environment(os.environ),
     )  # fmt: skip
     try:

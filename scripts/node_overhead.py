@@ -28,7 +28,7 @@ import cv2
 import numpy as np
 
 from clustvit_ros.classes import ClassSet
-from clustvit_ros.dds import claim_domain, dds_environment, node_environment
+from clustvit_ros.dds import CAMERA_TOPIC, IMAGE_TOPIC, claim_domain, dds_environment, node_environment
 from clustvit_ros.engine import Engine, EngineInfo, Prediction, Settings, Stats
 from clustvit_ros.policy import percentile
 
@@ -124,7 +124,8 @@ def measure(size: tuple[int, int], frames: int, rate_hz: float) -> dict[str, Any
 
 def _start(module: str, **parameters: object) -> subprocess.Popen[bytes]:
     arguments = [part for name, value in parameters.items() for part in ("-p", f"{name}:={value}")]
-    command = [sys.executable, "-m", f"clustvit_ros.{module}", "--ros-args", "--log-level", "warn", *arguments]
+    meet = ("-r", f"{CAMERA_TOPIC}:={IMAGE_TOPIC}")
+    command = [sys.executable, "-m", f"clustvit_ros.{module}", "--ros-args", "--log-level", "warn", *meet, *arguments]
     return subprocess.Popen(command, env=node_environment(os.environ))
 
 

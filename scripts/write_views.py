@@ -20,11 +20,11 @@ from typing import Any
 import yaml
 
 from clustvit_ros.classes import IGNORE_INDEX, ClassSet
-from clustvit_ros.dds import IMAGE_TOPIC
+from clustvit_ros.dds import CAMERA_TOPIC
 from clustvit_ros.networks import load_config
 from clustvit_ros.paths import share_dir
 
-MODEL, CAMERA_TOPIC = "camvid_tiny", f"/{IMAGE_TOPIC}"
+MODEL, IMAGE_TOPIC = "camvid_tiny", f"/{CAMERA_TOPIC}"
 _SERIES = ("tokens_kept", "token_capacity")
 _TIMES = ("engine_ms", "age_ms")
 
@@ -32,7 +32,7 @@ _TIMES = ("engine_ms", "age_ms")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=MODEL, help=f"whose classes the legend shows (default: {MODEL})")
-    parser.add_argument("--image-topic", default=CAMERA_TOPIC, help=f"the camera's (default: {CAMERA_TOPIC})")
+    parser.add_argument("--image-topic", default=IMAGE_TOPIC, help=f"the camera's (default: {IMAGE_TOPIC})")
     parser.add_argument("--output", type=Path, default=share_dir() / "config", help="folder for rviz/ and foxglove/")
     args = parser.parse_args()
     classes = load_config(args.model).classes

@@ -22,6 +22,7 @@ import pytest
 import yaml
 
 from clustvit_ros.classes import IGNORE_INDEX, ClassSet, class_set_names, load_class_set
+from clustvit_ros.dds import CAMERA_TOPIC
 from clustvit_ros.networks import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,14 +59,14 @@ def test_the_reference_is_current(tmp_path, installed):
 def test_viewers_configurations_are_current(views):
     classes = load_config(views.MODEL).classes
     shown = (ROOT / "config/rviz/segmentation.rviz").read_text()
-    assert shown == views.rviz(views.CAMERA_TOPIC), "run `make reference`"
+    assert shown == views.rviz(views.IMAGE_TOPIC), "run `make reference`"
     layout = (ROOT / "config/foxglove/segmentation.json").read_text()
-    assert layout == views.foxglove(views.CAMERA_TOPIC, views.MODEL, classes), "run `make reference`"
+    assert layout == views.foxglove(views.IMAGE_TOPIC, views.MODEL, classes), "run `make reference`"
 
 
 def test_viewers_show_topics_that_exist():
     reference = (ROOT / "docs" / "reference.md").read_text()
-    known = set(re.findall(r"^\| `(/[\w/]+)`", reference, re.M))
+    known = {*re.findall(r"^\| `(/[\w/]+)`", reference, re.M), f"/{CAMERA_TOPIC}"}
     rviz = yaml.safe_load((ROOT / "config/rviz/segmentation.rviz").read_text())
     displays = rviz["Visualization Manager"]["Displays"]
     shown = {display["Topic"]["Value"]: display["Topic"]["Reliability Policy"] for display in displays}
@@ -75,7 +76,7 @@ def test_viewers_show_topics_that_exist():
     for topic in {*shown, *images, *(path.split(".")[0] for path in plots)}:
         assert topic in known, topic
     # A camera may be best effort, and a subscriber that wants more hears nothing.
-    assert shown["/image_raw"] == "Best Effort"
+    assert shown[f"/{CAMERA_TOPIC}"] == "Best Effort"
 
 
 def test_the_foxglove_layout_places_every_panel_once():

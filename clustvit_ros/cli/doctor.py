@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from clustvit_ros.cli import machine_checks
 from clustvit_ros.cli.compute_checks import run_isolated
 from clustvit_ros.cli.machine_checks import Finding, Level, as_json, as_text, check_camera
-from clustvit_ros.dds import IMAGE_TOPIC, node_environment, remove_leftovers
+from clustvit_ros.dds import CAMERA_TOPIC, node_environment, remove_leftovers
 from clustvit_ros.errors import ConfigError
 
 _MAX_IMAGE_PIXELS = 16_777_216
@@ -34,7 +34,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--model", default="camvid_tiny", help="a shipped model's name or a model folder")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument(
-        "--topic", help=f"the camera's topic; without a camera there this fails (default: look at /{IMAGE_TOPIC})"
+        "--topic", help=f"the camera's topic; without a camera there this fails (default: look at /{CAMERA_TOPIC})"
     )
     parser.add_argument("--seconds", type=float, default=3.0, help="how long to listen to the camera (default: 3)")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -66,7 +66,7 @@ def examine(args: argparse.Namespace) -> list[Finding]:
     findings += machine_checks.check_sockets()
     if importlib.util.find_spec("rclpy") is not None:
         findings += check_camera(
-            args.topic or f"/{IMAGE_TOPIC}", args.seconds, _MAX_IMAGE_PIXELS, required=args.topic is not None
+            args.topic or f"/{CAMERA_TOPIC}", args.seconds, _MAX_IMAGE_PIXELS, required=args.topic is not None
         )
     return findings
 

@@ -29,7 +29,7 @@ from rclpy.task import Future
 from sensor_msgs.msg import CameraInfo, Image, PointCloud2, PointField
 from std_msgs.msg import Header
 
-from clustvit_ros.dds import IMAGE_TOPIC
+from clustvit_ros.dds import CAMERA_TOPIC
 from clustvit_ros.demo.frame_source import FrameReader, SourceFrame, open_source
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.node.messages import image_message
@@ -175,7 +175,7 @@ class CameraNode(Node):
             # Kept open for the node's life; line by line, so that readers see whole entries at once.
             self._manifest = Path(parameters.manifest).open("w", buffering=1, encoding="utf-8")  # noqa: SIM115
         self._publisher = self.create_publisher(
-            Image, IMAGE_TOPIC, CAMERA_QOS, qos_overriding_options=QoSOverridingOptions.with_default_policies()
+            Image, CAMERA_TOPIC, CAMERA_QOS, qos_overriding_options=QoSOverridingOptions.with_default_policies()
         )
         self._truths = TruthPublishers(self, self._source.focal_px) if self._source.focal_px else None
         self._steady = Clock(clock_type=ClockType.STEADY_TIME)

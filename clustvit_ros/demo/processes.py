@@ -18,9 +18,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from clustvit_ros.dds import CAMERA_TOPIC, IMAGE_TOPIC
+
 
 class NodeProcess:
     """A node of this package in a process of its own; leaving the `with` block ends it.
+
+    The segmentation node listens to what the camera node publishes, as with the launch files.
 
     Args:
         module: the node's module below `clustvit_ros`, e.g. "node.node".
@@ -39,8 +43,11 @@ class NodeProcess:
         with log.open("wb") as output:
             self._process = subprocess.Popen(
                 [*(("nice", "-n", str(nice)) if nice else ()), sys.executable, "-m", f"clustvit_ros.{module}",
-                 "--ros-args", *arguments], env=dict(environ),
-                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                 "--ros-args", "-r", f"{IMAGE_TOPIC}:={CAMERA_TOPIC}", *arguments], env=dict(environ),
+                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                # A group of its own can be ended as a whole. A session of its own would not stand back: Linux gives
+                # each the same share of the cores, however nice its processes are (autogroup).
+                preexec_fn=os.setpgrp,  # process_group, from Python 3.11 on
             )  # fmt: skip
 
     @property

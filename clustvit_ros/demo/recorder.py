@@ -31,7 +31,7 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.task import Future
 from sensor_msgs.msg import Image
 
-from clustvit_ros.dds import IMAGE_TOPIC
+from clustvit_ros.dds import CAMERA_TOPIC
 from clustvit_ros.demo.recording import Manifest, Recording
 from clustvit_ros.images import decode_image
 from clustvit_ros.node.messages import stamp_ns
@@ -214,7 +214,7 @@ class RecorderNode(Node):
         if self._image is None and self.count_publishers(self._mask_topic):
             # Serialized messages are counted without the cost of unpacking a megabyte each.
             raw = not self._options.save_images
-            self._image = self.create_subscription(Image, IMAGE_TOPIC, self._on_image, _IMAGE_QOS, raw=raw)
+            self._image = self.create_subscription(Image, CAMERA_TOPIC, self._on_image, _IMAGE_QOS, raw=raw)
         now_s, options = time.monotonic(), self._options
         elapsed_s = now_s - self._created_s
         if self._last_mask_s is None:

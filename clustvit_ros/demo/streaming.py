@@ -29,7 +29,7 @@ from rclpy.node import Node
 from sensor_msgs.msg import Image
 from std_msgs.msg import Header
 
-from clustvit_ros.dds import IMAGE_TOPIC
+from clustvit_ros.dds import CAMERA_TOPIC
 from clustvit_ros.demo.camera import CAMERA_QOS, TRUTH_QOS
 from clustvit_ros.demo.frame_source import open_source, sim_seed
 from clustvit_ros.demo.parameter_client import ParameterClient
@@ -75,7 +75,7 @@ class StreamingNode(Node):
         self._executor: SingleThreadedExecutor | None = None
         self._masks: list[tuple[int, float, Image]] = []
         self._stats: dict[int, dict[str, str]] = {}
-        self._camera = self.create_publisher(Image, IMAGE_TOPIC, CAMERA_QOS)
+        self._camera = self.create_publisher(Image, CAMERA_TOPIC, CAMERA_QOS)
         self.create_subscription(Image, "segmentation/mask", self._on_mask, TRUTH_QOS)
         self.create_subscription(DiagnosticArray, "segmentation/stats", self._on_stats, 50)
 
@@ -95,7 +95,7 @@ class StreamingNode(Node):
         self._executor = executor
         options = self._options
         frames = self._render(options.frames + _WARM_UP_FRAMES)
-        self._wait(lambda: self._camera.get_subscription_count() > 0, f"a node that subscribes to {IMAGE_TOPIC}")
+        self._wait(lambda: self._camera.get_subscription_count() > 0, f"a node that subscribes to {CAMERA_TOPIC}")
         segmentation, phases = ParameterClient(self, executor, "segmentation", options.timeout_s), {}
         if options.fresh:
             segmentation.assign(fill_frames=False)

@@ -158,7 +158,7 @@ class SegmentationParameters:
         parse=parse_groups, live=True,
     )  # fmt: skip
     cameras: tuple[str, ...] = parameter(
-        "", "Several cameras share the engine; the topics of each are below its name (`front/image_raw`).",
+        "", "Several cameras share the engine; the topics of each are below its name (`front/image`).",
         pattern=r"|[A-Za-z]\w*(\s*,\s*[A-Za-z]\w*)*", form="names of letters, digits and _", separator=",",
         parse=parse_cameras, fixed=True,
     )  # fmt: skip

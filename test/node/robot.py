@@ -53,9 +53,9 @@ class Robot:
         self.client, self.namespace = client, namespace
         self.process = start_node("node.node", "-r", f"__ns:={namespace}", "-p", "engine:=scripted", *arguments)
         if transport == "compressed":
-            self.camera = client.image_publisher(f"{namespace}/image_raw/compressed", CompressedImage)
+            self.camera = client.image_publisher(f"{namespace}/image/compressed", CompressedImage)
         else:
-            self.camera = client.image_publisher(f"{namespace}/image_raw")
+            self.camera = client.image_publisher(f"{namespace}/image")
         self.masks: list[Image] = client.collect(Image, f"{namespace}/segmentation/mask")
         self.stats: list[DiagnosticArray] = client.collect(DiagnosticArray, f"{namespace}/segmentation/stats")
 

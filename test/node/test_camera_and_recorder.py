@@ -85,7 +85,7 @@ def test_recorder_keeps_masks_overlays_and_latencies(
 ) -> None:
     output, manifest = tmp_path / "output", tmp_path / "manifest.jsonl"
     namespace = ("-r", "__ns:=/chain")
-    start_node("node.node", *namespace, "-p", "engine:=scripted")
+    start_node("node.node", *namespace, "-r", "image:=image_raw", "-p", "engine:=scripted")
     recorder = start_node(
         "demo.recorder", *namespace, "-p", f"output_folder:={output}", "-p", f"manifest:={manifest}",
         "-p", "expected_masks:=5", "-p", "overlay_every:=2", "-p", "idle_timeout_s:=5.0",

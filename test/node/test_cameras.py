@@ -44,7 +44,7 @@ class Rig:
             "node.node", "-r", f"__ns:={namespace}", "-p", "engine:=scripted", "-p", "cameras:=[front, rear]",
             *arguments,
         )  # fmt: skip
-        self.publishers = {name: client.image_publisher(f"{namespace}/{name}/image_raw") for name in self.cameras}
+        self.publishers = {name: client.image_publisher(f"{namespace}/{name}/image") for name in self.cameras}
         self.masks = {name: client.collect(Image, f"{namespace}/{name}/segmentation/mask") for name in self.cameras}
         self.stats = {
             name: client.collect(DiagnosticArray, f"{namespace}/{name}/segmentation/stats") for name in self.cameras

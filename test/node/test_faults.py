@@ -77,11 +77,11 @@ def test_a_camera_that_stops_and_starts_again(robot: Robot, rng: np.random.Gener
 
     pixels = pixels_of(rng, 48, 64)
     check(robot, pixels, image_message(pixels, "rgb8", header(200)))
-    robot.client.spin_until(lambda: said(b"\2", "no image on /faults/image_raw for"), "the report of silence")
+    robot.client.spin_until(lambda: said(b"\2", "no image on /faults/image for"), "the report of silence")
     robot.client.node.destroy_publisher(robot.camera)
-    robot.camera = robot.client.image_publisher("/faults/image_raw")
+    robot.camera = robot.client.image_publisher("/faults/image")
     check(robot, pixels, image_message(pixels, "rgb8", header(201)))
-    robot.process.wait_for_output("images arrive again on /faults/image_raw")
+    robot.process.wait_for_output("images arrive again on /faults/image")
 
 
 def test_stamps_may_jump_as_they_like(robot: Robot, rng: np.random.Generator) -> None:
@@ -204,7 +204,7 @@ def failing(ros_client: Any) -> Iterator[FailingNode]:
 def test_a_gpu_that_fails_and_comes_back(ros_client: Any, failing: FailingNode, rng: np.random.Generator) -> None:
     masks: list[Image] = ros_client.collect(Image, "/failing/segmentation/mask")
     reports: list[DiagnosticArray] = ros_client.collect(DiagnosticArray, "/diagnostics")
-    camera = ros_client.image_publisher("/failing/image_raw")
+    camera = ros_client.image_publisher("/failing/image")
     pixels = pixels_of(rng, 48, 64)
 
     def segment() -> None:
@@ -249,7 +249,7 @@ def test_a_process_that_lost_its_gpu_for_good_says_so_and_ends_to_be_started_aga
     process = start_node(Path(__file__).parent / "lost_node.py", "-r", "__ns:=/lost", "-p", "input_timeout_s:=60.0")
     reports: list[DiagnosticArray] = ros_client.collect(DiagnosticArray, "/diagnostics")
     ros_client.collect(Image, "/lost/segmentation/mask")  # a node that nobody listens to segments nothing
-    camera = ros_client.image_publisher("/lost/image_raw")
+    camera = ros_client.image_publisher("/lost/image")
     frame = image_message(pixels_of(rng, 48, 64), "rgb8", Header())
     told = "this process can use its GPU no more, and ends to be started again: CUDA error: an illegal memory access"
 

@@ -253,7 +253,7 @@ def test_cameras_are_filled_each_from_its_own_masks(ros_client: Any, start_node:
         "-p", "merge_threshold:=1.0", "-p", "fill_frames:=true", "-p", "cameras:=[front, rear]",
     )  # fmt: skip
     names = ("front", "rear")
-    cameras = {name: ros_client.image_publisher(f"/two/{name}/image_raw") for name in names}
+    cameras = {name: ros_client.image_publisher(f"/two/{name}/image") for name in names}
     masks = {name: ros_client.collect(Image, f"/two/{name}/segmentation/mask") for name in names}
     worlds, sent = {name: plane(seed) for seed, name in enumerate(names)}, {}
     next_s, count = time.monotonic(), 40

@@ -263,15 +263,15 @@ def test_a_camera_with_incompatible_qos_is_reported(ros_client: Any, start_node:
     namespace = "/strict"
     process = start_node(
         "node.node", "-r", f"__ns:={namespace}", "-p", "engine:=scripted",
-        "-p", f"qos_overrides.{namespace}/image_raw.subscription.reliability:=reliable",
+        "-p", f"qos_overrides.{namespace}/image.subscription.reliability:=reliable",
     )  # fmt: skip
     process.wait_for_output("active:")
     diagnostics = Diagnostics(ros_client, namespace)
     best_effort = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)
-    camera = ros_client.node.create_publisher(Image, f"{namespace}/image_raw", best_effort)
+    camera = ros_client.node.create_publisher(Image, f"{namespace}/image", best_effort)
     status = diagnostics.wait_for(lambda s: "incompatible QoS" in s.message, "the camera's QoS")
-    assert f"a publisher on {namespace}/image_raw offers incompatible QoS (RELIABILITY)" in status.message
-    assert f"qos_overrides.{namespace}/image_raw.subscription.reliability" in status.message
+    assert f"a publisher on {namespace}/image offers incompatible QoS (RELIABILITY)" in status.message
+    assert f"qos_overrides.{namespace}/image.subscription.reliability" in status.message
     assert "vision_msgs is not installed" in process.output or _has_vision_msgs()
     assert process.output.count("vision_msgs is not installed") <= 1
     ros_client.node.destroy_publisher(camera)

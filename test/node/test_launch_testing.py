@@ -46,7 +46,8 @@ def process(module: str, *parameters: str) -> ExecuteProcess:
     """A node of this package."""
     arguments = [part for parameter in parameters for part in ("-p", parameter)]
     return ExecuteProcess(
-        cmd=[sys.executable, "-m", f"clustvit_ros.{module}", "--ros-args", "-r", f"__ns:={NAMESPACE}", *arguments],
+        cmd=[sys.executable, "-m", f"clustvit_ros.{module}", "--ros-args", "-r", f"__ns:={NAMESPACE}",
+             "-r", "image:=image_raw", *arguments],
         env=node_environment(os.environ),
         output="screen",
     )

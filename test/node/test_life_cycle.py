@@ -53,9 +53,9 @@ def test_masks_flow_only_while_active(ros_client: Any, start_node: Callable[...,
     for _ in range(2):  # everything can be repeated
         assert change(ros_client, Transition.TRANSITION_CONFIGURE)
         assert state(ros_client) == "inactive"
-        assert ros_client.node.count_subscribers("/managed/image_raw") == 0
+        assert ros_client.node.count_subscribers("/managed/image") == 0
         assert change(ros_client, Transition.TRANSITION_ACTIVATE)
-        camera = ros_client.image_publisher("/managed/image_raw")
+        camera = ros_client.image_publisher("/managed/image")
         masks: list[Image] = ros_client.collect(Image, "/managed/segmentation/mask")
         ros_client.send_until(camera, frame, lambda masks=masks: bool(masks), "mask")
         assert change(ros_client, Transition.TRANSITION_DEACTIVATE)
@@ -92,7 +92,7 @@ def test_shutdown_from_active_stops_the_work(ros_client: Any, start_node: Callab
 def test_signals_end_an_active_node_cleanly(start_node: Callable[..., Any], number: signal.Signals) -> None:
     process = start_node("node.node", "-p", "engine:=scripted", "-p", "input_timeout_s:=0.1")
     # The hint proves that it spins, and is what a user sees without a camera.
-    process.wait_for_output("no image on /image_raw for")
+    process.wait_for_output("no image on /image for")
     assert "nobody publishes there; start the camera or remap" in process.output
     assert process.stop(number) == 0
     assert "Traceback" not in process.output
@@ -160,7 +160,7 @@ def test_signals_end_it_cleanly_in_every_state(
     else:
         process.wait_for_output("no image on")
     if moment == "segmenting":
-        camera = ros_client.image_publisher(f"{namespace}/image_raw")
+        camera = ros_client.image_publisher(f"{namespace}/image")
         frame = image_message(np.zeros((8, 8, 3), np.uint8), "rgb8", Header())
         ros_client.send_until(camera, frame, lambda: "images arrive again" in process.output, "an image's arrival")
         ros_client.node.destroy_publisher(camera)

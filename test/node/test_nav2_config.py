@@ -55,7 +55,7 @@ def test_the_node_starts_with_it(start_node: Callable[..., Any]) -> None:
     pytest.importorskip("rclpy", reason="needs ROS 2 (rclpy)")
     pytest.importorskip("torch", reason="needs PyTorch")
     process = start_node("node.node", "--params-file", str(FILE), "-p", "device:=cpu", "-p", "input_timeout_s:=0.1")
-    process.wait_for_output("active: /image_raw -> /segmentation/mask")
+    process.wait_for_output("active: /image -> /segmentation/mask")
     assert "11 classes become traversable, obstacle, sky" in process.output
     assert "are in no group" not in process.output
     assert process.stop() == 0

@@ -134,7 +134,7 @@ def test_each_camera_of_several_has_points_of_its_own(
         name: ros_client.node.create_publisher(PointCloud2, f"/pair_rig/{name}/points", qos_profile_sensor_data)
         for name in names
     }
-    cameras = {name: ros_client.image_publisher(f"/pair_rig/{name}/image_raw") for name in names}
+    cameras = {name: ros_client.image_publisher(f"/pair_rig/{name}/image") for name in names}
     found = {name: ros_client.collect(PointCloud2, f"/pair_rig/{name}/segmentation/points") for name in names}
     deadline_s = time.monotonic() + 60.0
     while not all(found.values()):
@@ -155,7 +155,8 @@ def test_each_camera_of_several_has_points_of_its_own(
 def test_points_of_a_simulated_drive_are_the_worlds_with_the_masks_labels(ros_client: Any, start_node: Any) -> None:
     pytest.importorskip("panda3d", reason="needs the renderer of the simulated world")
     name = "/drive"
-    start_node("node.node", "-r", f"__ns:={name}", "-p", "model:=sim_tiny").wait_for_output("active:")
+    arguments = ("-r", f"__ns:={name}", "-r", "image:=image_raw", "-p", "model:=sim_tiny")
+    start_node("node.node", *arguments).wait_for_output("active:")
     images, clouds = ("segmentation/mask", "ground_truth"), ("points", "segmentation/points")
     topics = {**dict.fromkeys(images, Image), **dict.fromkeys(clouds, PointCloud2)}
     start_node(

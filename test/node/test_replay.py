@@ -29,7 +29,7 @@ def replay(client: Any, process: Any, namespace: str, pictures: list[np.ndarray]
     reliable = QoSProfile(depth=len(pictures), reliability=ReliabilityPolicy.RELIABLE)
     masks: list[Image] = []
     subscription = client.node.create_subscription(Image, f"{namespace}/segmentation/mask", masks.append, len(pictures))
-    publisher = client.node.create_publisher(Image, f"{namespace}/image_raw", reliable)
+    publisher = client.node.create_publisher(Image, f"{namespace}/image", reliable)
     client.spin_until(lambda: publisher.get_subscription_count() > 0, "the node's subscription")
     client.spin_until(lambda: client.node.count_publishers(f"{namespace}/segmentation/mask") > 0, "the mask")
     for index, pixels in enumerate(pictures):
@@ -50,7 +50,7 @@ def test_a_replay_of_several_cameras_keeps_them_apart(ros_client: Any, start_nod
     )  # fmt: skip
     stats = {name: ros_client.collect(DiagnosticArray, f"/rig/{name}/segmentation/stats") for name in ("front", "rear")}
     reliable = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
-    cameras = {name: ros_client.node.create_publisher(Image, f"/rig/{name}/image_raw", reliable) for name in stats}
+    cameras = {name: ros_client.node.create_publisher(Image, f"/rig/{name}/image", reliable) for name in stats}
     for camera in cameras.values():
         ros_client.spin_until(lambda camera=camera: camera.get_subscription_count() > 0, "the node's subscription")
     ros_client.spin_for(1.0)  # the node has to find this side, too: what it sends before is lost

@@ -41,7 +41,7 @@ SCHEMA = {
 }  # fmt: skip
 # In the policy, but there only with certain parameters or packages.
 OPTIONAL = {
-    "/image_raw", "/image_raw/compressed", "/camera_info", "/points", "/depth", "/clock",
+    "/image", "/image/compressed", "/image_raw", "/image_raw/compressed", "/camera_info", "/points", "/depth", "/clock",
     "/segmentation/mask/compressed", "/segmentation/label_info", "/segmentation/camera_info",
     "/segmentation/get_type_description",
 }  # fmt: skip
@@ -200,7 +200,7 @@ def test_files_are_written_below_the_cache_folder_only(
     )  # fmt: skip
     try:
         masks = ros_client.collect(Image, "/files/segmentation/mask")
-        camera = ros_client.image_publisher("/files/image_raw")
+        camera = ros_client.image_publisher("/files/image")
         pixels = rng.integers(0, 256, (96, 128, 3), dtype=np.uint8)
         stats = ros_client.collect(DiagnosticArray, "/files/segmentation/stats")
 

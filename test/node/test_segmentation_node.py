@@ -181,7 +181,7 @@ def test_newest_frame_wins_under_a_slow_engine(ros_client: Any, start_node: Call
 
 def test_compressed_input(ros_client: Any, start_node: Callable[..., Any], pixels: np.ndarray) -> None:
     start_node(
-        "node.node", "-r", "__ns:=/packed", "-r", "image_raw:=camera/color", "-p", "engine:=scripted",
+        "node.node", "-r", "__ns:=/packed", "-r", "image:=camera/color", "-p", "engine:=scripted",
         "-p", "image_transport:=compressed",
     )  # fmt: skip
     camera = ros_client.image_publisher("/packed/camera/color/compressed", CompressedImage)
@@ -197,7 +197,7 @@ def test_a_lazy_node_works_from_the_first_frame_after_a_subscription(
     ros_client: Any, start_node: Callable[..., Any], pixels: np.ndarray
 ) -> None:
     start_node("node.node", "-r", "__ns:=/idle", "-p", "engine:=scripted")
-    camera = ros_client.image_publisher("/idle/image_raw")
+    camera = ros_client.image_publisher("/idle/image")
     diagnostics = ros_client.collect(DiagnosticArray, "/diagnostics")
 
     def is_idle() -> bool:

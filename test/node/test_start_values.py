@@ -60,7 +60,7 @@ def test_values_that_nothing_takes_are_named_with_the_nearest_name(
     output = process.output
     assert "merge_treshold: has no effect, there is none of that name; did you mean merge_threshold?" in output
     assert "parameter xyz: has no effect, there is none of that name; `ros2 param list` shows all" in output
-    assert "did you mean qos_overrides./given/image_raw.subscription.depth?" in output
+    assert "did you mean qos_overrides./given/image.subscription.depth?" in output
     assert "other_node.yaml: has no effect, it is for /segmentaton and this node is /given/segmentation" in output
     assert "root.yaml: has no effect, it is for /segmentation and this node is" in output
     assert "empty.yaml: has no effect, it is for no node and" in output
@@ -72,7 +72,7 @@ def test_values_that_nothing_takes_are_named_with_the_nearest_name(
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("/image_raw.subscription.reliability", "fast"), ("/image_raw.subscription.depth", "many"),
+    [("/image.subscription.reliability", "fast"), ("/image.subscription.depth", "many"),
      ("/segmentation/mask.publisher.history", "7")],
 )  # fmt: skip
 def test_an_override_of_qos_that_means_nothing_is_named(
@@ -130,7 +130,7 @@ def test_stamps_of_another_clock_are_told_as_such(ros_client: Any, start_node: C
 def test_topics_follow_the_nodes_name(ros_client: Any, start_node: Callable[..., Any]) -> None:
     start_node("node.node", "-r", "__node:=seg2", "-r", "__ns:=/renamed", "-p", "engine:=scripted")
     masks = ros_client.collect(Image, "/renamed/seg2/mask")
-    camera = ros_client.image_publisher("/renamed/image_raw")
+    camera = ros_client.image_publisher("/renamed/image")
     frame = image_message(PIXELS, "rgb8", header(7))
     ros_client.send_until(camera, frame, lambda: bool(masks), "a mask")
     assert ros_client.node.count_publishers("/renamed/segmentation/mask") == 0
@@ -139,20 +139,20 @@ def test_topics_follow_the_nodes_name(ros_client: Any, start_node: Callable[...,
 def test_a_camera_that_publishes_compressed_images_alone_is_hinted_at(
     ros_client: Any, start_node: Callable[..., Any]
 ) -> None:
-    camera = ros_client.node.create_publisher(CompressedImage, "/jpeg/image_raw/compressed", qos_profile_sensor_data)
+    camera = ros_client.node.create_publisher(CompressedImage, "/jpeg/image/compressed", qos_profile_sensor_data)
     arguments = ("-r", "__ns:=/jpeg", "-p", "engine:=scripted", "-p", "input_timeout_s:=2.0")
     process = start_node("node.node", *arguments)
     process.wait_for_output(
-        "nobody publishes there, but on /jpeg/image_raw/compressed; set image_transport:=compressed"
+        "nobody publishes there, but on /jpeg/image/compressed; set image_transport:=compressed"
     )
     process.stop()
-    process = start_node("node.node", *arguments, "-r", "image_raw:=/jpeg/image_raw/compressed")
-    process.wait_for_output("expected sensor_msgs/msg/Image; set image_transport:=compressed or remap `image_raw`")
+    process = start_node("node.node", *arguments, "-r", "image:=/jpeg/image/compressed")
+    process.wait_for_output("expected sensor_msgs/msg/Image; set image_transport:=compressed or remap `image`")
     process.stop()
     process = start_node(
-        "node.node", *arguments, "-r", "image_raw:=/jpeg/image_raw/compressed", "-p", "image_transport:=compressed"
+        "node.node", *arguments, "-r", "image:=/jpeg/image/compressed", "-p", "image_transport:=compressed"
     )
-    process.wait_for_output("active: /jpeg/image_raw/compressed -> /jpeg/segmentation/mask")
+    process.wait_for_output("active: /jpeg/image/compressed -> /jpeg/segmentation/mask")
     masks = ros_client.collect(Image, "/jpeg/segmentation/mask")
     frame = png_message(PIXELS, "rgb8", header(9))
     ros_client.send_until(camera, frame, lambda: bool(masks), "a mask")
