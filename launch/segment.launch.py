@@ -16,6 +16,7 @@ configuration is not, and makes `ros2 launch` return 1 where nothing else keeps 
 
 import difflib
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -99,6 +100,7 @@ def _start_nodes(context: LaunchContext) -> list[LaunchDescriptionEntity]:
     if not Path(file).is_file():
         raise ValueError(f"launch argument params_file: got {file!r}, expected a parameter file that exists")
     respawn = _converted("respawn", bool, LaunchConfiguration("respawn").perform(context))
+    cameras = re.findall(r"\w+", LaunchConfiguration("cameras").perform(context))
     failures: list[str] = []
 
     def node(namespace: str) -> Node:
@@ -110,6 +112,7 @@ def _start_nodes(context: LaunchContext) -> list[LaunchDescriptionEntity]:
             parameters=[file, *([overrides] if overrides else [])],
             remappings=[
                 (IMAGE_TOPIC, LaunchConfiguration("image_topic")),
+                *((f"{name}/{IMAGE_TOPIC}", f"{name}/{CAMERA_TOPIC}") for name in cameras),
                 *((name, LaunchConfiguration(f"{name}_topic")) for name in ("points", "depth")),
             ],
             ros_arguments=["--log-level", LaunchConfiguration("log_level")],

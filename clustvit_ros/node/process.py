@@ -45,7 +45,7 @@ _HELP = """The {name} node of clustvit_ros. It takes ROS arguments, after --ros-
   -p NAME:=VALUE        a parameter; docs/reference.md lists them, `ros2 param describe` explains them
   --params-file FILE    parameters from a file, such as config/segment.yaml
   -r FROM:=TO           another name for a topic, e.g. image:=/camera/image_raw, or __ns:=/front
-Example: ros2 run clustvit_ros segmentation_node --ros-args -r image:=/camera/image_raw"""
+Example: ros2 run clustvit_ros {name}_node --ros-args -r __ns:=/front"""
 # For so long may one thread keep the interpreter from another. An engine wants it a few hundred times in a frame, and
 # waited for Python's usual 5 ms whenever the executor's thread was at work: frames of 14 ms took 19 to 30.
 _SWITCH_INTERVAL_S = 0.0005

@@ -224,4 +224,5 @@ class InputWatch:
             and not {"segmentation", self._node.get_name()} & set(name.split("/")[:-1])
         ]  # fmt: skip
         found = f"; images are published on {', '.join(elsewhere[:_MAX_SUGGESTIONS])}" if elsewhere else ""
-        return f"nobody publishes there; start the camera or remap with `-r {IMAGE_TOPIC}:=<topic>`{found}"
+        remap = f"`image_topic:=<topic>` of a launch file, else `-r {IMAGE_TOPIC}:=<topic>`"
+        return f"nobody publishes there; start the camera or remap with {remap}{found}"

@@ -153,6 +153,12 @@ def test_arguments_that_mean_nothing_are_told(monkeypatch: pytest.MonkeyPatch) -
     assert (missing.return_code, missing.nodes) == (1, [])
 
 
+def test_cameras_have_the_topics_of_drivers_in_either_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = Launched(monkeypatch, "", "cameras:=front, rear")
+    remapped = dict(launched.nodes[0]["remappings"])
+    assert (remapped["front/image"], remapped["rear/image"]) == ("front/image_raw", "rear/image_raw")
+
+
 def test_arguments_become_parameters_only_when_given(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("launch_ros", reason="needs launch_ros")
     from launch import LaunchContext
