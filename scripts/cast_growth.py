@@ -9,8 +9,8 @@
     python scripts/cast_growth.py [--json growth.json] [--plot growth.png]
 
 Ordinary attention is measured twice: fused (scores are never held; what the networks here use) and with N x N scores
-in memory. Memory is the growth of the process's resident peak during a call. Exponents are fitted over the larger half
-of the sizes, where fixed costs no longer count.
+in memory. Time is one thread's processor time, all ways in turns; memory is the growth of the process's resident peak
+during a call. Exponents are fitted over the larger half of the sizes, where fixed costs no longer count.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clustvit_ros.measure.tables import new_figure, save_figure
 from clustvit_ros.networks.cast import CASTAttention
 from clustvit_ros.networks.vit import Attention
 
-_M_MMAP_THRESHOLD = -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def main() -> None:
@@ -47,8 +47,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
-    # Every larger buffer comes from the system and goes back to it, so that a peak is the call's own.
-    ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 1 << 16)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     ordinary = Attention(args.embed_dim, args.heads).eval()
     cast = CASTAttention(args.embed_dim, args.heads, args.clusters, args.cluster_size).eval()
@@ -57,16 +56,20 @@ def main() -> None:
         with sdpa_kernel(SDPBackend.MATH):
             return ordinary(x)
 
-    ways: dict[str, Callable[[Tensor], Tensor] | nn.Module] = {
+    ways: dict[str, Callable[[Tensor], Tensor]] = {
         "cast": cast, "fused": ordinary, "materialised": materialised,
     }  # fmt: skip
+    sizes = [int(text) for text in args.tokens.split(",")]
+    held = {n: [name for name in ways if name != "materialised" or n <= args.max_materialised] for n in sizes}
+    inputs = {n: torch.randn(1, n, args.embed_dim) for n in sizes}
+    # First with every larger buffer from the system and back to it, so that a peak is the call's own.
+    keep_buffers(below_bytes=1 << 16)
+    memory_mb = {(n, name): peak_mb(ways[name], inputs[n]) for n in sizes for name in held[n]}
+    keep_buffers(below_bytes=1 << 25)
     rows = []
-    for num_tokens in (int(text) for text in args.tokens.split(",")):
-        x = torch.randn(1, num_tokens, args.embed_dim)
-        for name, attend in ways.items():
-            if name == "materialised" and num_tokens > args.max_materialised:
-                continue
-            rows.append({"way": name, "tokens": num_tokens, **measure(attend, x, args.runs)})
+    for n in sizes:
+        for name, time_ms in median_ms({name: ways[name] for name in held[n]}, inputs[n], args.runs).items():
+            rows.append({"way": name, "tokens": n, "time_ms": time_ms, "memory_mb": memory_mb[n, name]})
             print("{way:>12} {tokens:6d} tokens {time_ms:9.2f} ms {memory_mb:8.1f} MB".format(**rows[-1]), flush=True)
     for name in ways:
         for quantity in ("time_ms", "memory_mb"):
@@ -81,19 +84,32 @@ def main() -> None:
 
 
 @torch.inference_mode()
-def measure(attend: Callable[[Tensor], Tensor], x: Tensor, runs: int) -> dict[str, float]:
-    """Median time and peak memory of a call."""
+def peak_mb(attend: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    """Peak memory of a call in 1e6 bytes."""
     attend(x)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status_mb("VmRSS")
     attend(x)
-    memory_mb = max(status_mb("VmHWM") - before, 0.1)
-    times_ms = []
+    return max(status_mb("VmHWM") - before, 0.1)
+
+
+@torch.inference_mode()
+def median_ms(ways: dict[str, Callable[[Tensor], Tensor]], x: Tensor, runs: int) -> dict[str, float]:
+    """Median time of a call of each way, in turns."""
+    times_ms: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(runs):
-        start = time.perf_counter()
-        attend(x)
-        times_ms.append((time.perf_counter() - start) * 1000.0)
-    return {"time_ms": statistics.median(times_ms), "memory_mb": memory_mb}
+        for name, attend in ways.items():
+            start = time.process_time()
+            attend(x)
+            times_ms[name].append((time.process_time() - start) * 1000.0)
+    return {name: statistics.median(values) for name, values in times_ms.items()}
+
+
+def keep_buffers(below_bytes: int) -> None:
+    """Have the C library keep freed buffers of up to so many bytes; up to 32 MB it does so once it has met them."""
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(_M_MMAP_THRESHOLD, below_bytes)
+    libc.mallopt(_M_TRIM_THRESHOLD, 2 * below_bytes)
 
 
 def status_mb(name: str) -> float:

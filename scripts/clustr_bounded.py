@@ -24,6 +24,7 @@ from clustvit_ros.engine.pixels import to_input
 from clustvit_ros.images import read_image
 from clustvit_ros.networks import build_network, load_segmenter, network_config
 from clustvit_ros.networks.clustr import ClusTR
+from clustvit_ros.networks.inference import for_inference
 from clustvit_ros.networks.model_folder import InputConfig
 from clustvit_ros.training.dataset import find_images
 
@@ -39,6 +40,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     network = load_segmenter(args.model) if args.model else build_network(network_config(args.arch, {}), 11).eval()
+    network = for_inference(network)
     backbone = network.backbone
     if not isinstance(backbone, ClusTR):
         parser.error(f"{args.model} is no ClusTR")

@@ -159,6 +159,7 @@ CONTENDERS = {
     "ClustViT": Contender("clustvit_t", {}, _CONV_STEM),
     "ToMe": Contender("vit_t", {"merging": "tome"}, _CONV_STEM),
     "ClusTR": Contender("clustr_b1", {}, {}),
+    "ClusTR-t": Contender("clustr_t", {}, {}),
     "CAST": Contender("cast_t", {}, _CONV_STEM),
 }
 

@@ -64,7 +64,7 @@ def test_systems_are_measured_trained_and_put_on_one_page(tmp_path, data, capsys
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--systems", "ViT,Swin"], "systems: got Swin, expected some of ViT, ClustViT, ToMe, ClusTR, CAST"),
+        (["--systems", "ViT,Swin"], "systems: got Swin, expected some of ViT, ClustViT, ToMe, ClusTR, ClusTR-t, CAST"),
         (["--kept", "0"], "kept: got 0.0, expected above 0"),
         (["--steps", "0"], "steps: got 0, expected at least 1"),
     ],
