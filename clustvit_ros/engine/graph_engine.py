@@ -29,9 +29,9 @@ from torch import Tensor
 
 from clustvit_ros.engine.engine import Prediction, Settings, as_batch
 from clustvit_ros.engine.fallback import FaultKind, classify, first_line
-from clustvit_ros.engine.labels import cluster_map, on_device
+from clustvit_ros.engine.labels import on_device
 from clustvit_ros.engine.ladder import choose_capacity, default_ladder, rung_within
-from clustvit_ros.engine.network_engine import Lap, Maps, NetworkOutput, StageTimer, most_exempt
+from clustvit_ros.engine.network_engine import Lap, Maps, NetworkOutput, StageTimer, cluster_map, most_exempt
 from clustvit_ros.engine.pixels import device_input, normalisation
 from clustvit_ros.engine.recorded_graph import CudaRecorder, EagerRecorder, Graph, Inlet, Recorder, held_bytes
 from clustvit_ros.engine.torch_engine import TorchEngine

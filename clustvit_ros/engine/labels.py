@@ -13,10 +13,9 @@ them of shapes that depend on sizes alone, so that they can be captured in a CUD
 
 Which classes can win: between four neighbouring logits a bilinear surface stays between their least and their greatest.
 So inside one cell of the patch grid a class whose greatest corner is below some other class's least corner is nowhere
-the best, and is left out before any pixel is computed. A trained network leaves a few classes per cell (two of eleven
-on CamVid), a random one a third; where many are left, cells are halved along both sides first, whose corners lie closer
-together. Nothing is approximated; how much work remains depends on the image, so this is for a CPU, where nothing waits
-for a shape.
+the best, and is left out before any pixel is computed. A trained network leaves one of eleven in four of five cells, a
+random one a third of all; where many are left, cells are halved along both sides, whose corners lie closer together.
+Nothing is approximated; the work depends on the image, so this is for a CPU, where nothing waits for a shape.
 """
 
 from __future__ import annotations
@@ -99,13 +98,10 @@ def label_maps(
     if needs_confidence:
         mask, confidence = _banded_label_maps(logits, size, float(confidence_threshold), True)
         return mask, confidence if with_confidence else None
-    masks = [cell_labels(image.float(), size) for image in logits]
-    return torch.stack(
-        [
-            _banded_label_maps(image[None], size, 0.0, False)[0][0] if mask is None else mask
-            for image, mask in zip(logits, masks, strict=True)
-        ]
-    ), None
+    masks = [cell_labels(image, size) for image in logits]
+    pairs = zip(logits, masks, strict=True)
+    plain = (_banded_label_maps(image[None], size, 0.0, False)[0][0] if mask is None else mask for image, mask in pairs)
+    return torch.stack([*plain]), None
 
 
 DeviceMaps = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
@@ -213,14 +209,6 @@ def _bands(columns: Tensor, how: Upsampling) -> Iterator[tuple[slice, Tensor]]:
         yield rows, torch.lerp(columns[above], columns[below], how.down[rows, :, None])
 
 
-def cluster_map(cluster_ids: Tensor, grid_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Cluster id per pixel, nearest: (B, N) int64 -> (B, H, W) uint8, 0 = kept."""
-    grid = cluster_ids.to(torch.uint8).unflatten(1, grid_size)
-    rows = torch.arange(size[0], device=grid.device) * grid_size[0] // size[0]
-    columns = torch.arange(size[1], device=grid.device) * grid_size[1] // size[1]
-    return grid[:, rows][:, :, columns]
-
-
 @lru_cache(maxsize=16)
 def _row_spans(length: int, target: int) -> tuple[tuple[int, int, int, int], ...]:
     """Result rows, at most a band, between the same two source rows: (upper row, lower row, first result row, end)."""
@@ -266,11 +254,10 @@ def _mask_type(num_classes: int) -> torch.dtype:
 _ROUNDING = 1e-5
 # Pixels along a cell's side: a cell of fewer costs more than it saves.
 _LEAST_SIDE = 2
-# Halving costs in proportion to the classes, and leaves a third or a quarter of the candidates: it pays from a tenth of
-# the classes on, and from some of them (measured with 10 to 300 on one AVX-512 core).
-_HALVED_FROM = 0.1
-_HALVED_FROM_CLASSES = 4.0
 _LEAST_HALVED_SIDE = 8
+# Halving costs in proportion to the classes, and leaves a third or a quarter of the candidates: it pays from so many of
+# them on, and from a tenth of the classes (measured with 10 to 300 on one AVX-512 core).
+_HALVED_FROM = (4.0, 0.1)
 # Of all classes at all pixels, the share that may be left to interpolate for this way to be the cheaper one; cells have
 # a cost that is that of so many pixels (break-even of 2 to 40 classes on grids of 36x48 to 192x256).
 _WORTH_SHARE = 0.2
@@ -299,7 +286,7 @@ def cell_labels(logits: Tensor, size: tuple[int, int]) -> Tensor | None:
     alive = _can_win(nodes)
     halvings = 0
     if size[0] >= _LEAST_HALVED_SIDE * h and size[1] >= _LEAST_HALVED_SIDE * w:
-        halvings = int(float(alive.float().mean()) > max(_HALVED_FROM, _HALVED_FROM_CLASSES / Q))
+        halvings = int(float(alive.float().mean()) > max(_HALVED_FROM[0] / Q, _HALVED_FROM[1]))
     if halvings:
         nodes = _halved(nodes)[1:-1, 1:-1]  # whose outermost cells have no pixels
         alive = _can_win(nodes)
@@ -334,17 +321,14 @@ def _best_of(nodes: Tensor, alive: Tensor, grid: _Cells) -> Tensor | None:
     counts = torch.bincount(cell, minlength=len(grid.corner))
     contested = (counts > 1).nonzero()[:, 0]
     cell_pixels = grid.row_cell.size * grid.column_cell.size / len(counts)
-    left = float(counts[contested].sum()) / (Q * len(counts))
-    if left > _WORTH_SHARE / (1.0 + _CELL_PIXELS / cell_pixels):
+    if float(counts[contested].sum()) / (Q * len(counts)) > _WORTH_SHARE / (1.0 + _CELL_PIXELS / cell_pixels):
         return None
     start = counts.cumsum(0) - counts
     # Every pixel of a cell gets its first candidate, in most cells the only one. NumPy moves bytes faster.
     first = candidate[start].to(_mask_type(Q)).view(alive.shape[:2]).numpy()
     labels = first.take(grid.column_cell, axis=1).take(grid.row_cell, axis=0)
-    # Cells with as many candidates side by side, so that few slots are left over.
-    contested = contested[counts[contested].argsort()]
-    cells_at_once = max(int(_PIXELS_AT_ONCE / cell_pixels), 1)
-    for cells in contested.split(cells_at_once) if len(contested) else ():
+    contested = contested[counts[contested].argsort()]  # as many candidates side by side: few slots are left over
+    for cells in contested.split(max(int(_PIXELS_AT_ONCE / cell_pixels), 1)) if len(contested) else ():
         slots = torch.arange(int(counts[cells[-1]]))[:, None]
         # Slots left over repeat the last candidate.
         candidates = candidate[start[cells] + torch.minimum(slots, counts[cells] - 1)]
@@ -400,9 +384,8 @@ def _cells(h: int, w: int, size: tuple[int, int], halvings: int) -> _Cells:
     cells = torch.arange(down.shape[1] * across)
     above, left = cells // across, cells % across
     return _Cells(
-        above * (across + 1) + left, row_cell.numpy(), column_cell.numpy(),
-        (row[:, above] * size[1]).numpy(), column[:, left].numpy(), down[:, above].contiguous(),
-        right[:, left].contiguous(),
+        above * (across + 1) + left, row_cell.numpy(), column_cell.numpy(), (row[:, above] * size[1]).numpy(),
+        column[:, left].numpy(), down[:, above].contiguous(), right[:, left].contiguous(),
     )  # fmt: skip
 
 
@@ -411,8 +394,7 @@ def _axis(length: int, target: int, halvings: int) -> tuple[Tensor, Tensor, Tens
     count = length << 1 if halvings else length + 1
     centre = (torch.arange(target, dtype=torch.float64) + 0.5) * length / target
     position = centre * 2 if halvings else centre + 0.5
-    cell = position.floor().long().clamp(0, count - 1)
-    numbers = torch.arange(count)
+    cell, numbers = position.floor().long().clamp(0, count - 1), torch.arange(count)
     first, end = torch.searchsorted(cell, numbers), torch.searchsorted(cell, numbers, right=True)
     sample = torch.minimum(first + torch.arange(int((end - first).max()))[:, None], end - 1)
     return cell, sample, (position[sample] - numbers).float()

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from clustvit_ros.engine.engine import Accuracy, Engine, EngineInfo, Prediction, Settings, Stats, as_batch
 from clustvit_ros.engine.exemption import exempt_tokens
-from clustvit_ros.engine.labels import cluster_map, label_maps
+from clustvit_ros.engine.labels import label_maps
 from clustvit_ros.engine.ladder import INPUT_SCALES, default_ladder, scaled_size
 from clustvit_ros.engine.machine import available_bytes, keep_freed_memory
 from clustvit_ros.engine.pixels import network_size, to_input
@@ -352,3 +352,11 @@ class StageTimer:
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
         return event
+
+
+def cluster_map(cluster_ids: Tensor, grid_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Cluster id per pixel, nearest: (B, N) int64 -> (B, H, W) uint8, 0 = kept."""
+    grid = cluster_ids.to(torch.uint8).unflatten(1, grid_size)
+    rows = torch.arange(size[0], device=grid.device) * grid_size[0] // size[0]
+    columns = torch.arange(size[1], device=grid.device) * grid_size[1] // size[1]
+    return grid[:, rows][:, :, columns]

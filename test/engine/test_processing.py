@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clustvit_ros.engine.labels import cell_labels, cluster_map, label_maps, static_label_maps, upsampling
+from clustvit_ros.engine.labels import cell_labels, label_maps, static_label_maps, upsampling
 from clustvit_ros.engine.ladder import choose_capacity, default_ladder
+from clustvit_ros.engine.network_engine import cluster_map
 from clustvit_ros.engine.pixels import device_input, network_size, normalisation, to_input
 from clustvit_ros.networks.model_folder import InputConfig
 
