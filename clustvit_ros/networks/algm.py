@@ -140,8 +140,9 @@ class LocalGlobalMergingViT(TrainingFreeViT):
     ) -> tuple[int | Tensor | None, int | Tensor]:
         """The capacity, within what there is, and how many windows are merged."""
         N, W = state.x.shape[1] - 1, state.score.shape[1]
-        if capacity is None:
+        if capacity is None and merge_threshold < 1.0:
             return None, int((state.score > merge_threshold).sum(dim=1).min())
+        capacity = N if capacity is None else capacity  # at 1, pairs stay as well, however similar they are
         capacity = capacity if isinstance(capacity, Tensor) else min(max(capacity, 1), N)
         return capacity, _windows_of(capacity, N, W)
 

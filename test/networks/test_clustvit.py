@@ -57,6 +57,19 @@ def test_threshold_one_is_the_plain_vit_bit_for_bit(network, images):
     assert (network(images, merge_threshold=1.0).cluster_ids == 0).all()
 
 
+@pytest.mark.parametrize("merging", ["algm", "algm+clusters", "cts", "tome", "kmeans", "stvit"])
+def test_threshold_one_merges_nothing_in_any_way_to_merge(merging, images):
+    torch.manual_seed(0)
+    backbone = "clustvit" if "clusters" in merging else "vit"
+    config = ViTConfig(**{**vars(SMALL), "depth": 4, "backbone": backbone, "merging": merging})
+    network = build_network(config, 5).eval().requires_grad_(False)
+    plain = build_network(without_merging(config), 5).eval().requires_grad_(False)
+    plain.load_state_dict({name: value for name, value in network.state_dict().items() if name in plain.state_dict()})
+    expected = plain(images).logits
+    assert torch.equal(network(images, merge_threshold=1.0).logits, expected)
+    assert torch.equal(network(images, merge_threshold=1.0, token_capacity=48).logits, expected)
+
+
 def test_threshold_zero_merges_everything(network, images):
     assert (network(images, merge_threshold=0.0).cluster_ids > 0).all()
 
