@@ -229,7 +229,8 @@ class _Predictor:
             prediction = self._engine.segment(image, plan.settings)
             self._policy.learn(plan, prediction, [prediction.stats.total_ms])
             if plan.budget_state == "calibrating":
-                tqdm.write(f"calibrating at {image.shape[1]}x{image.shape[0]}, once per size and machine")
+                size = f"{image.shape[1]}x{image.shape[0]}"
+                tqdm.write(f"calibrating at {size}; kept for the next run unless other processes compute meanwhile")
             self._notes.quiet = first  # what it would say is the error of the check
             self._policy.use_idle_time(lambda: True)
             self._notes.quiet = False
