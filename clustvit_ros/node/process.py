@@ -46,6 +46,11 @@ _HELP = """The {name} node of clustvit_ros. It takes ROS arguments, after --ros-
   --params-file FILE    parameters from a file, such as config/segment.yaml
   -r FROM:=TO           another name for a topic, e.g. image:=/camera/image_raw, or __ns:=/front
 Example: ros2 run clustvit_ros {name}_node --ros-args -r __ns:=/front"""
+# A frame after a pause finds other caches: gaps between its operations of more than 10,000 turns put threads to sleep,
+# and waking a halted virtual core takes longer than the operation. Two threads, 240x320, 0.2 s between frames: 24 to 41
+# ms, p90 55 to 68; at 50,000 turns 22, p90 25. With a core taken by others 202 ms instead of 134, but then frames are
+# computed with one thread.
+_SPIN_COUNT = 50_000
 # For so long may one thread keep the interpreter from another. An engine wants it a few hundred times in a frame, and
 # waited for Python's usual 5 ms whenever the executor's thread was at work: frames of 14 ms took 19 to 30.
 _SWITCH_INTERVAL_S = 0.0005
@@ -80,7 +85,7 @@ def run_node(
     try:
         keep_freed_memory()
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
-        bound_spinning()
+        bound_spinning(_SPIN_COUNT)
         # PyTorch makes this folder when it is imported, else in /tmp.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(user_cache_dir() / "torchinductor"))
         _clear_shared_memory(name)
