@@ -28,6 +28,7 @@ from clustvit_ros.images import IMAGE_SUFFIXES, list_images, read_image
 
 _STREAM_TIMEOUT_MS = 10_000
 _DECODE_AHEAD = 4
+_KEPT_FRAMES = 100
 
 
 @dataclass(frozen=True)
@@ -214,13 +215,21 @@ class SimSource(FrameSource):
 
         self._seed, self._points, self._loop_frames = seed, points, loop_frames
         self._camera = SimulatedCamera(seed, size, rate_hz)
+        # A pass that comes again is not rendered again: on a robot, no renderer takes cores from the node.
+        self._kept: list[SourceFrame] = []
         self.focal_px = self._camera.focal_px
         super().__init__(f"simulated camera, seed {seed}, {size[1]}x{size[0]}")
 
     def __iter__(self) -> Iterator[SourceFrame]:
         for index in range(self._loop_frames) if self._loop_frames else itertools.count():
+            if index < len(self._kept):
+                yield self._kept[index]
+                continue
             frame = self._camera.frame(index, points=self._points)
-            yield SourceFrame(frame.image, f"sim_{self._seed}_{index:06d}", frame.labels, frame.points)
+            source_frame = SourceFrame(frame.image, f"sim_{self._seed}_{index:06d}", frame.labels, frame.points)
+            if index < min(self._loop_frames, _KEPT_FRAMES):
+                self._kept.append(source_frame)
+            yield source_frame
 
 
 def is_url(source: str) -> bool:

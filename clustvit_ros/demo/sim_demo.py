@@ -148,6 +148,8 @@ def _record(
     """Run the processes to their end; the recorder's summary, the conductor's notes, and what streaming is worth."""
     manifest, notes, stream = output / "manifest.jsonl", output / "phases.json", output / "streaming.json"
     loop_frames = args.frames or _LOOP_FRAMES
+    # One frame more than a pass: with one less, a single late frame would be more than 2 %.
+    phase_s = (loop_frames + 1) / args.rate
     camera = {
         "source": f"sim:{seed}", "rate_hz": args.rate, "time_lapse": _TIME_LAPSE, "loop_frames": loop_frames,
         "manifest": manifest, "wait_for_subscribers": 2, "wait_timeout_s": 180.0,
@@ -158,12 +160,12 @@ def _record(
         "save_ground_truth": True, "save_clusters": True, "idle_timeout_s": 60.0, "start_timeout_s": 200.0,
     }  # fmt: skip
     conductor = {
-        "output": notes, "merge_threshold": args.merge_threshold, "phase_s": loop_frames / args.rate,
+        "output": notes, "merge_threshold": args.merge_threshold, "phase_s": phase_s,
         "budget_shares": ",".join(map(str, BUDGET_SHARES)),
     }  # fmt: skip
     print(
         f"simulated camera (seed {seed}) -> node -> recorder over DDS (ROS_DOMAIN_ID={environ['ROS_DOMAIN_ID']}), "
-        f"{args.rate:g} Hz, model {args.model};\n{2 + len(BUDGET_SHARES)} phases of {loop_frames / args.rate:g} s over "
+        f"{args.rate:g} Hz, model {args.model};\n{2 + len(BUDGET_SHARES)} phases of {phase_s:g} s over "
         f"the same stretch: merge threshold {args.merge_threshold:g}, nothing merged, and budgets of "
         f"{', '.join(f'{100 * share:.0f}' for share in BUDGET_SHARES)} % of what that takes",
         flush=True,
