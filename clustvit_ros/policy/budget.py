@@ -267,8 +267,8 @@ def check_budget(
     engine_ms = table[fastest] * slowdown
     if budget_ms >= engine_ms + overhead_ms:
         return
-    # With the margin that the controller takes: what is named here will be held.
-    minimum_ms = (engine_ms + overhead_ms) * (1.0 + _SPREADS * _MIN_SPREAD)
+    # With a margin, for what is named here must be held: the estimate is of the frames before, at other points.
+    minimum_ms = (engine_ms + overhead_ms) * (1.0 + _BEYOND_TAIL)
     outside = f" and {overhead_ms:.1f} ms pass outside the engine" if overhead_ms else ""
     raise ConfigError(
         f"latency_budget_ms: got {budget_ms:g}, but {point_text(fastest)}, the fastest allowed, take up to "
