@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import hashlib
 import logging
@@ -110,8 +111,9 @@ def find_model(name_or_path: str | Path) -> Path:
             if (models / given / MODEL_FILE).is_file():
                 return models / given
         shipped = [folder.name for folder in shipped_models()]
+        meant = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(str(name_or_path), shipped, 1))
         raise ModelError(
-            f"model {str(name_or_path)!r} is not shipped (shipped: {', '.join(shipped) or 'none'}) and no "
+            f"model {str(name_or_path)!r} is not shipped{meant} (shipped: {', '.join(shipped) or 'none'}) and no "
             "folder of that name holds a model.yaml; pass one of these names or the path of a model folder (models/ of "
             "a checkout has those that are too large for a wheel), or get it first (`clustvit-ros models --released`)"
         )

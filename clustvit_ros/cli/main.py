@@ -104,7 +104,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     # Only what is asked for is imported: the doctor must run where others cannot even be loaded.
     asked = [name for name in COMMANDS if arguments[:1] == [name.replace("_", "-")]]
-    args = make_parser(asked or list(COMMANDS)).parse_args(arguments)
+    parser = make_parser(asked or list(COMMANDS))
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return 2
+    args = parser.parse_args(arguments)
     try:
         code = args.run(args)
         sys.stdout.flush()

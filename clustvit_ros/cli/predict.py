@@ -97,11 +97,13 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--show: {problem}; leave it out, the results are written in any case")
     unreadable: list[str] = []
     sources = _open(args.source, unreadable)
+    if args.out is not None:
+        _make_folder(args.out)  # before a model is loaded for nothing
     engine = create_engine(args.model, args.engine, args.device, args.threads, args.precision)
     info = engine.info
     reason = f" ({info.device_reason})" if info.device_reason else ""
     print(f"model {info.model}, engine {info.engine_told} in {info.precision} on {info.device}{reason}", flush=True)
-    folder = _make_folder(args.out)
+    folder = args.out or new_run_folder(_RUNS)
     prediction = _Predictor(engine, parameters, folder, args, unreadable)
     started_s = time.monotonic()
     interrupted = False
@@ -126,13 +128,13 @@ def _open(given: list[str], unreadable: list[str]) -> list[FrameSource]:
     return [open_source(text, on_unreadable=unreadable.append) for text in given]
 
 
-def _make_folder(asked: Path | None) -> Path:
-    if asked is not None:
-        if asked.exists() and (not asked.is_dir() or any(asked.iterdir())):
-            raise ConfigError(f"--out: {asked} is there and not empty; expected a new or empty folder")
+def _make_folder(asked: Path) -> None:
+    if asked.exists() and (not asked.is_dir() or any(asked.iterdir())):
+        raise ConfigError(f"--out: {asked} is there and not empty; expected a new or empty folder")
+    try:
         asked.mkdir(parents=True, exist_ok=True)
-        return asked
-    return new_run_folder(_RUNS)
+    except OSError as error:
+        raise ConfigError(f"--out: {asked} cannot be made ({error.strerror}); name a folder elsewhere") from error
 
 
 class _Predictor:

@@ -29,6 +29,12 @@ def test_help_names_every_command(capsys):
     assert all(name.replace("_", "-") in printed for name in COMMANDS)
 
 
+def test_alone_it_lists_its_commands(capsys):
+    assert main([]) == 2
+    printed = capsys.readouterr().err
+    assert all(name.replace("_", "-") in printed for name in COMMANDS)
+
+
 def test_the_entry_point_loads_no_package_that_can_be_missing():
     """The doctor must be able to say which one is: without this, all commands end in a traceback."""
     program = "import sys, clustvit_ros.cli.main; print(*{'cv2', 'numpy', 'torch', 'yaml', 'rclpy'} & set(sys.modules))"

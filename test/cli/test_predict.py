@@ -148,7 +148,8 @@ def test_a_budget_chooses_size_and_tokens(model_dir, tmp_path, capsys, monkeypat
         (["{picture}", "--merge-threshold", "2"], "merge_threshold: got 2.0, expected a double from 0.0 to 1.0"),
         (["{picture}", "--budget-ms", "nan"], "latency_budget_ms: got nan"),
         (["{picture}", "--out", "{tmp}"], "is there and not empty"),
-        (["{picture}", "--out", "/proc/masks"], "/proc/masks"),
+        (["{picture}", "--out", "/proc/masks"], "--out: /proc/masks cannot be made"),
+        (["{picture}", "--model", "sim_tinny"], "did you mean sim_tiny?"),
         (["{picture}", "--show"], "--show: there is no screen here"),
     ],
 )
