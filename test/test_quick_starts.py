@@ -25,7 +25,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("quick_start_*.md"))]
 # Needs ROS 2, a Jetson or the network, or is what runs this test; the demo has tests of its own.
 NOT_HERE = re.compile(
     r"make (demo|test)|\. \.venv/bin/activate|pip3? (install|uninstall) |colcon build|rosdep|sudo |wget |"
-    r"ros2 (run|launch|topic|param) |clustvit-ros get |cd ~/ros2_ws|python3 -m venv|python3 -c \"import torch|export FASTRTPS_DEFAULT_PROFILES_FILE="
+    r"ros2 (run|launch|topic|param) |clustvit-ros get |"
+    r"cd ~/ros2_ws|python3 -m venv|python3 -c \"import torch|export FASTRTPS_DEFAULT_PROFILES_FILE="
 )
 SLOW = ("train", "export")
 
