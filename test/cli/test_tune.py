@@ -63,7 +63,7 @@ def test_command_writes_picture_and_rows(model_dir, labelled_dir, tmp_path, caps
     kept = [r["tokens_kept_mean"] for r in report["rows"] if r["token_capacity"] and r["input_scale"] == 1]
     assert sorted(kept) == [6, 12, 18, 24, 30, 36, 42, 48]
     sizes = {r["input_scale"]: (tuple(r["input_size"]), r["tokens_total"]) for r in report["rows"]}
-    assert len(sizes) == 6 and sizes[1.0][1] == 48 and sizes[0.5][1] < 16
+    assert len(sizes) == len(set(sizes.values())) >= 6 and sizes[1.0][1] == 48 and sizes[0.375][1] < 16
     assert all(0 <= r["agreement"] <= 1 for r in report["rows"])
     assert cv2.imread(str(tmp_path / "b" / "t.png")).shape[2] == 3
     assert "within 100000 ms: merge_threshold" in capsys.readouterr().out
