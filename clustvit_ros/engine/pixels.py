@@ -89,21 +89,21 @@ def normalisation(config: InputConfig, device: torch.device, dtype: torch.dtype 
 
 
 def device_input(images: Tensor, size: tuple[int, int], offset: Tensor, scale: Tensor) -> Tensor:
-    """Resize and normalise on the images' own device, in operations that a CUDA graph can record.
+    """Resize as on a CPU, to whole values, and normalise on the images' own device, as a CUDA graph can record it.
 
     Args:
         images: (B, H, W, 3) uint8 RGB.
         size: (height, width) of the result.
-        offset, scale: as `normalisation` has them, of the type of the result. In float16, which has all of a byte's
-            values, what is in between is rounded to an eighth.
+        offset, scale: as `normalisation` has them, of the type of the result; float16 has all of a byte's values.
 
     Returns:
         (B, 3, *size), channels last in memory.
     """
-    shrinks = images.shape[1] > size[0] or images.shape[2] > size[1]
     x = images.permute(0, 3, 1, 2).to(scale.dtype)
+    while x.shape[2] >= 2 * size[0] and x.shape[3] >= 2 * size[1]:
+        x = F.interpolate(x, size=(x.shape[2] // 2, x.shape[3] // 2), mode="area").add_(0.5).floor_()
     if tuple(x.shape[2:]) != size:
-        x = F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=shrinks)
+        x = F.interpolate(x, size=size, mode="bilinear", align_corners=False).add_(0.5).floor_()
     return torch.addcmul(offset, x, scale)
 
 
