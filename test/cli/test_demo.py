@@ -177,7 +177,7 @@ def test_simulated_drive_is_scored_under_every_budget(make_toy_model, tmp_path, 
     """Short phases and an untrained model: it is the chain that is tested, from renderer to film."""
     model, out = make_toy_model(load_class_set("sim")), tmp_path / "demo"
     arguments = ["demo", "--source", "sim:5", "--model", str(model), "--output", str(out), "--view"]
-    assert main([*arguments, "--device", "cpu", "--frames", "8", "--rate", "10"]) == 0
+    assert main([*arguments, "--device", "cpu", "--frames", "8", "--rate", "30"]) == 0
     out = out / "latest"
     report = json.loads((out / "summary.json").read_text())
     phases = {phase["name"]: phase for phase in report["phases"]}
@@ -194,7 +194,7 @@ def test_simulated_drive_is_scored_under_every_budget(make_toy_model, tmp_path, 
     index = int(frame["name"].rpartition("_")[2])
     from clustvit_ros.sim import SimulatedCamera
 
-    truth = SimulatedCamera(5, rate_hz=10.0 / 3.0).frame(index).labels
+    truth = SimulatedCamera(5, rate_hz=30.0 / 3.0).frame(index).labels
     np.testing.assert_array_equal(cv2.imread(str(out / frame["ground_truth"]), cv2.IMREAD_UNCHANGED), truth)
     film = cv2.VideoCapture(str(next(out.glob("demo.*"))))
     assert film.get(cv2.CAP_PROP_FRAME_COUNT) >= sum(phase["frames"] for phase in phases.values())

@@ -172,7 +172,7 @@ def test_every_way_to_merge_keeps_the_contract(merging, kind, make_toy_variant, 
                     assert stats.operating_point == (scale, capacity, ladder[-1])
                 assert ours.stats.tokens_kept == theirs.stats.tokens_kept <= capacity
                 for one, other in ((ours.mask, theirs.mask), (ours.cluster_map, theirs.cluster_map)):
-                    # At 3/4, pixels may differ by 1 of 255 by how halves are rounded: enough for another pair of ALGM's.
+                    # At 3/4, pixels may differ by 1 of 255, by rounding: enough for another pair of ALGM's.
                     assert (one == other).mean() > (0.8 if scale == 0.75 else 0.99)
                 assert (capacity == ladder[-1]) == (not ours.cluster_map.any())
                 mask = masks.setdefault((scale, capacity), ours.mask)
