@@ -159,9 +159,8 @@ class _Predictor:
         self._notes = _Notes()
         self._policy = Policy(engine, self._notes)
         self._names: set[str] = set()
-        self._engine_ms: list[float] = []
+        self._begun = False
         self._calibrating_s = 0.0
-        self._tokens: list[float] = []
         self._pixels = np.zeros(len(self._palette), np.int64)
         self._films: list[tuple[Path, str]] = []
         self._ended = False
@@ -228,7 +227,7 @@ class _Predictor:
             reader.close()
 
     def _segment(self, image: np.ndarray) -> Prediction:
-        first = not self._engine_ms
+        first = not self._begun
         while True:
             begun_s = time.monotonic()
             plan = self._policy.plan([image], self._parameters)
@@ -245,8 +244,7 @@ class _Predictor:
             if plan.budget_state != "calibrating":
                 break
             self._calibrating_s += time.monotonic() - begun_s
-        self._engine_ms.append(prediction.stats.total_ms)
-        self._tokens.append(prediction.stats.tokens_kept / prediction.stats.tokens_total)
+        self._begun = True
         return prediction
 
     def _entry(self, frame: SourceFrame, prediction: Prediction) -> dict[str, Any]:
@@ -280,7 +278,11 @@ class _Predictor:
 
     def finish(self, elapsed_s: float) -> None:
         """Write the summary and tell it; nothing is left of a run without a frame, good or bad."""
-        info, count, unreadable = self._engine.info, len(self._engine_ms), self._unreadable
+        # By what was written: an interruption may come between any two lines of this program.
+        with (self._folder / "frames.jsonl").open(encoding="utf-8") as log:
+            entries = [json.loads(line) for line in log if line.endswith("\n")]
+        info, count, unreadable = self._engine.info, len(entries), self._unreadable
+        engine_ms = [entry["total_ms"] for entry in entries]
         elapsed_s -= self._calibrating_s
         if not count and not unreadable:
             (self._folder / "frames.jsonl").unlink(missing_ok=True)
@@ -299,12 +301,13 @@ class _Predictor:
         }  # fmt: skip
         if count:
             report["images_per_second"] = round(count / elapsed_s, 2)
-            report["engine_ms"] = {f"p{p}": round(percentile(self._engine_ms, p / 100), 3) for p in (50, 95)}
-            report["tokens_kept_share"] = round(float(np.mean(self._tokens)), 4)
+            report["engine_ms"] = {f"p{p}": round(percentile(engine_ms, p / 100), 3) for p in (50, 95)}
+            shares_kept = [entry["tokens_kept"] / entry["tokens_total"] for entry in entries]
+            report["tokens_kept_share"] = round(float(np.mean(shares_kept)), 4)
             save_picture(self._folder / "legend.png", class_legend(self._classes, 22 * len(self._classes)))
         if count and self._parameters.latency_budget_ms:
             budget_ms = self._parameters.latency_budget_ms
-            within = float(np.mean(np.array(self._engine_ms) <= budget_ms))
+            within = float(np.mean(np.array(engine_ms) <= budget_ms))
             report["budget"] = {"ms": budget_ms, "within": round(within, 4)}
         with replacing(self._folder / "summary.json") as partial:
             partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
