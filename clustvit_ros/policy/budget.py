@@ -39,7 +39,8 @@ _TAIL_WINDOW = 60
 _TAIL_AFTER_CHANGE = 16
 _MIN_TAIL_FRAMES = 8
 _TAIL_SHARE = 0.02
-_BEYOND_TAIL = 0.1
+_BEYOND_TAIL = 0.3  # one in 30 exceeds the second largest of 60; two of 50 are rarely late where one in 95 is
+_BEYOND_LEAST = 0.1  # what a refusal names must be held, and the estimate is of frames at other points
 # A spread over fewer frames than this is a guess; what was seen bounds it.
 _FEW_FRAMES = 8
 _BEYOND_SEEN = 1.1
@@ -267,8 +268,7 @@ def check_budget(
     engine_ms = table[fastest] * slowdown
     if budget_ms >= engine_ms + overhead_ms:
         return
-    # With a margin, for what is named here must be held: the estimate is of the frames before, at other points.
-    minimum_ms = (engine_ms + overhead_ms) * (1.0 + _BEYOND_TAIL)
+    minimum_ms = (engine_ms + overhead_ms) * (1.0 + _BEYOND_LEAST)
     outside = f" and {overhead_ms:.1f} ms pass outside the engine" if overhead_ms else ""
     raise ConfigError(
         f"latency_budget_ms: got {budget_ms:g}, but {point_text(fastest)}, the fastest allowed, take up to "
