@@ -145,16 +145,14 @@ class Calibration:
             case.
         others_s: seconds that this machine's cores have computed for others; None where the system does not tell.
         clock: gives monotonic seconds.
-        sleep: waits for so many seconds.
     """
 
     def __init__(
         self, engine: Engine, image_size: tuple[int, int], input_scales: Sequence[float] = (1.0,),
         rounds: int = _ROUNDS, limit_ms: float = _LIMIT_MS,
         others_s: Callable[[], float | None] = others_seconds, clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
     ) -> None:  # fmt: skip
-        self._engine, self._sleep = engine, sleep
+        self._engine = engine
         self.points = anchors(engine, image_size, input_scales)
         self._image = np.random.default_rng(0).integers(0, 256, (*image_size, 3), dtype=np.uint8)
         self._limit_ms = limit_ms
@@ -202,10 +200,10 @@ class Calibration:
         point, threads = self._plan[self._steps]
         # The mask alone: what every frame pays. Feedback knows about what subscribers add.
         settings = settings_at(point, threads)
-        self._sleep(_PAUSE_S)
         if point.input_scale in self._cold:
             self._spent_ms += self._engine.segment(self._image, settings).stats.total_ms
             self._cold.remove(point.input_scale)
+        time.sleep(_PAUSE_S)
         latency_ms = self._engine.segment(self._image, settings).stats.total_ms
         self._steps += 1
         of_count = self._samples.setdefault(threads, {})
