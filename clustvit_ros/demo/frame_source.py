@@ -28,7 +28,8 @@ from clustvit_ros.images import IMAGE_SUFFIXES, list_images, read_image
 
 _STREAM_TIMEOUT_MS = 10_000
 _DECODE_AHEAD = 4
-_KEPT_FRAMES = 100
+# What a simulated drive that starts over may keep, to be rendered once: two passes of the demo's frames.
+_KEPT_BYTES = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -225,11 +226,13 @@ class SimSource(FrameSource):
             if index < len(self._kept):
                 yield self._kept[index]
                 continue
-            frame = self._camera.frame(index, points=self._points)
-            source_frame = SourceFrame(frame.image, f"sim_{self._seed}_{index:06d}", frame.labels, frame.points)
-            if index < min(self._loop_frames, _KEPT_FRAMES):
-                self._kept.append(source_frame)
-            yield source_frame
+            rendered = self._camera.frame(index, points=self._points)
+            frame = SourceFrame(rendered.image, f"sim_{self._seed}_{index:06d}", rendered.labels, rendered.points)
+            maps = (frame.pixels, frame.labels, frame.points)
+            size = sum(each.nbytes for each in maps if each is not None)
+            if index == len(self._kept) and index < self._loop_frames and (index + 1) * size <= _KEPT_BYTES:
+                self._kept.append(frame)
+            yield frame
 
 
 def is_url(source: str) -> bool:
