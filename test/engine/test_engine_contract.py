@@ -160,7 +160,8 @@ def test_every_way_to_merge_keeps_the_contract(merging, kind, make_toy_variant, 
     else:
         engine, scales = GraphEngine.from_model(model, "cpu", recorder=recorder), (1.0, 0.75, 0.5)
     noise = np.random.default_rng(4).integers(0, 256, (2, 6, 8, 3), np.uint8)
-    images = [cv2.resize(image, (128, 96), interpolation=cv2.INTER_CUBIC) for image in noise]
+    # Multiples of 36 stay whole at 3/4 and 1/2 of the sides: however an engine rounds, it sees the same.
+    images = [cv2.resize(image, (128, 96), interpolation=cv2.INTER_CUBIC) // 36 * 36 for image in noise]
     recorded, masks = 0, {}
     for again in (False, True):
         for scale in scales:
@@ -172,8 +173,7 @@ def test_every_way_to_merge_keeps_the_contract(merging, kind, make_toy_variant, 
                     assert stats.operating_point == (scale, capacity, ladder[-1])
                 assert ours.stats.tokens_kept == theirs.stats.tokens_kept <= capacity
                 for one, other in ((ours.mask, theirs.mask), (ours.cluster_map, theirs.cluster_map)):
-                    # At 3/4, pixels may differ by 1 of 255, by rounding: enough for another pair of ALGM's.
-                    assert (one == other).mean() > (0.8 if scale == 0.75 else 0.99)
+                    assert (one == other).mean() > 0.99
                 assert (capacity == ladder[-1]) == (not ours.cluster_map.any())
                 mask = masks.setdefault((scale, capacity), ours.mask)
                 assert np.array_equal(ours.mask, mask), "other settings leave nothing behind"
