@@ -127,7 +127,13 @@ def test_a_budget_chooses_size_and_tokens(model_dir, tmp_path, capsys, monkeypat
     assert main([*arguments, "--budget-ms", "30000", "--out", str(tmp_path / "easy")]) == 0
     summary = json.loads((tmp_path / "easy" / "summary.json").read_text())
     assert summary["budget"] == {"ms": 30000.0, "within": 1.0} and summary["images"] == 8
-    capsys.readouterr()
+    assert "missed" not in capsys.readouterr().err
+    with monkeypatch.context() as patch:  # a machine that seemed fast enough when it was asked
+        patch.setattr("clustvit_ros.policy.policy.check_budget", lambda *arguments: None)
+        assert main([*arguments, "--budget-ms", "0.01", "--out", str(tmp_path / "missed")]) == 0
+    printed = capsys.readouterr().err
+    assert "this budget was missed: latency_budget_ms 0.01 cannot be held now" in printed and "the smallest" in printed
+    assert json.loads((tmp_path / "missed" / "summary.json").read_text())["budget"]["within"] == 0.0
     assert main([*arguments, "--budget-ms", "0.001", "--out", str(tmp_path / "hard")]) == 2
     streams = capsys.readouterr()
     assert streams.err.count("latency_budget_ms: got 0.001") == 1 and "at least" in streams.err

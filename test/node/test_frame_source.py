@@ -68,3 +68,12 @@ def test_unusable_sources_are_named(tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"broken\.png: cannot be read as an image"):
         list(open_source(str(tmp_path)))
+
+
+def test_a_simulated_drive_that_starts_over_is_the_same_and_rendered_once() -> None:
+    pytest.importorskip("panda3d", reason="needs panda3d (the 'sim' extra)")
+    source = open_source("sim:5", 64, 48, loop_frames=3)
+    first, again = list(source), list(source)
+    assert [frame.name for frame in again] == [f"sim_5_00000{index}" for index in range(3)]
+    assert all(one.pixels is other.pixels for one, other in zip(first, again, strict=True))
+    assert not np.array_equal(first[0].pixels, first[1].pixels)

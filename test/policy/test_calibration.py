@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,15 @@ def test_every_capacity_is_timed(scripted_engine):
     shares = []
     assert measured(engine, shares.append) == pytest.approx({c: 2.0 + c for c in range(8, 65, 8)})
     assert shares == sorted(shares) and shares[-1] == 1.0
+
+
+def test_calls_come_after_a_pause_as_frames_do(scripted_engine):
+    engine, _ = scripted_engine(lambda call, kept, total: 1.0)
+    calibration = Calibration(engine, SIZE)
+    started_s = time.monotonic()
+    for _ in range(10):
+        calibration.step()
+    assert time.monotonic() - started_s >= 0.1
 
 
 def test_other_processes_do_not_spoil_it(scripted_engine):
