@@ -81,11 +81,15 @@ def test_input_is_resized_and_normalised():
     assert x[0, :, 5, 5].tolist() == pytest.approx([1.0, 0.0, -2.0])
 
 
-def test_shrinking_averages():
-    image = np.zeros((1, 64, 64, 3), np.uint8)
+@pytest.mark.parametrize("height", [64, 20, 16, 8])
+def test_shrinking_averages_along_each_side(height):
+    image = np.zeros((1, height, 64, 3), np.uint8)
     image[:, :, ::4] = 255  # a quarter of the columns; sampling every fourth would give 0 or 255
-    x = to_input(image, (16, 16), InputConfig(size=(16, 16), mean=(0, 0, 0), std=(1, 1, 1)), torch.device("cpu"))
+    config = InputConfig(size=(16, 16), mean=(0, 0, 0), std=(1, 1, 1))
+    x = to_input(image, (16, 16), config, torch.device("cpu"))
     assert (x - 63.75).abs().max() < 2
+    device = device_input(torch.from_numpy(image), (16, 16), *normalisation(config, torch.device("cpu")))
+    assert (device - x).abs().max() <= 1.001
 
 
 def test_ladder_is_ascending_and_ends_with_all_tokens():
@@ -163,8 +167,9 @@ def test_the_devices_input_equals_the_hosts():
     normalised = normalisation(config, torch.device("cpu"))
     same = device_input(torch.from_numpy(images), (40, 60), *normalised)
     torch.testing.assert_close(same, to_input(images, (40, 60), config, torch.device("cpu")))
-    for size in ((20, 30), (32, 48), (13, 19), (60, 80)):
+    # Along one side alone, OpenCV rounds halves to even values.
+    for size, off in (((20, 30), 0.2), ((32, 48), 0.2), ((13, 19), 0.2), ((60, 80), 0.2), ((9, 60), 1), ((40, 14), 1)):
         ours = device_input(torch.from_numpy(images), size, *normalised)
         host = to_input(images, size, config, torch.device("cpu"))
         steps = (ours - host).abs() * torch.tensor(config.std).view(1, 3, 1, 1)
-        assert ours.shape == host.shape and steps.max() < 2.01 and steps.mean() < 0.2  # of 255
+        assert ours.shape == host.shape and steps.max() < 2.01 and steps.mean() < off  # of 255
