@@ -12,6 +12,7 @@ nav2_lifecycle_manager and semantic_segmentation_layer, and a camera that publis
 
 import os
 from pathlib import Path
+from typing import Any
 
 from launch import LaunchContext, LaunchDescription
 from launch.actions import DeclareLaunchArgument, OpaqueFunction, SetEnvironmentVariable
@@ -33,18 +34,15 @@ def generate_launch_description() -> LaunchDescription:
             DeclareLaunchArgument("params_file", default_value=default_file, description="Of node and costmap."),
             DeclareLaunchArgument("image_topic", default_value=CAMERA_TOPIC, description="Camera image to segment."),
             DeclareLaunchArgument("model", default_value="camvid_tiny", description="Name or folder of a model."),
+            DeclareLaunchArgument(
+                "class_groups",
+                default_value="",
+                description="Groups of the model's classes that the costmap knows; empty: as params_file has them.",
+            ),
             DeclareLaunchArgument("use_sim_time", default_value="false", description="Take the time from /clock."),
             *(SetEnvironmentVariable(name, value) for name, value in dds_environment(os.environ).items()),
             OpaqueFunction(function=_check_file),
-            Node(
-                package="clustvit_ros",
-                executable="segmentation_node",
-                name="segmentation",
-                # The manager configures and activates it.
-                parameters=[parameters, {"autostart": False, "model": LaunchConfiguration("model")}, sim_time],
-                remappings=[(IMAGE_TOPIC, LaunchConfiguration("image_topic"))],
-                output="screen",
-            ),
+            OpaqueFunction(function=_segmentation, args=[parameters, sim_time]),
             Node(
                 package="nav2_costmap_2d",
                 executable="nav2_costmap_2d",
@@ -69,6 +67,26 @@ def generate_launch_description() -> LaunchDescription:
             ),
         ]
     )
+
+
+def _segmentation(
+    context: LaunchContext, params_file: LaunchConfiguration, sim_time: dict[str, ParameterValue]
+) -> list[Node]:
+    # The manager configures and activates it.
+    arguments: dict[str, Any] = {"autostart": False, "model": LaunchConfiguration("model")}
+    groups = LaunchConfiguration("class_groups").perform(context)
+    if groups:
+        arguments["class_groups"] = ParameterValue(groups, value_type=str)
+    return [
+        Node(
+            package="clustvit_ros",
+            executable="segmentation_node",
+            name="segmentation",
+            parameters=[params_file, arguments, sim_time],
+            remappings=[(IMAGE_TOPIC, LaunchConfiguration("image_topic"))],
+            output="screen",
+        )
+    ]
 
 
 def _check_file(context: LaunchContext) -> None:

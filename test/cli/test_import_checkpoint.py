@@ -149,7 +149,10 @@ def test_a_convolutional_stem_has_no_official_name():
 
 def test_packaged_class_lists_are_usable():
     counts = {name: len(load_class_set(name)) for name in class_set_names()}
-    assert counts == {"ade20k": 150, "camvid": 11, "cityscapes": 19, "rumexweeds": 3, "sim": 10, "suim": 9}
+    assert counts == {
+        "ade20k": 150, "camvid": 11, "cityscapes": 19, "labelmefacade": 8, "rumexweeds": 3, "sim": 10, "suim": 9,
+        "ycor": 8,
+    }  # fmt: skip
     assert len(set(ClassSet.numbered(300).colours[:20])) == 20
 
 

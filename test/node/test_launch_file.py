@@ -22,6 +22,7 @@ from clustvit_ros.policy.parameters import PARAMETERS
 
 FILE = share_dir() / "launch" / "segment.launch.py"
 DEMO = share_dir() / "launch" / "demo.launch.py"
+NAV2 = share_dir() / "launch" / "nav2_semantic.launch.py"
 
 
 def load(file: Path) -> Any:
@@ -82,6 +83,21 @@ def test_the_demo_starts_camera_and_segmentation(monkeypatch: pytest.MonkeyPatch
     cameras = module._start_cameras(context)
     assert [camera["namespace"] for camera in cameras] == ["front", "rear"]
     assert cameras[0]["remappings"] == [("image_raw", "/cam/image_raw"), ("camera_info", "/cam/camera_info")]
+
+
+@pytest.mark.parametrize("groups", ["", "traversable: smooth_trail; obstacle: obstacle; sky: sky"])
+def test_another_model_brings_its_own_groups_to_the_costmap(groups: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("launch_ros", reason="needs launch_ros")
+    from launch import LaunchContext
+
+    module = load(NAV2)
+    monkeypatch.setattr(module, "Node", dict)
+    context = LaunchContext()
+    context.launch_configurations.update({"class_groups": groups})
+    (node,) = module._segmentation(context, "nav2.yaml", {})
+    file, arguments, _ = node["parameters"]
+    assert file == "nav2.yaml" and arguments["autostart"] is False
+    assert ("class_groups" in arguments) == bool(groups)
 
 
 class Launched:
