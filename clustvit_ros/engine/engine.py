@@ -139,12 +139,15 @@ class Prediction:
             None when not asked for.
         cluster_map: (B, H, W) uint8, cluster id per pixel, 0 = kept; None when not asked for.
         stats: what was used and what it cost.
+        class_grid: (B, h, w) class ids on the network's own grid, however sure it is: what the next frame's exempt
+            classes are looked for in; None where the settings exempt no class by it.
     """
 
     mask: np.ndarray
     confidence: np.ndarray | None
     cluster_map: np.ndarray | None
     stats: Stats
+    class_grid: np.ndarray | None = None
 
     def alone(self, index: int) -> Prediction:
         """The maps of one image, as a batch of their own."""
@@ -152,6 +155,7 @@ class Prediction:
         return Prediction(
             self.mask[one], None if self.confidence is None else self.confidence[one],
             None if self.cluster_map is None else self.cluster_map[one], self.stats,
+            None if self.class_grid is None else self.class_grid[one],
         )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clustvit_ros.classes import IGNORE_INDEX
 from clustvit_ros.engine.engine import Accuracy, Engine, EngineInfo, Prediction, Settings, Stats, as_batch
 from clustvit_ros.engine.exemption import exempt_tokens
 from clustvit_ros.engine.labels import label_maps
@@ -293,6 +294,8 @@ class NetworkEngine(Engine):
         mask = self.download(maps.mask)
         confidence = None if maps.confidence is None else self.download(maps.confidence)
         clusters = None if maps.clusters is None else self.download(maps.clusters)
+        looked_for = settings.merge_exempt_classes and settings.merge_exempt_source == "previous_mask"
+        class_grid = self.download(_class_grid(output.logits)) if looked_for else None
         tokens_kept = float(maps.tokens_kept.mean())
         timer.finish("postprocess")
         stats = Stats(
@@ -302,7 +305,7 @@ class NetworkEngine(Engine):
             threads=torch.get_num_threads() if self._device.type == "cpu" else 0, input_size=size,
             input_scale=settings.input_scale,
         )  # fmt: skip
-        return Prediction(mask, confidence, clusters, stats)
+        return Prediction(mask, confidence, clusters, stats, class_grid)
 
     def _exempt(self, x: Tensor, settings: Settings, lap: Lap) -> Tensor | None:
         """Tokens that must not be merged, as `infer` takes them."""
@@ -312,10 +315,15 @@ class NetworkEngine(Engine):
         grid_size = grid_size_of((x.shape[2], x.shape[3]), self._config.network.patch_size)
         masks = settings.previous_mask
         if classes and settings.merge_exempt_source == "two_pass":
-            masks = self.infer(x, settings).logits.argmax(dim=1).cpu().numpy()
+            masks = self.download(_class_grid(self.infer(x, settings).logits))
             lap("first_pass")
         tokens = exempt_tokens(grid_size, settings.merge_exempt_region, masks, classes)
         return None if tokens is None else torch.from_numpy(tokens)
+
+
+def _class_grid(logits: Tensor) -> Tensor:
+    """The winning class of each cell: (B, Q, h, w) -> (B, h, w), uint8 where that holds all classes."""
+    return logits.argmax(dim=1).to(torch.uint8 if logits.shape[1] <= IGNORE_INDEX else torch.int32)
 
 
 def most_exempt(exempt: Tensor | None) -> int:

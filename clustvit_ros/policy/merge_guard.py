@@ -180,9 +180,12 @@ class MergeGuard:
         masks = [self._masks.get(camera) for camera in cameras]
         known = [mask for mask in masks if mask is not None]
         previous = None
-        if class_ids and known and len({mask.shape for mask in known}) == 1:
+        if class_ids and known:
+            # The grids of several cameras may be of different input sizes; the finest holds them all.
+            size = np.max([mask.shape for mask in known], axis=0)
             # A camera without a mask yet has nothing to exempt.
-            previous = np.stack([np.full_like(known[0], IGNORE_INDEX) if mask is None else mask for mask in masks])
+            blank = np.full(size, IGNORE_INDEX, known[0].dtype)
+            previous = np.stack([blank if mask is None else _enlarged(mask, size) for mask in masks])
         return replace(
             settings, min_tokens=floor, merge_exempt_region=parameters.exempt_region,
             merge_exempt_classes=class_ids, merge_exempt_source=parameters.merge_exempt_source, previous_mask=previous,
@@ -198,7 +201,9 @@ class MergeGuard:
             result: what the engine gave, in the model's own classes.
         """
         if settings.merge_exempt_classes:
-            self._masks.update(zip(cameras, result.mask, strict=True))
+            # Not the mask, where a class may lack that the network did see: it may be unsure of it, or the mask small.
+            seen = result.mask if result.class_grid is None else result.class_grid
+            self._masks.update(zip(cameras, seen, strict=True))
         else:
             self._masks.clear()
         self._sample = None
@@ -267,3 +272,9 @@ def compare(mask: np.ndarray, reference: np.ndarray, names: Sequence[str], class
         if there.any():
             per_class[names[class_id]] = float(equal[there].mean())
     return Agreement(float((equal & labelled).sum() / count) if count else 1.0, per_class)
+
+
+def _enlarged(mask: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """A mask with its pixels repeated to (height, width) `size`: none is lost."""
+    rows, columns = (np.arange(new) * old // new for new, old in zip(size, mask.shape, strict=True))
+    return mask[rows][:, columns]

@@ -8,9 +8,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from clustvit_ros.classes import IGNORE_INDEX
 from clustvit_ros.engine import Settings, create_engine
 from clustvit_ros.engine.exemption import class_tokens, exempt_class_ids, exempt_tokens, parse_regions, region_tokens
 from clustvit_ros.engine.graph_engine import GraphEngine
@@ -77,6 +80,18 @@ def test_classes_of_the_previous_mask_are_kept_with_their_neighbours(engine, ima
     assert (grid_of(prediction.cluster_map[0])[1:4, 3:6] == 0).all()
     other = engine.segment(images[0], Settings(merge_threshold=0.0, merge_exempt_classes=(4,), previous_mask=mask))
     assert other.stats.tokens_exempt == 0
+
+
+def test_what_the_next_frame_looks_in_knows_neither_threshold_nor_size_of_the_mask(engine, images):
+    settings = Settings(merge_threshold=0.5, merge_exempt_classes=(0,))
+    plain = engine.segment(images[0], settings)
+    unsure = engine.segment(images[0], dataclasses.replace(settings, confidence_threshold=1.0, output_size=(2, 2)))
+    assert (unsure.mask == IGNORE_INDEX).all() and unsure.mask.shape == (1, 2, 2)
+    assert np.array_equal(unsure.class_grid, plain.class_grid) and plain.class_grid.dtype == np.uint8
+    cell = np.array(plain.mask.shape[1:]) // plain.class_grid.shape[1:]
+    centres = plain.mask[:, cell[0] // 2 :: cell[0], cell[1] // 2 :: cell[1]]
+    assert (centres == plain.class_grid).mean() > 0.95
+    assert engine.segment(images[0], Settings()).class_grid is None
 
 
 def test_each_image_of_a_batch_has_its_own_previous_mask(engine, images):

@@ -29,8 +29,17 @@ def content() -> dict[str, Any]:
 
 
 def test_the_layer_knows_every_class_that_the_node_publishes(content: dict[str, Any]) -> None:
-    parameters = build(SegmentationParameters, content["/**/segmentation"])
-    grouping = group_classes(load_class_set("camvid"), parameters.class_groups)
+    check_groups(content, "camvid", content["/**/segmentation"])
+
+
+def test_the_guide_s_groups_of_an_offroad_model_are_the_layer_s(content: dict[str, Any]) -> None:
+    guide = (share_dir() / "docs" / "guide.md").read_text()
+    check_groups(content, "ycor", {"class_groups": guide.split('class_groups:="')[1].split('"')[0]})
+
+
+def check_groups(content: dict[str, Any], classes: str, values: dict[str, Any]) -> None:
+    parameters = build(SegmentationParameters, values)
+    grouping = group_classes(load_class_set(classes), parameters.class_groups)
     assert grouping.ungrouped == ()
     camera = content["/**/costmap"]["semantic_layer"]["camera"]
     known = [name for kind in camera["class_types"] for name in camera[kind]["classes"]]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from clustvit_ros.classes import IGNORE_INDEX
 from clustvit_ros.engine import Engine, EngineInfo, Prediction, ScriptedEngine, Settings
 from clustvit_ros.engine.exemption import exempt_class_ids
 from clustvit_ros.engine.ladder import OperatingPoint, WorthOrder
@@ -213,6 +214,15 @@ def test_the_previous_mask_of_the_same_camera_exempts_its_classes() -> None:
     settings = drive.engine.calls[-1]
     assert settings.merge_exempt_classes == (2, 3) and settings.merge_exempt_region == ((0.67, 0.0, 1.0, 1.0),)
     np.testing.assert_array_equal(settings.previous_mask, first.mask)
+
+
+def test_a_class_is_exempt_however_unsure_the_mask_is_of_it() -> None:
+    drive = Drive(merge_exempt_classes="bright, glare", confidence_threshold=1.0)
+    mask = drive.frame("left").mask
+    drive.frame("left")
+    exempt = drive.engine.calls[-1].previous_mask
+    assert (mask == IGNORE_INDEX).mean() > 0.9 and not np.isin(mask, (2, 3)).any()
+    assert np.isin(exempt, (2, 3)).any() and not (exempt == IGNORE_INDEX).any()
 
 
 def test_masks_are_forgotten_when_no_class_is_exempt() -> None:
