@@ -70,13 +70,18 @@ class _ImageSize:
         self.points: list[OperatingPoint] = []
         """All points within the user's limits, by size and capacity."""
         self.front: list[OperatingPoint] = []
-        """Those of them that none beats in both latency and worth, fastest first; all while nothing is calibrated."""
+        """Those that none beats in both latency and worth, fastest first; all while the table tells of none."""
 
     def bound(self, limits: tuple[Any, ...], points: list[OperatingPoint]) -> None:
         """Take other limits, and the points within them."""
         self.limits, self.points = limits, points
+        known = [point for point in points if self.knows([point])]
         ordered = sorted(points, key=self._worth)
-        self.front = ordered if self.table is None else front_of(points, self.table, self._worth)
+        self.front = front_of(known, self.table, self._worth) if self.table is not None and known else ordered
+
+    def knows(self, points: Sequence[OperatingPoint]) -> bool:
+        """Whether points are of sizes that were timed; of a larger one, the table would promise too much."""
+        return self.table is not None and self.table.covers(points)
 
     def use(self, table: LatencyTable) -> None:
         """Decide by a table from now on."""
@@ -219,7 +224,8 @@ class Policy:
         judge = plan.is_missed if overtaken else partial(self.misses.judge, plan)
         missed = [judge(stats.total_ms, age_ms) for age_ms in ages_ms]
         # Of a batch, nobody knows what one frame costs.
-        if entry.controller is not None and entry.calibration is None and len(ages_ms) == 1:
+        alone = len(ages_ms) == 1 and entry.calibration is None
+        if entry.controller is not None and alone and entry.knows([stats.operating_point]):
             overhead_ms = None if entry.unsettled else max(ages_ms[0] - stats.total_ms, 0.0)
             entry.controller.observe(
                 stats.operating_point, stats.total_ms, overhead_ms, stats.threads, self._others.cores()
@@ -254,7 +260,7 @@ class Policy:
         """The operating point to use (None: the user's own), the budget's state, and the controller's decision."""
         budget_ms = parameters.latency_budget_ms if parameters.adapts else 0.0
         allowed = self._above(floor, entry.front) or entry.front[-1:]
-        if entry.controller is None:
+        if entry.controller is None or not entry.knows(allowed):
             if not budget_ms:
                 return None, "off", None
             state = "calibrating" if entry.calibration is not None else "uncalibrated"
@@ -301,16 +307,15 @@ class Policy:
             entry.bound(limits, self._make_points(image_size, parameters))
         if entry.calibration is not None or not parameters.adapts or not (parameters.latency_budget_ms or again):
             return entry
-        if entry.table is not None and not again and entry.table.covers(entry.points):
+        if not again and entry.knows(entry.points):
             return entry
-        wanted = anchors(self._engine, image_size, _scales_of(parameters))
-        key = self._key(image_size, parameters, wanted)
+        wanted = anchors(self._engine, image_size, scales := _scales_of(parameters))
+        key = CalibrationKey.of(self._engine, parameters.threads, image_size, wanted)
         kept = None if again else self._cache.load(key)
         if kept is not None:
             self._logger.info(f"latency of {_text(image_size)} images as measured earlier: {_describe(kept)}")
             self._use(entry, parameters, kept)
         elif again or not entry.failure:
-            scales = _scales_of(parameters)
             entry.calibration = Calibration(
                 self._engine, image_size, scales, others_s=self._others_s, clock=self._clock
             )
@@ -344,8 +349,9 @@ class Policy:
         if calibration.disturbed:
             self._logger.info("other processes computed meanwhile: this calibration is not kept for the next start")
             return
+        key = CalibrationKey.of(self._engine, self._parameters.threads, self._newest, calibration.points)
         try:
-            self._cache.store(self._key(self._newest, self._parameters, calibration.points), table)
+            self._cache.store(key, table)
         except OSError as error:
             self._logger.warning(f"calibration cannot be kept for the next start: {error}")
 
@@ -357,11 +363,6 @@ class Policy:
                 check_budget(table, entry.front, parameters.latency_budget_ms)
             except ConfigError as error:
                 self._logger.error(f"{error}; until then frames are segmented at that point")
-
-    def _key(
-        self, image_size: tuple[int, int], parameters: SegmentationParameters, points: Sequence[OperatingPoint]
-    ) -> CalibrationKey:
-        return CalibrationKey.of(self._engine, parameters.threads, image_size, points)
 
     def _publish_status(self, entry: _ImageSize) -> None:
         controller = entry.controller

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from test_policy import STEPS, Bench
 
 from clustvit_ros.engine import ScriptedEngine
 from clustvit_ros.engine.ladder import OperatingPoint
@@ -179,3 +180,27 @@ def test_the_users_cache_is_the_default(key, tmp_path, monkeypatch):
     CalibrationCache().store(key, TABLE)
     (path,) = (tmp_path / "clustvit_ros" / "calibration").iterdir()
     assert json.loads(path.read_text())["key"]["weights_sha256"] == "1234"
+
+
+def test_a_size_larger_than_was_timed_is_not_chosen_before_it_is(tmp_path):
+    bench = Bench(tmp_path, latency_budget_ms=9, input_scale=0.5, min_input_scale=0.5).calibrated()
+    bench.set(input_scale=1.0)
+    for _ in range(12):
+        plan = bench.frame()
+        assert (plan.budget_state, plan.input_size) == ("held", (64, 64)), "what is known, until more is"
+    bench.set(min_input_scale=1.0)
+    plan = bench.frame()
+    assert (plan.budget_state, plan.settings.token_capacity) == ("calibrating", 8), "nothing of it is known"
+    for _ in range(3):
+        plan = bench.frame(idle=2 * STEPS)
+    assert (plan.budget_state, plan.settings.token_capacity) == ("held", 16)
+    assert bench.policy.status.misses == 0
+
+
+def test_frames_of_a_size_that_was_not_timed_say_nothing_about_the_load(tmp_path):
+    bench = Bench(tmp_path, latency_budget_ms=3, input_scale=0.5, min_input_scale=0.5).calibrated()
+    bench.set(latency_budget_ms=0.0, input_scale=1.0)
+    for _ in range(30):
+        bench.frame()
+    bench.set(latency_budget_ms=3, input_scale=0.5)
+    assert bench.frame().settings.token_capacity == 16
