@@ -76,6 +76,7 @@ class SegmentationNode(LifecycleNode):
         self._state = "unconfigured"
         self._fault = self._engine_fault = ""
         self._exit_code = 0
+        self._recalibrated: object = None
         self._reports_without_clock = 0
         self._cameras: dict[str, Camera] = {}
         publisher = MaskPublisher(self.get_name(), self.get_logger(), lambda: self.get_clock().now().nanoseconds)
@@ -304,7 +305,10 @@ class SegmentationNode(LifecycleNode):
         self._qos.check()
         session, parameters = self._engines.session, self.parameters
         budget = session.policy.status if session is not None else BudgetStatus()
-        if budget.recalibrated and parameters.recalibrate:
+        # Once for each table of values: as long as no frame comes, the status is that of an earlier one.
+        asked = budget if budget.plan is None else budget.plan.parameters
+        if budget.recalibrated and parameters.recalibrate and asked is not self._recalibrated:
+            self._recalibrated = asked
             self.set_parameters([Parameter("recalibrate", value=False)])
         self._tell_engine_fault()
         clock_problem = self._clock_problem()

@@ -215,6 +215,14 @@ def test_recalibration_on_demand_ends_by_itself(robot: Robot) -> None:
         robot.stream(PIXELS, 5)
     assert robot.process.output.count("calibrating 8 operating points for 64x48 images") == 2
     assert robot.process.output.count("latency of 64x48 images: 1 of 12 tokens 1") == 2
+    assert robot.set(boolean("recalibrate", True))[0].successful
+    robot.stream(PIXELS, 1)
+    while robot.get("recalibrate").bool_value:
+        robot.client.spin_for(0.1)
+    assert robot.set(boolean("recalibrate", True))[0].successful
+    robot.client.spin_for(2.5)
+    assert robot.get("recalibrate").bool_value, "nothing is done before a frame comes"
+    assert robot.set(boolean("recalibrate", False))[0].successful
 
 
 def test_an_infeasible_start_value_is_reported_with_the_minimum(
