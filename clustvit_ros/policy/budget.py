@@ -75,8 +75,9 @@ class Decision:
         overhead_ms: upper estimate of everything outside the engine that counts against the budget.
         point_ms: latency at `point` on the undisturbed device, with as many threads as are best there.
         predicted_ms: upper estimate of the engine's latency at `point`.
-        least_ms: upper estimate of the latency that counts at the fastest point allowed: the least budget that holds.
-        feasible: False when even that point is expected to miss the budget.
+        least_ms: upper estimate of the latency that counts at the fastest point allowed, or, where more threads make
+            that faster, at `point`: the least budget that holds.
+        feasible: False when every point is expected to miss the budget.
     """
 
     point: OperatingPoint
@@ -159,15 +160,14 @@ class BudgetController:
         return Decision(
             point=self._points[self._index], threads=threads, budget_ms=self._budget_ms,
             engine_budget_ms=engine_budget_ms, slowdown=predicted_ms / point_ms[threads], overhead_ms=overhead_ms,
-            point_ms=min(point_ms.values()), predicted_ms=predicted_ms, least_ms=least_ms + overhead_ms,
-            feasible=least_ms <= engine_budget_ms,
+            point_ms=min(point_ms.values()), predicted_ms=predicted_ms,
+            least_ms=min(least_ms, predicted_ms) + overhead_ms, feasible=predicted_ms <= engine_budget_ms,
         )  # fmt: skip
 
     def _predict(self, index: int) -> tuple[float, int]:
         """The lowest upper estimate of a point's latency, and the threads that it is for."""
-        predictions = [
-            (ms * self._uppers[threads].at(math.sqrt(ms)), threads) for threads, ms in self._point_ms[index].items()
-        ]
+        of_counts = self._point_ms[index].items()
+        predictions = [(ms * self._uppers[threads].at(math.sqrt(ms)), threads) for threads, ms in of_counts]
         return min(predictions, key=lambda pair: pair[0] * (_MORE_THREADS if pair[1] > 1 else 1.0))
 
     def observe(

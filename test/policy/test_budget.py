@@ -297,3 +297,11 @@ def test_a_budget_moves_along_both_axes():
 
 def test_same_observations_same_decisions():
     assert simulate(noise=gauss(0.1), seed=3) == simulate(noise=gauss(0.1), seed=3)
+
+
+def test_a_budget_that_only_more_threads_can_hold_is_held():
+    fast, slow = POINTS[0], POINTS[-1]  # of which two threads gain the first too little, and the second enough
+    table = LatencyTable({2: {(1000, 125): 90.0, (1000, 1000): 95.0}, 1: {(1000, 125): 100.0, (1000, 1000): 110.0}})
+    decision = BudgetController(table, [fast, slow], 97.0).decide()
+    assert (decision.point, decision.threads, decision.feasible, decision.least_ms) == (slow, 2, True, 95.0)
+    assert not BudgetController(table, [fast, slow], 94.0).decide().feasible
