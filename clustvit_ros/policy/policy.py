@@ -282,7 +282,7 @@ class Policy:
         most, fewest = parameters.token_capacity or math.inf, parameters.fewest_tokens
         points = points_of(self._engine, image_size, _scales_of(parameters))
         # Exempt tokens come before every bound: fewer than they are will not be kept.
-        enough = [p for p in reversed(points) if 8 * p.capacity >= p.tokens_total * self._exempt]
+        enough = [p for p in reversed(points) if p.capacity >= p.tokens_total * self._exempt // 8]
         exempt = {p.tokens_total: p.capacity for p in enough}
         capacities = (max(min(p.capacity, most), exempt[p.tokens_total] if self._exempt else 0) for p in points)
         bounded = dict.fromkeys(p._replace(capacity=int(c)) for p, c in zip(points, capacities, strict=True))
@@ -379,9 +379,9 @@ def _scales_of(parameters: SegmentationParameters) -> tuple[float, ...]:
     return input_scales(parameters.min_input_scale, parameters.input_scale)
 
 
-def _budget_of(parameters: SegmentationParameters) -> tuple[float, str, int, float, float]:
-    scales = parameters.min_input_scale, parameters.input_scale
-    return *_target_of(parameters), parameters.fewest_tokens, *scales
+def _budget_of(parameters: SegmentationParameters) -> tuple[Any, ...]:
+    bounds = parameters.fewest_tokens, parameters.min_input_scale, parameters.input_scale
+    return (*_target_of(parameters), *bounds) if parameters.adapts else (parameters.latency_budget_ms,)
 
 
 def _target_of(parameters: SegmentationParameters) -> tuple[float, str]:

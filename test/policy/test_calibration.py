@@ -204,3 +204,18 @@ def test_frames_of_a_size_that_was_not_timed_say_nothing_about_the_load(tmp_path
         bench.frame()
     bench.set(latency_budget_ms=3, input_scale=0.5)
     assert bench.frame().settings.token_capacity == 16
+
+
+def test_a_replay_takes_other_bounds_whatever_budget_it_was_started_with(tmp_path):
+    bench = Bench(tmp_path, latency_budget_ms=50, processing="every_frame")
+    bench.set(input_scale=0.5, min_input_scale=0.5, budget_reference="stamp", min_tokens=5)
+    assert bench.frame().input_size == (64, 64)
+
+
+@pytest.mark.parametrize(("size", "exempt", "fewest"), [(SIZE, 0.1, 8), ((240, 320), 0.1, 37), ((240, 320), 0.24, 75)])
+def test_exempt_tokens_bind_a_budget_to_the_rung_that_holds_them(size, exempt, fewest, tmp_path):
+    bench = Bench(tmp_path, latency_budget_ms=2)
+    bench.exempt = exempt  # 30 and 72 of 300 tokens, whose rungs are 37 and 75
+    for _ in range(3):
+        plan = bench.frame(size=size)
+    assert plan.settings.token_capacity == fewest
