@@ -283,7 +283,8 @@ class EngineControl:
                 self._told_model = order.model
             elif self._told_model:
                 self._node.get_logger().error(self._why_not(order.model, error))
-                self._node.set_parameters(self._before)
+                # At once: class names of one model are not those of the other.
+                self._node.set_parameters_atomically(self._before)
             if self._loaded is not None and not self._loaded.done():
                 self._loaded.set_result(None)
 

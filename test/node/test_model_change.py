@@ -211,6 +211,49 @@ def test_services_answer_while_a_model_loads_and_what_fails_leaves_the_old_one(r
         node.destroy_node()
 
 
+def test_a_model_that_fails_late_leaves_the_old_one_and_its_groups(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process, where a device can be made to fail."""
+    import rclpy
+    from rclpy.executors import SingleThreadedExecutor
+    from rclpy.parameter import Parameter
+
+    from clustvit_ros.engine import create_engine
+    from clustvit_ros.errors import EngineError
+    from clustvit_ros.node.node import SegmentationNode
+
+    def create(model: str, *arguments: Any, **options: Any) -> Any:
+        if model == str(models["five"]):
+            raise EngineError("no memory for it")
+        return create_engine(model, *arguments, **options)
+
+    def values(model: str, groups: str) -> list[Parameter]:
+        return [Parameter("model", value=str(models[model])), Parameter("class_groups", value=groups)]
+
+    monkeypatch.setattr("clustvit_ros.node.engine_control.create_engine", create)
+    context = rclpy.Context()
+    rclpy.init(context=context)
+    before = values("three", "last: class_2")
+    others = [Parameter("device", value="cpu"), Parameter("threads", value=1)]
+    node = SegmentationNode(context=context, parameter_overrides=[*before, *others])
+    executor = SingleThreadedExecutor(context=context)
+    executor.add_node(node)
+    try:
+        executor.spin_until_future_complete(node.load())
+        assert node.autostart()
+        assert node.set_parameters_atomically(values("five", "last: class_4")).successful
+        deadline_s = time.monotonic() + 30.0
+        while node.parameters.model == str(models["five"]) and time.monotonic() < deadline_s:
+            executor.spin_once(timeout_sec=0.1)
+        assert [node.get_parameter(each.name).value for each in before] == [each.value for each in before]
+        assert node.parameters.class_groups == (("last", ("class_2",)),)
+    finally:
+        node.close()
+        node.destroy_node()
+        rclpy.shutdown(context=context)
+
+
 def test_engines_are_freed_when_replaced_and_when_cleaned_up(models: dict[str, Path]) -> None:
     """In this process, where references can be counted."""
     import rclpy
