@@ -182,10 +182,11 @@ class Outputs:
             header: header of the first frame that it holds for.
         """
         with self._labels_lock:
-            labels = (classes, confidence_threshold)
-            if "label_info" in self._publishers and labels != self._labels:
+            labels, publisher = (classes, confidence_threshold), self._publishers.get("label_info")
+            # What a lifecycle publisher gets while the node is inactive is lost, and must not count as told.
+            if publisher is not None and labels != self._labels and getattr(publisher, "is_activated", True):
                 self._labels = labels
-                self._publishers["label_info"].publish(label_info_message(*labels, header))
+                publisher.publish(label_info_message(*labels, header))
 
     def publish_camera_info(
         self, info: CameraInfo, image_size: tuple[int, int], size: tuple[int, int], header: Any

@@ -115,6 +115,25 @@ def test_masks_flow_while_another_model_is_loaded_and_labels_follow(robot: Robot
     assert "takes over" in robot.process.output
 
 
+def test_labels_of_a_model_that_came_while_nothing_was_active_are_told(robot: Robot, models: dict[str, Path]) -> None:
+    from lifecycle_msgs.msg import Transition
+    from lifecycle_msgs.srv import ChangeState
+
+    def change_state(transition: int) -> None:
+        request = ChangeState.Request(transition=Transition(id=transition))
+        assert robot.client.call(ChangeState, f"{NAMESPACE}/segmentation/change_state", request).success
+
+    labels: list[dict[str, Any]] = []
+    topic = f"{NAMESPACE}/segmentation/label_info"
+    robot.client.node.create_subscription(String, topic, lambda m: labels.append(json.loads(m.data)), LATCHED)
+    robot.client.spin_until(lambda: bool(labels), "labels")
+    count, other = (5, "five") if len(labels[-1]["class_map"]) == 3 else (3, "three")
+    change_state(Transition.TRANSITION_DEACTIVATE)
+    assert change_model(robot, models[other]).successful
+    change_state(Transition.TRANSITION_ACTIVATE)
+    robot.client.spin_until(lambda: len(labels[-1]["class_map"]) == count, "labels of the new model")
+
+
 def test_a_model_that_cannot_be_used_is_refused_and_the_old_one_goes_on(robot: Robot, models: dict[str, Path]) -> None:
     in_use = classes_in(robot)
     for model, words in ((models["broken"], "safetensors"), (Path("/nowhere/model"), "/nowhere/model")):
