@@ -23,6 +23,7 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud2
 
 from clustvit_ros.classes import ClassSet
 from clustvit_ros.dds import IMAGE_TOPIC
+from clustvit_ros.errors import ImageError
 from clustvit_ros.images import AutoRange
 from clustvit_ros.jpeg import KnownEdges
 from clustvit_ros.node.messages import LabelInfo, image_message, label_info_message, scaled_camera_info, stamp_ns
@@ -96,15 +97,25 @@ class Frame:
     points: PointsOrder | None = None
     number: int = field(default_factory=_NUMBERS.__next__)
     fate: Fate = field(default_factory=Fate)
-    _image: list[np.ndarray] = field(default_factory=list)
+    _image: list[np.ndarray | str] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def image(self, decode: Callable[[], np.ndarray]) -> np.ndarray:
-        """Its picture, decoded by whichever thread needs it first."""
+        """Its picture, decoded once, by whichever thread needs it first: at a second look, damage passes for a scene.
+
+        Raises:
+            ImageError: it cannot be decoded, whoever asks.
+        """
         with self._lock:
             if not self._image:
-                self._image.append(decode())
-            return self._image[0]
+                try:
+                    self._image.append(decode())
+                except ImageError as error:
+                    self._image.append(str(error))
+            image = self._image[0]
+        if isinstance(image, str):
+            raise ImageError(image)
+        return image
 
     @cached_property
     def stamp_ns(self) -> int:

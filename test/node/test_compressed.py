@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +25,8 @@ pytest.importorskip("sensor_msgs", reason="needs ROS 2 (sensor_msgs)")
 from clustvit_ros.compressed_images import compressed_size, decode_compressed
 from clustvit_ros.errors import ImageError
 from clustvit_ros.images import narrow
+from clustvit_ros.jpeg import KnownEdges
+from clustvit_ros.node.camera import Frame
 
 MAX_PIXELS = 1 << 20
 RAMP = np.add.outer(np.arange(48), np.arange(64))
@@ -92,6 +95,19 @@ def test_16_bits_are_scaled_as_those_of_raw_images() -> None:
     stretched = decode_compressed(message, MAX_PIXELS, lambda pixels: narrow(pixels, 8000, 9000))
     np.testing.assert_array_equal(stretched[..., 0], narrow(values, 8000, 9000))
     assert (stretched.min(), stretched.max()) == (0, 255)
+
+
+def test_a_damaged_frame_is_no_scene_because_two_threads_look_at_it(stair_jpeg: Callable[[int, int], bytes]) -> None:
+    edges, message = KnownEdges(), message_of(stair_jpeg(4, 7))
+
+    def look(frame: Frame) -> np.ndarray:
+        return frame.image(lambda: decode_compressed(message, MAX_PIXELS, is_scene=edges.is_scene))
+
+    frame = Frame(message, 1)
+    for _ in range(2):
+        with pytest.raises(ImageError, match="from some block on all are brighter"):
+            look(frame)
+    assert look(Frame(message, 2)).shape == (240, 320, 3), "the next one shows the same: it is the scene"
 
 
 @settings(max_examples=150, deadline=None)
