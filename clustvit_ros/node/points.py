@@ -280,9 +280,12 @@ class LabelledPoints:
             return
         with self._lock:
             self._cloud_ns = stamp
-            order = self._pop(self._frames, stamp) or self._pop(self._masks, stamp)
+            # The nearest of all: a frame without a mask is no better than one that has its mask.
+            order = self._pop({**self._masks, **dict(self._frames.items())}, stamp)
             if order is not None:
                 order.cloud = message
+                self._masks.pop(stamp_ns(order), None)
+                self._frames.pop(stamp_ns(order), None)
             elif stamp not in self._stamps:  # else its frame was dropped
                 self._clouds[stamp] = message
                 if len(self._clouds) > self._most_clouds:

@@ -298,6 +298,20 @@ def test_only_equal_stamps_match_unless_a_slop_is_given(rng: np.random.Generator
     loose.points.close()
 
 
+def test_a_slop_longer_than_a_period_still_prefers_the_nearest(rng: np.random.Generator) -> None:
+    desk, period = Desk(points_slop_ms=40.0), SECOND_NS // 30
+    for number in range(1, 8):
+        order = desk.points.order(header(number * period), None)
+        assert order is not None
+        if number > 1:  # the image before has its mask by now, this one does not
+            desk.points.add_cloud(cloud(scene(rng), stamp_ns=(number - 1) * period))
+            desk.wait("published", number - 1)
+        order.fulfil(*constant(number))
+    assert [labelled(each)["label"].max() for each in desk.published] == list(range(1, 7))
+    assert desk.stamps() == [number * period for number in range(1, 7)]
+    desk.points.close()
+
+
 def test_clouds_that_do_not_come_are_missed_by_name() -> None:
     desk = Desk()
     for number in range(1, 41):
