@@ -234,10 +234,10 @@ class FrameFiller:
         except ImageError:
             self._leave(frame)  # whoever segments it says what is wrong with it
             return
-        if lane.left is not None:
+        left, lane.left = lane.left, None
+        if left is not None:
             # The engine is not done with it, and now it is too late for that: masks leave in order.
-            self._fill(lane, *lane.left)
-            lane.left = None
+            self._fill(lane, *left)
         start_s = time.perf_counter()
         followed = lane.carrier.see(frame.number, one.image)
         flow_ms = (time.perf_counter() - start_s) * 1000.0

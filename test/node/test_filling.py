@@ -24,6 +24,7 @@ from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue
 from robot import Robot, double, integer, mask_of
 from sensor_msgs.msg import CameraInfo, Image
 from std_msgs.msg import Header
+from test_frame import Bench
 
 from clustvit_ros.node.messages import image_message, stamp_ns
 
@@ -245,6 +246,30 @@ def test_a_budget_counted_from_the_stamp_judges_filled_masks_too(drive: Drive) -
 
 def stamp_ns_of(header: Any) -> int:
     return header.stamp.sec * 10**9 + header.stamp.nanosec
+
+
+def test_a_frame_that_cannot_be_filled_is_given_up_and_later_ones_are_filled() -> None:
+    """A picture of 32,767 columns is one: what OpenCV remaps must have fewer."""
+    bench = Bench("mask", fill_frames=True)
+    bench.filler.open()
+    publish = bench.published["mask"].publish
+
+    def publish_but(message: Image) -> None:
+        if message.header.stamp.sec == 2:
+            raise ValueError("cannot be filled")
+        publish(message)
+
+    bench.published["mask"].publish = publish_but  # type: ignore[method-assign]
+    for second in range(1, 6):
+        frame = bench.frame(view(plane(), second), second)
+        if second == 2:
+            frame.fate.taken_s = frame.fate.arrival_s  # the engine is at it, and stays there
+        bench.filler.offer(frame)
+        if second == 1:
+            bench.session.handle(frame)
+        time.sleep(0.3)
+    bench.filler.close()
+    assert [message.header.stamp.sec for message in bench.published["mask"].messages] == [1, 4, 5]
 
 
 def test_cameras_are_filled_each_from_its_own_masks(ros_client: Any, start_node: Callable[..., Any]) -> None:
