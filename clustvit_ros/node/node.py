@@ -222,8 +222,13 @@ class SegmentationNode(LifecycleNode):
         self._publish_labels()
         self._filler.open()
         self._engines.slot.open()
-        for camera in self._cameras.values():
-            topic = camera.subscribe(self._accept)
+        try:
+            topics = [camera.subscribe(self._accept) for camera in self._cameras.values()]
+        except Exception:
+            self._deactivate()
+            super().on_deactivate(state)
+            raise
+        for camera, topic in zip(self._cameras.values(), topics, strict=True):
             self.get_logger().info(f"active: {topic} -> {camera.mask_topic}")
         self._server.warn_of_unknown_qos()
 

@@ -221,6 +221,25 @@ print(*sys.modules)
     assert not loaded & unneeded
 
 
+def test_an_activation_that_fails_leaves_no_camera_subscribed(ros_client: Any, start_node: Callable[..., Any]) -> None:
+    override = "qos_overrides./half/b/image.subscription.reliability:=nonsense"
+    start_node(
+        "node.node", "-r", "__ns:=/half", "-p", "engine:=scripted", "-p", "autostart:=false", "-p", "cameras:=a,b",
+        "-p", override, "-p", "lazy:=false",
+    )  # fmt: skip
+    node = "/half/segmentation"
+    assert change(ros_client, Transition.TRANSITION_CONFIGURE, node)
+    masks: list[Image] = ros_client.collect(Image, "/half/a/segmentation/mask")
+    camera = ros_client.node.create_publisher(Image, "/half/a/image", 10)
+    for _ in range(2):  # a manager tries again
+        assert not change(ros_client, Transition.TRANSITION_ACTIVATE, node)
+        assert state(ros_client, node) == "inactive"
+    for _ in range(10):
+        camera.publish(image_message(np.zeros((8, 8, 3), np.uint8), "rgb8", Header()))
+        ros_client.spin_for(0.1)
+    assert camera.get_subscription_count() == 0 and not masks
+
+
 def test_autostart_without_a_model_ends_with_an_error(start_node: Callable[..., Any]) -> None:
     pytest.importorskip("torch", reason="needs PyTorch")
     process = start_node("node.node", "-p", "model:=/nowhere/model")
