@@ -61,8 +61,6 @@ class _ImageSize:
         self.controller: BudgetController | None = None
         self.table: LatencyTable | None = None
         self.failure = ""
-        # The next frame is no example: it waited for the warm-up or for a measurement.
-        self.unsettled = True
         # Points and threads that may come and never ran, those that a budget may choose first, then those that the
         # threshold may lead to from there: what they need is made between frames.
         self.cold: list[tuple[OperatingPoint, int]] = []
@@ -124,6 +122,7 @@ class Policy:
         # Eighths of the tokens that were exempt from merging, of late and at most.
         self._exempt_eighths: deque[int] = deque(maxlen=10)
         self._exempt = 0
+        self._unsettled = False  # the next frame, of any size, is no example: it waited for warm-up or measurement
         self._status = BudgetStatus()
 
     @property
@@ -226,11 +225,11 @@ class Policy:
         # Of a batch, nobody knows what one frame costs.
         alone = len(ages_ms) == 1 and entry.calibration is None
         if entry.controller is not None and alone and entry.knows([stats.operating_point]):
-            overhead_ms = None if entry.unsettled else max(ages_ms[0] - stats.total_ms, 0.0)
+            overhead_ms = None if self._unsettled else max(ages_ms[0] - stats.total_ms, 0.0)
             entry.controller.observe(
                 stats.operating_point, stats.total_ms, overhead_ms, stats.threads, self._others.cores()
             )
-        entry.unsettled = False
+        self._unsettled = False
         self._publish_status(entry)
         return Lesson(missed, self.misses.total, facts)
 
@@ -239,7 +238,7 @@ class Policy:
         self._guard.use_idle_time(is_free)
         entry = self._sizes.get(self._newest) if self._newest is not None else None
         while entry is not None and (entry.calibration is not None or entry.cold):
-            entry.unsettled = True
+            self._unsettled = True
             try:
                 self._prepare_further(entry)
             except Exception as error:  # whatever an engine raises; frames go on without a calibration
@@ -298,6 +297,7 @@ class Policy:
         # Another engine has other latencies, which matter to a budget alone.
         if entry is None or (parameters.latency_budget_ms and entry.engine != self._engine.info.engine):
             self._engine.warmup(image_size)
+            self._unsettled = True
             if len(self._sizes) >= _REMEMBERED_SIZES:
                 self._sizes.clear()
             entry = self._sizes[image_size] = _ImageSize(self._worth, self._engine.info.engine)

@@ -219,3 +219,11 @@ def test_exempt_tokens_bind_a_budget_to_the_rung_that_holds_them(size, exempt, f
     for _ in range(3):
         plan = bench.frame(size=size)
     assert plan.settings.token_capacity == fewest
+
+
+def test_what_waits_for_a_measurement_is_no_example_whichever_camera_it_is_from(tmp_path):
+    bench = Bench(tmp_path, latency_budget_ms=40, budget_reference="stamp").calibrated()
+    for _ in range(20):
+        assert bench.frame(size=(256, 256)).budget_state == "calibrating"  # by one call after it
+        plan = bench.frame(overhead_ms=30.0)
+        assert (plan.budget_state, plan.settings.token_capacity) == ("held", 64)
