@@ -179,8 +179,8 @@ class EngineControl:
         session = self.session
         if session is None:
             return
-        session.policy.check(old, new)
-        if new.model == self._host.model:
+        if new.model == self._host.model:  # of another one, nobody knows yet what it can hold
+            session.policy.check(old, new)
             self._classes = None
         elif new.model != old.model:
             if new.engine == "scripted":

@@ -256,9 +256,14 @@ class SegmentationParameters:
         )
 
     @cached_property
+    def exempts(self) -> bool:
+        """Whether classes or regions are exempt from merging."""
+        return bool(self.merge_exempt_classes or self.merge_exempt_region)
+
+    @cached_property
     def is_guarded(self) -> bool:
         """Whether classes or regions are exempt from merging, or masks are compared with unmerged ones."""
-        return bool(self.merge_exempt_classes or self.merge_exempt_region or self.accuracy_check_period_s)
+        return self.exempts or self.accuracy_check_period_s > 0.0
 
     def settings(
         self, model_size: tuple[int, int], confidence: bool, clusters: bool, token_capacity: int = 0,

@@ -280,10 +280,10 @@ class Policy:
         """The points that the user's bounds leave, ascending; never none."""
         most, fewest = parameters.token_capacity or math.inf, parameters.fewest_tokens
         points = points_of(self._engine, image_size, _scales_of(parameters))
-        # Exempt tokens come before every bound: fewer than they are will not be kept.
-        enough = [p for p in reversed(points) if p.capacity >= p.tokens_total * self._exempt // 8]
+        eighths = self._exempt if parameters.exempts else 0  # they come before every bound: fewer will not be kept
+        enough = [p for p in reversed(points) if p.capacity >= p.tokens_total * eighths // 8]
         exempt = {p.tokens_total: p.capacity for p in enough}
-        capacities = (max(min(p.capacity, most), exempt[p.tokens_total] if self._exempt else 0) for p in points)
+        capacities = (max(min(p.capacity, most), exempt[p.tokens_total] if eighths else 0) for p in points)
         bounded = dict.fromkeys(p._replace(capacity=int(c)) for p, c in zip(points, capacities, strict=True))
         return [point for point in bounded if point.capacity >= fewest] or [list(bounded)[-1]]
 
@@ -302,7 +302,7 @@ class Policy:
                 self._sizes.clear()
             entry = self._sizes[image_size] = _ImageSize(self._worth, self._engine.info.engine)
         sides = parameters.input_scale, parameters.min_input_scale
-        limits = (*sides, parameters.fewest_tokens, parameters.token_capacity, self._exempt)
+        limits = (*sides, parameters.fewest_tokens, parameters.token_capacity, parameters.exempts, self._exempt)
         if limits != entry.limits:
             entry.bound(limits, self._make_points(image_size, parameters))
         if entry.calibration is not None or not parameters.adapts or not (parameters.latency_budget_ms or again):

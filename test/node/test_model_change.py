@@ -28,7 +28,7 @@ pytest.importorskip("torch", reason="needs PyTorch")
 from diagnostic_msgs.msg import DiagnosticArray
 from rcl_interfaces.srv import SetParameters
 from robot import Robot, string
-from std_msgs.msg import String
+from std_msgs.msg import Header, String
 from test_interface import LATCHED
 
 from clustvit_ros.classes import ClassSet
@@ -271,6 +271,45 @@ def test_a_model_that_fails_late_leaves_the_old_one_and_its_groups(
         node.close()
         node.destroy_node()
         rclpy.shutdown(context=context)
+
+
+def test_a_budget_set_together_with_a_faster_model_is_that_models(ros_client: Any) -> None:
+    """In this process, where models can be as fast as the test needs them."""
+    from rclpy.executors import SingleThreadedExecutor
+    from rclpy.parameter import Parameter
+
+    from clustvit_ros.engine import ScriptedEngine
+    from clustvit_ros.node.node import SegmentationNode
+
+    def factory(parameters: Any, _device: str) -> Any:
+        return ScriptedEngine(4.0 if parameters.model == "fast" else 40.0)
+
+    def budget(budget_ms: float, *others: Parameter) -> Any:
+        return node.set_parameters_atomically([Parameter("latency_budget_ms", value=budget_ms), *others])
+
+    start = {"model": "slow", "lazy": False, "latency_budget_ms": 1000.0, "min_input_scale": 1.0}
+    overrides = [Parameter(name, value=value) for name, value in start.items()]
+    node = SegmentationNode(factory, namespace="/swap", parameter_overrides=overrides)
+    executor = SingleThreadedExecutor()
+    executor.add_node(node)
+    thread = threading.Thread(target=executor.spin, daemon=True)
+    try:
+        executor.spin_until_future_complete(node.load())
+        assert node.autostart()
+        thread.start()
+        camera = ros_client.image_publisher("/swap/image")
+        frame = image_message(np.zeros((48, 64, 3), np.uint8), "rgb8", Header())
+
+        def is_known() -> bool:
+            return not budget(20.0).successful or not budget(1000.0).successful
+
+        ros_client.send_until(camera, frame, is_known, "what the slow model can hold")
+        assert budget(20.0, Parameter("model", value="fast")).successful
+    finally:
+        executor.shutdown()
+        thread.join(10.0)
+        node.close()
+        node.destroy_node()
 
 
 def test_engines_are_freed_when_replaced_and_when_cleaned_up(models: dict[str, Path]) -> None:

@@ -214,7 +214,7 @@ def test_a_replay_takes_other_bounds_whatever_budget_it_was_started_with(tmp_pat
 
 @pytest.mark.parametrize(("size", "exempt", "fewest"), [(SIZE, 0.1, 8), ((240, 320), 0.1, 37), ((240, 320), 0.24, 75)])
 def test_exempt_tokens_bind_a_budget_to_the_rung_that_holds_them(size, exempt, fewest, tmp_path):
-    bench = Bench(tmp_path, latency_budget_ms=2)
+    bench = Bench(tmp_path, latency_budget_ms=2, merge_exempt_region="0 0 0.1 1")
     bench.exempt = exempt  # 30 and 72 of 300 tokens, whose rungs are 37 and 75
     for _ in range(3):
         plan = bench.frame(size=size)

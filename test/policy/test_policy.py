@@ -326,7 +326,7 @@ def test_min_tokens_and_token_capacity_bind_at_every_size(tmp_path: Path) -> Non
 
 
 def test_exempt_tokens_bind_at_every_size_and_are_part_of_what_a_budget_can_hold(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, latency_budget_ms=60, min_input_scale=0.5).calibrated()
+    bench = Bench(tmp_path, latency_budget_ms=60, min_input_scale=0.5, merge_exempt_region="0.4 0 1 1").calibrated()
     bench.exempt = 0.6  # of the tokens
     for _ in range(3):
         bench.frame(idle=STEPS)
@@ -340,6 +340,9 @@ def test_exempt_tokens_bind_at_every_size_and_are_part_of_what_a_budget_can_hold
     for _ in range(12):
         bench.frame(idle=STEPS)
     bench.set(latency_budget_ms=0.55)
+    bench.exempt = 0.6
+    bench.frame()
+    bench.set(merge_exempt_region=(), latency_budget_ms=0.56)  # what was exempt is so no more
 
 
 def test_an_engine_that_goes_on_without_graphs_is_measured_anew(tmp_path: Path) -> None:
