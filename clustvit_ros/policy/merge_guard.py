@@ -140,7 +140,7 @@ class MergeGuard:
     def __init__(
         self, engine: Engine, worth: Callable[[OperatingPoint], Any], clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._engine, self._clock = engine, clock
+        self._engine, self._worth, self._clock = engine, worth, clock
         self._names = engine.info.classes.names
         self._masks: dict[str, np.ndarray] = {}
         self._guard = AccuracyGuard(clock(), worth)
@@ -171,7 +171,7 @@ class MergeGuard:
         """
         self._parameters, self._ladder = parameters, ladder
         if not parameters.accuracy_check_period_s:
-            self.pairs = {}
+            self._forget_checks()
         elif self._told_for != parameters.min_agreement and self._guard.latest is not None:
             self._tell(self._guard.latest)
         class_ids = exempt_class_ids(self._names, parameters.merge_exempt_classes)
@@ -215,6 +215,10 @@ class MergeGuard:
     def forget(self) -> None:
         """Nothing is guarded any more: what was seen says nothing about later."""
         self._masks.clear()
+        self._forget_checks()
+
+    def _forget_checks(self) -> None:
+        self._guard = AccuracyGuard(self._clock(), self._worth)
         self._sample, self.pairs = None, {}
 
     def use_idle_time(self, is_free: Callable[[], bool]) -> None:

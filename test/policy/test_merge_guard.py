@@ -254,6 +254,10 @@ def test_what_a_check_said_is_not_told_once_checks_are_off() -> None:
     drive.parameters = replace(drive.parameters, accuracy_check_period_s=0.0)
     drive.frame()
     assert drive.guard.pairs == {}
+    drive.now_s += 3600.0
+    drive.parameters = replace(drive.parameters, accuracy_check_period_s=1.0, min_agreement=0.9)
+    assert drive.frame().stats.token_capacity == LADDER[0], "nor does it bind, an hour later"
+    assert max(drive.frames(20)) > LADDER[0]
 
 
 def test_a_check_waits_for_an_idle_moment_but_not_for_ever() -> None:
