@@ -183,13 +183,13 @@ class FrameQueue(FrameSlot[T]):
     Args:
         on_drop: as for `FrameSlot`.
         limit_bytes: memory that waiting frames may take; what comes when it is full is dropped.
-        bytes_of: the memory that a frame takes.
+        bytes_of: the memory that a frame takes, as far as that is known when it comes.
     """
 
     def __init__(self, on_drop: Callable[[T, str], None], limit_bytes: int, bytes_of: Callable[[T], int]) -> None:
         super().__init__(on_drop)
         self._limit_bytes, self._bytes_of = limit_bytes, bytes_of
-        self._queue: deque[tuple[str, T]] = deque()
+        self._queue: deque[tuple[str, T, int]] = deque()
         self._held_bytes = 0
 
     @property
@@ -205,25 +205,26 @@ class FrameQueue(FrameSlot[T]):
         # A single frame above the limit is still a frame to be segmented.
         if self._queue and self._held_bytes + size > self._limit_bytes:
             return False
-        self._queue.append((camera, frame))
+        self._queue.append((camera, frame, size))
         self._held_bytes += size
         return True
 
     def _restore(self, frame: T, camera: str) -> bool:
-        self._queue.appendleft((camera, frame))
-        self._held_bytes += self._bytes_of(frame)
+        size = self._bytes_of(frame)
+        self._queue.appendleft((camera, frame, size))
+        self._held_bytes += size
         return True
 
     def _first(self) -> T | None:
         return self._queue[0][1] if self._queue else None
 
     def _next(self) -> T:
-        _, frame = self._queue.popleft()
-        self._held_bytes -= self._bytes_of(frame)
+        _, frame, size = self._queue.popleft()
+        self._held_bytes -= size
         return frame
 
     def _clear(self) -> None:
-        for camera, frame in self._queue:
+        for camera, frame, _ in self._queue:
             self._on_drop(frame, camera)
         self._queue.clear()
         self._held_bytes = 0

@@ -117,6 +117,11 @@ class Frame:
             raise ImageError(image)
         return image
 
+    @property
+    def held_bytes(self) -> int:
+        """The memory that it takes while it waits, with the cloud that waits for its mask."""
+        return len(self.message.data) + (0 if self.points is None else self.points.cloud_bytes)
+
     @cached_property
     def stamp_ns(self) -> int:
         """Nanoseconds of the message's stamp; 0 when it has none."""

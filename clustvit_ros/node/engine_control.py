@@ -317,7 +317,7 @@ class EngineControl:
         parameters = self._parameters()
         if parameters.adapts:
             return FrameSlot(drop)
-        return FrameQueue(drop, parameters.queue_limit_mb * 1_000_000, lambda frame: len(frame.message.data))
+        return FrameQueue(drop, parameters.queue_limit_mb * 1_000_000, lambda frame: frame.held_bytes)
 
     def _say(self, text: str) -> None:
         self._node.get_logger().info(text)

@@ -207,6 +207,11 @@ class PointsOrder:
     maps: tuple[np.ndarray, np.ndarray] | None = None
     """Mask and confidence."""
 
+    @property
+    def cloud_bytes(self) -> int:
+        """The memory that its cloud takes; one that is still to come, as much as the newest."""
+        return self.owner.cloud_bytes if self.cloud is None else len(self.cloud.data)
+
     def fulfil(self, mask: np.ndarray, confidence: np.ndarray) -> None:
         """The frame has its mask, and (H, W) uint8 confidence; any thread may say so."""
         self.owner.add_mask(self, (mask, confidence))
@@ -235,12 +240,14 @@ class LabelledPoints:
         self._clouds: dict[int, PointCloud2 | Image] = {}
         self._stamps: deque[int] = deque(maxlen=_MOST_STAMPS)
         self._frame_ns = self._cloud_ns = 0
+        self.cloud_bytes = 0
+        """Of the newest cloud."""
         lossless = not parameters().adapts
         self._most_clouds = _MOST_CLOUDS_OF_A_REPLAY if lossless else _MOST_CLOUDS
         self._slot: FrameSlot[PointsOrder] = FrameSlot(lambda *_: report("dropped", ""))
         if lossless:
             limit = parameters().queue_limit_mb * 1_000_000
-            self._slot = FrameQueue(lambda *_: report("dropped", ""), limit, _bytes_of)
+            self._slot = FrameQueue(lambda *_: report("dropped", ""), limit, lambda order: order.cloud_bytes)
         self._slot.hand_over(self)
         self._slot.open()
         self._thread = threading.Thread(target=self._run, name="points", daemon=True)
@@ -279,7 +286,7 @@ class LabelledPoints:
             self._report("refused", f"{self.topic} comes {how}: it is not used")
             return
         with self._lock:
-            self._cloud_ns = stamp
+            self._cloud_ns, self.cloud_bytes = stamp, len(message.data)
             # The nearest of all: a frame without a mask is no better than one that has its mask.
             order = self._pop({**self._masks, **dict(self._frames.items())}, stamp)
             if order is not None:
@@ -363,10 +370,6 @@ class LabelledPoints:
         is_depth = isinstance(cloud, Image)
         points = read_depth(cloud, order.info, most) if is_depth else read_cloud(cloud, most)
         return label_points(points, *order.maps, order.info, order.header, not is_depth and cloud.is_dense)
-
-
-def _bytes_of(order: PointsOrder) -> int:
-    return 0 if order.cloud is None else len(order.cloud.data)
 
 
 def _seconds(stamp: int) -> str:

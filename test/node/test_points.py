@@ -24,7 +24,10 @@ from clouds import SECOND_NS, SIZE, cloud, depth_image, header, labelled, positi
 from sensor_msgs.msg import CameraInfo, Image, PointCloud2, PointField, RegionOfInterest
 
 from clustvit_ros.demo.camera import camera_info_message
+from clustvit_ros.engine.worker import FrameQueue
 from clustvit_ros.errors import ImageError
+from clustvit_ros.node.camera import Frame
+from clustvit_ros.node.messages import image_message
 from clustvit_ros.node.points import LabelledPoints, intrinsics, label_points, read_cloud, read_depth
 from clustvit_ros.policy.parameter_spec import build
 from clustvit_ros.policy.parameters import SegmentationParameters
@@ -309,6 +312,22 @@ def test_a_slop_longer_than_a_period_still_prefers_the_nearest(rng: np.random.Ge
         order.fulfil(*constant(number))
     assert [labelled(each)["label"].max() for each in desk.published] == list(range(1, 7))
     assert desk.stamps() == [number * period for number in range(1, 7)]
+    desk.points.close()
+
+
+def test_a_replays_frames_wait_with_their_clouds_within_its_limit(rng: np.random.Generator) -> None:
+    desk, pixels, dropped = Desk(processing="every_frame"), constant(0)[0], list[Frame]()
+    clouds = [cloud(scene(rng), stamp_ns=number * SECOND_NS // 30) for number in range(1, 41)]
+    limit = 10 * (pixels.nbytes + len(clouds[0].data))
+    queue: FrameQueue[Frame] = FrameQueue(lambda frame, _: dropped.append(frame), limit, lambda frame: frame.held_bytes)
+    queue.open()
+    for source in clouds:  # each comes after its image
+        order = desk.points.order(source.header, None)
+        queue.put(Frame(image_message(pixels, "mono8", source.header), 1, points=order))
+        desk.points.add_cloud(source)
+    assert len(dropped) == 30, "of the first one nobody knew how large its cloud would be"
+    queue.close(0.0)
+    assert len(dropped) == 40
     desk.points.close()
 
 
