@@ -72,6 +72,8 @@ class _ImageSize:
 
     def bound(self, limits: tuple[Any, ...], points: list[OperatingPoint]) -> None:
         """Take other limits, and the points within them."""
+        if limits[:1] != self.limits[:1]:
+            self.failure = ""  # of other sizes
         self.limits, self.points = limits, points
         known = [point for point in points if self.knows([point])]
         ordered = sorted(points, key=self._worth)
@@ -272,9 +274,7 @@ class Policy:
 
     def _above(self, floor: OperatingPoint | None, points: Sequence[OperatingPoint]) -> Sequence[OperatingPoint]:
         """The points that are worth at least what the accuracy checks ask for."""
-        if floor is None:
-            return points
-        return [point for point in points if self._worth(point) >= self._worth(floor)]
+        return [point for point in points if floor is None or self._worth(point) >= self._worth(floor)]
 
     def _make_points(self, image_size: tuple[int, int], parameters: SegmentationParameters) -> list[OperatingPoint]:
         """The points that the user's bounds leave, ascending; never none."""
@@ -301,15 +301,15 @@ class Policy:
             if len(self._sizes) >= _REMEMBERED_SIZES:
                 self._sizes.clear()
             entry = self._sizes[image_size] = _ImageSize(self._worth, self._engine.info.engine)
-        sides = parameters.input_scale, parameters.min_input_scale
-        limits = (*sides, parameters.fewest_tokens, parameters.token_capacity, parameters.exempts, self._exempt)
+        scales, bounds = _scales_of(parameters), (parameters.fewest_tokens, parameters.token_capacity)
+        limits = (scales, *bounds, parameters.exempts, self._exempt)
         if limits != entry.limits:
             entry.bound(limits, self._make_points(image_size, parameters))
         if entry.calibration is not None or not parameters.adapts or not (parameters.latency_budget_ms or again):
             return entry
         if not again and entry.knows(entry.points):
             return entry
-        wanted = anchors(self._engine, image_size, scales := _scales_of(parameters))
+        wanted = anchors(self._engine, image_size, scales)
         key = CalibrationKey.of(self._engine, parameters.threads, image_size, wanted)
         kept = None if again else self._cache.load(key)
         if kept is not None:

@@ -18,6 +18,7 @@ from test_policy import STEPS, Bench
 
 from clustvit_ros.engine import ScriptedEngine
 from clustvit_ros.engine.ladder import OperatingPoint
+from clustvit_ros.errors import EngineError
 from clustvit_ros.policy.calibration import Calibration, CalibrationCache, CalibrationKey, LatencyTable, points_of
 
 SIZE = (128, 128)  # 64 tokens, a rung every 8
@@ -195,6 +196,17 @@ def test_a_size_larger_than_was_timed_is_not_chosen_before_it_is(tmp_path):
         plan = bench.frame(idle=2 * STEPS)
     assert (plan.budget_state, plan.settings.token_capacity) == ("held", 16)
     assert bench.policy.status.misses == 0
+
+
+def test_a_calibration_that_failed_is_tried_again_with_other_sizes(tmp_path):
+    bench = Bench(tmp_path, latency_budget_ms=21)
+    bench.engine.failure = EngineError("out of memory")
+    bench.frame()
+    bench.engine.failure = None
+    assert bench.frame(idle=STEPS).budget_state == "uncalibrated"
+    bench.set(input_scale=0.5, min_input_scale=0.5)
+    bench.frame(idle=2 * STEPS)
+    assert bench.frame().budget_state == "held" and not bench.policy.status.problem()
 
 
 def test_frames_of_a_size_that_was_not_timed_say_nothing_about_the_load(tmp_path):
