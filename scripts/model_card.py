@@ -54,6 +54,8 @@ def card(config: ModelConfig) -> str:
     )
     parameters = sum(p.numel() for p in build_network(network, len(config.classes)).parameters())
     spread = f" +- {scores['miou_std']:.2f}" if "miou_std" in scores else ""
+    elsewhere = scores.get("unseen")
+    unseen = elsewhere and f"| mIoU, {elsewhere['split']} | {elsewhere['miou']} ({elsewhere['images']} images) |\n"
     classes = "\n".join(
         f"| {index} | {name} | {', '.join(map(str, colour))} | {scores['per_class_iou'][name] or 0.0:.1f} |"
         for index, (name, colour) in enumerate(zip(config.classes.names, config.classes.colours, strict=True))
@@ -76,8 +78,8 @@ def card(config: ModelConfig) -> str:
 | Parameters | {parameters / 1e6:.2f} million |
 | Input | {config.input.size[0]} x {config.input.size[1]} px (other aspects: about as many pixels), RGB |
 | Data | {config.training.get("data", "")} |
-| mIoU | {scores["miou"]:.2f}{spread} on {scores["split"]} ({scores["images"]} images, single scale, whole image) at \
-merge threshold {scores["merge_threshold"]} |
+{unseen or ""}| mIoU | {scores["miou"]:.2f}{spread} on {scores["split"]} ({scores["images"]} images, single scale, \
+whole image) at merge threshold {scores["merge_threshold"]} |
 | Merged | {100 * scores["tokens_merged_mean"]:.1f} % of {scores["tokens_total"]} tokens at that threshold |
 | Licence | {config.licence} |
 

@@ -42,11 +42,11 @@ def add_threads(parser: argparse.ArgumentParser, note: str = "") -> None:
     )  # fmt: skip
 
 
-def add_input_scale(parser: argparse.ArgumentParser) -> None:
-    """Option `--input-scale`."""
+def add_input_scale(parser: argparse.ArgumentParser, least: str = "above 0") -> None:
+    """Option `--input-scale`, whose values begin at `least`."""
     parser.add_argument(
         "--input-scale", type=_parse_scale, default=1.0, metavar="SHARE",
-        help="share of the sides of the model's input at which images are seen, above 0 to 1 (default: 1)",
+        help=f"share of the sides of the model's input at which images are seen, {least} to 1 (default: 1)",
     )  # fmt: skip
 
 

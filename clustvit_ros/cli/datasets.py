@@ -48,7 +48,7 @@ def add_convert_parser(commands: argparse._SubParsersAction) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--val-every", type=int, default=10, metavar="N",
-        help="where no name says the split, every Nth image is for validation, 0 = none (default: 10)",
+        help="where no name says the split, every Nth image, or the last, is for validation, 0 = none (default: 10)",
     )  # fmt: skip
     parser.add_argument("--copy", action="store_true", help="copy images; else OUT links to them where they are")
     parser.set_defaults(run=convert)

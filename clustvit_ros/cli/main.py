@@ -53,7 +53,8 @@ COMMANDS = {
     )),
     "tune": Command("tune", "add_parser", (
         "tune --model camvid_tiny --images DIR/images --labels DIR/labels --budget-ms 40",
-        "tune --model runs/finetune/model --data DIR --write", "tune --engines --model camvid_tiny --images DIR/images",
+        "tune --model runs/finetuned/model --data DIR --write",
+        "tune --engines --model camvid_tiny --images DIR/images",
     )),
     "train": Command("train", "add_parser", (
         "train finetune --data DIR", "train finetune --data DIR --epochs 20 --batch-size 4 --input-size 256x352",
@@ -61,7 +62,7 @@ COMMANDS = {
     "pretrain": Command("pretrain", "add_parser", ("pretrain camvid_tiny_gpu --images DIR",)),
     "evaluate": Command("evaluate", "add_parser", (
         "evaluate --model camvid_tiny --images DIR/images --labels DIR/labels",
-        "evaluate --model camvid_tiny runs/finetune/model --data DIR --report report/",
+        "evaluate --model camvid_tiny runs/finetuned/model --data DIR --report report/",
     )),
     "bench": Command("bench", "add_parser", (
         "bench --model camvid_tiny", "bench --arch vit_t,clustvit_t --kept-fraction 1,0.5,0.3",

@@ -113,7 +113,8 @@ def list_models(args: argparse.Namespace) -> int:
         {
             "name": config.name, "architecture": config.architecture, "input_size": list(config.input.size),
             "classes": list(config.classes.names), "miou": config.scores.get("miou"),
-            "split": config.scores.get("split"), "data": config.training.get("data", ""), "terms": config.licence,
+            "split": config.scores.get("split"), "unseen": config.scores.get("unseen"),
+            "data": config.training.get("data", ""), "terms": config.licence,
         }
         for config in map(load_config, [*shipped_models(), *user_models()])
     ]  # fmt: skip
@@ -122,7 +123,9 @@ def list_models(args: argparse.Namespace) -> int:
         return 0
     for row in rows:
         height, width = row["input_size"]
-        score = f"mIoU {row['miou']:.1f} ({row['split']}), " if isinstance(row["miou"], float) else ""
+        # What the model is worth elsewhere comes first, where that was measured.
+        stated = [s for s in (row["unseen"], row) if isinstance(s, dict) and isinstance(s.get("miou"), float)]
+        score = f"mIoU {', '.join('{miou:.1f} ({split})'.format_map(s) for s in stated)}, " if stated else ""
         print(f"{row['name']}: {score}{row['architecture']} at {width}x{height}")
         for key in ("classes", "data", "terms"):
             text = ", ".join(row[key]) if key == "classes" else row[key]

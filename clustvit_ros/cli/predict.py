@@ -62,7 +62,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--out", type=Path, help=f"new or empty folder for the results (default: {_RUNS}/<n>)")
     parser.add_argument("--merge-threshold", type=float, default=0.5, help="0..1, 1 merges nothing (default: 0.5)")
     parser.add_argument("--token-capacity", type=int, default=0, help="bound on kept tokens, 0 = none (default: 0)")
-    add_input_scale(parser)
+    add_input_scale(parser, "0.25")
     parser.add_argument(
         "--budget-ms", type=float, default=0.0,
         help="what a frame may take in the engine; size and tokens follow (default: 0, no budget)",

@@ -152,11 +152,11 @@ def run(args: argparse.Namespace) -> int:
     recipe = recipe.with_classes(data_set.classes, *(further.classes for further in further_sets))
     config = recipe.model_config()
     run_dir = args.out or Path("runs") / recipe.name
-    strict = args.bad_data == "strict"
     names = ["train"] if folds > 0 else ["train", args.val_split]
-    opened = {name: data_set.open(name, len(config.classes), strict) for name in names}
+    # What lacks a label is listed with all else that cannot be used.
+    opened = {name: data_set.open(name, len(config.classes), strict=False) for name in names}
     for source, other in zip(recipe.sources[1:], further_sets, strict=True):
-        opened[source.name] = other.open("train", len(source.classes), strict)
+        opened[source.name] = other.open("train", len(source.classes), strict=False)
     left_out: list[BadFile] = []
     splits: dict[str, LabelledImages] = {}
     for name, data in opened.items():

@@ -164,9 +164,10 @@ class CameraNode(Node):
         if bool(parameters.width) != bool(parameters.height):
             raise ConfigError(f"width, height: got {parameters.width} and {parameters.height}, expected both or none")
         self._parameters_ = parameters
+        self._left_out: set[str] = set()
         self._source = open_source(
             parameters.source, parameters.width, parameters.height, parameters.rate_hz / parameters.time_lapse,
-            parameters.publish_points, parameters.loop_frames,
+            parameters.publish_points, parameters.loop_frames, self._leave_out,
         )  # fmt: skip
         size = (parameters.height, parameters.width) if parameters.width else None
         self._reader = FrameReader(self._source, parameters.loop, size, 0.5 / parameters.rate_hz)
@@ -210,7 +211,13 @@ class CameraNode(Node):
         elapsed_s = self._last_s - self._first_s
         rate = f" in {elapsed_s:.1f} s ({(self._sent - 1) / elapsed_s:.1f} Hz)" if self._sent > 1 and elapsed_s else ""
         late = f", {self._late} times no frame was ready in time" if self._late and not self._source.live else ""
-        return f"sent {self._sent} frames{rate}{late}"
+        left_out = f", {len(self._left_out)} files could not be read" if self._left_out else ""
+        return f"sent {self._sent} frames{rate}{late}{left_out}"
+
+    def _leave_out(self, problem: str) -> None:
+        if problem not in self._left_out:  # each file is met again with every loop
+            self._left_out.add(problem)
+            self.get_logger().warning(f"left out: {problem}")
 
     def _start(self) -> None:
         parameters = self._parameters_

@@ -357,12 +357,15 @@ class FrameReader:
     def _run(self) -> None:
         try:
             while not self._stop.is_set():
+                frame = None
                 for frame in self._source:
                     self._put(self._scaled(frame))
                     if self._stop.is_set():
                         return
                 if not self._loop:
                     break
+                if frame is None:
+                    raise DataError(f"source: nothing of {self._source.description} can be read")
             self._put(None)
         except Exception as error:  # whatever the source raises is reported by the node's thread
             self._put(error)

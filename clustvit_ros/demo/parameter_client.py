@@ -12,6 +12,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from typing import Any
 
@@ -123,7 +125,7 @@ def main() -> int:
     """Do what the command line says.
 
     Returns:
-        0; 1 when the node refuses, 2 when it does not answer.
+        0; 1 when the node refuses, 2 when it does not answer, 141 when nobody reads.
     """
     name, timeout, verb, *words = sys.argv[1:]
     context = rclpy.Context()
@@ -132,8 +134,11 @@ def main() -> int:
     executor = SingleThreadedExecutor(context=context)
     executor.add_node(node)
     try:
-        print(_run(ParameterClient(node, executor, "/" + name.strip("/"), float(timeout)), verb, words))
+        print(_run(ParameterClient(node, executor, "/" + name.strip("/"), float(timeout)), verb, words), flush=True)
         return 0
+    except BrokenPipeError:  # whoever read the output has had enough, as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (ClustvitError, yaml.YAMLError, TypeError) as error:  # the last: a value of no parameter type
         print(f"clustvit-ros: error: {error}", file=sys.stderr)
         return 1 if isinstance(error, ConfigError) else 2

@@ -211,8 +211,8 @@ class InputWatch:
             return f"it carries {found}, expected {self._type_name}; {remedy}"
         if publishers:
             return (
-                f"{len(publishers)} publisher(s) there, but nothing arrives; check that the camera runs, and both "
-                f"sides' QoS with `ros2 topic info -v {self.topic}`"
+                f"{len(publishers)} publisher(s) there, but nothing arrives; check that the camera runs, both sides' "
+                f"QoS with `ros2 topic info -v {self.topic}`, and, of large images, that both have the DDS profile"
             )
         sibling = self.topic.removesuffix("/compressed") if transport == "raw" else f"{self.topic}/compressed"
         if self._node.count_publishers(sibling):

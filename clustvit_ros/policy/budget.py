@@ -40,21 +40,17 @@ _TAIL_AFTER_CHANGE = 16
 _MIN_TAIL_FRAMES = 8
 _TAIL_SHARE = 0.02
 _BEYOND_TAIL = 0.3  # one in 30 exceeds the second largest of 60; two of 50 are rarely late where one in 95 is
-_BEYOND_LEAST = 0.1  # what a refusal names must be held, and the estimate is of frames at other points
-# A spread over fewer frames than this is a guess; what was seen bounds it.
-_FEW_FRAMES = 8
+_BEYOND_LEAST = 0.1  # what is named as the smallest must be held, and the estimate is of frames at other points
+_FEW_FRAMES = 8  # a spread over fewer is a guess; what was seen bounds it
 _BEYOND_SEEN = 1.1
 # Cores that others must use less than they did for a while, for what was learnt under their load to be forgotten.
 _LOAD_FELL = 0.5
-# How much one frame counts in the level of others' use.
-_LEVEL_SHARE = 0.05
-# Measured over calibrated latency of a count of threads that was not tried yet, while another one was.
-_UNTRIED = 1.1
+_LEVEL_SHARE = 0.05  # how much one frame counts in the level of others' use
+_UNTRIED = 1.1  # measured over calibrated latency of a count of threads that was not tried yet, while another one was
 # Several threads wait for each other now and then, more rarely and for longer than few frames show: so much faster they
 # must be to be preferred to one.
 _MORE_THREADS = 1.12
-# Noise is assumed to be at least this much, relative.
-_MIN_SPREAD = 0.01
+_MIN_SPREAD = 0.01  # noise is assumed to be at least this much, relative
 # Spreads above the median that the estimate covers: under normal noise it is exceeded by 6 frames in 1,000.
 _SPREADS = 2.5
 # A point that was left soon after it was taken is not tried again for so many frames, doubled each time.
@@ -268,13 +264,17 @@ def check_budget(
     engine_ms = table[fastest] * slowdown
     if budget_ms >= engine_ms + overhead_ms:
         return
-    minimum_ms = (engine_ms + overhead_ms) * (1.0 + _BEYOND_LEAST)
     outside = f" and {overhead_ms:.1f} ms pass outside the engine" if overhead_ms else ""
     raise ConfigError(
         f"latency_budget_ms: got {budget_ms:g}, but {point_text(fastest)}, the fastest allowed, take up to "
         f"{engine_ms:.1f} ms here as frames run now{outside}; expected 0 (off) or at least "
-        f"{math.ceil(round(minimum_ms * 10, 6)) / 10:.1f}"
+        f"{least_text(engine_ms + overhead_ms)}"
     )
+
+
+def least_text(least_ms: float) -> str:
+    """The smallest budget to name where `least_ms` is the estimate of what holds."""
+    return f"{math.ceil(round(least_ms * (1.0 + _BEYOND_LEAST) * 10, 6)) / 10:.1f}"
 
 
 def point_text(point: OperatingPoint) -> str:

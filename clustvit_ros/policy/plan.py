@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from clustvit_ros.engine import Settings
-from clustvit_ros.policy.budget import Decision, point_text
+from clustvit_ros.policy.budget import Decision, least_text, point_text
 from clustvit_ros.policy.calibration import LatencyTable
 from clustvit_ros.policy.parameters import SegmentationParameters
 
@@ -113,7 +113,7 @@ class Plan:
             pairs["point_ms"] = f"{self.decision.point_ms:.3f}"
             pairs["predicted_ms"] = f"{self.decision.predicted_ms:.3f}"
             pairs["overhead_ms"] = f"{self.decision.overhead_ms:.3f}"
-            pairs["least_budget_ms"] = f"{self.decision.least_ms:.3f}"
+            pairs["least_budget_ms"] = least_text(self.decision.least_ms)
         return {**pairs, **self.accuracy}
 
 
@@ -206,14 +206,14 @@ class BudgetStatus:
             return (
                 f"{budget} cannot be held now: {point_text(decision.point)}, the fastest allowed, take up to "
                 f"{decision.predicted_ms:.1f} ms, {decision.slowdown:.2f} times the calibrated latency{outside}; the "
-                f"smallest budget that holds now is {math.ceil(decision.least_ms * 10) / 10:.1f}"
+                f"smallest budget that holds now is {least_text(decision.least_ms)}"
             )
         missed, frames = self.recent
         if missed > TOLERATED_MISSES * max(frames, _MIN_FRAMES):
             text = f"{missed} of the last {frames} frames missed {budget}"
             if decision is None:
                 return text
-            return f"{text}; the smallest that holds now is {math.ceil(decision.least_ms * 10) / 10:.1f}"
+            return f"{text}; the smallest that holds now is {least_text(decision.least_ms)}"
         return ""
 
     def as_pairs(self) -> dict[str, str]:

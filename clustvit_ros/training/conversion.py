@@ -119,7 +119,7 @@ def convert_labels(
         images: folder of a COCO file's images; None looks beside it.
         classes: which classes, in the order of their ids; empty for all that occur. Others count as not labelled.
         background: class of pixels that are not labelled; "void" leaves them without a class.
-        val_every: of a source whose name says no split, every so many-th image is for validation; 0 for none.
+        val_every: where no name says the split, every so many-th image, of fewer the last, is for validation; 0: none.
         copy: copy images, instead of linking to them.
         progress: wraps the iteration over images.
 
@@ -137,12 +137,12 @@ def convert_labels(
     names = _chosen_classes([name for source in opened for name in source.names], classes, background)
     place = {name: index for index, name in enumerate(names)}
     place |= dict.fromkeys(_VOIDS, IGNORE_INDEX) | dict.fromkeys(_BACKGROUNDS, len(names))
-    unlabelled = IGNORE_INDEX if background == VOID else len(names)
-    used: set[str] = set()
+    unlabelled, used = IGNORE_INDEX if background == VOID else len(names), set[str]()
     painted = {split: np.zeros(256, bool) for split in _SPLITS.values()}
     for source in opened:
-        for number, annotated in enumerate(progress(source.images)):
-            held_out = val_every > 0 and number % val_every == val_every - 1
+        every = min(val_every, len(source.images))
+        for number, annotated in enumerate(progress(source.images), 1):
+            held_out = every > 1 and number % every == 0
             split = source.split or ("val" if held_out else "train")
             try:
                 labels = _paint(annotated, place, unlabelled)

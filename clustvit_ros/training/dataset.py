@@ -69,7 +69,10 @@ class LabelledImages:
         missing = [pair for pair in pairs if not pair.label.is_file()]
         if missing and strict:
             stems = _names([pair.stem for pair in missing])
-            raise DataError(f"{where}: {len(missing)} of {len(pairs)} images have no label: {stems}")
+            raise DataError(
+                f"{where}: {len(missing)} of {len(pairs)} images have no label: {stems}; label or remove them, or pass "
+                "--bad-data skip to go on without them"
+            )
         self.findings = [BadFile(pair.image, "the image has no label") for pair in missing]
         self.pairs = [pair for pair in pairs if pair.label.is_file()]
         if not self.pairs:

@@ -53,7 +53,7 @@ class IdLabels:
         for value, class_id in ids.items():
             self._table[value] = class_id
         self._table[list(void)] = IGNORE_INDEX
-        self._expected = f"one of {sorted(set(ids) - set(void))} or {sorted(void)} for void"
+        self._expected = f"one of {sorted(set(ids) - set(void))} or {sorted(set(void))} for void"
 
     def __call__(self, pair: Pair) -> np.ndarray:
         values = read_ids(pair.label)

@@ -103,7 +103,10 @@ class DataSet:
             DataError: no such split, an empty one, or images without labels.
         """
         if split not in self.splits:
-            raise DataError(f"{self.root}: has no split {split!r}, only {', '.join(self.splits) or 'none'}")
+            raise DataError(
+                f"{self.root}: has no split {split!r}, only {', '.join(self.splits) or 'none'}; expected "
+                f"{split}/images and {split}/labels there, or a dataset.yaml whose splits name it"
+            )
         if self.classes is not None and len(self.classes) != num_classes:
             raise DataError(f"{self.root}: has {len(self.classes)} classes, the model {num_classes}")
         return self.splits[split](num_classes, strict)

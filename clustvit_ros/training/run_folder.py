@@ -153,7 +153,7 @@ def check_fingerprint(path: Path, saved: str, current: dict[str, Any]) -> None:
         old, new = ([entry["name"] for entry in fingerprint.get("classes", [])] for fingerprint in (before, after))
         raise DataError(
             f"{path} was made with another class list: got {', '.join(new)}; the checkpoint has {', '.join(old)}; "
-            "pass an empty run folder, or the recipe it was made with (another recipe cannot continue it)"
+            "pass an empty run folder (--out), or the recipe it was made with (another recipe cannot continue it)"
         )
     flat_before, flat_after = _flatten(before), _flatten(after)
     changed = [
@@ -163,8 +163,8 @@ def check_fingerprint(path: Path, saved: str, current: dict[str, Any]) -> None:
     ]
     if changed:
         raise DataError(
-            f"{path} was made with another recipe ({'; '.join(changed[:5])}); pass an empty run folder, or the recipe "
-            "it was made with"
+            f"{path} was made with another recipe ({'; '.join(changed[:5])}); pass an empty run folder (--out), "
+            "or the recipe it was made with"
         )
 
 
@@ -252,7 +252,7 @@ def write_data_listing(run_dir: Path, listing: dict[str, Any]) -> None:
             if changed:
                 raise DataError(
                     f"{run_dir}: the data changed since this run began: {', '.join(changed[:5])} ({len(changed)} "
-                    f"file(s) of {split}); restore them, or pass an empty run folder"
+                    f"file(s) of {split}); restore them, or pass an empty run folder (--out)"
                 )
         return
     run_dir.mkdir(parents=True, exist_ok=True)

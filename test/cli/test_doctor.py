@@ -336,6 +336,9 @@ def test_param_does_what_ros2_param_does(capfd: pytest.CaptureFixture[str], monk
         assert code == 0 and told.startswith("latency_budget_ms: double\n") and "0.0 to 60000.0" in told
         code, told = ask("list")
         assert code == 0 and {"merge_threshold", "latency_budget_ms", "model"} <= set(told.split())
+        listing = f"set -o pipefail; {sys.executable} -m clustvit_ros.cli.main param list | head -1"
+        cut = subprocess.run(["bash", "-c", listing], capture_output=True, text=True, timeout=60, check=False)
+        assert len(cut.stdout.splitlines()) == 1 and cut.stderr == ""
         code, told = ask("get", "nope")
         assert code == 1 and "no parameter 'nope'" in told
     finally:

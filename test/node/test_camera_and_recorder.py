@@ -63,6 +63,32 @@ def test_camera_publishes_in_order_and_ends(
     ros_client.node.destroy_subscription(subscription)
 
 
+def test_camera_goes_on_without_a_file_that_cannot_be_read(
+    ros_client: Any, start_node: Callable[..., Any], pictures: Path
+) -> None:
+    (pictures / "picture_1.png").write_bytes(b"")
+    frames: list[Image] = []
+    subscription = ros_client.node.create_subscription(Image, "/shop/image_raw", frames.append, qos_profile_sensor_data)
+    camera = start_node(
+        "demo.camera", "-r", "__ns:=/shop", "-p", f"source:={pictures}", "-p", "rate_hz:=50", "-p", "count:=9",
+        "-p", "wait_for_subscribers:=1", "-p", "start_delay_s:=0.3",
+    )  # fmt: skip
+    ros_client.spin_until(lambda: len(frames) == 9, "nine frames")
+    assert camera.wait() == 0
+    assert [frame.data[0] for frame in frames] == [0, 100, 150, 200, 0, 100, 150, 200, 0]
+    assert camera.output.count("picture_1.png: cannot be read as an image") == 1
+    assert "1 files could not be read" in camera.output
+    ros_client.node.destroy_subscription(subscription)
+
+
+def test_camera_ends_where_nothing_can_be_read(start_node: Callable[..., Any], pictures: Path) -> None:
+    for file in pictures.iterdir():
+        file.write_bytes(b"")
+    camera = start_node("demo.camera", "-p", f"source:={pictures}")
+    assert camera.wait() == 1
+    assert "nothing of 5 pictures of" in camera.output and "can be read" in camera.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

@@ -168,6 +168,19 @@ def test_what_train_would_refuse_is_said_at_once(tmp_path: Path, capsys: pytest.
     assert "no pixel of rare in training images" in error
 
 
+@pytest.mark.parametrize(
+    ("count", "val_every", "counts"), [(3, 10, {"train": 2, "val": 1}), (1, 10, {"train": 1}), (3, 0, {"train": 3})]
+)
+def test_few_images_leave_one_for_validation(
+    tmp_path: Path, count: int, val_every: int, counts: dict[str, int]
+) -> None:
+    shape = {"label": "road", "points": [[0, 0], [32, 24]], "shape_type": "rectangle"}
+    for index in range(count):
+        put_image(tmp_path / "in" / f"{index}.jpg", SIZE)
+        put_json(tmp_path / "in" / f"{index}.json", labelme(shape, image=f"{index}.jpg"))
+    assert convert_labels([tmp_path / "in"], tmp_path / "out", val_every=val_every).counts == counts
+
+
 def test_escape_codes_in_names_stay_in_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = coco({"category_id": 3, "segmentation": [box(0, 0, 9, 9)]}, names=("\x1b[2J.jpg",))
     assert main(["convert-labels", str(put_json(tmp_path / "a.json", content)), "--out", str(tmp_path / "out")]) == 2
