@@ -325,7 +325,8 @@ class _Predictor:
             )
             shares = self._pixels / max(self._pixels.sum(), 1)
             order = [i for i in np.argsort(-shares)[:6] if shares[i] > 0.001 and i < len(self._classes)]
-            print(f"  {', '.join(f'{self._classes.names[i]} {100 * shares[i]:.1f} %' for i in order)}")
+            told = ", ".join(f"{self._classes.names[i]} {100 * shares[i]:.1f} %" for i in order)
+            print(f"  {told or 'all unlabelled'}")
         if "budget" in report:
             within, budget_ms = report["budget"]["within"], report["budget"]["ms"]
             print(f"  {100 * within:.1f} % within the budget of {budget_ms:g} ms")

@@ -298,6 +298,10 @@ class CameraParameters:
         -1, "As `rotate`, for this camera; -1 takes the node's.", choices=(-1, 0, 180), unit="degrees", live=True
     )
 
+    def __post_init__(self) -> None:
+        if -1.0 < self.merge_threshold < 0.0:
+            raise ConfigError(f"merge_threshold: got {self.merge_threshold:g}, expected 0 to 1, or -1: the node's")
+
     def over(self, parameters: SegmentationParameters) -> SegmentationParameters:
         """The node's parameters as they hold for this camera."""
         own = {name: value for name, value in vars(self).items() if value >= 0}

@@ -140,5 +140,7 @@ def test_a_camera_has_its_own_orientation() -> None:
     upright = build(CameraParameters, {"rotate": 0}).over(node)
     assert (upright.rotate, upright.merge_threshold) == (0, 0.5)
     assert upright.exempt_region == node.merge_exempt_region
+    with pytest.raises(ConfigError, match=r"merge_threshold: got -0\.5, expected 0 to 1, or -1: the node's"):
+        build(CameraParameters, {"merge_threshold": -0.5})
     both = build(CameraParameters, {"rotate": 180, "merge_threshold": 0.25}).over(upright)
     assert (both.rotate, both.merge_threshold) == (180, 0.25)
