@@ -57,7 +57,7 @@ def card(config: ModelConfig) -> str:
     elsewhere = scores.get("unseen")
     unseen = elsewhere and f"| mIoU, {elsewhere['split']} | {elsewhere['miou']} ({elsewhere['images']} images) |\n"
     classes = "\n".join(
-        f"| {index} | {name} | {', '.join(map(str, colour))} | {scores['per_class_iou'][name] or 0.0:.1f} |"
+        f"| {index} | {name} | {', '.join(map(str, colour))} | {_stated(scores['per_class_iou'][name])} |"
         for index, (name, colour) in enumerate(zip(config.classes.names, config.classes.colours, strict=True))
     )
     # A model scored on folds has been trained on all images in the end.
@@ -91,6 +91,10 @@ Made by `clustvit-ros train` with the recipe `{config.training.get("recipe", "")
 nothing but the training images named above. Meant for trying the package and for scenes like those; do not let a
 robot's safety depend on it. Thin and rare classes (low IoU in the table) are where it fails first.
 {point_table(config)}"""
+
+
+def _stated(iou: float | None) -> str:
+    return "not in these images" if iou is None else f"{iou:.1f}"
 
 
 def point_table(config: ModelConfig) -> str:

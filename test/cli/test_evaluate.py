@@ -184,14 +184,16 @@ def test_a_shipped_model_keeps_its_score_on_every_eighth_image(camvid_dir, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["camvid_tiny", "camvid_small"])
-def test_shipped_models_keep_their_scores(camvid_dir, tmp_path, name):
-    """The figures in every model card of CamVid come out of this command."""
+@pytest.mark.parametrize(
+    ("name", "data"), [("camvid_tiny", "camvid_dir"), ("camvid_small", "camvid_dir"), ("offroad_tiny", "ycor_dir")]
+)
+def test_shipped_models_keep_their_scores(request, tmp_path, name, data):
+    """The figures in the cards of models that have a val split come out of this command."""
     from clustvit_ros.networks import load_config
     from clustvit_ros.paths import share_dir
 
     model = share_dir() / "models" / name
-    assert evaluate(model, camvid_dir / "val", "--json", tmp_path / "out.json") == 0
+    assert evaluate(model, request.getfixturevalue(data) / "val", "--json", tmp_path / "out.json") == 0
     report = json.loads((tmp_path / "out.json").read_text())
     stated = load_config(model).scores
     assert report["miou"] == pytest.approx(stated["miou"], abs=0.1)
