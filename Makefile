@@ -34,8 +34,11 @@ PYTEST_ARGS ?=
 demo: $(STAMP)
 	@$(BIN)/clustvit-ros demo $(if $(MODEL),--model "$(MODEL)") $(if $(SOURCE),--source "$(SOURCE)") $(if $(VIEW),--view)
 
+# Each core runs tests, and then, one by one, those that want the machine to themselves. 5: PYTEST_ARGS left none of a kind.
 test: lint $(TEST_STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n logical -m "not slow and not gpu and not alone" $(PYTEST_ARGS); beside=$$?; \
+	 $(BIN)/python -m pytest -m "not slow and not gpu and alone" $(PYTEST_ARGS); alone=$$?; \
+	 [[ $$beside$$alone =~ ^(00|05|50)$$ ]]
 
 # JetPack 6's: Ubuntu 22.04's NumPy and OpenCV, NVIDIA's first PyTorch for it.
 PYTHON310 ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python) python3.10)

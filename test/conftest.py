@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,8 +21,10 @@ from clustvit_ros.dds import bound_spinning
 from clustvit_ros.engine import ScriptedEngine
 
 # Before PyTorch is imported. Without a bound, its threads spin through whole time slices when a node under test has the
-# other core, and tests take ten times as long.
+# other core, and tests take ten times as long. Where each core runs tests of its own, one thread is what there is.
 bound_spinning()
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -33,6 +36,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     for item in items:
         item.add_marker(pytest.mark.flaky(reruns=1))
+        if item.get_closest_marker("ros"):
+            item.add_marker(pytest.mark.alone)
 
 
 def _shared(name: str) -> Path:
@@ -52,6 +57,12 @@ def golden_dir() -> Path:
 def camvid_dir() -> Path:
     """CamVid with folders `train` and `val`."""
     return _shared("data/camvid")
+
+
+@pytest.fixture(scope="session")
+def ycor_dir() -> Path:
+    """YCOR with folders `train` and `val`."""
+    return _shared("data/ycor")
 
 
 @pytest.fixture(scope="session")
