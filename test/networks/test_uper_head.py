@@ -158,7 +158,8 @@ def test_import_and_way_back_are_bit_identical(images, tmp_path, neck):
     loaded = load_segmenter(tmp_path / "m").requires_grad_(False)
     back = to_official(loaded.state_dict())
     assert back.keys() == weights.keys() and all(torch.equal(back[name], weights[name]) for name in weights)
-    assert torch.equal(loaded(images).logits, network(images).logits)
+    # Not bit for bit: where weights lie in memory decides how products are summed.
+    torch.testing.assert_close(loaded(images).logits, network(images).logits)
 
 
 def test_a_linear_head_is_a_1x1_convolution(images, tmp_path):
