@@ -72,7 +72,7 @@ class _ImageSize:
 
     def bound(self, limits: tuple[Any, ...], points: list[OperatingPoint]) -> None:
         """Take other limits, and the points within them."""
-        if limits[:1] != self.limits[:1]:
+        if limits[:2] != self.limits[:2]:
             self.failure = ""  # of other sizes
         self.limits, self.points = limits, points
         known = [point for point in points if self.knows([point])]
@@ -301,24 +301,23 @@ class Policy:
             if len(self._sizes) >= _REMEMBERED_SIZES:
                 self._sizes.clear()
             entry = self._sizes[image_size] = _ImageSize(self._worth, self._engine.info.engine)
-        scales, bounds = _scales_of(parameters), (parameters.fewest_tokens, parameters.token_capacity)
-        limits = (scales, *bounds, parameters.exempts, self._exempt)
+        bounds = (parameters.fewest_tokens, parameters.token_capacity, parameters.exempts, self._exempt)
+        limits = (parameters.input_scale, parameters.min_input_scale, *bounds)
         if limits != entry.limits:
             entry.bound(limits, self._make_points(image_size, parameters))
         if entry.calibration is not None or not parameters.adapts or not (parameters.latency_budget_ms or again):
             return entry
         if not again and entry.knows(entry.points):
             return entry
-        wanted = anchors(self._engine, image_size, scales)
+        sizes = _scales_of(parameters)
+        wanted = anchors(self._engine, image_size, sizes)
         key = CalibrationKey.of(self._engine, parameters.threads, image_size, wanted)
         kept = None if again else self._cache.load(key)
         if kept is not None:
             self._logger.info(f"latency of {_text(image_size)} images as measured earlier: {_describe(kept)}")
             self._use(entry, parameters, kept)
         elif again or not entry.failure:
-            entry.calibration = Calibration(
-                self._engine, image_size, scales, others_s=self._others_s, clock=self._clock
-            )
+            entry.calibration = Calibration(self._engine, image_size, sizes, others_s=self._others_s, clock=self._clock)
             entry.failure = ""
             self._logger.info(
                 f"calibrating {len(wanted)} operating points for {_text(image_size)} images between frames, for a few "
