@@ -72,7 +72,7 @@ class Drive:
             message = image_message(pixels, "rgb8", headers[index] if headers else self.robot.now())
             self.sent[stamp_ns(message)] = pixels
             self.robot.camera.publish(message)
-            next_s += PERIOD_S
+            next_s = max(next_s + PERIOD_S, time.monotonic())  # late by a stall, a camera does not catch up
             self.client.spin_for(max(next_s - time.monotonic(), 0.001))
         self.client.spin_for(3 * ENGINE_MS / 1000)
         return self.robot.masks[first:]
@@ -288,7 +288,7 @@ def test_cameras_are_filled_each_from_its_own_masks(ros_client: Any, start_node:
             message = image_message(view(worlds[name], index), "rgb8", header)
             sent[name, stamp_ns(message)] = view(worlds[name], index)
             camera.publish(message)
-        next_s += PERIOD_S
+        next_s = max(next_s + PERIOD_S, time.monotonic())  # late by a stall, a camera does not catch up
         ros_client.spin_for(max(next_s - time.monotonic(), 0.001))
     ros_client.spin_for(5 * ENGINE_MS / 1000)
     for name in names:
