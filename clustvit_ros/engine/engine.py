@@ -93,6 +93,11 @@ class Settings:
         if self.output_size is not None and min(self.output_size) < 1:
             raise ConfigError(f"output_size: got {self.output_size}, expected positive (height, width)")
 
+    @property
+    def looks_back(self) -> bool:
+        """Whether exempt classes are looked for in what was seen a frame ago."""
+        return bool(self.merge_exempt_classes) and self.merge_exempt_source == "previous_mask"
+
 
 @dataclass(frozen=True)
 class Stats:
@@ -140,7 +145,7 @@ class Prediction:
         cluster_map: (B, H, W) uint8, cluster id per pixel, 0 = kept; None when not asked for.
         stats: what was used and what it cost.
         class_grid: (B, h, w) class ids on the network's own grid, however sure it is: what the next frame's exempt
-            classes are looked for in; None where the settings exempt no class by it.
+            classes are looked for in; None unless the settings look back.
     """
 
     mask: np.ndarray

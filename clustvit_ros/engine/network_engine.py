@@ -294,8 +294,7 @@ class NetworkEngine(Engine):
         mask = self.download(maps.mask)
         confidence = None if maps.confidence is None else self.download(maps.confidence)
         clusters = None if maps.clusters is None else self.download(maps.clusters)
-        looked_for = settings.merge_exempt_classes and settings.merge_exempt_source == "previous_mask"
-        class_grid = self.download(_class_grid(output.logits)) if looked_for else None
+        class_grid = self.download(_class_grid(output.logits)) if settings.looks_back else None
         tokens_kept = float(maps.tokens_kept.mean())
         timer.finish("postprocess")
         stats = Stats(

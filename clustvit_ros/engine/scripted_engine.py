@@ -108,7 +108,7 @@ class ScriptedEngine(Engine):
         cluster_map = (green > 255 * settings.merge_threshold).astype(np.uint8)
         return Prediction(
             mask, confidence if settings.confidence else None, cluster_map if settings.clusters else None, stats,
-            np.stack(seen) >> 6 if settings.merge_exempt_classes else None,
+            np.stack(seen) >> 6 if settings.looks_back else None,
         )
 
 
