@@ -286,7 +286,8 @@ def load_weights(network: Segmenter, path: Path, unused: tuple[str, ...] = ()) -
         raise ModelError(f"{path}: cannot be read ({error}); fetch the model again") from error
     check_weights(network, weights, str(path))
     hollow = {name: tensor.dtype for name, tensor in network.state_dict().items() if tensor.is_meta}
-    weights |= {name: weights[name].to(dtype) for name, dtype in hollow.items()}
+    # Copied: in the file's memory they begin anywhere, and how products are summed depends on where they begin.
+    weights |= {name: weights[name].to(dtype, copy=True) for name, dtype in hollow.items()}
     network.load_state_dict(weights, assign=bool(hollow))
 
 
