@@ -264,9 +264,10 @@ class Journal:
             stats = json.loads(row[8]) if row[8] is not None else None
             yield LabelledFrame(*(*row[:8], stats, *row[9:]))
 
-    def outcomes(self) -> Iterator[tuple[int, str]]:
-        """(recording time in ns, problem or nothing) of all frames in order of time."""
-        yield from self._database.execute("SELECT timestamp_ns, problem FROM frames ORDER BY timestamp_ns, number")
+    def outcomes(self) -> Iterator[tuple[str, int, str]]:
+        """(topic, recording time in ns, problem or nothing) of all frames in order of time."""
+        frames = "SELECT topic, timestamp_ns, problem FROM frames ORDER BY timestamp_ns, number"
+        yield from self._database.execute(frames)
 
     def devices(self) -> list[str]:
         """What computed the frames."""

@@ -322,13 +322,13 @@ def _labelled(
 def _summarise(journal: Journal, report: LabelReport) -> None:
     report.labelled = report.unlabelled = 0
     report.devices = journal.devices()
-    for timestamp_ns, problem in journal.outcomes():
+    for topic, timestamp_ns, problem in journal.outcomes():
         if not problem:
             report.labelled += 1
             continue
         report.unlabelled += 1
         if len(report.problems) < _PROBLEMS_TOLD:
-            report.problems.append(f"image of {timestamp_ns} ns: {problem}")
+            report.problems.append(f"{shown(topic)}, image of {timestamp_ns} ns: {problem}")
 
 
 def _about(identity: Mapping[str, Any], engine: Engine, report: LabelReport) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"picture in {picture}")
     if args.write:
         measured = [rows[settings.index(rung)] for rung in rungs]
-        print(_write(args.model, config, measured_points(rungs, measured, config)))
+        print(_write(args.model, measured_points(rungs, measured, config)))
     return 0
 
 
@@ -247,9 +247,10 @@ def _evenly(count: int, limit: int | None) -> list[int]:
     return [i * count // chosen for i in range(chosen)]
 
 
-def _write(model: str, config: ModelConfig, points: tuple[MeasuredPoint, ...]) -> str:
+def _write(model: str, points: tuple[MeasuredPoint, ...]) -> str:
     """Put points into a model's configuration, if it can be read with them; says what was written."""
     folder = find_model(model)
+    config = load_config(folder)  # as it is now: measuring took minutes, in which it may have been edited
     check_points(points, config.input.size, config.network, str(folder / MODEL_FILE))
     save_config(folder, dataclasses.replace(config, operating_points=points))
     return f"{len(points)} operating points written to {folder / MODEL_FILE}"

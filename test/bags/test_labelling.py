@@ -395,4 +395,4 @@ def test_what_looks_damaged_at_one_place_throughout_is_the_scene(tmp_path: Path,
     messages = [recordings.jpeg(number, stair_jpeg(5, 9 if number else 3)) for number in range(4)]
     report = label(record(tmp_path / "bag", {"/camera/image/compressed": messages}), tmp_path / "labels")
     assert (report.labelled, report.unlabelled) == (2, 2)
-    assert "from some block on all are brighter" in report.problems[0]
+    assert report.problems[0].startswith("/") and "from some block on all are brighter" in report.problems[0]
