@@ -37,7 +37,6 @@ from clustvit_ros.measure.sweep import (
 )
 from clustvit_ros.networks.model_folder import (
     MeasuredPoint,
-    ModelConfig,
     check_points,
     load_config,
     save_config,

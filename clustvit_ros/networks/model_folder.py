@@ -280,14 +280,13 @@ def load_weights(network: Segmenter, path: Path, unused: tuple[str, ...] = ()) -
     _check_file(network, path, unused)
     try:
         with safe_open(path, "pt") as file:
-            names = [name for name in file.keys() if not name.startswith(unused)]  # noqa: SIM118 (not a mapping)
-            weights = {name: file.get_tensor(name) for name in names}
+            names = file.keys()
+            weights = {name: file.get_tensor(name) for name in names if not name.startswith(unused)}
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path}: cannot be read ({error}); fetch the model again") from error
     check_weights(network, weights, str(path))
     hollow = {name: tensor.dtype for name, tensor in network.state_dict().items() if tensor.is_meta}
-    # Copied: in the file's memory they begin anywhere, and how products are summed depends on where they begin.
-    weights |= {name: weights[name].to(dtype, copy=True) for name, dtype in hollow.items()}
+    weights |= {name: weights[name].to(dtype, copy=True) for name, dtype in hollow.items()}  # aligned, as sums need it
     network.load_state_dict(weights, assign=bool(hollow))
 
 

@@ -145,8 +145,8 @@ class ViTConfig(NetworkConfig):
             raise ConfigError("network: decode is 'compact' with merging 'algm+clusters'; use full")
         if self.merging == "algm+clusters" and not self.injection_points and not self.injection_point:
             raise ConfigError(
-                "network: merging is 'algm+clusters' with injection_point 0, expected 1 or more, as windows are merged in "
-                "the first block and clusters after it; use clusters or algm"
+                "network: merging is 'algm+clusters' with injection_point 0, expected 1 or more, as windows are merged "
+                "in the first block and clusters after it; use clusters or algm"
             )
         points = self.injection_points
         if points and (list(points) != sorted(set(points)) or points[0] < 0):

@@ -6,10 +6,10 @@
 # governing permissions and limitations under the License.
 """What to do with a frame: budget, calibration, guards. No ROS, no torch, every clock injected."""
 
-from clustvit_ros.policy.budget import BudgetController, check_budget
+from clustvit_ros.policy.budget import BudgetController
 from clustvit_ros.policy.calibration import LatencyTable
 from clustvit_ros.policy.ledger import LatencyWindow, Ledger, percentile
-from clustvit_ros.policy.plan import BudgetStatus, Plan
+from clustvit_ros.policy.plan import BudgetStatus, Plan, check_budget
 from clustvit_ros.policy.policy import Policy
 
 __all__ = [

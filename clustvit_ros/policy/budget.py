@@ -8,7 +8,8 @@
 
 Feed-forward from a calibrated table (what a point costs on this device when nothing else runs), corrected by feedback
 (how much slower frames are just now). The correction is an upper estimate over recent frames, so that noise is paid for
-in advance; a lasting change of load replaces those frames at once instead of fading in.
+in advance; a lasting change of load replaces those frames at once instead of fading in. Where the estimate was too low,
+the frame that was late makes room for those after it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from clustvit_ros.engine.ladder import OperatingPoint
-from clustvit_ros.errors import ConfigError
 from clustvit_ros.policy.calibration import LatencyTable
 
 # Frames that the slowdown is estimated from.
@@ -39,8 +39,10 @@ _TAIL_WINDOW = 60
 _TAIL_AFTER_CHANGE = 16
 _MIN_TAIL_FRAMES = 8
 _TAIL_SHARE = 0.02
-_BEYOND_TAIL = 0.3  # one in 30 exceeds the second largest of 60; two of 50 are rarely late where one in 95 is
-_BEYOND_LEAST = 0.1  # what is named as the smallest must be held, and the estimate is of frames at other points
+_BEYOND_TAIL = 0.15  # one in 30 exceeds the second largest of 60
+# One of so many frames may be late; after it, they get this share of the budget, so that there is no second one.
+_LATE_FRAMES = 50
+_LATE_SHARE = 0.8
 _FEW_FRAMES = 8  # a spread over fewer is a guess; what was seen bounds it
 _BEYOND_SEEN = 1.1
 # Cores that others must use less than they did for a while, for what was learnt under their load to be forgotten.
@@ -128,11 +130,10 @@ class BudgetController:
             self._refresh()
         self._target = target
         self._budget_ms, self._points, self._counts_overhead = target
-        counts = self._table.thread_counts
-        self._point_ms = [{threads: self._table.at(point, threads) for threads in counts} for point in self._points]
+        self._point_ms = [{count: self._table.at(point, count) for count in self._slowdowns} for point in self._points]
         self._raised_at = self._frame - _RETRY_FRAMES
-        self._retry_at: dict[OperatingPoint, int] = {}
-        self._retry_frames: dict[OperatingPoint, int] = {}
+        self._judged_from = self._frame + _FEW_FRAMES
+        self._forget_failures()
         self._wanted_larger = 0
         self._index = 0
         self._index = self._fitting()[0]
@@ -150,8 +151,8 @@ class BudgetController:
     def decide(self) -> Decision:
         """The most accurate point allowed for the next frame."""
         overhead_ms = self.overhead_ms if self._counts_overhead else 0.0
-        engine_budget_ms = self._budget_ms - overhead_ms
         (least_ms, _), (predicted_ms, threads) = self._predict(0), self._predict(self._index)
+        engine_budget_ms = self._budget_ms - overhead_ms
         point_ms = self._point_ms[self._index]
         return Decision(
             point=self._points[self._index], threads=threads, budget_ms=self._budget_ms,
@@ -163,7 +164,7 @@ class BudgetController:
     def _predict(self, index: int) -> tuple[float, int]:
         """The lowest upper estimate of a point's latency, and the threads that it is for."""
         of_counts = self._point_ms[index].items()
-        predictions = [(ms * self._uppers[threads].at(math.sqrt(ms)), threads) for threads, ms in of_counts]
+        predictions = [(ms * self._uppers[count].at(math.sqrt(ms)), count) for count, ms in of_counts]
         return min(predictions, key=lambda pair: pair[0] * (_MORE_THREADS if pair[1] > 1 else 1.0))
 
     def observe(
@@ -187,12 +188,14 @@ class BudgetController:
         metered = others is not None and threads > 0
         calibrated_ms = self._table.at(point, threads)
         if self._slowdowns[threads].add(engine_ms / calibrated_ms, math.sqrt(calibrated_ms), metered) < 0:
-            # The load went away: what failed under it says nothing about now.
-            self._retry_at.clear()
-            self._retry_frames.clear()
+            self._forget_failures(spikes=not metered)
         self._refresh()
         if overhead_ms is not None:
             self._overheads.add(overhead_ms)
+        counted_ms = engine_ms + (overhead_ms or 0.0) * self._counts_overhead
+        # Those that were much later would have been so at a lower point, too, and the first ones show what fits.
+        if self._budget_ms < counted_ms <= self._budget_ms / _LATE_SHARE and self._frame > self._judged_from:
+            self._late_at = self._frame
         fitting, roomy = self._fitting()
         if fitting < self._index:
             self._lower(fitting)
@@ -204,26 +207,33 @@ class BudgetController:
             self._wanted_larger = 0
 
     def _refresh(self) -> None:
-        self._uppers = {
-            count: estimate.upper(_UNTRIED if self._frame else 1.0) for count, estimate in self._slowdowns.items()
-        }
+        untried = _UNTRIED if self._frame else 1.0
+        self._uppers = {count: estimate.upper(untried) for count, estimate in self._slowdowns.items()}
 
     def _forget_other_loads(self, threads: int, others: float | None) -> None:
         """Once others use clearly fewer cores, spikes under their load say nothing, nor does any of other counts."""
         if others is not None and self._loads.fell(others):
+            self._forget_failures()
             for count, estimate in self._slowdowns.items():
                 estimate.forget_spikes() if count == threads else estimate.forget()
 
+    def _forget_failures(self, spikes: bool = True) -> None:
+        """The load went away: what failed under it says nothing about now."""
+        self._retry_at: dict[OperatingPoint, int] = {}
+        self._retry_frames: dict[OperatingPoint, int] = {}
+        if spikes:
+            self._late_at = self._frame - _LATE_FRAMES
+
     def _fitting(self) -> tuple[int, int]:
         """Indices of the most accurate point that fits, and of the most accurate allowed one with headroom."""
-        budget_ms = self._budget_ms - (self.overhead_ms if self._counts_overhead else 0.0)
+        share = _LATE_SHARE if self._frame - self._late_at < _LATE_FRAMES else 1.0
+        budget_ms = share * self._budget_ms - (self.overhead_ms if self._counts_overhead else 0.0)
         fitting = roomy = 0
         for index, point in enumerate(self._points):
             predicted_ms, _ = self._predict(index)
             if predicted_ms <= budget_ms:
                 fitting = index
-            fits_with_headroom = predicted_ms <= budget_ms * (1.0 - _HEADROOM)
-            if fits_with_headroom and self._retry_at.get(point, 0) <= self._frame:
+            if predicted_ms <= budget_ms * (1.0 - _HEADROOM) and self._retry_at.get(point, 0) <= self._frame:
                 roomy = index
         return fitting, roomy
 
@@ -242,45 +252,6 @@ class BudgetController:
         self._index = index
         self._raised_at = self._frame
         self._wanted_larger = 0
-
-
-def check_budget(
-    table: LatencyTable, points: Sequence[OperatingPoint], budget_ms: float, slowdown: float = 1.0,
-    overhead_ms: float = 0.0,
-) -> None:  # fmt: skip
-    """Refuse a budget that cannot be held now.
-
-    Args:
-        table: calibrated latencies.
-        points: those that may be chosen, fastest first.
-        budget_ms: the budget.
-        slowdown: upper estimate of measured over calibrated latency, as frames run now.
-        overhead_ms: upper estimate of the milliseconds outside the engine that count against the budget.
-
-    Raises:
-        ConfigError: naming the smallest budget that holds.
-    """
-    fastest = points[0]
-    engine_ms = table[fastest] * slowdown
-    if budget_ms >= engine_ms + overhead_ms:
-        return
-    outside = f" and {overhead_ms:.1f} ms pass outside the engine" if overhead_ms else ""
-    raise ConfigError(
-        f"latency_budget_ms: got {budget_ms:g}, but {point_text(fastest)}, the fastest allowed, take up to "
-        f"{engine_ms:.1f} ms here as frames run now{outside}; expected 0 (off) or at least "
-        f"{least_text(engine_ms + overhead_ms)}"
-    )
-
-
-def least_text(least_ms: float) -> str:
-    """The smallest budget to name where `least_ms` is the estimate of what holds."""
-    return f"{math.ceil(round(least_ms * (1.0 + _BEYOND_LEAST) * 10, 6)) / 10:.1f}"
-
-
-def point_text(point: OperatingPoint) -> str:
-    """A point in words."""
-    at = "" if point.input_scale == 1.0 else f" at {point.input_scale:g} of the input's sides"
-    return f"{point.capacity} of {point.tokens_total} tokens{at}"
 
 
 class _Loads:

@@ -17,7 +17,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from clustvit_ros.engine import Settings
-from clustvit_ros.policy.budget import Decision, least_text, point_text
+from clustvit_ros.engine.ladder import OperatingPoint
+from clustvit_ros.errors import ConfigError
+from clustvit_ros.policy.budget import Decision
 from clustvit_ros.policy.calibration import LatencyTable
 from clustvit_ros.policy.parameters import SegmentationParameters
 
@@ -27,6 +29,8 @@ TOLERATED_MISSES = 0.02
 # A share of few frames says little: one miss among the first ten is no trend.
 _MIN_FRAMES = 50
 _RECENT_FRAMES = 300
+# What is named as the smallest budget must be held, and the estimate is of frames at other points.
+_BEYOND_LEAST = 0.1
 
 
 class FramePace:
@@ -226,3 +230,42 @@ class BudgetStatus:
                 by = f"_{threads}_threads" if threads else ""
                 pairs[f"calibrated.{kept}_of_{total}_tokens{by}_ms"] = f"{value:.2f}"
         return pairs
+
+
+def check_budget(
+    table: LatencyTable, points: Sequence[OperatingPoint], budget_ms: float, slowdown: float = 1.0,
+    overhead_ms: float = 0.0,
+) -> None:  # fmt: skip
+    """Refuse a budget that cannot be held now.
+
+    Args:
+        table: calibrated latencies.
+        points: those that may be chosen, fastest first.
+        budget_ms: the budget.
+        slowdown: upper estimate of measured over calibrated latency, as frames run now.
+        overhead_ms: upper estimate of the milliseconds outside the engine that count against the budget.
+
+    Raises:
+        ConfigError: naming the smallest budget that holds.
+    """
+    fastest = points[0]
+    engine_ms = table[fastest] * slowdown
+    if budget_ms >= engine_ms + overhead_ms:
+        return
+    outside = f" and {overhead_ms:.1f} ms pass outside the engine" if overhead_ms else ""
+    raise ConfigError(
+        f"latency_budget_ms: got {budget_ms:g}, but {point_text(fastest)}, the fastest allowed, take up to "
+        f"{engine_ms:.1f} ms here as frames run now{outside}; expected 0 (off) or at least "
+        f"{least_text(engine_ms + overhead_ms)}"
+    )
+
+
+def least_text(least_ms: float) -> str:
+    """The smallest budget to name where `least_ms` is the estimate of what holds."""
+    return f"{math.ceil(round(least_ms * (1.0 + _BEYOND_LEAST) * 10, 6)) / 10:.1f}"
+
+
+def point_text(point: OperatingPoint) -> str:
+    """A point in words."""
+    at = "" if point.input_scale == 1.0 else f" at {point.input_scale:g} of the input's sides"
+    return f"{point.capacity} of {point.tokens_total} tokens{at}"

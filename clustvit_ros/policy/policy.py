@@ -28,7 +28,7 @@ from clustvit_ros.engine import Engine, Prediction
 from clustvit_ros.engine.ladder import OperatingPoint, WorthOrder, front_of, input_scales
 from clustvit_ros.engine.machine import OthersMeter, others_seconds
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.policy.budget import BudgetController, Decision, check_budget
+from clustvit_ros.policy.budget import BudgetController, Decision
 from clustvit_ros.policy.calibration import (
     Calibration,
     CalibrationCache,
@@ -40,7 +40,7 @@ from clustvit_ros.policy.calibration import (
 )
 from clustvit_ros.policy.merge_guard import MergeGuard
 from clustvit_ros.policy.parameters import SegmentationParameters
-from clustvit_ros.policy.plan import BudgetStatus, Lesson, Misses, Plan
+from clustvit_ros.policy.plan import BudgetStatus, Lesson, Misses, Plan, check_budget
 
 # Warming and calibrating a size costs seconds and memory; a stream that changes its size for ever must not add up.
 _REMEMBERED_SIZES = 16

@@ -362,7 +362,7 @@ def test_what_cts_cannot_do_is_refused():
         ("clustvit_t", {}, ("--merge", "magic"), "--merge: got 'magic', expected one of none, clusters, algm"),
         ("clustvit_t", {}, ("--decode", "half"), "--decode: got 'half', expected one of full, compact, grouped"),
         ("clustvit_t", {}, ("--merge", "algm+clusters", "--decode", "compact"), "'compact' with merging 'algm+clu"),
-        ("clustvit_t", {"injection_point": 0}, ("--merge", "algm+clusters"), "with injection_point 0, expected 1 or mo"),
+        ("clustvit_t", {"injection_point": 0}, ("--merge", "algm+clusters"), "with injection_point 0, expected 1 or"),
         ("clustvit_t", {"injection_points": [0, 2]}, ("--merge", "algm+clusters"), "one Clusterer, small has 2, for"),
         ("clustvit_t", {"depth": 3}, ("--merge", "stvit"), "with 3 blocks and merging 'stvit', expected at least 3"),
         ("vit_t", {}, ("--merge", "clusters"), "merging is 'clusters', which a plain vit has no weights for; use algm"),

@@ -49,7 +49,7 @@ def test_round_trip(folder):
     assert load_config(path) == config
     images = torch.randn(1, 3, 64, 96)
     loaded = load_segmenter(str(path))
-    assert {parameter.data_ptr() % 64 for parameter in loaded.parameters()} == {0}  # else sums differ in their last bits
+    assert {parameter.data_ptr() % 64 for parameter in loaded.parameters()} == {0}  # else sums differ in last bits
     output = loaded(images)
     assert torch.equal(output.logits, network(images).logits)
     assert output.logits.shape == (1, 2, 4, 6)
