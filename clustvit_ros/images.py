@@ -32,11 +32,29 @@ _LOG = logging.getLogger(__name__)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 """Files of a folder that are taken for images, whatever the case."""
 
+_ORIENTATION_TAG = 0x0112
+
 
 def list_images(folder: Path) -> list[Path]:
     """The image files of an existing folder, sorted by name; hidden ones (`._a.jpg`, of macOS) are none."""
-    files = (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-    return sorted(path for path in files if not path.name.startswith(".") and path.is_file())
+    return sorted(path for path in folder.iterdir() if is_image(path) and not path.name.startswith("."))
+
+
+def is_image(path: Path) -> bool:
+    """Whether a path is of an image file, by its name; links that lead nowhere are, so that reading them says so."""
+    there = path.is_file() or (path.is_symlink() and not path.exists())
+    return there and path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def orientation(path: Path) -> int:
+    """An image file's orientation tag: 1 to 8, 1 = as stored; 1 without a tag, or without Pillow to read it."""
+    try:
+        from PIL import Image
+
+        with Image.open(path) as image:
+            return int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # whatever it stumbles over is no tag
+        return 1
 
 
 class Sample(NamedTuple):
@@ -71,8 +89,60 @@ def read_image(path: Path) -> np.ndarray:
     except (OSError, cv2.error):
         image = None
     if image is None:
-        raise DataError(f"{path}: cannot be read as an image; replace or remove the file")
+        raise DataError(f"{path}: {_unreadable(path)}")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def _unreadable(path: Path) -> str:
+    if path.is_symlink() and not path.exists():
+        return f"is a link to {path.readlink()}, which is not there; bring it back, or remove the link"
+    return "cannot be read as an image; replace or remove the file"
+
+
+def read_stored(path: Path) -> np.ndarray:
+    """Read an image file's values as they are: (H, W) of ids, or (H, W, C) in OpenCV's order.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        values = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_UNCHANGED)
+    except (OSError, cv2.error):
+        values = None
+    if values is None:
+        raise DataError(f"{path}: {_unreadable(path)}")
+    return values
+
+
+def video_path(path: str | Path) -> str:
+    """A path for OpenCV's videos, which end the process where a name is not UTF-8.
+
+    Raises:
+        DataError: it is such a one.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{path}: got a name that is not UTF-8, which OpenCV cannot open; rename the file") from error
+    return str(path)
+
+
+def write_image(path: Path, pixels: np.ndarray) -> None:
+    """Write (H, W, 3) uint8 RGB, or (H, W) uint8 or uint16 ids, in the format that the name's end says; makes folders.
+
+    Not by `cv2.imwrite`, which ends the process where a name is not UTF-8, as `cv2.imread` does.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _, data = cv2.imencode(path.suffix, cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR) if pixels.ndim == 3 else pixels)
+        path.write_bytes(data.tobytes())
+    except (OSError, cv2.error) as error:
+        raise DataError(
+            f"{path}: cannot be written ({error}); check the folder's permissions and the disk's free space"
+        ) from error
 
 
 @functools.lru_cache(maxsize=4096)

@@ -23,16 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
-
 from clustvit_ros.dds import claim_domain, node_environment
 from clustvit_ros.demo.film import write_film
 from clustvit_ros.demo.frame_source import VideoSource, sim_seed
 from clustvit_ros.demo.processes import NodeProcess
 from clustvit_ros.demo.sim_demo import DEFAULT_SEED, SIM_RATE_HZ, Phase, run_sim
 from clustvit_ros.errors import ClustvitError, ConfigError, DataError
+from clustvit_ros.images import read_stored, write_image
 from clustvit_ros.measure.metrics import ConfusionMatrix
-from clustvit_ros.measure.pictures import contact_sheet, save_picture, window_problem
+from clustvit_ros.measure.pictures import contact_sheet, window_problem
 from clustvit_ros.networks.model_folder import load_config
 from clustvit_ros.training.dataset import find_images, read_labels
 
@@ -149,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
     film = write_film(args.output / "demo.mp4", phases, frames, args.output, classes, args.rate)
     overlays = [args.output / frame["overlay"] for frame in recording["frames"] if frame["overlay"]]
     if overlays:
-        save_picture(args.output / "summary.png", contact_sheet(overlays))
+        write_image(args.output / "summary.png", contact_sheet(overlays))
     _print(report, source)
     print(f"  film {film}, pictures in {args.output}/overlays")
     print(f"  the whole in {args.output}/summary.png and {args.output}/summary.json")
@@ -195,10 +194,7 @@ def score(frames: Sequence[dict[str, Any]], folder: Path, labels: Path, num_clas
     for frame in frames:
         label_path = labels / f"{Path(frame.get('name', '')).stem}.png"
         if frame["mask"] and label_path.is_file():
-            mask = cv2.imread(str(folder / frame["mask"]), cv2.IMREAD_UNCHANGED)
-            if mask is None:
-                raise DataError(f"{folder / frame['mask']}: the recorded mask cannot be read; is the disk full?")
-            matrix.add(read_labels(label_path, num_classes), mask)
+            matrix.add(read_labels(label_path, num_classes), read_stored(folder / frame["mask"]))
     return matrix
 
 

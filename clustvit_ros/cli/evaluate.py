@@ -19,9 +19,9 @@ from clustvit_ros.cli.arguments import add_input_scale, add_threads, add_variant
 from clustvit_ros.engine import PRECISIONS, Engine, Prediction, Settings, create_engine
 from clustvit_ros.engine.network_engine import NetworkEngine
 from clustvit_ros.errors import ConfigError, DataError
-from clustvit_ros.images import Sample
+from clustvit_ros.images import Sample, write_image
 from clustvit_ros.measure.evaluation import evaluate, fit_temperature, gflops_counter
-from clustvit_ros.measure.pictures import comparison, save_picture
+from clustvit_ros.measure.pictures import comparison
 from clustvit_ros.measure.report import compare_twins, write_report
 from clustvit_ros.measure.sweep import ladder_settings, sweep
 from clustvit_ros.networks.model_folder import ModelConfig, load_config, save_config
@@ -183,10 +183,10 @@ def _evaluate(
     def draw(sample: Sample, prediction: Prediction) -> None:
         name = f"{config.name}_{sample.stem}" if several else sample.stem
         if args.pictures:
-            save_picture(args.pictures / f"{name}.png", comparison(sample, prediction, palette))
+            write_image(args.pictures / f"{name}.png", comparison(sample, prediction, palette))
         if args.report and sample.stem in chosen:
             picture = args.report / "pictures" / f"{config.name}_{sample.stem}.jpg"
-            save_picture(picture, comparison(sample, prediction, palette))
+            write_image(picture, comparison(sample, prediction, palette))
 
     count_gflops = gflops_counter(config)
     draws = args.pictures is not None or args.report is not None

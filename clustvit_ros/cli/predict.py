@@ -26,9 +26,9 @@ from clustvit_ros.cli.arguments import add_input_scale, add_threads
 from clustvit_ros.demo.frame_source import FrameReader, FrameSource, PictureSource, SourceFrame, open_source
 from clustvit_ros.engine import ENGINES, PRECISION_CHOICES, Engine, Prediction, create_engine
 from clustvit_ros.engine.masks import draw_overlay
-from clustvit_ros.errors import ConfigError, ImageError
-from clustvit_ros.images import IMAGE_SUFFIXES, check_pixels
-from clustvit_ros.measure.pictures import FilmWriter, annotated, class_legend, save_picture, window_problem
+from clustvit_ros.errors import ClustvitError, ConfigError, ImageError
+from clustvit_ros.images import check_pixels, is_image, write_image
+from clustvit_ros.measure.pictures import FilmWriter, annotated, class_legend, window_problem
 from clustvit_ros.paths import new_run_folder, replacing
 from clustvit_ros.policy import Policy, percentile
 from clustvit_ros.policy.parameter_spec import build
@@ -97,9 +97,15 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--show: {problem}; leave it out, the results are written in any case")
     unreadable: list[str] = []
     sources = _open(args.source, unreadable)
+    made = args.out is not None and not args.out.exists()
     if args.out is not None:
         _make_folder(args.out)  # before a model is loaded for nothing
-    engine = create_engine(args.model, args.engine, args.device, args.threads, args.precision)
+    try:
+        engine = create_engine(args.model, args.engine, args.device, args.threads, args.precision)
+    except ClustvitError:
+        if made:
+            args.out.rmdir()
+        raise
     info = engine.info
     reason = f" ({info.device_reason})" if info.device_reason else ""
     print(f"model {info.model}, engine {info.engine_told} in {info.precision} on {info.device}{reason}", flush=True)
@@ -115,14 +121,15 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         interrupted = not any(source.live for source in sources)  # which is how a camera ends
     finally:
-        prediction.finish(time.monotonic() - started_s)
+        turned = [name for source in sources if isinstance(source, PictureSource) for name in source.turned]
+        prediction.finish(time.monotonic() - started_s, turned)
         engine.close()
     return 130 if interrupted else int(bool(unreadable))
 
 
 def _open(given: list[str], unreadable: list[str]) -> list[FrameSource]:
     """Sources in order; pictures that a shell's pattern named one by one are one source."""
-    pictures = [Path(text) for text in given if Path(text).suffix.lower() in IMAGE_SUFFIXES and Path(text).is_file()]
+    pictures = [Path(text) for text in given if is_image(Path(text))]
     if len(pictures) == len(given):
         return [PictureSource(pictures, unreadable.append)]
     return [open_source(text, on_unreadable=unreadable.append) for text in given]
@@ -187,10 +194,10 @@ class _Predictor:
                 stem = self._stem(frame.name, pictures)
                 if pictures or self._args.masks:
                     entry["mask"] = f"masks/{stem}.png"
-                    save_picture(self._folder / entry["mask"], prediction.mask[0])
+                    write_image(self._folder / entry["mask"], prediction.mask[0])
                 if pictures:
                     entry["overlay"] = f"overlays/{stem}.jpg"
-                    save_picture(self._folder / entry["overlay"], overlay)
+                    write_image(self._folder / entry["overlay"], overlay)
                 else:
                     if film is None:
                         name = self._stem(frame.name.rpartition("_")[0] + ".mp4", True)
@@ -276,7 +283,7 @@ class _Predictor:
         cv2.imshow(_WINDOW, cv2.cvtColor(shown, cv2.COLOR_RGB2BGR))
         return cv2.waitKey(1) & 0xFF in (ord("q"), 27)
 
-    def finish(self, elapsed_s: float) -> None:
+    def finish(self, elapsed_s: float, turned: list[str]) -> None:
         """Write the summary and tell it; nothing is left of a run without a frame, good or bad."""
         # By what was written: an interruption may come between any two lines of this program.
         with (self._folder / "frames.jsonl").open(encoding="utf-8") as log:
@@ -296,7 +303,7 @@ class _Predictor:
                 for i, (name, colour) in enumerate(zip(self._classes.names, self._classes.colours, strict=True))
             ],
             "merge_threshold": self._parameters.merge_threshold, "token_capacity": self._parameters.token_capacity,
-            "input_scale": self._parameters.input_scale, "images": count, "unreadable": unreadable,
+            "input_scale": self._parameters.input_scale, "images": count, "unreadable": unreadable, "turned": turned,
             "seconds": round(elapsed_s, 3), "films": [str(path.relative_to(self._folder)) for path, _ in self._films],
         }  # fmt: skip
         if count:
@@ -304,7 +311,7 @@ class _Predictor:
             report["engine_ms"] = {f"p{p}": round(percentile(engine_ms, p / 100), 3) for p in (50, 95)}
             shares_kept = [entry["tokens_kept"] / entry["tokens_total"] for entry in entries]
             report["tokens_kept_share"] = round(float(np.mean(shares_kept)), 4)
-            save_picture(self._folder / "legend.png", class_legend(self._classes, 22 * len(self._classes)))
+            write_image(self._folder / "legend.png", class_legend(self._classes, 22 * len(self._classes)))
         if count and self._parameters.latency_budget_ms:
             budget_ms = self._parameters.latency_budget_ms
             within = float(np.mean(np.array(engine_ms) <= budget_ms))
@@ -315,6 +322,12 @@ class _Predictor:
             print(f"  left out: {problem}")
         if len(unreadable) > _PROBLEMS_TOLD:
             print(f"  left out: {len(unreadable) - _PROBLEMS_TOLD} more, see summary.json")
+        if turned:
+            names = ", ".join(turned[:3]) + (", ..." if len(turned) > 3 else "")
+            print(
+                f"  segmented as stored, sideways or upside down to viewers: {len(turned)} with an orientation tag "
+                f"({names}); turn their pixels and drop the tag (exiftran -ai)"
+            )
         if not count:
             print(f"0 images: none of {len(unreadable)} could be read")
         else:

@@ -17,8 +17,8 @@ import numpy as np
 
 from clustvit_ros.classes import ClassSet
 from clustvit_ros.errors import DataError
-from clustvit_ros.images import read_image
-from clustvit_ros.measure.pictures import FilmWriter, class_legend, cluster_overlay, save_picture, titled
+from clustvit_ros.images import read_image, read_stored, write_image
+from clustvit_ros.measure.pictures import FilmWriter, class_legend, cluster_overlay, titled
 from clustvit_ros.measure.tables import new_figure
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def write_summary(path: Path, phases: Sequence[Phase], folder: Path, classes: Cl
         rows.append(np.hstack(panels(frame, phase.title + score, folder, classes, camera)))
     frames = [frame for phase in phases for frame in phase.frames]
     chart, _, _ = _chart(phases, frames, (rows[0].shape[1], 420), 120)
-    save_picture(path, np.vstack([*rows, chart]))
+    write_image(path, np.vstack([*rows, chart]))
 
 
 def panels(
@@ -98,7 +98,7 @@ def panels(
     size = _panel_size(frame, folder)
     image = cv2.resize(read_image(folder / frame["image"]), size, interpolation=cv2.INTER_AREA)
     mask, clusters = (
-        cv2.resize(_read_map(folder / frame[key]), size, interpolation=cv2.INTER_NEAREST)
+        cv2.resize(read_stored(folder / frame[key]), size, interpolation=cv2.INTER_NEAREST)
         for key in ("mask", "clusters")
     )
     tinted = cv2.addWeighted(image, 0.4, classes.palette()[mask], 0.6, 0)
@@ -154,10 +154,3 @@ def _chart(
 def _times(frames: Sequence[dict[str, Any]], reference: Sequence[dict[str, Any]]) -> np.ndarray:
     """Seconds of frames since the first of `reference`."""
     return np.array([frame["stamp_ns"] - reference[0]["stamp_ns"] for frame in frames]) / 1e9
-
-
-def _read_map(path: Path) -> np.ndarray:
-    pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-    if pixels is None:
-        raise DataError(f"{path}: cannot be read back; is the disk full?")
-    return pixels

@@ -24,10 +24,11 @@ import cv2
 import numpy as np
 
 from clustvit_ros.errors import ConfigError, DataError
-from clustvit_ros.images import IMAGE_SUFFIXES, list_images, read_image
+from clustvit_ros.images import IMAGE_SUFFIXES, is_image, list_images, orientation, read_image, video_path
 
 _STREAM_TIMEOUT_MS = 10_000
 _DECODE_AHEAD = 4
+_WHOLE_VIDEO = 0.95  # containers estimate how many frames they hold
 # What a simulated drive that starts over may keep, to be rendered once: two passes of the demo's frames.
 _KEPT_BYTES = 1 << 27
 
@@ -87,6 +88,8 @@ class PictureSource(FrameSource):
 
     def __init__(self, files: Sequence[Path], on_unreadable: Callable[[str], None] | None = None) -> None:
         self._files, self._on_unreadable, self.length = files, on_unreadable, len(files)
+        self.turned: list[str] = []
+        """Names of those that viewers show turned, as their orientation tag says; frames are the pixels as stored."""
         folders = [file.absolute().parent for file in files]
         self._base = next(
             folder for folder in (folders[0], *folders[0].parents) if all(f.is_relative_to(folder) for f in folders)
@@ -102,7 +105,10 @@ class PictureSource(FrameSource):
                     raise DataError(f"source: {error}") from error
                 self._on_unreadable(str(error))
                 continue
-            yield SourceFrame(pixels, str(file.absolute().relative_to(self._base)))
+            name = str(file.absolute().relative_to(self._base))
+            if name not in self.turned and orientation(file) != 1:
+                self.turned.append(name)
+            yield SourceFrame(pixels, name)
 
 
 class VideoSource(FrameSource):
@@ -110,12 +116,14 @@ class VideoSource(FrameSource):
 
     Args:
         location: path of the file, or URL; what a URL says before its @ is told nobody.
+        on_unreadable: is told of a file that ends long before its time.
 
     Raises:
         DataError: it is no video that this OpenCV can read, or nobody answers there.
     """
 
-    def __init__(self, location: str) -> None:
+    def __init__(self, location: str, on_unreadable: Callable[[str], None] | None = None) -> None:
+        self._on_unreadable = on_unreadable
         self._location, self.live = location, is_url(location)
         self._told = re.sub(r"//[^/@]*@", "//", location)
         self._name = re.sub(r"\W+", "_", self._told.partition("//")[2]).strip("_") if self.live else Path(location).stem
@@ -132,7 +140,7 @@ class VideoSource(FrameSource):
 
     def _open(self) -> cv2.VideoCapture:
         if not self.live:
-            capture = cv2.VideoCapture(self._location)
+            capture = cv2.VideoCapture(video_path(self._location))
             if not capture.isOpened():
                 remedy = "convert it to H.264 MP4 or MJPEG AVI"
                 raise DataError(f"source: {self._location} cannot be read as a video; {remedy}")
@@ -163,6 +171,10 @@ class VideoSource(FrameSource):
             raise DataError(f"source: {self._told} stopped giving frames after {index}")
         if index == 0:
             raise DataError(f"source: {self._location} holds no frame that can be decoded")
+        if self._on_unreadable is not None and index < _WHOLE_VIDEO * self.length:
+            self._on_unreadable(
+                f"{self._location}: ends after {index} of {self.length} frames, cut short or damaged; fetch it again"
+            )
 
 
 class DeviceSource(FrameSource):
@@ -283,7 +295,7 @@ def open_source(
         return VideoSource(source)
     path = Path(source).expanduser()
     if path.is_file():
-        return PictureSource([path], on_unreadable) if path.suffix.lower() in IMAGE_SUFFIXES else VideoSource(str(path))
+        return PictureSource([path], on_unreadable) if is_image(path) else VideoSource(str(path), on_unreadable)
     return PictureSource(find_pictures(source), on_unreadable)
 
 
@@ -299,7 +311,7 @@ def find_pictures(source: str) -> list[Path]:
         files = list_images(path) or (list_images(nested) if nested.is_dir() else [])
     elif glob.has_magic(source):
         found = sorted(map(Path, glob.iglob(str(path), recursive=True)))
-        files = [file for file in found if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
+        files = [file for file in found if is_image(file)]
     else:
         raise DataError(
             f"source: got {source!r}, which is not there; expected a folder of pictures, a picture or video file, a "

@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.clock import Clock, ClockType
@@ -33,7 +32,8 @@ from sensor_msgs.msg import Image
 
 from clustvit_ros.dds import CAMERA_TOPIC
 from clustvit_ros.demo.recording import Manifest, Recording
-from clustvit_ros.images import decode_image
+from clustvit_ros.errors import DataError
+from clustvit_ros.images import decode_image, write_image
 from clustvit_ros.node.messages import stamp_ns
 from clustvit_ros.node.parameter_server import ParameterServer
 from clustvit_ros.node.process import run_node, spin_until_done
@@ -96,10 +96,10 @@ class PictureWriter:
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            path, pixels = job
-            stored = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR) if pixels.ndim == 3 else pixels
-            if not cv2.imwrite(str(path), stored):
-                self.failed.append(str(path))
+            try:
+                write_image(*job)
+            except DataError:
+                self.failed.append(str(job[0]))
 
 
 class RecorderNode(Node):

@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
 from clustvit_ros.demo.film import write_film, write_summary
 from clustvit_ros.demo.processes import NodeProcess
-from clustvit_ros.errors import ClustvitError, DataError
+from clustvit_ros.errors import ClustvitError
+from clustvit_ros.images import read_stored
 from clustvit_ros.measure.metrics import ConfusionMatrix
 from clustvit_ros.networks.model_folder import load_config
 from clustvit_ros.policy import percentile
@@ -240,16 +240,9 @@ def _phase(facts: dict[str, Any], frames: list[dict[str, Any]], folder: Path, nu
     if num_classes and chosen:
         matrix = ConfusionMatrix(num_classes)
         for frame in chosen:
-            matrix.add(_read(folder / frame["ground_truth"]), _read(folder / frame["mask"]))
+            matrix.add(read_stored(folder / frame["ground_truth"]), read_stored(folder / frame["mask"]))
         phase.miou = 100 * float(matrix.miou())
     return phase
-
-
-def _read(path: Path) -> np.ndarray:
-    pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-    if pixels is None:
-        raise DataError(f"{path}: cannot be read back; is the disk full?")
-    return pixels
 
 
 def _print(report: dict[str, Any], phases: list[Phase], output: Path, film: Path) -> None:

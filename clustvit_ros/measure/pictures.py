@@ -21,7 +21,7 @@ import numpy as np
 from clustvit_ros.classes import ClassSet
 from clustvit_ros.engine.engine import Prediction
 from clustvit_ros.errors import DataError
-from clustvit_ros.images import Sample, read_image
+from clustvit_ros.images import Sample, read_image, video_path
 
 _CLUSTER_COLOURS = np.array(
     [[90, 90, 90], [66, 133, 244], [244, 160, 0], [15, 157, 88], [171, 71, 188], [0, 172, 193]], np.uint8
@@ -55,17 +55,6 @@ def cluster_overlay(image: np.ndarray, clusters: np.ndarray) -> np.ndarray:
     """Tint the merged parts of an (H, W, 3) image by cluster; kept tokens stay as they are."""
     tinted = image // 2 + _CLUSTER_COLOURS[clusters % len(_CLUSTER_COLOURS)] // 2
     return np.where(clusters[..., None] > 0, tinted, image)
-
-
-def save_picture(path: Path, image: np.ndarray) -> None:
-    """Write an (H, W, 3) uint8 RGB image, or a mask of (H, W) uint8 or uint16 ids as it is; folders are made.
-
-    Raises:
-        DataError: it cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not cv2.imwrite(str(path), cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if image.ndim == 3 else image):
-        raise DataError(f"{path}: cannot be written; check the folder's permissions and the disk's free space")
 
 
 def titled(image: np.ndarray, title: str) -> np.ndarray:
@@ -184,7 +173,7 @@ class FilmWriter:
             self._open_with_opencv()
             return
         try:
-            self._container = av.open(str(self.path), "w", options={"movflags": "+faststart"})
+            self._container = av.open(video_path(self.path), "w", options={"movflags": "+faststart"})
         except OSError as error:
             raise DataError(f"{self.path}: cannot be written ({error.strerror or error})") from error
         self._stream = self._container.add_stream("libx264", Fraction(self._rate_hz).limit_denominator(1001))
@@ -195,7 +184,7 @@ class FilmWriter:
     def _open_with_opencv(self) -> None:
         for suffix, code in ((".mp4", "mp4v"), (".avi", "MJPG")):
             self.path = self.path.with_suffix(suffix)
-            writer = cv2.VideoWriter(str(self.path), cv2.VideoWriter.fourcc(*code), self._rate_hz, self._size)
+            writer = cv2.VideoWriter(video_path(self.path), cv2.VideoWriter.fourcc(*code), self._rate_hz, self._size)
             if writer.isOpened():
                 self._writer = writer
                 return

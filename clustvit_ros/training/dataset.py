@@ -20,11 +20,10 @@ from tqdm import tqdm
 
 from clustvit_ros.classes import IGNORE_INDEX
 from clustvit_ros.errors import ConfigError, DataError
-from clustvit_ros.images import IMAGE_SUFFIXES, Sample, list_images, read_image
+from clustvit_ros.images import IMAGE_SUFFIXES, Sample, list_images, orientation, read_image
 from clustvit_ros.training.label_files import LabelReader, Pair, read_labels
 
 _READERS = 8
-_ORIENTATION_TAG = 0x0112
 
 
 class BadFile(NamedTuple):
@@ -196,17 +195,6 @@ def warn_of_orientation(data: LabelledImages) -> str:
         f"{data.where}: {len(turned)} image(s) are stored turned ({_names(turned, 3)}); pixels are taken as stored, as "
         "from a camera: labels must have been drawn on those, or turn the pixels and drop the tag (exiftran -ai)"
     )
-
-
-def orientation(path: Path) -> int:
-    """An image file's orientation tag: 1 to 8, 1 = as stored; 1 without a tag, or without Pillow to read it."""
-    try:
-        from PIL import Image
-
-        with Image.open(path) as image:
-            return int(image.getexif().get(_ORIENTATION_TAG, 1))
-    except Exception:  # whatever it stumbles over is no tag
-        return 1
 
 
 def check_images(

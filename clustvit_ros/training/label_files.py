@@ -19,7 +19,7 @@ import numpy as np
 
 from clustvit_ros.classes import IGNORE_INDEX
 from clustvit_ros.errors import DataError
-from clustvit_ros.images import read_image
+from clustvit_ros.images import read_image, read_stored
 
 
 class Pair(NamedTuple):
@@ -168,15 +168,14 @@ def read_ids(path: Path) -> np.ndarray:
     Raises:
         DataError: it is something else, or an id is above 255.
     """
-    labels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-    if labels is not None and labels.ndim == 3:
+    labels = read_stored(path)
+    if labels.ndim == 3:
         labels = _palette_indices(path, labels)
-    if labels is None or labels.ndim != 2 or labels.dtype not in (np.uint8, np.uint16):
-        got = "an unreadable file" if labels is None else f"shape {labels.shape} of {labels.dtype}"
+    if labels.ndim != 2 or labels.dtype not in (np.uint8, np.uint16):
         colours = " of colours; for masks in the classes' colours say `labels: colours` in dataset.yaml"
         raise DataError(
-            f"{path}: got {got}{colours if labels is not None and labels.ndim == 3 else ''}, expected an 8-bit PNG of "
-            "class ids"
+            f"{path}: got shape {labels.shape} of {labels.dtype}{colours if labels.ndim == 3 else ''}, expected an "
+            "8-bit PNG of class ids"
         )
     if labels.dtype == np.uint16:
         wrong = np.unique(labels[(labels > IGNORE_INDEX) & (labels < 65535)])

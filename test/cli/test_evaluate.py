@@ -165,10 +165,10 @@ def test_bad_files_are_skipped_on_request(model_dir, labelled_dir, tmp_path, cap
     shutil.copytree(labelled_dir, tmp_path / "data")
     (tmp_path / "data/labels/b.png").write_bytes(b"")
     assert evaluate(model_dir, tmp_path / "data") == 2
-    assert "b.png: got an unreadable file" in capsys.readouterr().err
+    assert "b.png: cannot be read as an image" in capsys.readouterr().err
     assert evaluate(model_dir, tmp_path / "data", "--bad-data", "skip") == 0
     captured = capsys.readouterr()
-    assert "b.png: got an unreadable file" in captured.err and "on 2 images" in captured.out
+    assert "b.png: cannot be read as an image" in captured.err and "on 2 images" in captured.out
 
 
 def test_a_shipped_model_keeps_its_score_on_every_eighth_image(camvid_dir, tmp_path):

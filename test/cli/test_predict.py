@@ -9,6 +9,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from clustvit_ros.cli.main import main
 from clustvit_ros.engine import Settings, create_engine
@@ -85,14 +88,52 @@ def test_unreadable_pictures_are_counted_and_the_others_segmented(model_dir, tmp
     cv2.imwrite(str(tmp_path / "in" / "good.png"), np.zeros((96, 128, 3), np.uint8))
     (tmp_path / "in" / "bad.png").write_bytes(b"no picture")
     cv2.imwrite(str(tmp_path / "in" / "line.png"), np.zeros((2, 9000, 3), np.uint8))
+    (tmp_path / "in" / "gone.png").symlink_to("elsewhere.png")
     arguments = ["predict", str(tmp_path / "in"), "--model", str(model_dir), "--out", str(tmp_path / "out")]
     assert main(arguments) == 1
     printed = capsys.readouterr().out
     assert "bad.png: cannot be read as an image" in printed and "line.png: image size" in printed
+    assert "gone.png: is a link to elsewhere.png, which is not there" in printed
     assert [entry["name"] for entry in entries(tmp_path / "out")] == ["good.png"]
-    assert len(json.loads((tmp_path / "out" / "summary.json").read_text())["unreadable"]) == 2
+    assert len(json.loads((tmp_path / "out" / "summary.json").read_text())["unreadable"]) == 3
     assert main(["predict", str(tmp_path / "in" / "bad.png"), *arguments[2:4], "--out", str(tmp_path / "none")]) == 1
     assert "0 images: none of 1 could be read" in capsys.readouterr().out
+
+
+def test_names_that_are_not_utf8_and_turned_pictures(model_dir, tmp_path, capsys):
+    picture = Image.fromarray(np.zeros((96, 128, 3), np.uint8))
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    picture.save(tmp_path / "plain.jpg")
+    (tmp_path / "in").mkdir()
+    picture.save(tmp_path / "in" / "turned.jpg", exif=tags)
+    os.rename(os.fsencode(tmp_path / "plain.jpg"), os.fsencode(tmp_path / "in") + b"/name\xff.jpg")
+    out = tmp_path / "out"
+    assert main(["predict", str(tmp_path / "in"), "--model", str(model_dir), "--out", str(out)]) == 0
+    assert "sideways or upside down to viewers: 1 with an orientation tag (turned.jpg)" in capsys.readouterr().out
+    assert len(list((out / "masks").iterdir())) == 2
+    film = tmp_path / "film\udcff.mp4"
+    film.write_bytes(b"")
+    assert main(["predict", str(film), "--model", str(model_dir), "--out", str(tmp_path / "other")]) == 2
+    assert "name that is not UTF-8, which OpenCV cannot open" in capsys.readouterr().err
+
+
+def test_a_video_that_was_cut_is_told(model_dir, tmp_path, capsys):
+    path = tmp_path / "drive.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 10.0, (128, 96))
+    for shade in range(40):
+        writer.write(np.full((96, 128, 3), 5 * shade, np.uint8))
+    writer.release()
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    assert main(["predict", str(path), "--model", str(model_dir), "--out", str(tmp_path / "out")]) == 1
+    assert re.search(r"left out: .*drive.avi: ends after \d+ of 40 frames, cut short", capsys.readouterr().out)
+
+
+def test_a_model_that_is_not_there_leaves_no_folder(tmp_path, model_dir):
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((96, 128, 3), np.uint8))
+    assert main(["predict", str(tmp_path / "a.png"), "--model", "none_such", "--out", str(tmp_path / "out")]) == 2
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_video_becomes_a_film_that_browsers_play(model_dir, video, tmp_path, capsys):

@@ -256,7 +256,7 @@ def test_a_run_folder_of_another_recipe_is_refused(toy, trained, capsys):
     [
         (lambda d: (d / "labels/000.png").unlink(), "1 of 3 images have no label: 000"),
         (lambda d: (d / "images/001.png").write_bytes(b"no image"), "001.png: cannot be read as an image"),
-        (lambda d: (d / "labels/001.png").write_bytes(b""), "001.png: got an unreadable file"),
+        (lambda d: (d / "labels/001.png").write_bytes(b""), "001.png: cannot be read as an image"),
         (lambda d: cv2.imwrite(str(d / "labels/002.png"), np.zeros((5, 5), np.uint8)), "labels are (5, 5), the image"),
         (
             lambda d: cv2.imwrite(str(d / "labels/002.png"), np.full((96, 128), 9, np.uint8)),
