@@ -48,6 +48,8 @@ _OUTPUTS = {
     "camera_info": CameraInfo, "points": PointCloud2, "stats": DiagnosticArray,
 }  # fmt: skip
 _POINTS_CHECK_S, _LOG_PERIOD_S = 1.0, 5.0
+# So long after its last message, a calibration whose publisher is gone is none any more.
+_INFO_GONE_S = 2.0
 
 
 _NUMBERS = itertools.count()
@@ -235,6 +237,8 @@ class Camera:
         self._on_frame: Callable[[Frame, str], None] = lambda frame, camera: None
         self._pace = FramePace()
         self._camera_info: CameraInfo | None = None
+        self._info_came_s = 0.0
+        self._image_kind: tuple[Any, ...] | None = None
         self._points: LabelledPoints | None = None
         self._points_checked_s = 0.0
         self.auto_range = AutoRange()
@@ -354,12 +358,31 @@ class Camera:
             self._node.get_logger().warning(f"{name}no labelled points: {problem}", throttle_duration_sec=_LOG_PERIOD_S)
 
     def _on_camera_info(self, message: CameraInfo) -> None:
-        self._camera_info = message
+        self._camera_info, self._info_came_s, self._image_kind = message, time.monotonic(), None
+
+    def _calibration(self, message: Image | CompressedImage, now_s: float) -> CameraInfo | None:
+        """The newest calibration, unless it is of a camera that is gone or has changed since it came."""
+        kind = (message.header.frame_id, getattr(message, "height", 0), getattr(message, "width", 0))
+        before, self._image_kind = self._image_kind, kind
+        if self._camera_info is None:
+            return None
+        reason = ""
+        if before not in (None, kind):
+            was, now = (f"{width}x{height} of {frame_id!r}" for frame_id, height, width in (before, kind))
+            reason = f"images changed from {was} to {now}"
+        elif now_s - self._info_came_s > _INFO_GONE_S:
+            self._info_came_s = now_s
+            reason = "" if self._node.count_publishers(self._beside("camera_info")) else "its publisher is gone"
+        if reason:
+            self._camera_info = None
+            name = f"{self.name}: " if self.name else ""
+            self._node.get_logger().warning(f"{name}the camera_info that came is dropped until another comes: {reason}")
+        return self._camera_info
 
     def _on_image(self, message: Image | CompressedImage) -> None:
         if self.watch is None:
             return
-        points, info = self._follow_points(time.monotonic()), self._camera_info
+        points, info = self._follow_points(time.monotonic()), self._calibration(message, time.monotonic())
         order = points.order(message.header, info) if points is not None else None
         frame = Frame(message, self._node.get_clock().now().nanoseconds, self.name, info, order)
         self.watch.saw_image()

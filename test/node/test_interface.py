@@ -181,6 +181,24 @@ def test_camera_info_has_the_masks_size_and_the_frames_header(robot: Robot) -> N
     assert list(scaled.k) == [100.0, 0.0, 64.0, 0.0, 25.0, 12.0, 0.0, 0.0, 1.0]
     assert list(scaled.d) == [0.5]
     assert robot.set(string("output_size", "input"))[0].successful
+    # Another camera on the topic: the calibration was not of that one.
+    image = image_message(np.zeros((48, 64, 3), np.uint8), "rgb8", header(4002, "other"))
+    robot.segment(image)
+    robot.client.spin_for(0.3)
+    assert not any(stamp(r) == stamp_of(4002) for r in received)
+
+
+def test_a_calibration_goes_with_its_publisher(robot: Robot) -> None:
+    received = robot.client.collect(CameraInfo, f"{NAMESPACE}/segmentation/camera_info")
+    driver = robot.client.image_publisher(f"{NAMESPACE}/camera_info", CameraInfo)
+    info = CameraInfo(height=48, width=64, k=[50.0, 0.0, 32.0, 0.0, 50.0, 24.0, 0.0, 0.0, 1.0], header=header(4100))
+    robot.client.send_until(driver, info, lambda: _camera_info_arrives(robot, received), "camera info")
+    robot.client.node.destroy_publisher(driver)
+    robot.client.spin_for(2.3)
+    received.clear()
+    robot.segment(image_message(np.zeros((48, 64, 3), np.uint8), "rgb8", header(4101)))
+    robot.client.spin_for(0.3)
+    assert not received
 
 
 def stamp_of(second: int) -> tuple[int, int]:
