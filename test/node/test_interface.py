@@ -186,6 +186,7 @@ def test_camera_info_has_the_masks_size_and_the_frames_header(robot: Robot) -> N
     robot.segment(image)
     robot.client.spin_for(0.3)
     assert not any(stamp(r) == stamp_of(4002) for r in received)
+    robot.client.node.destroy_publisher(driver)
 
 
 def test_a_calibration_goes_with_its_publisher(robot: Robot) -> None:
