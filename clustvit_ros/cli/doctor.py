@@ -74,8 +74,11 @@ def examine(args: argparse.Namespace) -> list[Finding]:
 def add_param_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("param", help="list, get, set and describe a running node's parameters, as ros2 param")
     parser.add_argument("verb", choices=("list", "get", "set", "describe"))
-    parser.add_argument("name", nargs="?", help="parameter; not for list")
-    parser.add_argument("value", nargs="?", help="for set, as YAML, e.g. 0.3, true or '[pedestrian, bicyclist]'")
+    parser.add_argument(
+        "words", nargs="*", metavar="NAME [VALUE]",
+        help="parameter, not for list; for set with its value as YAML, e.g. 0.3, true or '[pedestrian, bicyclist]', "
+        "and further ones likewise: all of them are set, or none",
+    )
     parser.add_argument("--node", default="/segmentation", help="its name (default: /segmentation)")
     parser.add_argument("--timeout", type=float, default=5.0, help="seconds to wait for the node (default: 5)")
     parser.set_defaults(run=run_param)
@@ -85,9 +88,8 @@ def run_param(args: argparse.Namespace) -> int:
     """Ask the node in a process of its own, as everything that needs rclpy."""
     if importlib.util.find_spec("rclpy") is None:
         raise ConfigError("param needs rclpy: source a ROS 2 installation, or install this package's 'ros' extra")
-    words = [word for word in (args.name, args.value) if word is not None]
-    wanted = {"list": 0, "get": 1, "describe": 1, "set": 2}[args.verb]
-    if len(words) != wanted:
+    words, wanted = args.words, {"list": 0, "get": 1, "describe": 1, "set": 2}[args.verb]
+    if len(words) != wanted and (args.verb != "set" or not words or len(words) % 2):
         form = " ".join(["param", args.verb, *("NAME", "VALUE")[:wanted]])
         raise ConfigError(f"param {args.verb}: got {len(words)} further arguments, expected `clustvit-ros {form}`")
     module = [sys.executable, "-m", "clustvit_ros.demo.parameter_client"]

@@ -20,7 +20,7 @@ from typing import Any
 import rclpy
 import yaml
 from rcl_interfaces.msg import ParameterDescriptor
-from rcl_interfaces.srv import DescribeParameters, GetParameters, ListParameters, SetParameters
+from rcl_interfaces.srv import DescribeParameters, GetParameters, ListParameters, SetParametersAtomically
 from rclpy.executors import Executor, SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.parameter import Parameter, parameter_value_to_python
@@ -69,16 +69,18 @@ class ParameterClient:
         return self._call(DescribeParameters, "describe_parameters", request).descriptors[0]
 
     def assign(self, **values: Any) -> None:
-        """Set parameters, one after the other.
+        """Set parameters together: all of them, or none.
 
         Raises:
-            ConfigError: the node refuses one, for the reason that it gives.
+            ConfigError: the node has none of a name, or refuses one, for the reason that it gives.
         """
+        for name in values:
+            self._check(name)
         parameters = [Parameter(name, value=value).to_parameter_msg() for name, value in values.items()]
-        request = SetParameters.Request(parameters=parameters)
-        for result in self._call(SetParameters, "set_parameters", request).results:
-            if not result.successful:
-                raise ConfigError(result.reason)
+        request = SetParametersAtomically.Request(parameters=parameters)
+        result = self._call(SetParametersAtomically, "set_parameters_atomically", request).result
+        if not result.successful:
+            raise ConfigError(result.reason)
 
     def _check(self, name: str) -> None:
         if name not in self.names():
@@ -106,14 +108,23 @@ class ParameterClient:
         return {f"{space.rstrip('/')}/{name}" for name, space in found if name != self._node.get_name()}
 
 
+def _value(text: str) -> Any:
+    """A value as YAML has it; what is no value of a parameter there, such as "a: b; c: d", is the text itself."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return value if isinstance(value, (bool, int, float, str, list)) else text
+
+
 def _run(client: ParameterClient, verb: str, words: list[str]) -> str:
     if verb == "list":
         return "\n".join(client.names())
     if verb == "get":
         return yaml.safe_dump(client.get(words[0]), default_flow_style=True).removesuffix("\n...\n").strip()
     if verb == "set":
-        client.assign(**{words[0]: yaml.safe_load(words[1])})
-        return f"{words[0]} is {client.get(words[0])} now"
+        client.assign(**{name: _value(text) for name, text in zip(words[::2], words[1::2], strict=True)})
+        return "\n".join(f"{name} is {client.get(name)} now" for name in words[::2])
     found = client.describe(words[0])
     lines = [f"{found.name}: {_TYPES.get(found.type, found.type)}", f"  {found.description}"]
     if found.additional_constraints:

@@ -197,15 +197,26 @@ class EngineControl:
         """Start what other values ask for, or give it up where they ask for what runs."""
         if (new.min_agreement, new.accuracy_check_period_s) != (old.min_agreement, old.accuracy_check_period_s):
             self._tell_idle_guard(new)
+        session = self.session
+        if new.model == old.model and new.class_groups != old.class_groups and session is not None:
+            classes = session.engine.info.classes
+            self._tell_groups(classes, check_names(classes, new))
         if new.model == old.model or not self.started:
             return
-        session = self.session
         if session is not None:
             # Until the other model takes over, classes are named as before.
             session.named = None if new.model == self._host.model else session.named or old
         self._order = None  # what was on its way is given up, which is no failure
         if not self._host.keep(new.model):
             self._start()
+
+    def _tell_groups(self, classes: ClassSet, grouping: ClassGrouping) -> None:
+        if grouping.table is not None:
+            self._say(f"{len(classes)} classes become {', '.join(grouping.classes.names)}")
+        if grouping.ungrouped:
+            self._node.get_logger().warning(
+                f"class_groups: {', '.join(grouping.ungrouped)} are in no group; their pixels become 255 (unlabelled)"
+            )
 
     def _tell_idle_guard(self, parameters: SegmentationParameters) -> None:
         if parameters.min_agreement and not parameters.accuracy_check_period_s:
@@ -244,12 +255,7 @@ class EngineControl:
         for name in ("latency_budget_ms", "max_rate_hz", "fill_frames"):
             if not parameters.adapts and getattr(parameters, name):
                 logger.warning(f"{name} has no effect while processing is every_frame")
-        if grouping.table is not None:
-            self._say(f"{len(info.classes)} classes become {', '.join(grouping.classes.names)}")
-        if grouping.ungrouped:
-            logger.warning(
-                f"class_groups: {', '.join(grouping.ungrouped)} are in no group; their pixels become 255 (unlabelled)"
-            )
+        self._tell_groups(info.classes, grouping)
         reason = f" ({info.device_reason})" if info.device_reason else ""
         self._say(
             f"{info.model} runs on {info.device}{reason}: engine {info.engine_told}, {info.precision}, "

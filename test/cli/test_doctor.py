@@ -339,8 +339,16 @@ def test_param_does_what_ros2_param_does(capfd: pytest.CaptureFixture[str], monk
         listing = f"set -o pipefail; {sys.executable} -m clustvit_ros.cli.main param list | head -1"
         cut = subprocess.run(["bash", "-c", listing], capture_output=True, text=True, timeout=60, check=False)
         assert len(cut.stdout.splitlines()) == 1 and cut.stderr == ""
-        code, told = ask("get", "nope")
-        assert code == 1 and "no parameter 'nope'" in told
+        for words in (("get", "nope"), ("set", "nope", "1")):
+            code, told = ask(*words)
+            assert code == 1 and "no parameter 'nope'" in told
+        groups = "low: dark, dim; high: bright, glare"
+        assert ask("set", "class_groups", groups) == (0, f"class_groups is {groups} now\n")
+        assert ask("set", "class_groups", "") == (0, "class_groups is  now\n")
+        both = "min_input_scale", "0.3", "input_scale", "0.3"
+        assert ask("set", *both) == (0, "min_input_scale is 0.3 now\ninput_scale is 0.3 now\n")
+        assert ask("set", "min_input_scale", "0.5", "input_scale", "0.4")[0] == 1
+        assert ask("get", "min_input_scale") == (0, "0.3\n")
     finally:
         node.terminate()
         node.wait(30)
