@@ -51,11 +51,11 @@ from clustvit_ros.training.layouts import open_data_set
 from clustvit_ros.training.loop import LOG, RunOptions, TimeUp
 from clustvit_ros.training.recipe import Optimisation, Recipe, read_recipe
 from clustvit_ros.training.run_folder import (
+    check_data_listing,
     draw_log,
     list_data,
     owned,
     tensorboard_writer,
-    write_data_listing,
     write_run_files,
     write_text,
     writing,
@@ -169,18 +169,19 @@ def run(args: argparse.Namespace) -> int:
     further = [splits[source.name] for source in recipe.sources[1:]]
     with processes(args.device) as (here, device_name), owned(run_dir) if here.is_main else nullcontext():
         device, reason = select_device(device_name)
-        told = False
+        told, listing = False, list_data(splits, left_out)
 
         def accepted() -> None:
             """Called once nothing speaks against this training any more: only now are the last run's files replaced."""
             nonlocal told
             if not told and here.is_main:
-                write_run_files(run_dir, recipe, device, {"seed": recipe.schedule.seed, "processes": here.world_size})
+                facts = {"seed": recipe.schedule.seed, "processes": here.world_size}
+                write_run_files(run_dir, recipe, device, facts, listing)
                 print(f"{recipe.name}: device {device}{f' ({reason})' if reason else ''}, run folder {run_dir}")
             told = True
 
         if here.is_main:
-            write_data_listing(run_dir, list_data(splits, left_out))
+            check_data_listing(run_dir, listing)
             if by_group:
                 held_out = {part.val_name: len(part.val) for part in parts if part.is_fold and part.val}
                 outside = sum(map(len, (splits["train"], splits[args.val_split]))) - sum(held_out.values())

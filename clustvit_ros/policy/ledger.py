@@ -46,6 +46,7 @@ _GAP_STAMPS = 41
 # Of a camera's period: what a stamp may be off, and how many may be off further.
 _OFF_BEAT, _MOST_OFF_BEAT = 0.25, 0.1
 _PAUSE_BEATS = 15  # a camera that stood still lost nothing
+_RESTART_BEATS = 30  # and after this it may have been started anew, at another pace
 
 
 def lost_share(stamps_ns: Sequence[int]) -> float:
@@ -55,13 +56,16 @@ def lost_share(stamps_ns: Sequence[int]) -> float:
         stamps_ns: nanoseconds, in the order of arrival.
 
     Returns:
-        0..1; 0 for fewer than `_GAP_STAMPS`, and for a camera that keeps no pace, of which nothing can be told.
+        0..1; 0 for fewer than `_GAP_STAMPS`, and for a camera that keeps no pace, or may have been started anew at
+        another one: of those nothing can be told.
     """
     steps = [later - earlier for earlier, later in pairwise(stamps_ns)]
     if len(steps) + 1 < _GAP_STAMPS or min(steps) <= 0 or not min(stamps_ns):
         return 0.0
     shortest = percentile(steps, 0.1)
     period = percentile((step for step in steps if step < 1.5 * shortest), 0.5)
+    if max(steps) >= _RESTART_BEATS * period:
+        return 0.0
     steps = [step for step in steps if step < _PAUSE_BEATS * period]
     beats = [max(round(step / period), 1) for step in steps]
     off = sum(abs(step / period - beat) > _OFF_BEAT for step, beat in zip(steps, beats, strict=True))

@@ -246,6 +246,22 @@ class SegmentationParameters:
         """The fewest tokens that a budget must leave; the user's upper bound comes first."""
         return min(self.min_tokens, self.token_capacity or self.min_tokens)
 
+    @cached_property
+    def budget_target(self) -> tuple[float, str]:
+        """Milliseconds, and of what."""
+        return self.latency_budget_ms, self.budget_reference
+
+    @cached_property
+    def budget_terms(self) -> tuple[object, ...]:
+        """What decides whether a budget can be held."""
+        bounds = self.fewest_tokens, self.min_input_scale, self.input_scale
+        return (*self.budget_target, *bounds) if self.adapts else (self.latency_budget_ms,)
+
+    def eases_budget_of(self, other: SegmentationParameters) -> bool:
+        """Whether both have a budget of the same thing, and the other's is no larger."""
+        same = self.budget_reference == other.budget_reference
+        return same and 0.0 < other.latency_budget_ms <= self.latency_budget_ms
+
     @property
     def exempt_region(self) -> tuple[Region, ...]:
         """`merge_exempt_region`, which is of the camera's image, as the network sees it."""

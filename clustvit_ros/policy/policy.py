@@ -138,30 +138,32 @@ class Policy:
         Raises:
             ConfigError: naming the feasible minimum.
         """
-        if _budget_of(new) == _budget_of(old) or not new.latency_budget_ms:
+        if new.budget_terms == old.budget_terms or not new.latency_budget_ms:
             return
         if not new.adapts:
             raise ConfigError(
                 f"latency_budget_ms: got {new.latency_budget_ms:g}, expected 0 while processing is every_frame, where "
                 "nothing may adapt; set token_capacity, or use processing live"
             )
-        status = self._status
-        if status.image_size is not None and status.table is not None:
-            points = self._make_points(status.image_size, new)
-            if status.table.covers(points):
-                front, counts = front_of(points, status.table, self._worth), new.budget_reference == "stamp"
-                overhead_ms = status.overhead_ms if counts else 0.0
-                try:
-                    check_budget(status.table, front, new.latency_budget_ms, status.slowdown, overhead_ms)
-                except ConfigError as error:
-                    if new.latency_budget_ms != old.latency_budget_ms:
-                        raise
-                    raise ConfigError(f"with these values the budget in force cannot be held: {error}") from None
-                return
-        self._logger.info(
-            f"latency_budget_ms {new.latency_budget_ms:g} is accepted unchecked: what is feasible will be known "
-            "after calibration"
-        )
+        size, table, status = self._status.image_size, self._status.table, self._status
+        points = [] if size is None else self._make_points(size, new)
+        if size is None or table is None or not table.covers(points):
+            self._logger.info(
+                f"latency_budget_ms {new.latency_budget_ms:g} is accepted unchecked: what is feasible will be known "
+                "after calibration"
+            )
+            return
+        front, counts = front_of(points, table, self._worth), new.budget_reference == "stamp"
+        try:
+            check_budget(table, front, new.latency_budget_ms, status.slowdown, status.overhead_ms * counts)
+        except ConfigError as error:
+            fastest_ms = min(table[point] for point in self._make_points(size, old))
+            if new.eases_budget_of(old) and table[front[0]] <= fastest_ms:
+                self._logger.warning(f"this eases the budget that is missed now, but not enough: {error}")
+            elif new.latency_budget_ms != old.latency_budget_ms:
+                raise
+            else:
+                raise ConfigError(f"with these values the budget in force cannot be held: {error}") from None
 
     def plan(
         self, images: Sequence[np.ndarray], parameters: SegmentationParameters, cameras: Sequence[str] = ("",),
@@ -288,7 +290,7 @@ class Policy:
         return [point for point in bounded if point.capacity >= fewest] or [list(bounded)[-1]]
 
     def _prepare(self, image_size: tuple[int, int], parameters: SegmentationParameters) -> _ImageSize:
-        if _target_of(parameters) != _target_of(self._parameters):
+        if parameters.budget_target != self._parameters.budget_target:
             self.misses.start_over()
         self._newest, self._parameters = image_size, parameters
         again = parameters.recalibrate and not self._recalibrated
@@ -376,15 +378,6 @@ class Policy:
 
 def _scales_of(parameters: SegmentationParameters) -> tuple[float, ...]:
     return input_scales(parameters.min_input_scale, parameters.input_scale)
-
-
-def _budget_of(parameters: SegmentationParameters) -> tuple[Any, ...]:
-    bounds = parameters.fewest_tokens, parameters.min_input_scale, parameters.input_scale
-    return (*_target_of(parameters), *bounds) if parameters.adapts else (parameters.latency_budget_ms,)
-
-
-def _target_of(parameters: SegmentationParameters) -> tuple[float, str]:
-    return parameters.latency_budget_ms, parameters.budget_reference
 
 
 def _text(image_size: tuple[int, int]) -> str:

@@ -183,20 +183,25 @@ _PACKAGES = ("torch", "numpy", "opencv-python-headless", "opencv-python", "safet
 _READERS = 8
 
 
-def write_run_files(run_dir: Path, recipe: Recipe, device: torch.device, facts: Mapping[str, Any]) -> None:
-    """Write `recipe.yaml` and `run.json`.
+def write_run_files(
+    run_dir: Path, recipe: Recipe, device: torch.device, facts: Mapping[str, Any], listing: dict[str, Any] | None = None
+) -> None:
+    """Write `recipe.yaml` and `run.json`, and `data.json` of labelled data.
 
     Args:
         run_dir: made if it does not exist.
         recipe: as it is trained.
         device: device that trains.
         facts: more for `run.json`.
+        listing: as `list_data` gives it.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(to_mapping(recipe), sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
     write_text(run_dir / RECIPE_FILE, text)
     content = {**facts, "command": sys.argv, **describe_environment(device)}
     write_text(run_dir / RUN_FILE, json.dumps(content, indent=2) + "\n")
+    if listing is not None:
+        write_text(run_dir / DATA_FILE, json.dumps(listing, indent=1) + "\n")
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
@@ -237,26 +242,22 @@ def list_data(splits: Mapping[str, LabelledImages], left_out: Sequence[BadFile])
     return listing
 
 
-def write_data_listing(run_dir: Path, listing: dict[str, Any]) -> None:
-    """Write `data.json`, or compare with the one that a run to be continued has.
+def check_data_listing(run_dir: Path, listing: dict[str, Any]) -> None:
+    """Compare with the `data.json` that a run to be continued has.
 
     Raises:
         DataError: the files are others than when the run began.
     """
     path = run_dir / DATA_FILE
-    if path.exists():
-        before = read_json(path)
-        for split in sorted(set(before) | set(listing)):
-            old, new = (_digests(content.get(split, [])) for content in (before, listing))
-            changed = [file for file in sorted(old.keys() | new.keys()) if old.get(file) != new.get(file)]
-            if changed:
-                raise DataError(
-                    f"{run_dir}: the data changed since this run began: {', '.join(changed[:5])} ({len(changed)} "
-                    f"file(s) of {split}); restore them, or pass an empty run folder (--out)"
-                )
-        return
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(listing, indent=1) + "\n")
+    before = read_json(path) if path.exists() else listing
+    for split in sorted(set(before) | set(listing)):
+        old, new = (_digests(content.get(split, [])) for content in (before, listing))
+        changed = [file for file in sorted(old.keys() | new.keys()) if old.get(file) != new.get(file)]
+        if changed:
+            raise DataError(
+                f"{run_dir}: the data changed since this run began: {', '.join(changed[:5])} ({len(changed)} "
+                f"file(s) of {split}); restore them, or pass an empty run folder (--out)"
+            )
 
 
 def tensorboard_writer(run_dir: Path) -> Callable[[dict[str, Any]], None]:

@@ -191,6 +191,7 @@ def test_gaps_in_the_stamps_show_what_gets_lost(period_ms, lost):
     [
         np.random.default_rng(1).uniform(20, 200, 40),  # no pace: triggered by events
         [33] * 20 + [3000] + [33] * 19,  # a pause
+        [66] * 20 + [5000] + [200] * 19,  # another camera after it
         [0] * 40, [-33] * 40, [33, -33] * 20,
     ],
 )  # fmt: skip

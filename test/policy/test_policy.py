@@ -186,6 +186,11 @@ def test_before_calibration_a_budget_is_accepted_and_checked_later(tmp_path: Pat
     problem = bench.policy.status.problem()
     assert problem.startswith("latency_budget_ms 1 cannot be held now: 8 of 64 tokens, the fastest")
     assert "the smallest budget that holds now is 4." in problem
+    bench.set(latency_budget_ms=2)
+    assert "eases the budget that is missed now, but not enough" in bench.logger.lines["warning"][-1]
+    for worse, told in ({"latency_budget_ms": 1}, "got 1, but"), ({"min_tokens": 16}, "in force cannot be held: .* 16"):
+        with pytest.raises(ConfigError, match=told):
+            bench.set(**worse)
 
 
 def test_stamp_reference_leaves_the_engine_what_remains(tmp_path: Path) -> None:

@@ -338,6 +338,7 @@ def test_labels_that_lack_a_class_train_nothing(train, write_recipe, scenes, tmp
         cv2.imwrite(str(path), labels)
     assert train(write_recipe(), tmp_path / "run", data=tmp_path / "data") == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "data.json").exists()  # with what was mended, the same command begins
 
 
 @pytest.mark.parametrize(
