@@ -182,7 +182,12 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
     Args:
         path: file to replace or make; its folder exists.
         shared: several processes may write it at once.
+
+    Raises:
+        ConfigError: it is a folder.
     """
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder, expected the name of a file to write")
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial" if shared else f"{path.name}.partial")
     try:
         yield partial

@@ -92,7 +92,8 @@ def open_session(
             providers=_providers(name, device, cache_dir, half, onnxruntime.get_available_providers()),
         )
     except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
-        raise EngineError(f"{path}: ONNX Runtime {onnxruntime.__version__} cannot open it: {error}") from error
+        text = f"{path}: ONNX Runtime {onnxruntime.__version__} cannot open it: {error}; export it again"
+        raise EngineError(text) from error
     running = session.get_providers()
     if running[0] == PROVIDERS[name]:
         return session, ""

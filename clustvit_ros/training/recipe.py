@@ -199,9 +199,10 @@ class Recipe:
     Args:
         name: name of the model.
         architecture, network: as in `model.yaml`. In a file, `architecture: init` is that of the model that training
-            starts from, with its network, classes and input; a plain ViT becomes a ClustViT.
-        classes: classes of the data, as a list or by the name of a list in `config/classes`; may be left out where the
-            data set names its classes itself.
+            starts from, with its network, and its classes and input where the file has none; a plain ViT becomes a
+            ClustViT.
+        classes: classes of the data, as a list or by the name of a list in `config/classes`; may be left out, or empty,
+            where the data set names its classes itself.
         input: as in `model.yaml`.
         augmentation, schedule: how it is trained.
         pretraining: settings of `clustvit-ros pretrain`.
@@ -349,8 +350,9 @@ def _as_its_init(content: dict[str, Any], where: str) -> dict[str, Any]:
     clusters = wanted.get("merging", "clusters") == "clusters"
     architecture = f"clust{model.architecture}" if clusters and model.network.backbone == "vit" else model.architecture
     return {
-        "architecture": architecture, "network": {**overrides, **wanted}, "classes": model.classes.entries(),
-        "input": {name: list(value) for name, value in to_mapping(model.input).items()},
+        "architecture": architecture, "network": {**overrides, **wanted},
+        "classes": content.get("classes", model.classes.entries()),
+        "input": content.get("input") or {name: list(value) for name, value in to_mapping(model.input).items()},
         "augmentation": {"crop_size": list(model.input.size), **(content.get("augmentation") or {})},
     }  # fmt: skip
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from clustvit_ros.classes import load_class_set
+from clustvit_ros.classes import ClassSet, load_class_set
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.measure.flops import count_cost
 from clustvit_ros.networks.architectures import without_merging
@@ -72,6 +72,17 @@ def test_recipes_start_from_what_ships_or_from_another_recipe_s_model(path):
         assert before.name == stage[1], "or its model would lie elsewhere"
     else:
         assert not start or load_config(start)
+
+
+@pytest.mark.parametrize("model", ["camvid_tiny", "offroad_tiny", "sim_tiny"])
+def test_finetuning_keeps_the_network_that_it_starts_from(model):
+    recipe, start = read_recipe(FOLDER / "finetune.yaml", model), load_config(model)
+    other = recipe.with_classes(ClassSet.numbered(3)).model_config()
+    same = recipe.with_classes(start.classes).model_config()
+    assert len(other.classes) == 3 and same.classes.names == start.classes.names
+    assert same.input.size == other.input.size == start.input.size
+    seen = {"drop_path": 0.0, "image_size": start.input.size}  # positions are fitted to the size that is trained
+    assert len({dataclasses.replace(config.network, **seen) for config in (same, start)}) == 1
 
 
 def test_the_family_learns_alike_and_costs_alike():
