@@ -281,6 +281,13 @@ def test_cameras_are_filled_each_from_its_own_masks(ros_client: Any, start_node:
     cameras = {name: ros_client.image_publisher(f"/two/{name}/image") for name in names}
     masks = {name: ros_client.collect(Image, f"/two/{name}/segmentation/mask") for name in names}
     worlds, sent = {name: plane(seed) for seed, name in enumerate(names)}, {}
+    for name, camera in cameras.items():  # each side has found the other
+        header = Header(stamp=ros_client.node.get_clock().now().to_msg(), frame_id=name)
+        first = image_message(view(worlds[name], 0), "rgb8", header)
+        ros_client.send_until(camera, first, lambda name=name: bool(masks[name]), f"a mask of {name}")
+    ros_client.spin_for(5 * ENGINE_MS / 1000)
+    for received in masks.values():
+        received.clear()
     next_s, count = time.monotonic(), 40
     for index in range(count):
         for name, camera in cameras.items():
