@@ -135,13 +135,15 @@ def write_image(path: Path, pixels: np.ndarray) -> None:
     Raises:
         DataError: it cannot be written.
     """
+    good, data = cv2.imencode(path.suffix, cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR) if pixels.ndim == 3 else pixels)
+    if not good:
+        raise DataError(f"{path}: cannot be written: {path.suffix} takes no {pixels.shape[1]}x{pixels.shape[0]} pixels")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _, data = cv2.imencode(path.suffix, cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR) if pixels.ndim == 3 else pixels)
-        path.write_bytes(data.tobytes())
-    except (OSError, cv2.error) as error:
+        path.write_bytes(np.asarray(data).tobytes())
+    except OSError as error:
         raise DataError(
-            f"{path}: cannot be written ({error}); check the folder's permissions and the disk's free space"
+            f"{path}: cannot be written ({error.strerror}); check the folder's permissions and the disk's free space"
         ) from error
 
 

@@ -27,7 +27,7 @@ from clustvit_ros.demo.frame_source import FrameReader, FrameSource, PictureSour
 from clustvit_ros.engine import ENGINES, PRECISION_CHOICES, Engine, Prediction, create_engine
 from clustvit_ros.engine.masks import draw_overlay
 from clustvit_ros.errors import ClustvitError, ConfigError, ImageError
-from clustvit_ros.images import check_pixels, is_image, write_image
+from clustvit_ros.images import check_pixels, is_image, orientation, write_image
 from clustvit_ros.measure.pictures import FilmWriter, annotated, class_legend, window_problem
 from clustvit_ros.paths import new_run_folder, replacing
 from clustvit_ros.policy import Policy, percentile
@@ -121,8 +121,7 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         interrupted = not any(source.live for source in sources)  # which is how a camera ends
     finally:
-        turned = [name for source in sources if isinstance(source, PictureSource) for name in source.turned]
-        prediction.finish(time.monotonic() - started_s, turned)
+        prediction.finish(time.monotonic() - started_s)
         engine.close()
     return 130 if interrupted else int(bool(unreadable))
 
@@ -161,6 +160,7 @@ class _Predictor:
     ) -> None:  # fmt: skip
         self._engine, self._parameters, self._folder, self._args = engine, parameters, folder, args
         self._unreadable = unreadable
+        self._turned: list[str] = []  # stored otherwise than viewers show them
         self._classes = engine.info.classes
         self._palette = self._classes.palette()
         self._notes = _Notes()
@@ -195,6 +195,8 @@ class _Predictor:
                 if pictures or self._args.masks:
                     entry["mask"] = f"masks/{stem}.png"
                     write_image(self._folder / entry["mask"], prediction.mask[0])
+                if isinstance(source, PictureSource) and orientation(source.folder / frame.name) != 1:
+                    self._turned.append(frame.name)
                 if pictures:
                     entry["overlay"] = f"overlays/{stem}.jpg"
                     write_image(self._folder / entry["overlay"], overlay)
@@ -283,12 +285,12 @@ class _Predictor:
         cv2.imshow(_WINDOW, cv2.cvtColor(shown, cv2.COLOR_RGB2BGR))
         return cv2.waitKey(1) & 0xFF in (ord("q"), 27)
 
-    def finish(self, elapsed_s: float, turned: list[str]) -> None:
+    def finish(self, elapsed_s: float) -> None:
         """Write the summary and tell it; nothing is left of a run without a frame, good or bad."""
         # By what was written: an interruption may come between any two lines of this program.
         with (self._folder / "frames.jsonl").open(encoding="utf-8") as log:
             entries = [json.loads(line) for line in log if line.endswith("\n")]
-        info, count, unreadable = self._engine.info, len(entries), self._unreadable
+        info, count, unreadable, turned = self._engine.info, len(entries), self._unreadable, self._turned
         engine_ms = [entry["total_ms"] for entry in entries]
         elapsed_s -= self._calibrating_s
         if not count and not unreadable:

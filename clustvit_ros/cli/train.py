@@ -169,7 +169,7 @@ def run(args: argparse.Namespace) -> int:
     further = [splits[source.name] for source in recipe.sources[1:]]
     with processes(args.device) as (here, device_name), owned(run_dir) if here.is_main else nullcontext():
         device, reason = select_device(device_name)
-        told, listing = False, list_data(splits, left_out)
+        told, listing = False, list_data(splits, left_out) if here.is_main else {}
 
         def accepted() -> None:
             """Called once nothing speaks against this training any more: only now are the last run's files replaced."""

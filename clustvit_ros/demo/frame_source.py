@@ -24,7 +24,7 @@ import cv2
 import numpy as np
 
 from clustvit_ros.errors import ConfigError, DataError
-from clustvit_ros.images import IMAGE_SUFFIXES, is_image, list_images, orientation, read_image, video_path
+from clustvit_ros.images import IMAGE_SUFFIXES, is_image, list_images, read_image, video_path
 
 _STREAM_TIMEOUT_MS = 10_000
 _DECODE_AHEAD = 4
@@ -88,13 +88,11 @@ class PictureSource(FrameSource):
 
     def __init__(self, files: Sequence[Path], on_unreadable: Callable[[str], None] | None = None) -> None:
         self._files, self._on_unreadable, self.length = files, on_unreadable, len(files)
-        self.turned: list[str] = []
-        """Names of those that viewers show turned, as their orientation tag says; frames are the pixels as stored."""
         folders = [file.absolute().parent for file in files]
-        self._base = next(
+        self.folder = next(
             folder for folder in (folders[0], *folders[0].parents) if all(f.is_relative_to(folder) for f in folders)
         )
-        super().__init__(f"{len(files)} pictures of {self._base}" if len(files) > 1 else f"picture {files[0]}")
+        super().__init__(f"{len(files)} pictures of {self.folder}" if len(files) > 1 else f"picture {files[0]}")
 
     def __iter__(self) -> Iterator[SourceFrame]:
         for file in self._files:
@@ -105,10 +103,7 @@ class PictureSource(FrameSource):
                     raise DataError(f"source: {error}") from error
                 self._on_unreadable(str(error))
                 continue
-            name = str(file.absolute().relative_to(self._base))
-            if name not in self.turned and orientation(file) != 1:
-                self.turned.append(name)
-            yield SourceFrame(pixels, name)
+            yield SourceFrame(pixels, str(file.absolute().relative_to(self.folder)))
 
 
 class VideoSource(FrameSource):

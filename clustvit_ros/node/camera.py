@@ -376,7 +376,10 @@ class Camera:
         if reason:
             self._camera_info = None
             name = f"{self.name}: " if self.name else ""
-            self._node.get_logger().warning(f"{name}the camera_info that came is dropped until another comes: {reason}")
+            self._node.get_logger().warning(
+                f"{name}the camera_info that came is dropped until another comes: {reason}",
+                throttle_duration_sec=_LOG_PERIOD_S,
+            )
         return self._camera_info
 
     def _on_image(self, message: Image | CompressedImage) -> None:

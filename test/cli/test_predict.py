@@ -24,8 +24,8 @@ from PIL import Image
 
 from clustvit_ros.cli.main import main
 from clustvit_ros.engine import Settings, create_engine
-from clustvit_ros.errors import ConfigError
-from clustvit_ros.images import read_image
+from clustvit_ros.errors import ConfigError, DataError
+from clustvit_ros.images import read_image, write_image
 from clustvit_ros.measure.pictures import FilmWriter
 from clustvit_ros.networks import load_config
 from clustvit_ros.paths import find_recipe, shipped_models, shipped_recipes
@@ -112,6 +112,8 @@ def test_names_that_are_not_utf8_and_turned_pictures(model_dir, tmp_path, capsys
     assert main(["predict", str(tmp_path / "in"), "--model", str(model_dir), "--out", str(out)]) == 0
     assert "sideways or upside down to viewers: 1 with an orientation tag (turned.jpg)" in capsys.readouterr().out
     assert len(list((out / "masks").iterdir())) == 2
+    with pytest.raises(DataError, match=r"wide.jpg: cannot be written: .jpg takes no 70000x1 pixels"):
+        write_image(tmp_path / "wide.jpg", np.zeros((1, 70_000, 3), np.uint8))
     film = tmp_path / "film\udcff.mp4"
     film.write_bytes(b"")
     assert main(["predict", str(film), "--model", str(model_dir), "--out", str(tmp_path / "other")]) == 2
