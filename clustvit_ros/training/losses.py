@@ -21,9 +21,6 @@ from clustvit_ros.classes import IGNORE_INDEX
 
 CLUSTER_LOSS_WEIGHT = 0.1
 
-# The Lovász loss sorts pixels per class and image; every second one in both directions costs a quarter.
-_LOVASZ_STRIDE = 2
-
 
 def cluster_loss(cluster_logits: Tensor, targets: Tensor, weight: float = CLUSTER_LOSS_WEIGHT) -> Tensor:
     """Cross-entropy of the Clusterer against pseudo-clusters, "keep" included, mean over all tokens.
@@ -44,7 +41,7 @@ def segmentation_loss(
     """Cross-entropy at label resolution, void ignored.
 
     Args:
-        logits: (B, Q, h, w), upsampled bilinearly to the labels.
+        logits: (B, Q, h, w), resized bilinearly to the labels.
         labels: (B, H, W) int64, 255 = void. A batch without any labelled pixel gives 0.
         class_weights: (Q,), or None.
         hard_share: share of each image's labelled pixels that count, those with the highest loss (online hard
@@ -52,7 +49,7 @@ def segmentation_loss(
         average: turns the batch's total weight into its mean over all processes of a distributed training, so that
             their mean loss is the loss of the whole batch.
     """
-    logits = F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=False)
+    logits = _at(logits, labels)
     losses = F.cross_entropy(logits, labels, weight=class_weights, ignore_index=IGNORE_INDEX, reduction="none")
     valid = labels != IGNORE_INDEX
     if class_weights is None:
@@ -79,26 +76,37 @@ def lovasz_softmax(logits: Tensor, labels: Tensor) -> Tensor:
     Berman, Triki, Blaschko, "The Lovász-Softmax loss", arXiv 1705.08790, in its per-image form.
 
     Args:
-        logits: (B, Q, h, w), upsampled bilinearly to the labels.
+        logits: (B, Q, h, w), resized bilinearly to the labels.
         labels: (B, H, W) int64, 255 = void. An image without any labelled pixel gives 0.
     """
-    logits = F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=False)
-    probabilities = logits[:, :, ::_LOVASZ_STRIDE, ::_LOVASZ_STRIDE].softmax(dim=1).flatten(2)  # B Q P
-    labels = labels[:, ::_LOVASZ_STRIDE, ::_LOVASZ_STRIDE].flatten(1)
-    valid = (labels != IGNORE_INDEX)[:, None]
+    probabilities = _at(logits, labels).softmax(dim=1).flatten(2)  # B Q P
+    labels = labels.flatten(1)
     ids = torch.arange(probabilities.shape[1], device=labels.device)
-    truth = (labels[:, None] == ids[:, None]).to(probabilities.dtype)
+    truth = labels[:, None] == ids[:, None]
+    present = truth.any(dim=2)  # B Q
+    # Rows that count, one after another: most classes are in few images, and sorting is what costs.
+    images, classes = present.nonzero(as_tuple=True)
+    valid = (labels != IGNORE_INDEX)[images]
+    truth = truth[images, classes]  # R P
     # Void has no error and is therefore sorted behind everything that counts.
-    errors, order = ((truth - probabilities).abs() * valid).sort(dim=2, descending=True)
-    truth_sorted = truth.gather(2, order)
-    total = truth.sum(dim=2, keepdim=True)
-    found = truth_sorted.cumsum(dim=2)
-    extra = (1.0 - truth_sorted).cumsum(dim=2)
+    errors, order = ((truth.to(probabilities.dtype) - probabilities[images, classes]).abs() * valid).sort(
+        dim=1, descending=True
+    )
+    found = truth.gather(1, order).cumsum(dim=1, dtype=errors.dtype)
+    total = found[:, -1:]
+    extra = torch.arange(1, errors.shape[1] + 1, device=errors.device) - found
     jaccard = 1.0 - (total - found) / (total + extra)
-    steps = torch.cat([jaccard[:, :, :1], jaccard[:, :, 1:] - jaccard[:, :, :-1]], dim=2)
-    per_class = (errors * steps).sum(dim=2)  # B Q
-    present = (total.squeeze(2) > 0).to(per_class.dtype)
-    return ((per_class * present).sum(dim=1) / present.sum(dim=1).clamp(min=1.0)).mean()
+    steps = torch.cat([jaccard[:, :1], jaccard[:, 1:] - jaccard[:, :-1]], dim=1)
+    per_row = (errors * steps).sum(dim=1) / present.sum(dim=1).to(errors.dtype)[images]
+    return per_row.sum() / len(labels)
+
+
+def _at(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logits on the grid of labels: (B, Q, h, w), (B, H, W) -> (B, Q, H, W)."""
+    size = (labels.shape[1], labels.shape[2])
+    if logits.shape[2:] == size:
+        return logits
+    return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -303,3 +303,23 @@ def test_semantic_tokens_are_learnt_from_the_full_network(train, write_recipe, t
     assert log[-1]["distillation_loss"] > 0 and log[-1]["segmentation_loss"] < log[0]["segmentation_loss"]
     network = load_segmenter(tmp_path / "run/model")
     assert 0 < int((network(torch.randn(1, 3, 64, 96), token_capacity=6).cluster_ids == 0).sum()) <= 6
+
+@pytest.mark.parametrize("place", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_labels_at_every_place_get_their_turn(train, write_recipe, tmp_path, place):
+    """Every second label in both directions is judged in a step: nowhere are labels that no step ever looks at."""
+    for split in ("train", "val"):
+        write_split(tmp_path / split, 4, 0)
+    for path in (tmp_path / "train/labels").iterdir():
+        labels = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
+        kept = np.full_like(labels, 255)
+        kept[place[0] :: 2, place[1] :: 2] = labels[place[0] :: 2, place[1] :: 2]
+        cv2.imwrite(str(path), kept)
+    # Crops that are the images themselves, pixel by pixel.
+    still = {"crop_size": [96, 128], "scale": [1.0, 1.0], "stretch": 1.0, "rotation_deg": 0.0, "flip": False}
+    recipe = write_recipe(
+        input={"size": [96, 128]},
+        augmentation={**still, "rare_class": 0.0}, schedule={"batch_size": 1, "epochs": 3, "class_weighting": False},
+    )  # fmt: skip
+    assert train(recipe, tmp_path / "run", "--without-merging", data=tmp_path) == 0
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert any(record["segmentation_loss"] > 0 for record in log)
