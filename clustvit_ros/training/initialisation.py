@@ -74,7 +74,7 @@ class InitReport(NamedTuple):
         return "; ".join(parts)
 
 
-def load_init(network: Segmenter, source: str | Path) -> InitReport:
+def load_init(network: Segmenter, source: str | Path, own_classes: int = 0) -> InitReport:
     """Fill a network with what fits from a file or model folder.
 
     Weights of a ViT half as wide, or any other whole part, are widened: see `widening`.
@@ -83,6 +83,8 @@ def load_init(network: Segmenter, source: str | Path) -> InitReport:
         network: its backbone has to be a ViT as this package builds it; changed in place.
         source: a model folder, a shipped model's name, or a file of weights (.safetensors, or what `torch.load` reads
             with `weights_only=True`).
+        own_classes: classes of a joint training's own data, whose rows stand first in the classifier: a classifier of
+            just so many fills those.
 
     Raises:
         ModelError: unreadable, or nothing in it fits.
@@ -97,6 +99,11 @@ def load_init(network: Segmenter, source: str | Path) -> InitReport:
     times = _times_wider(network, weights)
     if times > 1:
         weights = widen(weights, {name: value.shape for name, value in own.items()}, times)
+    for name in ("head.classify.weight", "head.classify.bias"):
+        if name in own and name in weights and len(weights[name]) == own_classes < len(own[name]):
+            further = own[name][own_classes:]
+            if weights[name].shape[1:] == further.shape[1:]:
+                weights[name] = torch.cat([weights[name].to(further.dtype), further])
     matching = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
     # The norm statistics of a stem mean nothing without its kernels, so counters alone are no fit.
     if not any(value.ndim >= 2 for value in matching.values()):

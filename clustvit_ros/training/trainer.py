@@ -92,7 +92,7 @@ class Trainer(TrainingLoop[Segmenter]):
             )
         self.init_report: InitReport | None = None
         if recipe.init and not (Path(run_dir) / CHECKPOINT).exists():
-            self.init_report = load_init(network, recipe.init)
+            self.init_report = load_init(network, recipe.init, len(self.config.classes))
         self._teacher: Segmenter | None = None
         if self.schedule.teacher == "init":
             # Loaded for itself: a run that is continued has other weights by now.

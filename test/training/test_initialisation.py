@@ -126,6 +126,24 @@ def write_narrow(folder, write_recipe, **overrides):
     return config, load_segmenter(folder)
 
 
+@pytest.mark.parametrize("head", ["linear", "detail"])
+def test_a_joint_network_starts_with_its_own_classifier(tmp_path, write_recipe, head):
+    """Rows of the model's own classes are kept; those of the other data sets, which stand behind them, stay random."""
+    recipe = read_recipe(write_recipe(network={"head": head}))
+    config = dataclasses.replace(recipe.model_config().network, stem="conv")
+    source, joint = build_network(config, 3), build_network(config, 5)
+    save_model(tmp_path / "model", recipe.model_config(), source)
+    random = joint.head.classify.weight[3:].clone()
+    report = load_init(joint, tmp_path / "model", own_classes=3)
+    assert not report.mismatched and not report.missing
+    assert torch.equal(joint.head.classify.weight[3:], random)
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        expected, got = source.eval()(images).logits, joint.eval()(images).logits[:, :3]
+    torch.testing.assert_close(got, expected)
+    assert load_init(build_network(config, 5), tmp_path / "model", own_classes=2).mismatched
+
+
 @pytest.mark.parametrize("times", [2, 3])
 @pytest.mark.parametrize("head", HEADS)
 def test_a_wider_network_starts_as_the_narrow_one(tmp_path, write_recipe, head, times):
