@@ -61,8 +61,8 @@ lint: $(STAMP)
 train: $(STAMP)
 	set -e; for recipe in $(or $(MODEL),camvid_tiny_stage1 camvid_tiny_stage2 camvid_tiny_stage3 camvid_tiny_stage4 \
 	    camvid_tiny_stage5 camvid_tiny_stage6 camvid_tiny); do \
-	  further=; if grep -q "name: facades" config/train/$$recipe.yaml; then further=--bad-data=skip; fi; \
-	  $(BIN)/clustvit-ros train config/train/$$recipe.yaml --data "$(DATA)" $${further:+"facades=$(FACADES)" $$further}; done
+	  further=(); if grep -q "name: facades" config/train/$$recipe.yaml; then further=("facades=$(FACADES)" --bad-data skip); fi; \
+	  $(BIN)/clustvit-ros train config/train/$$recipe.yaml --data "$(DATA)" "$${further[@]}"; done
 
 overhead: $(STAMP)
 	$(BIN)/python scripts/node_overhead.py

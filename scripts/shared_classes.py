@@ -25,7 +25,7 @@ from pathlib import Path
 
 import cv2
 
-from clustvit_ros.engine import Engine, Settings, create_engine
+from clustvit_ros.engine import Engine, create_engine
 from clustvit_ros.engine.masks import ClassGrouping, Groups, group_classes, parse_groups
 from clustvit_ros.errors import ClustvitError, ConfigError
 from clustvit_ros.measure.metrics import ConfusionMatrix
@@ -35,11 +35,11 @@ from clustvit_ros.training.layouts import open_data_set
 
 
 def score(engine: Engine, of_model: ClassGrouping, data: LabelledImages, of_data: ClassGrouping) -> ConfusionMatrix:
-    """Pixels by true and predicted group, unmerged."""
+    """Pixels by true and predicted group, at the default merge threshold."""
     matrix = ConfusionMatrix(len(of_data.classes))
     for index in range(len(data)):
         sample = data[index]
-        prediction = of_model.apply(engine.segment(sample.image, Settings(merge_threshold=1.0)))
+        prediction = of_model.apply(engine.segment(sample.image))
         matrix.add(cv2.LUT(sample.labels, of_data.table), prediction.mask[0])
     return matrix
 

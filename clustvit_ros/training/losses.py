@@ -84,7 +84,8 @@ def lovasz_softmax(logits: Tensor, labels: Tensor) -> Tensor:
     ids = torch.arange(probabilities.shape[1], device=labels.device)
     truth = labels[:, None] == ids[:, None]
     present = truth.any(dim=2)  # B Q
-    # Rows that count, one after another: most classes are in few images, and sorting is what costs.
+    # Rows that count, one after another: most classes are in few images, and sorting is what costs. How many there are
+    # is known only once they are counted; a GPU waits for that, once a step.
     images, classes = present.nonzero(as_tuple=True)
     valid = (labels != IGNORE_INDEX)[images]
     truth = truth[images, classes]  # R P

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from clustvit_ros.classes import ClassSet
-from clustvit_ros.engine import Settings, create_engine
+from clustvit_ros.engine import create_engine
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "shared_classes.py"
 SWAPPED = {0: 1, 1: 0, 2: 2}  # what the model calls 0 is the data's second class
@@ -38,7 +38,7 @@ def scene(make_toy_model, tmp_path):
         (tmp_path / "data/val" / kind).mkdir(parents=True)
     for index in range(2):
         image = cv2.resize(rng.integers(0, 256, (6, 8, 3), np.uint8), (128, 96), interpolation=cv2.INTER_CUBIC)
-        said = engine.segment(image, Settings(merge_threshold=1.0)).mask[0]
+        said = engine.segment(image).mask[0]
         cv2.imwrite(str(tmp_path / f"data/val/images/{index}.png"), image[..., ::-1])
         labels = np.vectorize(SWAPPED.get)(said).astype(np.uint8)
         cv2.imwrite(str(tmp_path / f"data/val/labels/{index}.png"), labels)

@@ -304,6 +304,7 @@ def test_semantic_tokens_are_learnt_from_the_full_network(train, write_recipe, t
     network = load_segmenter(tmp_path / "run/model")
     assert 0 < int((network(torch.randn(1, 3, 64, 96), token_capacity=6).cluster_ids == 0).sum()) <= 6
 
+
 @pytest.mark.parametrize("place", [(0, 0), (0, 1), (1, 0), (1, 1)])
 def test_labels_at_every_place_get_their_turn(train, write_recipe, tmp_path, place):
     """Every second label in both directions is judged in a step: nowhere are labels that no step ever looks at."""
