@@ -7,9 +7,10 @@
 # governing permissions and limitations under the License.
 """Scores models on labelled images of other classes, as far as both mean the same: what they are worth elsewhere.
 
-CamVid's models on streets of towns that they have not seen (`val`: a list in dataset.yaml of what no training saw):
+CamVid's models on streets of other towns (the folder needs a dataset.yaml that names its classes; what a model has
+learnt from, other pictures of the same places included, says nothing):
 
-    python scripts/shared_classes.py camvid_tiny camvid_small --data LABELMEFACADE \
+    python scripts/shared_classes.py camvid_tiny camvid_small --data LABELMEFACADE --split train \
       --model-groups "building: building; car: car; pavement: sidewalk; road: road; sky: sky; vegetation: tree" \
       --data-groups "building: building, door, window; car: car; pavement: pavement; road: road; sky: sky; vegetation: vegetation"
 
@@ -24,6 +25,7 @@ import sys
 from pathlib import Path
 
 import cv2
+from tqdm import tqdm
 
 from clustvit_ros.engine import Engine, create_engine
 from clustvit_ros.engine.masks import ClassGrouping, Groups, group_classes, parse_groups
@@ -37,7 +39,7 @@ from clustvit_ros.training.layouts import open_data_set
 def score(engine: Engine, of_model: ClassGrouping, data: LabelledImages, of_data: ClassGrouping) -> ConfusionMatrix:
     """Pixels by true and predicted group, at the default merge threshold."""
     matrix = ConfusionMatrix(len(of_data.classes))
-    for index in range(len(data)):
+    for index in tqdm(range(len(data)), desc="score", leave=False, mininterval=1.0):
         sample = data[index]
         prediction = of_model.apply(engine.segment(sample.image))
         matrix.add(cv2.LUT(sample.labels, of_data.table), prediction.mask[0])
@@ -65,18 +67,19 @@ def main() -> int:
     parser.add_argument("model", nargs="+", help="shipped models' names, or model folders")
     parser.add_argument("--data", type=Path, required=True, help="a data set as `clustvit-ros train` takes it")
     parser.add_argument("--split", default="val", help="split of it (default: val)")
-    parser.add_argument("--model-groups", type=parse_groups, required=True, help="GROUP: CLASS, CLASS; GROUP: CLASS")
-    parser.add_argument("--data-groups", type=parse_groups, required=True, help="the same groups of the data's classes")
+    parser.add_argument("--model-groups", required=True, help="GROUP: CLASS, CLASS; GROUP: CLASS")
+    parser.add_argument("--data-groups", required=True, help="the same groups of the data's classes")
     args = parser.parse_args()
     try:
-        check_groups(args.model_groups, args.data_groups)
+        model_groups, data_groups = parse_groups(args.model_groups), parse_groups(args.data_groups)
+        check_groups(model_groups, data_groups)
         data_set = open_data_set(args.data)
         if data_set.classes is None:
             raise ConfigError(f"{args.data}: does not name its classes; write them into its dataset.yaml")
-        of_data = group_classes(data_set.classes, args.data_groups)
+        of_data = group_classes(data_set.classes, data_groups)
         data, _ = usable(data_set.open(args.split, len(data_set.classes), False), "skip", 1)
         for model in args.model:
-            of_model = group_classes(load_config(model).classes, args.model_groups)
+            of_model = group_classes(load_config(model).classes, model_groups)
             matrix = score(create_engine(model), of_model, data, of_data)
             ious = zip(of_data.classes.names, 100 * matrix.iou(), strict=True)
             each = ", ".join(f"{name} {iou:.1f}" for name, iou in ious)

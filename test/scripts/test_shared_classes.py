@@ -71,3 +71,5 @@ def test_what_cannot_be_compared_is_refused(scene):
     assert done.returncode == 1 and "--data-groups: got c, expected the model's: a" in done.stderr
     done = score(model, "--data", data, "--model-groups", "a: nothing", "--data-groups", "a: first")
     assert done.returncode == 1 and "the model has no class 'nothing'" in done.stderr
+    done = score(model, "--data", data, "--model-groups", "a", "--data-groups", "a: first")
+    assert done.returncode == 1 and "got 'a', expected GROUP: CLASS" in done.stderr
