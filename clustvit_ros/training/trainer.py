@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -82,6 +83,12 @@ class Trainer(TrainingLoop[Segmenter]):
         self.recipe, self.schedule = recipe, recipe.schedule
         torch.manual_seed(self.schedule.seed)
         self.config = recipe.model_config()
+        crop, batch = recipe.augmentation.crop_size, self.schedule.batch_size
+        if batch * math.prod(grid_size_of(crop, self.config.network.patch_size)) < 2 or min(crop) < _LABEL_STRIDE:
+            raise ConfigError(
+                f"recipe {recipe.name}: crop_size is {list(crop)} and batch_size {batch}, expected two patches of "
+                f"{self.config.network.patch_size} px in a batch, and sides of at least {_LABEL_STRIDE} px"
+            )
         # Classes of the data sets stand behind each other; `_own_network` keeps the first set's.
         self._class_counts = [len(self.config.classes), *(part.num_classes for part in further)]
         network = build_network(self.config.network, sum(self._class_counts))
