@@ -49,7 +49,8 @@ from clustvit_ros.training.dataset import (
 from clustvit_ros.training.distributed import Processes, processes
 from clustvit_ros.training.layouts import open_data_set
 from clustvit_ros.training.loop import LOG, RunOptions, TimeUp
-from clustvit_ros.training.recipe import Optimisation, Recipe, read_recipe
+from clustvit_ros.training.optimisation import Optimisation
+from clustvit_ros.training.recipe import Recipe, read_recipe
 from clustvit_ros.training.run_folder import (
     check_data_listing,
     draw_log,

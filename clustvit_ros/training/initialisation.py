@@ -26,13 +26,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clustvit_ros.errors import ModelError
+from clustvit_ros.errors import ConfigError, ModelError
 from clustvit_ros.networks.checkpoint import read_checkpoint
-from clustvit_ros.networks.model_folder import WEIGHTS_FILE, check_weights
+from clustvit_ros.networks.model_folder import WEIGHTS_FILE, check_weights, load_config, load_segmenter
 from clustvit_ros.networks.segmenter import Segmenter
 from clustvit_ros.networks.vit import VisionTransformer
 from clustvit_ros.networks.weights import POSITIONS, fit_positions, import_weights
 from clustvit_ros.paths import MODEL_FILE, replacing, share_dir
+from clustvit_ros.training.recipe import Recipe
 
 ENCODER_FILE = "encoder.safetensors"
 
@@ -224,3 +225,23 @@ def _shares(value: Tensor, times: int, parts: int) -> Tensor:
     drawn = torch.rand(rows, parts, times, columns // (parts * times)) + 0.1
     shares = drawn / drawn.sum(dim=2, keepdim=True)
     return shares.reshape(rows, columns, *[1] * (value.ndim - 2))
+
+
+def load_teacher(name: str, recipe: Recipe) -> Segmenter:
+    """A further model that a recipe learns from.
+
+    Raises:
+        ModelError: there is no such model.
+        ConfigError: its classes or the normalisation of its input are others.
+    """
+    config, names = load_config(name), tuple(entry.name for entry in recipe.classes)
+    if config.classes.names != names:
+        raise ConfigError(
+            f"schedule: teachers: {name} has the classes {', '.join(config.classes.names)}; expected {', '.join(names)}"
+        )
+    if (config.input.mean, config.input.std) != (recipe.input.mean, recipe.input.std):
+        raise ConfigError(
+            f"schedule: teachers: {name} is normalised by {config.input.mean} and {config.input.std}, expected the "
+            f"recipe's {recipe.input.mean} and {recipe.input.std}"
+        )
+    return load_segmenter(name).requires_grad_(False)

@@ -28,8 +28,13 @@ from tqdm import tqdm
 from clustvit_ros.errors import DataError
 from clustvit_ros.training.crops import Batch, Place
 from clustvit_ros.training.distributed import Processes
-from clustvit_ros.training.optimisation import Precision, build_optimizer, relative_rate, update_average
-from clustvit_ros.training.recipe import Optimisation
+from clustvit_ros.training.optimisation import (
+    Optimisation,
+    Precision,
+    build_optimizer,
+    relative_rate,
+    update_average,
+)
 from clustvit_ros.training.run_folder import (
     CHECKPOINT,
     append_line,

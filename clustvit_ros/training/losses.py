@@ -124,17 +124,59 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
     return temperature**2 * divergence.mean()
 
 
-def foreign_classes(labels: Tensor, class_counts: Sequence[int]) -> Tensor:
-    """Which classes belong to another data set than an image: (B, Q, 1, 1) bool.
+class JointClasses:
+    """Labels and logits of a joint training.
+
+    Label ids of the data sets stand behind each other. So do the logits, the model's own first, but a data set whose
+    labels mean classes of the model has none: where a label may mean several, the likeliest is right (learning from
+    partial labels; Cour, Sapp, Taskar, JMLR 2011; Lv et al., arXiv 2002.08053).
 
     Args:
-        labels: (B, H, W) int64, ids of one data set in each image, 255 = void.
-        class_counts: classes of each data set, whose ids stand behind each other.
+        counts: classes of each data set, the model's own first.
+        meanings: for each data set the model's classes that each of its own may be, none for void; or None where its
+            classes are its own.
     """
-    ends = torch.tensor(class_counts, device=labels.device).cumsum(0)
-    home = torch.bucketize(labels.flatten(1).amin(1), ends, right=True)  # of a void image: none
-    classes = torch.bucketize(torch.arange(int(sum(class_counts)), device=labels.device), ends, right=True)
-    return (classes != home[:, None])[:, :, None, None]
+
+    def __init__(self, counts: Sequence[int], meanings: Sequence[Sequence[Sequence[int]] | None]) -> None:
+        self.counts = tuple(counts)
+        self.own = self.counts[0]
+        has_logits = [meaning is None for meaning in meanings]
+        self.num_logits = sum(count for count, has in zip(counts, has_logits, strict=True) if has)
+        self._ends = torch.tensor(self.counts).cumsum(0)
+        self._allowed = torch.zeros(len(counts) + 1, self.num_logits, dtype=torch.bool)  # a void image has no home
+        self._may_be = torch.zeros(int(self._ends[-1]), self.num_logits, dtype=torch.bool)
+        self._translates = not all(has_logits)
+        label, logit = 0, 0
+        for home, (count, meaning) in enumerate(zip(counts, meanings, strict=True)):
+            if meaning is None:
+                self._allowed[home, logit : logit + count] = True
+                self._may_be[label : label + count, logit : logit + count] = torch.eye(count, dtype=torch.bool)
+                logit += count
+            else:
+                self._allowed[home, : self.own] = True
+                for row, may_be in enumerate(meaning, label):
+                    self._may_be[row, list(may_be)] = True
+            label += count
+
+    def foreign(self, labels: Tensor) -> Tensor:
+        """Which logits say nothing of an image: (B, H, W) label ids, 255 = void -> (B, Q, 1, 1) bool."""
+        home = torch.bucketize(labels.flatten(1).amin(1), self._ends.to(labels.device), right=True)
+        return ~self._allowed.to(labels.device)[home][:, :, None, None]
+
+    def targets(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Places of the right logits, 255 = void: (B, H, W) label ids, (B, Q, h, w) -> (B, H, W) int64."""
+        if not self._translates:
+            return labels
+        valid = labels != IGNORE_INDEX
+        may_be = self._may_be.to(labels.device)[labels.where(valid, 0)]  # B H W Q
+        scores = _at(logits.detach(), labels).permute(0, 2, 3, 1)
+        likeliest = scores.masked_fill(~may_be, -torch.inf).argmax(dim=3)
+        return likeliest.where(valid & may_be.any(dim=3), IGNORE_INDEX)
+
+    def pixel_counts(self, counts: Tensor) -> Tensor:
+        """Pixels for which each logit is known to be right, of those of each label id: (ids,) -> (Q,)."""
+        known = self._may_be & (self._may_be.sum(dim=1, keepdim=True) == 1)
+        return (known * counts[:, None]).sum(dim=0)
 
 
 def mean_prediction(logits: Sequence[Tensor]) -> Tensor:

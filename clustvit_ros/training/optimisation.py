@@ -9,7 +9,8 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -17,6 +18,51 @@ from torch import nn
 from clustvit_ros.errors import ConfigError
 
 _EMBEDDINGS = ("cls_token", "pos_embed", "class_embed", "mask_token")
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """What every training has.
+
+    Args:
+        epochs: passes over the training images.
+        batch_size: crops per step, of all processes together.
+        learning_rate: peak of AdamW's.
+        warmup: share of all steps over which the learning rate rises linearly; then it decays.
+        poly_power: exponent of the decay (1 - progress) ** poly_power.
+        weight_decay: on matrices and kernels only, not on biases, norms and embeddings.
+        clip_norm: largest gradient norm.
+        ema_decay: decay of the averaged weights that are validated and shipped.
+        precision: precision of the forward pass; "auto" is bfloat16 on GPUs and CPUs that have instructions for it,
+            float32 elsewhere. Weights and losses are float32 in any case.
+        seed: seed of everything random.
+    """
+
+    epochs: int
+    batch_size: int = 8
+    learning_rate: float = 1e-3
+    warmup: float = 0.05
+    poly_power: float = 0.9
+    weight_decay: float = 0.05
+    clip_norm: float = 1.0
+    ema_decay: float = 0.998
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._require("at least 1", {n: getattr(self, n) >= 1 for n in ("epochs", "batch_size")})
+        self._require("above 0", {n: getattr(self, n) > 0 for n in ("learning_rate", "clip_norm")})
+        self._require("0 or above", {n: getattr(self, n) >= 0 for n in ("poly_power", "weight_decay", "seed")})
+        self._require("in [0, 1)", {n: 0.0 <= getattr(self, n) < 1.0 for n in ("warmup", "ema_decay")})
+
+    def _require(self, expected: str, holds: dict[str, bool]) -> None:
+        for name, good in holds.items():
+            if not good:
+                raise ConfigError(f"{self._section}: {name} is {getattr(self, name)}, expected {expected}")
+
+    @property
+    def _section(self) -> str:
+        return "schedule"
 
 
 def build_optimizer(network: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:

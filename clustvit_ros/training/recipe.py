@@ -21,51 +21,7 @@ from clustvit_ros.networks.architectures import network_config, plain_twin
 from clustvit_ros.networks.model_folder import InputConfig, ModelConfig, load_config
 from clustvit_ros.networks.vit_config import ViTConfig
 from clustvit_ros.training.augmentation import Augmentation
-
-
-@dataclass(frozen=True)
-class Optimisation:
-    """What every training has.
-
-    Args:
-        epochs: passes over the training images.
-        batch_size: crops per step, of all processes together.
-        learning_rate: peak of AdamW's.
-        warmup: share of all steps over which the learning rate rises linearly; then it decays.
-        poly_power: exponent of the decay (1 - progress) ** poly_power.
-        weight_decay: on matrices and kernels only, not on biases, norms and embeddings.
-        clip_norm: largest gradient norm.
-        ema_decay: decay of the averaged weights that are validated and shipped.
-        precision: precision of the forward pass; "auto" is bfloat16 on GPUs and CPUs that have instructions for it,
-            float32 elsewhere. Weights and losses are float32 in any case.
-        seed: seed of everything random.
-    """
-
-    epochs: int
-    batch_size: int = 8
-    learning_rate: float = 1e-3
-    warmup: float = 0.05
-    poly_power: float = 0.9
-    weight_decay: float = 0.05
-    clip_norm: float = 1.0
-    ema_decay: float = 0.998
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        self._require("at least 1", {n: getattr(self, n) >= 1 for n in ("epochs", "batch_size")})
-        self._require("above 0", {n: getattr(self, n) > 0 for n in ("learning_rate", "clip_norm")})
-        self._require("0 or above", {n: getattr(self, n) >= 0 for n in ("poly_power", "weight_decay", "seed")})
-        self._require("in [0, 1)", {n: 0.0 <= getattr(self, n) < 1.0 for n in ("warmup", "ema_decay")})
-
-    def _require(self, expected: str, holds: dict[str, bool]) -> None:
-        for name, good in holds.items():
-            if not good:
-                raise ConfigError(f"{self._section}: {name} is {getattr(self, name)}, expected {expected}")
-
-    @property
-    def _section(self) -> str:
-        return "schedule"
+from clustvit_ros.training.optimisation import Optimisation
 
 
 @dataclass(frozen=True)
@@ -173,23 +129,47 @@ class Pretraining(Optimisation):
 
 @dataclass(frozen=True)
 class DataSource:
-    """One data set of a joint training: all share encoder and decoder, each has a classifier of its own.
+    """One data set of a joint training: all share encoder and decoder.
+
+    Each has a classifier of its own, except where `means` translates its labels.
 
     Args:
         name: what `--data NAME=DIR` calls it.
         weight: its share of the crops, relative to the others'.
         classes: as in the recipe; may be left out where the data set names its classes itself, and for the first one.
         about: what the data is, for the model card.
+        means: which of the model's own classes each of its classes may be; one that is left out is void.
     """
 
     name: str
     weight: float = 1.0
     classes: tuple[ClassEntry, ...] = ()
     about: str = ""
+    means: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.weight > 0:
             raise ConfigError(f"data: weight of {self.name} is {self.weight}, expected above 0")
+
+    def meanings(self, own: Sequence[str]) -> list[list[int]] | None:
+        """Ids of the model's own classes that each of these may be; None where they have a classifier of their own.
+
+        Raises:
+            ConfigError: `means` names a class that there is not, or nothing means anything.
+        """
+        if not self.means:
+            return None
+        names = [entry.name for entry in self.classes]
+        meant = [name for may_be in self.means.values() for name in may_be]
+        for side, known, named in (("its", names, list(self.means)), ("the model's", own, meant)):
+            unknown = [name for name in named if name not in known]
+            if unknown:
+                raise ConfigError(
+                    f"data: {self.name}: means: {unknown[0]!r} is none of {side} classes, {', '.join(known)}"
+                )
+        if not any(self.means.values()):
+            raise ConfigError(f"data: {self.name}: means: every class is void, expected some of {', '.join(own)}")
+        return [[own.index(may_be) for may_be in self.means.get(name, ())] for name in names]
 
 
 @dataclass(frozen=True)
@@ -233,6 +213,8 @@ class Recipe:
             raise ConfigError(
                 f"recipe {self.name}: data: the first, {names[0]}, has another class list than the recipe; leave it out"
             )
+        if names and self.sources[0].means:
+            raise ConfigError(f"recipe {self.name}: {names[0]}, the first, has the model's classes; leave means out")
         if len(names) > 1 and self.schedule.teacher == "init":
             raise ConfigError(
                 f"recipe {self.name}: teacher is 'init', which knows nothing of {', '.join(names[1:])}; expected 'self'"
@@ -275,8 +257,8 @@ class Recipe:
         missing = [name for name in expected if name not in folders]
         if missing:
             raise ConfigError(
-                f"--data: recipe {self.name} learns from {', '.join(names)} as well as from what was given, expected "
-                f"{' '.join(f'{name}=DIR' for name in missing)}"
+                f"--data: recipe {self.name} learns from {' and '.join(names)}, got {' and '.join(folders)} alone; "
+                f"expected {' '.join(f'{name}=DIR' for name in missing)} as well"
             )
         return [folders[name] for name in expected]
 
@@ -298,6 +280,8 @@ class Recipe:
             dataclasses.replace(s, classes=_agreed(f"recipe {self.name}: data: {s.name}", s.classes, stated))
             for s, stated in zip(others, further, strict=True)
         ]
+        for source in others:
+            source.meanings([entry.name for entry in recipe.classes])
         total = sum(len(classes) for classes in (recipe.classes, *(source.classes for source in others)))
         if total > IGNORE_INDEX:
             raise ConfigError(f"recipe {self.name}: data: got {total} classes together, expected up to {IGNORE_INDEX}")

@@ -25,18 +25,17 @@ from clustvit_ros.errors import ConfigError
 from clustvit_ros.networks.architectures import build_network
 from clustvit_ros.networks.clustering import Clusterer, Regenerator
 from clustvit_ros.networks.cts import PolicyNetwork
-from clustvit_ros.networks.model_folder import load_config, load_segmenter
 from clustvit_ros.networks.segmenter import Backbone, Segmenter
 from clustvit_ros.networks.vit import grid_size_of
 from clustvit_ros.training.crops import COUNTED_IMAGES, DEFAULT_CACHE_BYTES, Batch, Crops, Place, check_counts
 from clustvit_ros.training.dataset import LabelledImages, joined
 from clustvit_ros.training.distributed import Processes
-from clustvit_ros.training.initialisation import InitReport, load_init
+from clustvit_ros.training.initialisation import InitReport, load_init, load_teacher
 from clustvit_ros.training.loop import LOG, Losses, RunOptions, TrainingLoop, seeded_generator
 from clustvit_ros.training.losses import (
+    JointClasses,
     cluster_loss,
     distillation_loss,
-    foreign_classes,
     frequency_weights,
     lovasz_softmax,
     mean_prediction,
@@ -89,9 +88,12 @@ class Trainer(TrainingLoop[Segmenter]):
                 f"recipe {recipe.name}: crop_size is {list(crop)} and batch_size {batch}, expected two patches of "
                 f"{self.config.network.patch_size} px in a batch, and sides of at least {_LABEL_STRIDE} px"
             )
-        # Classes of the data sets stand behind each other; `_own_network` keeps the first set's.
-        self._class_counts = [len(self.config.classes), *(part.num_classes for part in further)]
-        network = build_network(self.config.network, sum(self._class_counts))
+        names, others = self.config.classes.names, recipe.sources[1 : 1 + len(further)]
+        self._joint: JointClasses | None = None
+        if further:
+            meanings = [None, *(source.meanings(names) for source in others)]
+            self._joint = JointClasses([len(names), *(part.num_classes for part in further)], meanings)
+        network = build_network(self.config.network, self._joint.num_logits if self._joint else len(names))
         if further and not isinstance(getattr(network.head, "classify", None), (nn.Linear, nn.Conv2d)):
             raise ConfigError(
                 f"recipe {recipe.name}: data: its head scores classes against each other, so that none can be left out "
@@ -99,14 +101,14 @@ class Trainer(TrainingLoop[Segmenter]):
             )
         self.init_report: InitReport | None = None
         if recipe.init and not (Path(run_dir) / CHECKPOINT).exists():
-            self.init_report = load_init(network, recipe.init, len(self.config.classes))
+            self.init_report = load_init(network, recipe.init, len(names))
         self._teacher: Segmenter | None = None
         if self.schedule.teacher == "init":
             # Loaded for itself: a run that is continued has other weights by now.
-            self._teacher = build_network(self.config.network, len(self.config.classes))
+            self._teacher = build_network(self.config.network, len(names))
             load_init(self._teacher, recipe.init)
             self._teacher = self._teacher.requires_grad_(False).eval().to(device)
-        self._teachers = [_load_teacher(name, recipe).to(device) for name in self.schedule.teachers]
+        self._teachers = [load_teacher(name, recipe).to(device) for name in self.schedule.teachers]
         self._merging = _freeze_all_but_merging(network, recipe.name) if self.schedule.trains == "merging" else []
         images = joined([data, *further]) if further else data
         self._counts = _images_per_epoch(recipe, [len(part) for part in (data, *further)])
@@ -117,9 +119,13 @@ class Trainer(TrainingLoop[Segmenter]):
         self._class_weights: Tensor | None = None
         counts = self.crops.pixel_counts(images.num_classes)
         if len(images) <= COUNTED_IMAGES:  # else a rare class may be in none of those that were counted
-            others = [f"{source.name}'s {entry.name}" for source in recipe.sources[1:] for entry in source.classes]
-            check_counts(counts, [*self.config.classes.names, *others], images.where)
+            own_counts, *further_counts = counts.split([part.num_classes for part in (data, *further)])
+            check_counts(own_counts, names, data.where)
+            for source, part, of_part in zip(others, further, further_counts, strict=True):
+                if not source.means:
+                    check_counts(of_part, [entry.name for entry in source.classes], part.where)
         if self.schedule.class_weighting:
+            counts = self._joint.pixel_counts(counts) if self._joint else counts
             self._class_weights = frequency_weights(counts).to(device)
         fingerprint = to_mapping(recipe)
         super().__init__(
@@ -168,9 +174,9 @@ class Trainer(TrainingLoop[Segmenter]):
 
     def _own_network(self) -> Segmenter:
         """The averaged network, as a model of its own data's classes alone."""
-        own = self._class_counts[0]
-        if len(self._class_counts) == 1:
+        if self._joint is None:
             return self.averaged
+        own = self._joint.own
         network = copy.deepcopy(self.averaged)
         classify = cast(nn.Linear | nn.Conv2d, network.head.classify)
         for name, values in list(classify.named_parameters()):
@@ -204,8 +210,8 @@ class Trainer(TrainingLoop[Segmenter]):
     def _step_module(self) -> nn.Module:
         patch_size = self.config.network.patch_size
         return _TrainingStep(
-            self.network, self.schedule, patch_size, self._class_weights, self.processes, self._teacher,
-            self._class_counts, self._teachers,
+            self.network, self.schedule, patch_size, self._class_weights, self.processes, self._teacher, self._joint,
+            self._teachers,
         )  # fmt: skip
 
     def _batches(self, epoch: int, batches: list[list[Place]]) -> Iterator[Batch]:
@@ -258,12 +264,12 @@ class _TrainingStep(nn.Module):
 
     def __init__(
         self, network: Segmenter, schedule: Schedule, patch_size: int, class_weights: Tensor | None,
-        processes: Processes, teacher: Segmenter | None, class_counts: Sequence[int],
+        processes: Processes, teacher: Segmenter | None, joint: JointClasses | None,
         teachers: Sequence[Segmenter] = (),
     ) -> None:  # fmt: skip
         super().__init__()
         self._teachers = tuple(teachers)
-        self._class_counts = class_counts
+        self._joint = joint
         self.network = network
         self._teacher = [teacher] if teacher is not None else []  # in a list: no part of what is trained
         self._schedule, self._patch_size, self._processes = schedule, patch_size, processes
@@ -281,6 +287,8 @@ class _TrainingStep(nn.Module):
         state = backbone.encode(resized(images, input_size))
         merged = self.network.decode(backbone.finish(state, merge_threshold, token_capacity))
         merged = merged._replace(logits=self._own_logits(merged.logits, labels))
+        if self._joint:
+            judged = self._joint.targets(judged, merged.logits)
         losses = self._supervise(merged.logits.float(), judged)
         measures: dict[str, Tensor] = {}
         # Heads may answer on a finer grid than the patches'.
@@ -331,16 +339,14 @@ class _TrainingStep(nn.Module):
 
     def _own_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Logits with those of other data sets' classes out of the game."""
-        if len(self._class_counts) == 1:
-            return logits
-        return logits.float().masked_fill(foreign_classes(labels, self._class_counts), _NEVER)
+        return logits.float().masked_fill(self._joint.foreign(labels), _NEVER) if self._joint else logits
 
     def _from_teachers(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         """Divergence from what the further models say of the model's own images; they know no others."""
-        own = self._class_counts[0]
         known = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
-        if len(self._class_counts) > 1:
-            known = ~foreign_classes(labels, self._class_counts)[:, 0, 0, 0]
+        own = logits.shape[1]
+        if self._joint:
+            own, known = self._joint.own, ~self._joint.foreign(labels)[:, 0, 0, 0]
         if not bool(known.any()):
             return logits.sum() * 0.0
         with torch.no_grad():
@@ -362,26 +368,6 @@ class _TrainingStep(nn.Module):
         if schedule.lovasz_weight > 0:
             losses["lovasz_loss"] = schedule.lovasz_weight * lovasz_softmax(logits, labels)
         return losses
-
-
-def _load_teacher(name: str, recipe: Recipe) -> Segmenter:
-    """A further model that a recipe learns from.
-
-    Raises:
-        ModelError: there is no such model.
-        ConfigError: its classes or the normalisation of its input are others.
-    """
-    config, names = load_config(name), tuple(entry.name for entry in recipe.classes)
-    if config.classes.names != names:
-        raise ConfigError(
-            f"schedule: teachers: {name} has the classes {', '.join(config.classes.names)}; expected {', '.join(names)}"
-        )
-    if (config.input.mean, config.input.std) != (recipe.input.mean, recipe.input.std):
-        raise ConfigError(
-            f"schedule: teachers: {name} is normalised by {config.input.mean} and {config.input.std}, expected the "
-            f"recipe's {recipe.input.mean} and {recipe.input.std}"
-        )
-    return load_segmenter(name).requires_grad_(False)
 
 
 def _images_per_epoch(recipe: Recipe, sizes: Sequence[int]) -> list[tuple[int, int]]:

@@ -21,7 +21,7 @@ from clustvit_ros.classes import ClassEntry
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.networks import load_config, load_segmenter
 from clustvit_ros.training.dataset import LabelledImages, joined
-from clustvit_ros.training.losses import foreign_classes, mean_prediction
+from clustvit_ros.training.losses import JointClasses, mean_prediction
 from clustvit_ros.training.recipe import read_recipe
 from clustvit_ros.training.trainer import Trainer
 
@@ -105,7 +105,7 @@ def test_ids_follow_on_each_other_and_no_pixel_is_judged_by_foreign_classes(scen
     assert set(np.unique(both[0].labels)) <= {0, 1, 2} and set(np.unique(both[13].labels)) == {3, 4}
     labels = torch.from_numpy(np.stack([both[0].labels[:64, :64], both[13].labels[:64, :64]])).long()
     labels[:, 0] = 255
-    foreign = foreign_classes(labels, [3, 2])[:, :, 0, 0]
+    foreign = JointClasses([3, 2], [None, None]).foreign(labels)[:, :, 0, 0]
     assert foreign.tolist() == [[False, False, False, True, True], [True, True, True, False, False]]
 
 
@@ -120,7 +120,7 @@ def test_one_data_set_alone_learns_what_it_learnt_before(train, write_recipe, tm
 @pytest.mark.parametrize(
     ("data", "arguments", "message"),
     [
-        (DATA, [], "learns from toys, others as well as from what was given, expected others=DIR"),
+        (DATA, [], "learns from toys and others, got toys alone; expected others=DIR as well"),
         (DATA, ["others={others}", "rest={others}"], "has no classifier for rest; its data names toys, others"),
         (DATA, ["others={others}", "others={others}"], "expected one folder for each data set"),
         ("text", ["others={others}"], "has no classifier for others; its data names no data sets"),
@@ -130,6 +130,10 @@ def test_one_data_set_alone_learns_what_it_learnt_before(train, write_recipe, tm
         ([{"name": "toys", "classes": OTHERS}, DATA[1]], [], "toys, has another class list than the recipe"),
         ([DATA[0], {**DATA[1], "weight": 0.0}], [], "data: weight of others is 0.0, expected above 0"),
         ([DATA[0], {**DATA[1], "wait": 1.0}], [], "unknown key 'wait'; did you mean 'weight'"),
+        ([DATA[0], {**DATA[1], "means": {"grund": ["sky"]}}], ["others={others}"], "'grund' is none of its"),
+        ([DATA[0], {**DATA[1], "means": {"thing": ["cat"]}}], ["others={others}"], "'cat' is none of the model's"),
+        ([DATA[0], {**DATA[1], "means": {"thing": []}}], ["others={others}"], "every class is void, expected"),
+        ([{**DATA[0], "means": {"sky": ["sky"]}}, DATA[1]], [], "toys, the first, has the model's classes; leave"),
         (DATA, ["others={stated}"], "data: others: its class list differs from the data set's: got ground, thing"),
     ],
 )
@@ -188,3 +192,34 @@ def test_the_ensemble_says_the_mean_of_its_probabilities():
     said = mean_prediction([sure.expand(1, 2, 4, 4), unsure]).exp()
     assert said.shape == (1, 2, 4, 4)
     assert float(said[0, 0, 0, 0]) == pytest.approx((float(torch.tensor(4.0).sigmoid()) + 0.5) / 2)
+
+
+MEANS = {"ground": ["sky", "road"], "thing": ["car"]}
+
+
+def test_labels_that_mean_classes_of_the_model_teach_those(train, joint_recipe, scenes, others, tmp_path):
+    """The others' car is the model's, and of sky or road the likelier is right: what only they know is learnt."""
+    write_split(tmp_path / "first/train", 10, 0)
+    write_split(tmp_path / "first/val", 3, 1)
+    for path in sorted((tmp_path / "first/train/labels").iterdir())[1:]:
+        labels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        cv2.imwrite(str(path), np.where(labels == 2, 255, labels))  # a single car is left to learn from
+    car = {}
+    for name, data in (("means", [DATA[0], {**DATA[1], "weight": 2.0, "means": MEANS}]), ("own", DATA)):
+        folders = ["--data", str(tmp_path / "first"), f"others={others}"]
+        assert train(joint_recipe(data, schedule={"epochs": 8}), tmp_path / name, *folders) == 0
+        car[name] = json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[-1])["per_class_iou"]["car"]
+        averaged = torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["averaged"]
+        assert len(averaged["head.classify.weight"]) == (3 if name == "means" else 5)
+    assert car["means"] > car["own"] + 5
+
+
+def test_what_a_label_may_mean():
+    joint = JointClasses([3, 2, 2], [None, [[0, 1], []], None])
+    labels = torch.tensor([[0, 1, 2, 255], [3, 3, 4, 255], [5, 6, 5, 255]])[:, None]
+    logits = torch.tensor([0.0, 1.0, 9.0, 0.0, 5.0]).view(1, 5, 1, 1).repeat(3, 1, 1, 4)
+    logits[1, 0, 0, 1] = 2.0
+    assert joint.num_logits == 5  # the second set's labels are the model's
+    assert joint.foreign(labels)[:, :, 0, 0].int().tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 1, 1], [1, 1, 1, 0, 0]]
+    assert joint.targets(labels, logits)[:, 0].tolist() == [[0, 1, 2, 255], [1, 0, 255, 255], [3, 4, 3, 255]]
+    assert joint.pixel_counts(torch.tensor([1, 2, 3, 40, 50, 6, 7])).tolist() == [1, 2, 3, 6, 7]
