@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import textwrap
+import threading
 from typing import NamedTuple
 
 from clustvit_ros import __version__
@@ -100,6 +101,8 @@ class _Help(argparse.HelpFormatter):
 def main(argv: list[str] | None = None) -> int:
     """Run a sub-command; errors on purpose become one line and exit code 2, interruption 130, a closed pipe 141."""
     bound_spinning()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a container's stop ends a training as Ctrl-C does
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files and topics may be anything
     arguments = sys.argv[1:] if argv is None else argv

@@ -214,7 +214,8 @@ def test_what_cannot_be_is_one_message(arguments, message, tmp_path, labelled_di
     assert not (tmp_path / "runs").exists()
 
 
-def test_an_interrupted_run_keeps_what_it_has(model_dir, labelled_dir, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_keeps_what_it_has(model_dir, labelled_dir, tmp_path, number):
     script = "import sys; from clustvit_ros.cli.main import main; sys.exit(main(sys.argv[1:]))"
     pictures = tmp_path / "in"
     pictures.mkdir()
@@ -229,7 +230,7 @@ def test_an_interrupted_run_keeps_what_it_has(model_dir, labelled_dir, tmp_path)
     deadline_s = time.monotonic() + 120
     while len(list((tmp_path / "out").glob("masks/*"))) < 5 and time.monotonic() < deadline_s:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130, printed
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["images"] == len(entries(tmp_path / "out")) >= 5
