@@ -20,6 +20,7 @@ from torch import Tensor
 from clustvit_ros.classes import IGNORE_INDEX
 
 CLUSTER_LOSS_WEIGHT = 0.1
+_NEVER = -1e4  # logit of a class that an image cannot have; finite, for differences of such logits are taken
 
 
 def cluster_loss(cluster_logits: Tensor, targets: Tensor, weight: float = CLUSTER_LOSS_WEIGHT) -> Tensor:
@@ -128,8 +129,8 @@ class JointClasses:
     """Labels and logits of a joint training.
 
     Label ids of the data sets stand behind each other. So do the logits, the model's own first, but a data set whose
-    labels mean classes of the model has none: where a label may mean several, the likeliest is right (learning from
-    partial labels; Cour, Sapp, Taskar, JMLR 2011; Lv et al., arXiv 2002.08053).
+    labels mean classes of the model has none: where a label may mean several, any of them is right (learning from
+    partial labels; Cour, Sapp, Taskar, JMLR 2011).
 
     Args:
         counts: classes of each data set, the model's own first.
@@ -163,15 +164,33 @@ class JointClasses:
         home = torch.bucketize(labels.flatten(1).amin(1), self._ends.to(labels.device), right=True)
         return ~self._allowed.to(labels.device)[home][:, :, None, None]
 
-    def targets(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Places of the right logits, 255 = void: (B, H, W) label ids, (B, Q, h, w) -> (B, H, W) int64."""
+    def own_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Logits with those that say nothing of an image out of the game: (B, Q, h, w), (B, H, W) -> (B, Q, h, w)."""
+        return logits.float().masked_fill(self.foreign(labels), _NEVER)
+
+    def judged(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and what is right, in the model's own terms, for any loss.
+
+        Where a label may mean several classes, they count as one, the likeliest of them: its logit becomes that of all
+        together, which makes cross-entropy the negative log of their summed probability.
+
+        Args:
+            logits: (B, Q, h, w), those of other data sets' classes out of the game.
+            labels: (B, H, W) label ids, 255 = void.
+
+        Returns:
+            (B, Q, H, W) logits, and the places of the right ones, (B, H, W) int64, 255 = void.
+        """
+        logits = _at(logits, labels)
         if not self._translates:
-            return labels
+            return logits, labels
         valid = labels != IGNORE_INDEX
-        may_be = self._may_be.to(labels.device)[labels.where(valid, 0)]  # B H W Q
-        scores = _at(logits.detach(), labels).permute(0, 2, 3, 1)
-        likeliest = scores.masked_fill(~may_be, -torch.inf).argmax(dim=3)
-        return likeliest.where(valid & may_be.any(dim=3), IGNORE_INDEX)
+        may_be = self._may_be.to(labels.device)[labels.where(valid, 0)].permute(0, 3, 1, 2)
+        right = logits.detach().masked_fill(~may_be, -torch.inf).argmax(dim=1, keepdim=True)
+        known = valid[:, None] & may_be.any(dim=1, keepdim=True)
+        together = logits.masked_fill(~may_be, _NEVER).logsumexp(dim=1, keepdim=True)
+        alone = logits.masked_fill(may_be, _NEVER).scatter(1, right, together)
+        return alone.where(known, logits), right.where(known, IGNORE_INDEX)[:, 0]
 
     def pixel_counts(self, counts: Tensor) -> Tensor:
         """Pixels for which each logit is known to be right, of those of each label id: (ids,) -> (Q,)."""

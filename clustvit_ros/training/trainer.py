@@ -51,7 +51,6 @@ __all__ = ["CHECKPOINT", "LOG", "Trainer"]
 # Every second label in both directions is judged, at a place drawn for each step: the losses, which cost as much as the
 # network where that computes in bfloat16, take a quarter of the time.
 _LABEL_STRIDE = 2
-_NEVER = -1e4  # logit of a class that an image cannot have; finite, for differences of such logits are taken
 
 
 class Trainer(TrainingLoop[Segmenter]):
@@ -287,8 +286,6 @@ class _TrainingStep(nn.Module):
         state = backbone.encode(resized(images, input_size))
         merged = self.network.decode(backbone.finish(state, merge_threshold, token_capacity))
         merged = merged._replace(logits=self._own_logits(merged.logits, labels))
-        if self._joint:
-            judged = self._joint.targets(judged, merged.logits)
         losses = self._supervise(merged.logits.float(), judged)
         measures: dict[str, Tensor] = {}
         # Heads may answer on a finer grid than the patches'.
@@ -339,7 +336,7 @@ class _TrainingStep(nn.Module):
 
     def _own_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Logits with those of other data sets' classes out of the game."""
-        return logits.float().masked_fill(self._joint.foreign(labels), _NEVER) if self._joint else logits
+        return self._joint.own_logits(logits, labels) if self._joint else logits
 
     def _from_teachers(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         """Divergence from what the further models say of the model's own images; they know no others."""
@@ -360,6 +357,8 @@ class _TrainingStep(nn.Module):
 
     def _supervise(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         schedule = self._schedule
+        if self._joint:
+            logits, labels = self._joint.judged(logits, labels)
         losses = {
             "segmentation_loss": segmentation_loss(
                 logits, labels, self._class_weights, schedule.ohem_share, self._processes.mean

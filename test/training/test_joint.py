@@ -221,5 +221,10 @@ def test_what_a_label_may_mean():
     logits[1, 0, 0, 1] = 2.0
     assert joint.num_logits == 5  # the second set's labels are the model's
     assert joint.foreign(labels)[:, :, 0, 0].int().tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 1, 1], [1, 1, 1, 0, 0]]
-    assert joint.targets(labels, logits)[:, 0].tolist() == [[0, 1, 2, 255], [1, 0, 255, 255], [3, 4, 3, 255]]
+    alike, right = joint.judged(logits, labels)
+    assert right[:, 0].tolist() == [[0, 1, 2, 255], [1, 0, 255, 255], [3, 4, 3, 255]]
+    either = logits[1].softmax(dim=0)[:2].sum(dim=0)[0]  # of the first two classes, where a label may mean both
+    assert torch.allclose(alike[1].softmax(dim=0).gather(0, right[1, :, :2][None])[0, 0], either[:2])
+    assert torch.equal(alike[[0, 2]].argmax(dim=1), logits[[0, 2]].argmax(dim=1))
+    assert torch.allclose(alike[0], logits[0]) and torch.allclose(alike[2], logits[2])
     assert joint.pixel_counts(torch.tensor([1, 2, 3, 40, 50, 6, 7])).tolist() == [1, 2, 3, 6, 7]
