@@ -71,10 +71,14 @@ class Sample(NamedTuple):
     stem: str
 
 
-def read_image(path: Path) -> np.ndarray:
+def read_image(path: Path, to_bytes: Callable[[np.ndarray], np.ndarray] | None = None) -> np.ndarray:
     """Read an image file: (H, W, 3) uint8 RGB, the pixels as stored: orientation tags are ignored, as in messages.
 
     A file that only looks damaged is told and used: somebody chose it, can look at it, and one in ten thousand is not.
+
+    Args:
+        path: the file.
+        to_bytes: makes uint8 of the uint16 values of a 16-bit image; None scales all of their range, as `narrow` does.
 
     Raises:
         DataError: it cannot be read, or is damaged.
@@ -83,7 +87,12 @@ def read_image(path: Path) -> np.ndarray:
         data = Path(path).read_bytes()
         if data.startswith(JPEG_SIGNATURE):
             return decode_jpeg(data, read_jpeg_header(memoryview(data)), lambda found: _tell_damage(Path(path)))
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        encoded, flags = np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+        image = cv2.imdecode(encoded, flags | cv2.IMREAD_ANYDEPTH)
+        if image is not None and image.dtype == np.uint16:
+            image = (to_bytes or narrow)(image)
+        elif image is not None and image.dtype != np.uint8:
+            image = cv2.imdecode(encoded, flags)
     except ImageError as error:
         raise DataError(f"{path}: {str(error).removeprefix('data: ')}; replace or remove the file") from error
     except (OSError, cv2.error):
@@ -112,19 +121,6 @@ def read_stored(path: Path) -> np.ndarray:
     if values is None:
         raise DataError(f"{path}: {_unreadable(path)}")
     return values
-
-
-def video_path(path: str | Path) -> str:
-    """A path for OpenCV's videos, which end the process where a name is not UTF-8.
-
-    Raises:
-        DataError: it is such a one.
-    """
-    try:
-        str(path).encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{path}: got a name that is not UTF-8, which OpenCV cannot open; rename the file") from error
-    return str(path)
 
 
 def write_image(path: Path, pixels: np.ndarray) -> None:

@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from clustvit_ros.errors import ConfigError, ModelError
+from clustvit_ros.errors import ConfigError, DataError, ModelError
 
 MODEL_FILE = "model.yaml"
 _LOG = logging.getLogger(__name__)
@@ -210,3 +210,16 @@ def hash_file(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def video_path(path: str | Path) -> str:
+    """A path for OpenCV's videos, which end the process where a name is not UTF-8.
+
+    Raises:
+        DataError: it is such a one.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{path}: got a name that is not UTF-8, which OpenCV cannot open; rename the file") from error
+    return str(path)

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from clustvit_ros.demo.frame_source import FrameReader, FrameSource, PictureSour
 from clustvit_ros.engine import ENGINES, PRECISION_CHOICES, Engine, Prediction, create_engine
 from clustvit_ros.engine.masks import draw_overlay
 from clustvit_ros.errors import ClustvitError, ConfigError, ImageError
-from clustvit_ros.images import check_pixels, is_image, orientation, write_image
+from clustvit_ros.images import AutoRange, check_pixels, is_image, narrow, orientation, write_image
 from clustvit_ros.measure.pictures import FilmWriter, annotated, class_legend, window_problem
 from clustvit_ros.paths import new_run_folder, replacing
 from clustvit_ros.policy import Policy, percentile
@@ -70,6 +71,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--confidence-threshold", type=float, default=0.0, help="pixels below it become 255, 0..1 (default: 0)"
     )
+    parser.add_argument(
+        "--intensity-range", default="0 65535", metavar="auto|'LOW HIGH'",
+        help="of 16-bit pictures, what is black and white; auto follows them, for thermal cameras (default: 0 65535)",
+    )  # fmt: skip
     parser.add_argument("--masks", action="store_true", help="of a video or camera, write every frame's mask as well")
     parser.add_argument("--frames", type=int, default=0, help="stop after so many frames of each source (default: all)")
     parser.add_argument("--show", action="store_true", help="show overlays in a window; q ends")
@@ -90,13 +95,16 @@ def run(args: argparse.Namespace) -> int:
             "confidence_threshold": args.confidence_threshold, "latency_budget_ms": args.budget_ms,
             "input_scale": args.input_scale, "max_image_pixels": _MAX_PIXELS,
             "min_input_scale": min(0.375, args.input_scale), "threads": args.threads,
+            "intensity_range": args.intensity_range,
         },
     )  # fmt: skip
     problem = window_problem(os.environ) if args.show else ""
     if problem:
         raise ConfigError(f"--show: {problem}; leave it out, the results are written in any case")
     unreadable: list[str] = []
-    sources = _open(args.source, unreadable)
+    limits = parameters.intensity_range
+    to_bytes = AutoRange().narrow if limits is None else functools.partial(narrow, low=limits[0], high=limits[1])
+    sources = _open(args.source, unreadable, to_bytes)
     made = args.out is not None and not args.out.exists()
     if args.out is not None:
         _make_folder(args.out)  # before a model is loaded for nothing
@@ -126,12 +134,12 @@ def run(args: argparse.Namespace) -> int:
     return 130 if interrupted else int(bool(unreadable))
 
 
-def _open(given: list[str], unreadable: list[str]) -> list[FrameSource]:
+def _open(given: list[str], unreadable: list[str], to_bytes: Callable[[np.ndarray], np.ndarray]) -> list[FrameSource]:
     """Sources in order; pictures that a shell's pattern named one by one are one source."""
     pictures = [Path(text) for text in given if is_image(Path(text))]
     if len(pictures) == len(given):
-        return [PictureSource(pictures, unreadable.append)]
-    return [open_source(text, on_unreadable=unreadable.append) for text in given]
+        return [PictureSource(pictures, unreadable.append, to_bytes)]
+    return [open_source(text, on_unreadable=unreadable.append, to_bytes=to_bytes) for text in given]
 
 
 def _make_folder(asked: Path) -> None:

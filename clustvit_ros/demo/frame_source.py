@@ -24,7 +24,8 @@ import cv2
 import numpy as np
 
 from clustvit_ros.errors import ConfigError, DataError
-from clustvit_ros.images import IMAGE_SUFFIXES, is_image, list_images, read_image, video_path
+from clustvit_ros.images import IMAGE_SUFFIXES, is_image, list_images, read_image
+from clustvit_ros.paths import video_path
 
 _STREAM_TIMEOUT_MS = 10_000
 _DECODE_AHEAD = 4
@@ -84,10 +85,14 @@ class PictureSource(FrameSource):
     Args:
         files: their paths, at least one; frames are named by them, relative to the folder that they have in common.
         on_unreadable: is told of each that cannot be decoded, and the next one follows; None stops there.
+        to_bytes: of 16-bit pictures, as for `read_image`.
     """
 
-    def __init__(self, files: Sequence[Path], on_unreadable: Callable[[str], None] | None = None) -> None:
-        self._files, self._on_unreadable, self.length = files, on_unreadable, len(files)
+    def __init__(
+        self, files: Sequence[Path], on_unreadable: Callable[[str], None] | None = None,
+        to_bytes: Callable[[np.ndarray], np.ndarray] | None = None,
+    ) -> None:  # fmt: skip
+        self._files, self._on_unreadable, self.length, self._to_bytes = files, on_unreadable, len(files), to_bytes
         folders = [file.absolute().parent for file in files]
         self.folder = next(
             folder for folder in (folders[0], *folders[0].parents) if all(f.is_relative_to(folder) for f in folders)
@@ -97,7 +102,7 @@ class PictureSource(FrameSource):
     def __iter__(self) -> Iterator[SourceFrame]:
         for file in self._files:
             try:
-                pixels = cv2.cvtColor(read_image(file), cv2.COLOR_RGB2BGR)
+                pixels = cv2.cvtColor(read_image(file, self._to_bytes), cv2.COLOR_RGB2BGR)
             except DataError as error:
                 if self._on_unreadable is None:
                     raise DataError(f"source: {error}") from error
@@ -137,8 +142,7 @@ class VideoSource(FrameSource):
         if not self.live:
             capture = cv2.VideoCapture(video_path(self._location))
             if not capture.isOpened():
-                remedy = "convert it to H.264 MP4 or MJPEG AVI"
-                raise DataError(f"source: {self._location} cannot be read as a video; {remedy}")
+                raise DataError(f"source: {self._location} cannot be read as a video; make it H.264 MP4, MJPEG AVI")
             return capture
         keys = cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, cv2.CAP_PROP_READ_TIMEOUT_MSEC
         limits = [value for key in keys for value in (key, _STREAM_TIMEOUT_MS)]
@@ -263,7 +267,7 @@ def sim_seed(source: str, default: int = 0) -> int | None:
 
 def open_source(
     source: str, width: int = 0, height: int = 0, rate_hz: float = 30.0, points: bool = False, loop_frames: int = 0,
-    on_unreadable: Callable[[str], None] | None = None,
+    on_unreadable: Callable[[str], None] | None = None, to_bytes: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> FrameSource:  # fmt: skip
     """Open whatever `source` names.
 
@@ -274,7 +278,7 @@ def open_source(
         rate_hz: frames per second of simulated time.
         points: the simulated camera gives the place of every pixel, too.
         loop_frames: the simulated drive starts over after so many; 0 drives on.
-        on_unreadable: as for `PictureSource`.
+        on_unreadable, to_bytes: as for `PictureSource`.
 
     Raises:
         ConfigError: the simulated camera cannot be used.
@@ -290,8 +294,10 @@ def open_source(
         return VideoSource(source)
     path = Path(source).expanduser()
     if path.is_file():
-        return PictureSource([path], on_unreadable) if is_image(path) else VideoSource(str(path), on_unreadable)
-    return PictureSource(find_pictures(source), on_unreadable)
+        if not is_image(path):
+            return VideoSource(str(path), on_unreadable)
+        return PictureSource([path], on_unreadable, to_bytes)
+    return PictureSource(find_pictures(source), on_unreadable, to_bytes)
 
 
 def find_pictures(source: str) -> list[Path]:
@@ -328,9 +334,7 @@ class FrameReader:
             no processor from what its picture goes to; a renderer that starts when a picture is published would.
     """
 
-    def __init__(
-        self, source: FrameSource, loop: bool, size: tuple[int, int] | None, pause_s: float = 0.0
-    ) -> None:
+    def __init__(self, source: FrameSource, loop: bool, size: tuple[int, int] | None, pause_s: float = 0.0) -> None:
         self._source = source
         self._loop = loop
         self._size, self._pause_s = size, pause_s

@@ -21,7 +21,8 @@ import numpy as np
 from clustvit_ros.classes import ClassSet
 from clustvit_ros.engine.engine import Prediction
 from clustvit_ros.errors import DataError
-from clustvit_ros.images import Sample, read_image, video_path
+from clustvit_ros.images import Sample, read_image
+from clustvit_ros.paths import video_path
 
 _CLUSTER_COLOURS = np.array(
     [[90, 90, 90], [66, 133, 244], [244, 160, 0], [15, 157, 88], [171, 71, 188], [0, 172, 193]], np.uint8

@@ -191,6 +191,8 @@ def test_a_budget_chooses_size_and_tokens(model_dir, tmp_path, capsys, monkeypat
         (["{tmp}"], "holds no pictures"),
         (["/dev/video987"], "/dev/video987 does not exist"),
         (["sim:abc"], "got 'sim:abc', expected sim, or sim:SEED with a whole number"),
+        (["{picture}", "--intensity-range", "9000 7000"], "expected auto or LOW HIGH with LOW below HIGH"),
+        (["{picture}", "--intensity-range", "thermal"], "expected auto or LOW HIGH"),
         (["{tmp}/notes.txt"], "cannot be read as a video"),
         (["rtsp://user:secret@127.0.0.1:9/x"], "rtsp://127.0.0.1:9/x gives no video"),
         (["{picture}", "--model", "nope"], "model 'nope' is not shipped"),
@@ -212,6 +214,22 @@ def test_what_cannot_be_is_one_message(arguments, message, tmp_path, labelled_di
     printed = capfd.readouterr().err
     assert message in printed and "secret" not in printed and "Traceback" not in printed
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("text", "limits"), [("0 65535", (0, 65535)), ("7000 9000", (7000, 9000)), ("auto", None)])
+def test_16_bit_pictures_are_scaled_as_asked(text, limits, model_dir, labelled_dir, tmp_path):
+    """A thermal camera's, which uses a small part of them: what `auto` makes of it is as the eight bits were."""
+    eight = cv2.imread(str(labelled_dir / "images" / "a.png"))
+    (tmp_path / "in").mkdir()
+    pixels = (7000 + eight.astype(np.float64) * (2000 / 255)).astype(np.uint16)
+    cv2.imwrite(str(tmp_path / "in/a.png"), pixels)
+    command = ["predict", str(tmp_path / "in"), "--model", str(model_dir), "--out", str(tmp_path / "out")]
+    assert main([*command, "--intensity-range", text]) == 0
+    low, high = limits or np.percentile(pixels[::4, ::4], (1, 99)).round()
+    scaled = (((pixels.astype(np.float64) - low) / (high - low)).clip(0, 1) * 255).round().astype(np.uint8)
+    mask = cv2.imread(str(tmp_path / "out/masks/a.png"), cv2.IMREAD_UNCHANGED)
+    prediction = create_engine(str(model_dir)).segment(np.ascontiguousarray(scaled[..., ::-1]), Settings(0.5))
+    assert (mask == prediction.mask[0]).mean() > 0.99
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
