@@ -179,7 +179,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
                 _convert(arg, item, f"{where}[{i}]") for i, (arg, item) in enumerate(zip(args, value, strict=True))
             )
     if origin is dict and isinstance(value, dict):
-        return value
+        return {key: _convert(args[1], item, f"{where}: {key}") for key, item in value.items()}
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
     if kind in (int, str, bool) and type(value) is kind:

@@ -73,7 +73,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--intensity-range", default="0 65535", metavar="auto|'LOW HIGH'",
-        help="of 16-bit pictures, what is black and white; auto follows them, for thermal cameras (default: 0 65535)",
+        help="of 16-bit pictures, what is black and white; auto follows the pictures of one thermal camera in their "
+        "order, so give unrelated ones one by one (default: 0 65535)",
     )  # fmt: skip
     parser.add_argument("--masks", action="store_true", help="of a video or camera, write every frame's mask as well")
     parser.add_argument("--frames", type=int, default=0, help="stop after so many frames of each source (default: all)")
@@ -313,7 +314,8 @@ class _Predictor:
                 for i, (name, colour) in enumerate(zip(self._classes.names, self._classes.colours, strict=True))
             ],
             "merge_threshold": self._parameters.merge_threshold, "token_capacity": self._parameters.token_capacity,
-            "input_scale": self._parameters.input_scale, "images": count, "unreadable": unreadable, "turned": turned,
+            "input_scale": self._parameters.input_scale, "intensity_range": self._args.intensity_range,
+            "images": count, "unreadable": unreadable, "turned": turned,
             "seconds": round(elapsed_s, 3), "films": [str(path.relative_to(self._folder)) for path, _ in self._films],
         }  # fmt: skip
         if count:

@@ -132,6 +132,7 @@ def test_one_data_set_alone_learns_what_it_learnt_before(train, write_recipe, tm
         ([DATA[0], {**DATA[1], "wait": 1.0}], [], "unknown key 'wait'; did you mean 'weight'"),
         ([DATA[0], {**DATA[1], "means": {"grund": ["sky"]}}], ["others={others}"], "'grund' is none of its"),
         ([DATA[0], {**DATA[1], "means": {"thing": ["cat"]}}], ["others={others}"], "'cat' is none of the model's"),
+        ([DATA[0], {**DATA[1], "means": {"thing": "car"}}], ["others={others}"], "means: thing: got 'car' (str)"),
         ([DATA[0], {**DATA[1], "means": {"thing": []}}], ["others={others}"], "every class is void, expected"),
         ([{**DATA[0], "means": {"sky": ["sky"]}}, DATA[1]], [], "toys, the first, has the model's classes; leave"),
         (DATA, ["others={stated}"], "data: others: its class list differs from the data set's: got ground, thing"),
