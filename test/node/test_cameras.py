@@ -156,8 +156,8 @@ def test_an_engine_ten_times_too_slow_gives_fresh_masks_and_counts_drops(
     # a queue of one more frame would make all of them wait for a whole run of the engine.
     assert ages[len(ages) // 2] <= engine + 1000 * PERIOD_S + 30.0
     assert ages[len(ages) * 3 // 4] < 2 * engine
-    last = {name: int(stats[-1][f"frames_{name}"]) for name in ("received", "segmented", "dropped")}
-    assert last["dropped"] > 0.7 * last["received"]
-    assert last["received"] - last["segmented"] - last["dropped"] in (0, 1)
+    last = {key: int(value) for key, value in stats[-1].items() if key.startswith("frames_")}
+    assert last["frames_dropped"] > 0.7 * last["frames_received"]
+    assert last.pop("frames_received") - sum(last.values()) in (0, 1, 2)  # one may wait, and one arrive
     half = len(memory_kb) // 2
     assert max(memory_kb[half:]) - max(memory_kb[:half]) < 2_000

@@ -203,8 +203,9 @@ def test_a_storm_of_changes_loses_no_frame_and_mixes_no_settings(robot: Robot) -
         assert float(pairs["merge_threshold"]) == float(pairs["confidence_threshold"]) == number / 1000
         assert float(pairs["latency_budget_ms"]) == 1000.0 + number
         assert pairs["deadline_policy"] == ("publish_late", "drop")[number % 2]
-    counts = {name: int(storm[-1][f"frames_{name}"]) for name in ("received", "segmented", "dropped", "late")}
-    assert counts["received"] - counts["segmented"] - counts["dropped"] - counts["late"] in (0, 1)  # one may wait
+    counts = {key: int(value) for key, value in storm[-1].items() if key.startswith("frames_")}
+    # One may wait, and one arrive. The very first ones may have been sent before their masks had a subscriber.
+    assert counts.pop("frames_received") - sum(counts.values()) in (0, 1, 2)
     assert (storm[-1]["frames_failed"], storm[-1]["frames_rejected"]) == ("0", "0")
 
 
