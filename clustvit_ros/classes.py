@@ -12,7 +12,7 @@ import collections
 import colorsys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -22,6 +22,20 @@ from clustvit_ros.paths import share_dir
 
 IGNORE_INDEX = 255
 """Label of pixels that have no class: void in the data, below the confidence threshold in a mask."""
+
+
+class Sample(NamedTuple):
+    """One labelled image.
+
+    Attributes:
+        image: (H, W, 3) uint8 RGB.
+        labels: (H, W) uint8 class ids, 255 = void.
+        stem: file name without suffix.
+    """
+
+    image: np.ndarray
+    labels: np.ndarray
+    stem: str
 
 
 @dataclass(frozen=True)

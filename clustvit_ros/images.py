@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
@@ -55,20 +55,6 @@ def orientation(path: Path) -> int:
             return int(image.getexif().get(_ORIENTATION_TAG, 1))
     except Exception:  # whatever it stumbles over is no tag
         return 1
-
-
-class Sample(NamedTuple):
-    """One labelled image.
-
-    Attributes:
-        image: (H, W, 3) uint8 RGB.
-        labels: (H, W) uint8 class ids, 255 = void.
-        stem: file name without suffix.
-    """
-
-    image: np.ndarray
-    labels: np.ndarray
-    stem: str
 
 
 def read_image(path: Path, to_bytes: Callable[[np.ndarray], np.ndarray] | None = None) -> np.ndarray:
@@ -190,26 +176,44 @@ def narrow(pixels: np.ndarray, low: int = 0, high: int = 65_535) -> np.ndarray:
     return cv2.convertScaleAbs(above, alpha=255.0 / (high - low))
 
 
-class AutoRange:
-    """A range of 16-bit values that follows the pictures of one camera: their 1st to 99th percentile, smoothed.
+class Intensities:
+    """Makes 8 bits of the 16 that one camera's pictures have.
 
-    Thermal cameras use a small part of 16 bits, and what they see of it drifts.
+    Thermal cameras use a small part of 16 bits, and what they see of it drifts: an automatic range follows the
+    pictures' 1st to 99th percentile, smoothed.
+
+    Attributes:
+        problem: that a range which was given is hardly used by the pictures, and what helps; or empty.
     """
 
     def __init__(self) -> None:
-        self._limits: np.ndarray | None = None
+        self._used: np.ndarray | None = None
+        self.problem = ""
 
-    def narrow(self, pixels: np.ndarray) -> np.ndarray:
-        """16 bits to 8, by the pictures so far, this one included."""
-        limits = np.percentile(pixels[::_SAMPLE_STEP_PX, ::_SAMPLE_STEP_PX], _AUTO_PERCENTILES)
-        before = limits if self._limits is None else self._limits
-        self._limits = before + _AUTO_WEIGHT * (limits - before)
-        low, high = (round(float(limit)) for limit in self._limits)
-        return narrow(pixels, low, max(high, low + 1))
+    def within(self, limits: tuple[int, int] | None) -> Callable[[np.ndarray], np.ndarray]:
+        """What narrows a picture as `narrow` does, between `limits` or, for None, by the pictures so far with it."""
+        return functools.partial(self._narrow, limits=limits)
+
+    def _narrow(self, pixels: np.ndarray, limits: tuple[int, int] | None) -> np.ndarray:
+        used = np.percentile(pixels[::_SAMPLE_STEP_PX, ::_SAMPLE_STEP_PX], _USED_PERCENTILES)
+        before = used if self._used is None else self._used
+        self._used = before + _USED_WEIGHT * (used - before)
+        low, high = (round(float(limit)) for limit in self._used)
+        if limits is None:
+            limits, share = (low, max(high, low + 1)), 1.0
+        else:
+            share = max(min(high, limits[1]) - max(low, limits[0]), 0) / (limits[1] - limits[0])
+        self.problem = "" if share >= _LEAST_USED else (
+            f"intensity_range: got {limits[0]} {limits[1]}, of which 16-bit pictures use {100 * share:.1f} % (most of "
+            f"their values lie in {low} to {high}): next to nothing is seen in them; set auto, or another LOW HIGH"
+        )
+        return narrow(pixels, *limits)
 
 
 # Some ten pictures decide: a shutter that closes for one does not flicker.
-_AUTO_PERCENTILES, _AUTO_WEIGHT, _SAMPLE_STEP_PX = (1.0, 99.0), 0.1, 4
+_USED_PERCENTILES, _USED_WEIGHT, _SAMPLE_STEP_PX = (1.0, 99.0), 0.1, 4
+# Some twenty of 256 levels: a 12-bit camera's pictures in 16 bits are below, dusk in a camera's full range is not.
+_LEAST_USED = 0.08
 _MONO = _Encoding(1, _converted(cv2.COLOR_GRAY2RGB))
 _BGR = _Encoding(3, _converted(cv2.COLOR_BGR2RGB))
 _BGRA = _Encoding(4, _converted(cv2.COLOR_BGRA2RGB))

@@ -15,11 +15,12 @@ import tempfile
 from pathlib import Path
 from typing import Any, cast
 
+from clustvit_ros.classes import Sample
 from clustvit_ros.cli.arguments import add_input_scale, add_threads, add_variants, find_variants
 from clustvit_ros.engine import PRECISIONS, Engine, Prediction, Settings, create_engine
 from clustvit_ros.engine.network_engine import NetworkEngine
 from clustvit_ros.errors import ConfigError, DataError
-from clustvit_ros.images import Sample, write_image
+from clustvit_ros.images import write_image
 from clustvit_ros.measure.evaluation import evaluate, fit_temperature, gflops_counter
 from clustvit_ros.measure.pictures import comparison
 from clustvit_ros.measure.report import compare_twins, write_report

@@ -16,7 +16,7 @@ import signal
 import sys
 import textwrap
 import threading
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from clustvit_ros import __version__
 from clustvit_ros.dds import bound_spinning
@@ -100,21 +100,10 @@ class _Help(argparse.HelpFormatter):
 
 def main(argv: list[str] | None = None) -> int:
     """Run a sub-command; errors on purpose become one line and exit code 2, interruption 130, a closed pipe 141."""
-    bound_spinning()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a container's stop ends a training as Ctrl-C does
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files and topics may be anything
-    arguments = sys.argv[1:] if argv is None else argv
-    # Only what is asked for is imported: the doctor must run where others cannot even be loaded.
-    asked = [name for name in COMMANDS if arguments[:1] == [name.replace("_", "-")]]
-    parser = make_parser(asked or list(COMMANDS))
-    if not arguments:
-        parser.print_help(sys.stderr)
-        return 2
-    args = parser.parse_args(arguments)
     try:
-        code = args.run(args)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _interrupt)
+        code = _run(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # whoever read the output has had enough, as `head`; the rest of it goes nowhere
@@ -125,6 +114,26 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _interrupt(*_: Any) -> None:
+    """A container's stop ends a training as Ctrl-C does; asked again, what it has is still written first."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _run(arguments: list[str]) -> int:
+    bound_spinning()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files and topics may be anything
+    # Only what is asked for is imported: the doctor must run where others cannot even be loaded.
+    asked = [name for name in COMMANDS if arguments[:1] == [name.replace("_", "-")]]
+    parser = make_parser(asked or list(COMMANDS))
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return 2
+    args = parser.parse_args(arguments)
+    return args.run(args)
 
 
 def make_parser(names: list[str]) -> argparse.ArgumentParser:

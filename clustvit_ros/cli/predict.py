@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import json
 import os
 import sys
@@ -28,7 +27,7 @@ from clustvit_ros.demo.frame_source import FrameReader, FrameSource, PictureSour
 from clustvit_ros.engine import ENGINES, PRECISION_CHOICES, Engine, Prediction, create_engine
 from clustvit_ros.engine.masks import draw_overlay
 from clustvit_ros.errors import ClustvitError, ConfigError, ImageError
-from clustvit_ros.images import AutoRange, check_pixels, is_image, narrow, orientation, write_image
+from clustvit_ros.images import Intensities, check_pixels, is_image, orientation, write_image
 from clustvit_ros.measure.pictures import FilmWriter, annotated, class_legend, window_problem
 from clustvit_ros.paths import new_run_folder, replacing
 from clustvit_ros.policy import Policy, percentile
@@ -103,9 +102,8 @@ def run(args: argparse.Namespace) -> int:
     if problem:
         raise ConfigError(f"--show: {problem}; leave it out, the results are written in any case")
     unreadable: list[str] = []
-    limits = parameters.intensity_range
-    to_bytes = AutoRange().narrow if limits is None else functools.partial(narrow, low=limits[0], high=limits[1])
-    sources = _open(args.source, unreadable, to_bytes)
+    intensities = Intensities()
+    sources = _open(args.source, unreadable, intensities.within(parameters.intensity_range))
     made = args.out is not None and not args.out.exists()
     if args.out is not None:
         _make_folder(args.out)  # before a model is loaded for nothing
@@ -130,7 +128,9 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         interrupted = not any(source.live for source in sources)  # which is how a camera ends
     finally:
-        prediction.finish(time.monotonic() - started_s)
+        prediction.finish(time.monotonic() - started_s, interrupted)
+        if intensities.problem:
+            print(f"  {intensities.problem}", file=sys.stderr)
         engine.close()
     return 130 if interrupted else int(bool(unreadable))
 
@@ -294,8 +294,13 @@ class _Predictor:
         cv2.imshow(_WINDOW, cv2.cvtColor(shown, cv2.COLOR_RGB2BGR))
         return cv2.waitKey(1) & 0xFF in (ord("q"), 27)
 
-    def finish(self, elapsed_s: float) -> None:
-        """Write the summary and tell it; nothing is left of a run without a frame, good or bad."""
+    def finish(self, elapsed_s: float, interrupted: bool) -> None:
+        """Write the summary and tell it; nothing is left of a run without a frame, good or bad.
+
+        Args:
+            elapsed_s: since the first frame was asked for.
+            interrupted: some of what was given has not been looked at.
+        """
         # By what was written: an interruption may come between any two lines of this program.
         with (self._folder / "frames.jsonl").open(encoding="utf-8") as log:
             entries = [json.loads(line) for line in log if line.endswith("\n")]
@@ -315,7 +320,7 @@ class _Predictor:
             ],
             "merge_threshold": self._parameters.merge_threshold, "token_capacity": self._parameters.token_capacity,
             "input_scale": self._parameters.input_scale, "intensity_range": self._args.intensity_range,
-            "images": count, "unreadable": unreadable, "turned": turned,
+            "images": count, "interrupted": interrupted, "unreadable": unreadable, "turned": turned,
             "seconds": round(elapsed_s, 3), "films": [str(path.relative_to(self._folder)) for path, _ in self._films],
         }  # fmt: skip
         if count:
@@ -360,7 +365,8 @@ class _Predictor:
                 print(f"  this budget was missed: {why}", file=sys.stderr)
         for path, note in self._films:
             print(f"  film {path}{f' ({note})' if note else ''}")
-        print(f"results in {self._folder}")
+        unfinished = "interrupted, the rest was not looked at; " if interrupted else ""
+        print(f"{unfinished}results in {self._folder}")
 
 
 class _Notes:

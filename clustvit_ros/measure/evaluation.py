@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from clustvit_ros.classes import Sample
 from clustvit_ros.engine.engine import Engine, Prediction, Settings
 from clustvit_ros.engine.network_engine import NetworkEngine
-from clustvit_ros.images import Sample
 from clustvit_ros.measure.flops import count_cost
 from clustvit_ros.measure.metrics import BoundaryIoU, CalibrationError, ConfusionMatrix
 from clustvit_ros.networks.model_folder import TEMPERATURES, ModelConfig

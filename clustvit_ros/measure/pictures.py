@@ -18,10 +18,10 @@ from typing import Any
 import cv2
 import numpy as np
 
-from clustvit_ros.classes import ClassSet
+from clustvit_ros.classes import ClassSet, Sample
 from clustvit_ros.engine.engine import Prediction
 from clustvit_ros.errors import DataError
-from clustvit_ros.images import Sample, read_image
+from clustvit_ros.images import read_image
 from clustvit_ros.paths import video_path
 
 _CLUSTER_COLOURS = np.array(

@@ -24,7 +24,7 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud2
 from clustvit_ros.classes import ClassSet
 from clustvit_ros.dds import IMAGE_TOPIC
 from clustvit_ros.errors import ImageError
-from clustvit_ros.images import AutoRange
+from clustvit_ros.images import Intensities
 from clustvit_ros.jpeg import KnownEdges
 from clustvit_ros.node.messages import LabelInfo, image_message, label_info_message, scaled_camera_info, stamp_ns
 from clustvit_ros.node.points import LabelledPoints, PointsOrder
@@ -241,7 +241,7 @@ class Camera:
         self._image_kind: tuple[Any, ...] | None = None
         self._points: LabelledPoints | None = None
         self._points_checked_s = 0.0
-        self.auto_range = AutoRange()
+        self.intensities = Intensities()
         """Of its 16-bit images."""
         self.known_edges = KnownEdges()
         """Of its JPEG images."""

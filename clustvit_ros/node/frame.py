@@ -26,7 +26,7 @@ from clustvit_ros.engine.engine import OVERTAKEN, FrameRecord
 from clustvit_ros.engine.masks import ClassGrouping, Groups, draw_overlay, group_classes
 from clustvit_ros.engine.worker import DeviceLost, FrameSlot
 from clustvit_ros.errors import ClustvitError, ImageError
-from clustvit_ros.images import decode_image, narrow
+from clustvit_ros.images import decode_image
 from clustvit_ros.node.camera import Camera, Frame
 from clustvit_ros.node.messages import calibrated_size, diagnostic_status, png_message
 from clustvit_ros.policy import Plan, Policy
@@ -74,14 +74,14 @@ def decode(frame: Frame, camera: Camera, parameters: SegmentationParameters) -> 
     Raises:
         ImageError: the message holds none that can be segmented.
     """
-    start_s = time.perf_counter()
-    message, limits = frame.message, parameters.intensity_range
-    to_bytes = camera.auto_range.narrow if limits is None else lambda pixels: narrow(pixels, *limits)
+    start_s, message = time.perf_counter(), frame.message
+    to_bytes = camera.intensities.within(parameters.intensity_range)
 
     def read() -> np.ndarray:
         if isinstance(message, Image):
             return decode_image(message, parameters.max_image_pixels, to_bytes)
         return decode_compressed(message, parameters.max_image_pixels, to_bytes, camera.known_edges.is_scene)
+
     # What is kept is not turned: the parameter may change before another thread asks for it.
     image = turned(frame.image(read), parameters.rotate)
     wants = frame.points is not None or camera.outputs.wanted("confidence"), camera.outputs.wanted("clusters")

@@ -184,11 +184,11 @@ class InputWatch:
             self._node.get_logger().info(f"images arrive again on {self.topic}")
 
     def check(self, timeout_s: float, losses: str = "") -> None:
-        """Log once per silence longer than `timeout_s`, with what the graph tells, and once when frames get lost.
+        """Log once per silence longer than `timeout_s`, with what the graph tells, and once when pictures get lost.
 
         Args:
             timeout_s: seconds without an image that are none too many.
-            losses: what gets lost on the way, or empty.
+            losses: what of them gets lost, or empty.
         """
         if losses and not self._told_losses:
             self._node.get_logger().warning(f"{self.topic}: {losses}")

@@ -26,10 +26,10 @@ _CHOSEN_BY_NOBODY = {name: value for name, value in os.environ.items() if name =
 
 
 def losses_of(camera: Camera) -> str:
-    """What of a camera's frames gets lost on the way and what helps, in a sentence; empty while little does."""
+    """What of a camera's pictures gets lost, on the way or from 16 bits to 8, and what helps; empty while little is."""
     share = camera.ledger.lost_share
     if share < _MOST_LOST:
-        return ""
+        return camera.intensities.problem
     profile = " ".join(f"{name}={value}" for name, value in dds_environment(_CHOSEN_BY_NOBODY).items())
     return (
         f"about {share:.0%} of the camera's frames do not arrive, as gaps in their stamps show. Either the camera does "
@@ -56,7 +56,7 @@ def camera_status(
         parameters: values in force.
         camera: the camera; None before it has topics.
         clock_problem: why the node's clock tells no time, or empty.
-        losses: what of the input gets lost on the way, or empty.
+        losses: what of the input gets lost, or empty.
     """
     ledger = camera.ledger if camera is not None else Ledger()
     watch = camera.watch if camera is not None else None

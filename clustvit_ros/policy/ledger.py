@@ -257,7 +257,7 @@ class Health:
         engine_fault: why the engine does not run as it was asked to, or empty.
         lossless: whether every frame was to be segmented.
         clock_problem: why the node's clock tells no time, or empty.
-        losses: what of the input gets lost on the way, or empty.
+        losses: what of the input gets lost, or empty.
     """
 
     state: str

@@ -25,9 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clustvit_ros.classes import IGNORE_INDEX
+from clustvit_ros.classes import IGNORE_INDEX, Sample
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.images import Sample
 
 _FILL = 127.0
 # RGB to luma and two chroma axes (NTSC), and back.

@@ -19,9 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clustvit_ros.classes import IGNORE_INDEX
+from clustvit_ros.classes import IGNORE_INDEX, Sample
 from clustvit_ros.errors import DataError
-from clustvit_ros.images import Sample
 from clustvit_ros.training.augmentation import Augmentation, ClassPlaces
 
 Place = tuple[int, int]

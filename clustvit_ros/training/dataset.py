@@ -18,9 +18,9 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from clustvit_ros.classes import IGNORE_INDEX
+from clustvit_ros.classes import IGNORE_INDEX, Sample
 from clustvit_ros.errors import ConfigError, DataError
-from clustvit_ros.images import IMAGE_SUFFIXES, Sample, list_images, orientation, read_image
+from clustvit_ros.images import IMAGE_SUFFIXES, list_images, orientation, read_image
 from clustvit_ros.training.label_files import LabelReader, Pair, read_labels
 
 _READERS = 8

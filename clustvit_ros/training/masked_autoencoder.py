@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from clustvit_ros.classes import IGNORE_INDEX
+from clustvit_ros.classes import IGNORE_INDEX, Sample
 from clustvit_ros.config import to_mapping
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.images import Sample, read_image
+from clustvit_ros.images import read_image
 from clustvit_ros.networks.architectures import build_network
 from clustvit_ros.networks.vit import BACKBONE_NORM_EPS, Block, VisionTransformer, grid_size_of
 from clustvit_ros.training.crops import DEFAULT_CACHE_BYTES, Batch, Crops, Place

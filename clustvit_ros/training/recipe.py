@@ -14,10 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from torch import nn
+
 from clustvit_ros.classes import IGNORE_INDEX, ClassEntry, ClassSet, write_out_classes
 from clustvit_ros.config import from_mapping, read_yaml, to_mapping
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.networks.architectures import network_config, plain_twin
+from clustvit_ros.networks.architectures import build_network, network_config, plain_twin
 from clustvit_ros.networks.model_folder import InputConfig, ModelConfig, load_config
 from clustvit_ros.networks.vit_config import ViTConfig
 from clustvit_ros.training.augmentation import Augmentation
@@ -155,7 +158,7 @@ class DataSource:
         """Ids of the model's own classes that each of these may be; None where they have a classifier of their own.
 
         Raises:
-            ConfigError: `means` names a class that there is not, or nothing means anything.
+            ConfigError: `means` names a class that there is not, or nothing means anything, or one class everything.
         """
         if not self.means:
             return None
@@ -167,6 +170,9 @@ class DataSource:
                 raise ConfigError(
                     f"data: {self.name}: means: {unknown[0]!r} is none of {side} classes, {', '.join(known)}"
                 )
+        vague = [name for name, may_be in self.means.items() if set(own) <= set(may_be)]
+        if vague:
+            raise ConfigError(f"data: {self.name}: means: {vague[0]!r} may be any class, which teaches nothing")
         if not any(self.means.values()):
             raise ConfigError(f"data: {self.name}: means: every class is void, expected some of {', '.join(own)}")
         return [[own.index(may_be) for may_be in self.means.get(name, ())] for name in names]
@@ -270,7 +276,8 @@ class Recipe:
             further: the same of a joint training's other data sets.
 
         Raises:
-            ConfigError: neither states them, they differ, or they are too many together.
+            ConfigError: neither states them, they differ, they are too many together, or the head cannot tell some
+                without the others.
         """
         recipe = dataclasses.replace(self, classes=_agreed(f"recipe {self.name}", self.classes, classes))
         if not further:
@@ -280,6 +287,13 @@ class Recipe:
             dataclasses.replace(s, classes=_agreed(f"recipe {self.name}: data: {s.name}", s.classes, stated))
             for s, stated in zip(others, further, strict=True)
         ]
+        with torch.device("meta"):
+            head = build_network(recipe.model_config().network, len(recipe.classes)).head
+        if not isinstance(getattr(head, "classify", None), (nn.Linear, nn.Conv2d)):
+            raise ConfigError(
+                f"recipe {self.name}: data: its head scores classes against each other, so that none can be left out "
+                "later; a joint training needs head detail, linear or upernet"
+            )
         for source in others:
             source.meanings([entry.name for entry in recipe.classes])
         total = sum(len(classes) for classes in (recipe.classes, *(source.classes for source in others)))

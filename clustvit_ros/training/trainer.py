@@ -93,11 +93,6 @@ class Trainer(TrainingLoop[Segmenter]):
             meanings = [None, *(source.meanings(names) for source in others)]
             self._joint = JointClasses([len(names), *(part.num_classes for part in further)], meanings)
         network = build_network(self.config.network, self._joint.num_logits if self._joint else len(names))
-        if further and not isinstance(getattr(network.head, "classify", None), (nn.Linear, nn.Conv2d)):
-            raise ConfigError(
-                f"recipe {recipe.name}: data: its head scores classes against each other, so that none can be left out "
-                "later; a joint training needs head detail, linear or upernet"
-            )
         self.init_report: InitReport | None = None
         if recipe.init and not (Path(run_dir) / CHECKPOINT).exists():
             self.init_report = load_init(network, recipe.init, len(names))

@@ -217,7 +217,7 @@ def test_what_cannot_be_is_one_message(arguments, message, tmp_path, labelled_di
 
 
 @pytest.mark.parametrize(("text", "limits"), [("0 65535", (0, 65535)), ("7000 9000", (7000, 9000)), ("auto", None)])
-def test_16_bit_pictures_are_scaled_as_asked(text, limits, model_dir, labelled_dir, tmp_path):
+def test_16_bit_pictures_are_scaled_as_asked(text, limits, model_dir, labelled_dir, tmp_path, capfd):
     """A thermal camera's, which uses a small part of them: what `auto` makes of it is as the eight bits were."""
     eight = cv2.imread(str(labelled_dir / "images" / "a.png"))
     (tmp_path / "in").mkdir()
@@ -225,6 +225,7 @@ def test_16_bit_pictures_are_scaled_as_asked(text, limits, model_dir, labelled_d
     cv2.imwrite(str(tmp_path / "in/a.png"), pixels)
     command = ["predict", str(tmp_path / "in"), "--model", str(model_dir), "--out", str(tmp_path / "out")]
     assert main([*command, "--intensity-range", text]) == 0
+    assert ("next to nothing is seen in them" in capfd.readouterr().err) == (text == "0 65535")
     low, high = limits or np.percentile(pixels[::4, ::4], (1, 99)).round()
     scaled = (((pixels.astype(np.float64) - low) / (high - low)).clip(0, 1) * 255).round().astype(np.uint8)
     mask = cv2.imread(str(tmp_path / "out/masks/a.png"), cv2.IMREAD_UNCHANGED)
@@ -241,18 +242,23 @@ def test_an_interrupted_run_keeps_what_it_has(model_dir, labelled_dir, tmp_path,
         (pictures / f"{index:04d}.png").symlink_to(labelled_dir / "images" / "a.png")
     command = [sys.executable, "-c", script, "predict", str(pictures), "--model", str(model_dir)]
     process = subprocess.Popen(
-        [*command, "--out", str(tmp_path / "out")], stdout=subprocess.PIPE, text=True,
+        [*command, "--out", str(tmp_path / "out")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         # A job in the background ignores Ctrl-C, and whatever it starts does, too.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     deadline_s = time.monotonic() + 120
     while len(list((tmp_path / "out").glob("masks/*"))) < 5 and time.monotonic() < deadline_s:
         time.sleep(0.05)
-    process.send_signal(number)
-    printed, _ = process.communicate(timeout=60)
+    for _ in range(20 if number == signal.SIGTERM else 1):  # an impatient supervisor
+        process.send_signal(number)
+        time.sleep(0.005)
+    printed, problems = process.communicate(timeout=60)
     assert process.returncode == 130, printed
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["images"] == len(entries(tmp_path / "out")) >= 5
-    assert "results in" in printed
+    assert "Traceback" not in problems
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["images"] == len(entries(tmp_path / "out")) >= 5
+    assert summary["interrupted"] is True
+    assert "interrupted, the rest was not looked at; results in" in printed
 
 
 def test_models_are_listed_with_classes_scores_and_terms(capsys):

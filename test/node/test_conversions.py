@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import array
+import re
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ pytest.importorskip("sensor_msgs", reason="needs ROS 2 (sensor_msgs)")
 from std_msgs.msg import Header
 
 from clustvit_ros.errors import ImageError
-from clustvit_ros.images import SUPPORTED_ENCODINGS, AutoRange, decode_image, narrow
+from clustvit_ros.images import SUPPORTED_ENCODINGS, Intensities, decode_image, narrow
 from clustvit_ros.node.messages import image_message
 
 MAX_PIXELS = 1 << 20
@@ -151,13 +152,13 @@ def test_a_range_of_intensities_is_stretched_and_what_lies_beyond_is_clipped() -
 
 
 def test_an_automatic_range_shows_what_a_thermal_camera_sees_and_follows_its_drift() -> None:
-    rng, auto = np.random.default_rng(5), AutoRange()
+    rng, auto = np.random.default_rng(5), Intensities()
     scene = rng.normal(0.0, 30.0, (HEIGHT, WIDTH))
 
     def seen(offset: float) -> np.ndarray:
         values = (29_500 + offset + scene).astype(np.uint16)
         values[0, 0] = 65_535  # a dead pixel
-        return decode_image(message_of(values, "mono16"), MAX_PIXELS, auto.narrow)[..., 0]
+        return decode_image(message_of(values, "mono16"), MAX_PIXELS, auto.within(None))[..., 0]
 
     first = seen(0.0)
     assert first.std() > 50 and (first == 0).mean() < 0.03 and (first == 255).mean() < 0.03
@@ -167,10 +168,30 @@ def test_an_automatic_range_shows_what_a_thermal_camera_sees_and_follows_its_dri
     for _ in range(60):
         later = seen(100.0)
     assert abs(float(later.mean()) - float(first.mean())) < 3, "it has followed"
-    again = AutoRange()
-    np.testing.assert_array_equal(decode_image(
-        message_of(np.full((4, 4), 700, np.uint16), "16UC1"), MAX_PIXELS, again.narrow), np.zeros((4, 4, 3), np.uint8)
-    )  # fmt: skip
+    flat = message_of(np.full((4, 4), 700, np.uint16), "16UC1")
+    black = np.zeros((4, 4, 3), np.uint8)
+    np.testing.assert_array_equal(decode_image(flat, MAX_PIXELS, Intensities().within(None)), black)
+
+
+def test_a_range_that_pictures_hardly_use_is_told() -> None:
+    scene = np.random.default_rng(5).normal(7_700.0, 120.0, (HEIGHT, WIDTH)).astype(np.uint16)
+    intensities = Intensities()
+    for limits, told in (
+        ((0, 65_535), True), (None, False), ((7_000, 8_500), False), ((30_000, 40_000), True), ((0, 9_000), True),
+        ((7_500, 8_000), False),
+    ):  # fmt: skip
+        seen = decode_image(message_of(scene, "16UC1"), MAX_PIXELS, intensities.within(limits))
+        assert bool(intensities.problem) == told, limits
+        assert told == (int(seen.max()) - int(seen.min()) < 30), limits
+    intensities.within((0, 65_535))(scene)
+    assert re.search(r"got 0 65535, of which 16-bit pictures use 0\.\d % .* lie in 7\d+ to 7\d+\)", intensities.problem)
+    assert "set auto" in intensities.problem
+    for _ in range(60):  # a camera whose gain has changed
+        intensities.within((0, 65_535))(scene * 4)
+    assert "lie in 29" in intensities.problem
+    for _ in range(60):
+        intensities.within((0, 65_535))(np.linspace(0, 65_535, scene.size).astype(np.uint16).reshape(scene.shape))
+    assert not intensities.problem
 
 
 def test_rgb8_shares_the_messages_memory() -> None:

@@ -25,7 +25,7 @@ from std_msgs.msg import Header
 from clustvit_ros.engine import Engine, EngineInfo, Prediction, ScriptedEngine, Settings
 from clustvit_ros.engine.worker import DeviceLost, FrameSlot
 from clustvit_ros.errors import EngineError
-from clustvit_ros.images import AutoRange
+from clustvit_ros.images import Intensities
 from clustvit_ros.jpeg import KnownEdges
 from clustvit_ros.node.camera import Frame, Outputs
 from clustvit_ros.node.filling import FrameFiller
@@ -111,7 +111,7 @@ class FakeCamera:
             return self.published.setdefault(output, FakePublisher(int(output in subscribed)))
 
         self.outputs = Outputs(create, f"{name}/segmentation" if name else "segmentation")
-        self.auto_range, self.known_edges = AutoRange(), KnownEdges()
+        self.intensities, self.known_edges = Intensities(), KnownEdges()
 
 
 class Bench:

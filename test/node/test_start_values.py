@@ -21,7 +21,7 @@ from diagnostic_msgs.msg import DiagnosticArray
 from rcl_interfaces.msg import ParameterType
 from rcl_interfaces.srv import DescribeParameters
 from rclpy.qos import qos_profile_sensor_data
-from robot import Robot, header, integer
+from robot import Robot, header, integer, string
 from sensor_msgs.msg import CompressedImage, Image
 
 from clustvit_ros.node.messages import image_message, png_message
@@ -182,3 +182,30 @@ def test_frames_that_get_lost_on_the_way_are_told_by_the_gaps_in_their_stamps(
             break
     assert told()
     assert "export FAST" in robot.process.output and "fastdds_shm.xml" in robot.process.output
+
+
+def test_a_thermal_camera_in_the_dark_of_16_bits_is_told(ros_client: Any, start_node: Callable[..., Any]) -> None:
+    robot = Robot(ros_client, start_node, "/thermal")
+    diagnostics = ros_client.collect(DiagnosticArray, "/diagnostics")
+    values = np.random.default_rng(4).normal(7_700.0, 120.0, (48, 64)).astype("<u2")
+    told = "thermal/image: intensity_range: got 0 65535, of which 16-bit pictures use 0."
+
+    def newest() -> str:
+        own = [one.status[0].message for one in diagnostics if one.status[0].name.startswith("thermal/")]
+        return own[-1] if own else ""
+
+    def send_until(condition: Callable[[], bool]) -> None:
+        for _ in range(300):
+            message = image_message(values.view(np.uint8).reshape(48, 128), "mono8", robot.now())
+            message.encoding, message.width = "mono16", 64
+            robot.camera.publish(message)
+            ros_client.spin_for(0.05)
+            if condition():
+                return
+        raise AssertionError(newest())
+
+    send_until(lambda: "next to nothing is seen in them; set auto" in newest())
+    assert robot.process.output.count(told) == 1
+    assert robot.set(string("intensity_range", "auto"))[0].successful
+    send_until(lambda: newest() == "segmenting")
+    assert robot.process.output.count(told) == 1

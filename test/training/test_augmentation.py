@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from clustvit_ros.classes import Sample
 from clustvit_ros.errors import ConfigError
-from clustvit_ros.images import Sample
 from clustvit_ros.training.augmentation import Augmentation, ClassPlaces
 from clustvit_ros.training.crops import Crops
 

@@ -12,7 +12,7 @@ import json
 
 import pytest
 import yaml
-from conftest import RECIPE
+from toys import RECIPE
 
 from clustvit_ros.cli.main import main
 from clustvit_ros.networks import load_config

@@ -9,13 +9,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import cv2
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import CLASSES, RECIPE, scene, write_split
+from toys import CLASSES, RECIPE, scene, write_split
 
 from clustvit_ros.classes import ClassEntry
 from clustvit_ros.errors import ConfigError
@@ -134,6 +135,10 @@ def test_one_data_set_alone_learns_what_it_learnt_before(train, write_recipe, tm
         ([DATA[0], {**DATA[1], "means": {"thing": ["cat"]}}], ["others={others}"], "'cat' is none of the model's"),
         ([DATA[0], {**DATA[1], "means": {"thing": "car"}}], ["others={others}"], "means: thing: got 'car' (str)"),
         ([DATA[0], {**DATA[1], "means": {"thing": []}}], ["others={others}"], "every class is void, expected"),
+        (
+            [DATA[0], {**DATA[1], "means": {"thing": ["car", "road", "sky"]}}], ["others={others}"],
+            "'thing' may be any class, which teaches nothing",
+        ),
         ([{**DATA[0], "means": {"sky": ["sky"]}}, DATA[1]], [], "toys, the first, has the model's classes; leave"),
         (DATA, ["others={stated}"], "data: others: its class list differs from the data set's: got ground, thing"),
     ],
@@ -153,7 +158,11 @@ def test_data_that_does_not_fit_is_named_before_training(
 
 def test_a_head_whose_classes_hang_on_each_other_is_refused(train, write_recipe, scenes, others, tmp_path, capsys):
     recipe = write_recipe(data=DATA)
-    assert train(recipe, tmp_path / "run", "--data", str(scenes), f"others={others}") == 2
+    unread = tmp_path / "unread"  # refused before any label is looked at
+    for split in ("train", "val"):
+        shutil.copytree(scenes / split / "images", unread / split / "images")
+        (unread / split / "labels").mkdir()
+    assert train(recipe, tmp_path / "run", "--data", str(unread), f"others={others}") == 2
     assert "a joint training needs head detail, linear or upernet" in capsys.readouterr().err
 
 

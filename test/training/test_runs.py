@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import CLASSES, RECIPE, write_split
+from toys import CLASSES, RECIPE, write_split
 
 from clustvit_ros.networks import load_config, load_segmenter
 from clustvit_ros.paths import share_dir

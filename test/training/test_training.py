@@ -9,6 +9,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import cv2
 import numpy as np
@@ -16,9 +18,9 @@ import pytest
 import torch
 import yaml
 
+from clustvit_ros.classes import Sample
 from clustvit_ros.cli.main import main
 from clustvit_ros.errors import DataError
-from clustvit_ros.images import Sample
 from clustvit_ros.measure.metrics import BoundaryIoU, ConfusionMatrix
 from clustvit_ros.networks import load_segmenter
 from clustvit_ros.training.augmentation import Augmentation
@@ -224,18 +226,22 @@ def test_every_kind_of_network_trains(toy, tmp_path, network):
     load_segmenter(tmp_path / "run" / "model")
 
 
-def test_interrupted_training_ends_with_the_same_weights(train, write_recipe, toy_run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_training_ends_with_the_same_weights(train, write_recipe, toy_run, tmp_path, monkeypatch, number):
+    """SIGTERM, which a container's end sends, as well."""
     from clustvit_ros.training import trainer
 
     train_epoch = trainer.Trainer._train_epoch
 
     def interrupted(self, epoch):
         if epoch == 1:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
         return train_epoch(self, epoch)
 
     monkeypatch.setattr(trainer.Trainer, "_train_epoch", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
     assert train(write_recipe(), tmp_path / "again") == 130
+    signal.signal(signal.SIGTERM, before)
     monkeypatch.undo()
     assert train(write_recipe(), tmp_path / "again") == 0
     first, second = (torch.load(run / "checkpoint.pt", weights_only=True) for run in (toy_run, tmp_path / "again"))
