@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import concurrent.futures
 import math
+import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import cv2
@@ -160,19 +161,28 @@ class Crops:
         return item._replace(image=item.image.to(self._device), labels=item.labels.to(self._device))
 
 
-def check_counts(counts: Tensor, names: Sequence[str], where: str) -> None:
+def check_counts(counts: Tensor, names: Sequence[str], where: str, known: Collection[str] = ()) -> None:
     """Refuse training labels in which a class never occurs: nothing can be learnt of it, and no score would show it.
+
+    Of a class that the training knows at its start, enough is there: that is told, and no more.
 
     Args:
         counts: (C,), pixels of each class.
         names: of the classes.
         where: folder of the labels.
+        known: classes that the weights to start from can tell already.
 
     Raises:
         DataError: which classes, and what such labels often are.
     """
-    absent = [name for name, count in zip(names, counts.tolist(), strict=True) if not count]
+    lacking = [name for name, count in zip(names, counts.tolist(), strict=True) if not count]
+    absent = [name for name in lacking if name not in known]
     if not absent:
+        if lacking:
+            print(
+                f"{where}: no pixel of {', '.join(lacking)} in the training labels: what the start knows of it "
+                "fades the longer they learn", file=sys.stderr,
+            )  # fmt: skip
         return
     only_zero = len(names) > 1 and int((counts > 0).sum()) == 1 and bool(counts[0])
     pattern = (

@@ -19,6 +19,7 @@ variance over copied channels, and its heads keep their size, so there are as ma
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -154,6 +155,19 @@ def save_encoder(path: Path, backbone: VisionTransformer) -> None:
     with replacing(path) as partial:
         save_file(weights, partial, metadata={"grid_size": grid})
         partial.chmod(0o644)
+
+
+def known_classes(source: str, names: Sequence[str]) -> Sequence[str]:
+    """Those of the classes that weights can tell at the start: all, where they are a model's of the same, else none.
+
+    Args:
+        source: as for `load_init`, or empty.
+        names: classes of the network to be trained.
+    """
+    folder = _find(source).parent if source else None
+    if folder is None or not (folder / MODEL_FILE).is_file():
+        return ()
+    return names if list(load_config(folder).classes.names) == list(names) else ()
 
 
 def _find(source: str | Path) -> Path:

@@ -30,7 +30,7 @@ from clustvit_ros.networks.vit import grid_size_of
 from clustvit_ros.training.crops import COUNTED_IMAGES, DEFAULT_CACHE_BYTES, Batch, Crops, Place, check_counts
 from clustvit_ros.training.dataset import LabelledImages, joined
 from clustvit_ros.training.distributed import Processes
-from clustvit_ros.training.initialisation import InitReport, load_init, load_teacher
+from clustvit_ros.training.initialisation import InitReport, known_classes, load_init, load_teacher
 from clustvit_ros.training.loop import LOG, Losses, RunOptions, TrainingLoop, seeded_generator
 from clustvit_ros.training.losses import (
     JointClasses,
@@ -114,7 +114,7 @@ class Trainer(TrainingLoop[Segmenter]):
         counts = self.crops.pixel_counts(images.num_classes)
         if len(images) <= COUNTED_IMAGES:  # else a rare class may be in none of those that were counted
             own_counts, *further_counts = counts.split([part.num_classes for part in (data, *further)])
-            check_counts(own_counts, names, data.where)
+            check_counts(own_counts, names, data.where, known_classes(recipe.init, names))
             for source, part, of_part in zip(others, further, further_counts, strict=True):
                 if not source.means:
                     check_counts(of_part, [entry.name for entry in source.classes], part.where)
