@@ -19,13 +19,13 @@ variance over copied channels, and its heads keep their size, so there are as ma
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from clustvit_ros.errors import ConfigError, ModelError
 from clustvit_ros.networks.checkpoint import read_checkpoint
@@ -50,6 +50,7 @@ class InitReport(NamedTuple):
         unknown: names of the file that have no place.
         mismatched: names that exist on both sides with different shapes, and which.
         widened: how many times as wide as the file the network is; 1 is as wide.
+        deepened: further blocks than the file has, which start as the identity.
     """
 
     source: str
@@ -59,11 +60,14 @@ class InitReport(NamedTuple):
     unknown: list[str]
     mismatched: list[str]
     widened: int = 1
+    deepened: int = 0
 
     def __str__(self) -> str:
         parts = [f"{self.source}: {len(self.loaded)} tensors loaded"]
         if self.widened > 1:
             parts.append(f"widened {self.widened} times")
+        if self.deepened:
+            parts.append(f"{self.deepened} further blocks start as the identity")
         for title, names in (
             ("resized", self.resized),
             ("left random", self.missing),
@@ -79,7 +83,8 @@ class InitReport(NamedTuple):
 def load_init(network: Segmenter, source: str | Path, own_classes: int = 0) -> InitReport:
     """Fill a network with what fits from a file or model folder.
 
-    Weights of a ViT half as wide, or any other whole part, are widened: see `widening`.
+    Weights of a ViT half as wide, or any other whole part, are widened: see `widen`. Blocks behind a shallower ViT's
+    start as the identity: what they add is 0 (as Net2DeeperNet; Chen et al., arXiv 1511.05641).
 
     Args:
         network: its backbone has to be a ViT as this package builds it; changed in place.
@@ -121,12 +126,30 @@ def load_init(network: Segmenter, source: str | Path, own_classes: int = 0) -> I
     ]
     check_weights(network, {**own, **matching}, str(path))
     network.load_state_dict({name: value.to(own[name].dtype) for name, value in matching.items()}, strict=False)
+    silenced = _silence_further_blocks(network, matching)
     return InitReport(
         source=str(path), loaded=sorted(matching), resized=[name for name in resized if name in matching],
-        missing=[name for name in own if name not in matching],
+        missing=[name for name in own if name not in matching and name not in silenced],
         unknown=sorted([*imported.left_out, *(name for name in weights if name not in own)]), mismatched=mismatched,
-        widened=times,
+        widened=times, deepened=len(silenced) // len(_LAST_OF_BRANCHES),
     )  # fmt: skip
+
+
+# What a block's two branches end in.
+_LAST_OF_BRANCHES = ("attn.proj.weight", "attn.proj.bias", "mlp.fc2.weight", "mlp.fc2.bias")
+
+
+def _silence_further_blocks(network: Segmenter, loaded: Collection[str]) -> list[str]:
+    """Blocks of which nothing was loaded, behind some of which all was, add 0; the names of what was set to that."""
+    if not isinstance(network.backbone, VisionTransformer):
+        return []
+    starts = [f"backbone.blocks.{index}." for index in range(len(network.backbone.blocks))]
+    filled = [any(name.startswith(start) for name in loaded) for start in starts]
+    further = [start for start, full in zip(starts, filled, strict=True) if filled[0] and not full]
+    silenced = [start + name for start in further for name in _LAST_OF_BRANCHES]
+    for name in silenced:
+        nn.init.zeros_(network.get_parameter(name))
+    return silenced
 
 
 def _times_wider(network: Segmenter, weights: dict[str, Tensor]) -> int:

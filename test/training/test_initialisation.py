@@ -161,6 +161,25 @@ def test_a_wider_network_starts_as_the_narrow_one(tmp_path, write_recipe, head, 
         torch.testing.assert_close(got.cluster_logits, expected.cluster_logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_a_deeper_network_starts_as_the_shallow_one_and_learns_on(tmp_path, write_recipe, head):
+    config, source = write_narrow(tmp_path / "shallow", write_recipe, **HEADS[head])
+    deep = dataclasses.replace(config.network, depth=config.network.depth + 3)
+    target = build_network(deep, len(config.classes)).eval()
+    report = load_init(target, tmp_path / "shallow")
+    assert report.deepened == 3 and "3 further blocks start as the identity" in str(report)
+    assert not report.mismatched and all(name.startswith("backbone.blocks.") for name in report.missing)
+    images = torch.randn(2, 3, 64, 64)
+    for setting in ({"merge_threshold": 1.0}, {"token_capacity": 5}):
+        with torch.no_grad():
+            expected, got = source(images, **setting), target(images, **setting)
+        torch.testing.assert_close(got.logits, expected.logits)
+    target(images).logits.square().sum().backward()
+    assert float(target.backbone.blocks[-1].mlp.fc2.weight.grad.abs().sum()) > 0
+    fresh = load_init(build_network(config.network, len(config.classes)), tmp_path / "shallow")
+    assert fresh.deepened == 0
+
+
 @pytest.mark.parametrize("head", ["segmenter", "linear", "detail"])
 def test_other_classes_clusters_and_positions_are_not_copied(tmp_path, write_recipe, head):
     config, source = write_narrow(tmp_path / "narrow", write_recipe, num_clusters=1, **HEADS[head])
