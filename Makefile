@@ -6,7 +6,7 @@
 #   make test                                     lint, types, tests
 #   make test-oldest                              networks, engines and policy with the oldest releases that setup.py
 #                                                 promises, on Python 3.10 (PYTHON310 chooses it); not part of `make test`
-#   make train DATA=<folder>                      train camvid_tiny again, in its four stages; MODEL=<recipe>: another
+#   make train DATA=<folder>                      train camvid_tiny again, in its six stages; MODEL=<recipe>: another
 #   make overhead                                 the node's own cost per frame
 #   make reference                                write docs/reference.md and the viewers' configurations again
 #
@@ -58,7 +58,8 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 train: $(STAMP)
-	set -e; for recipe in $(or $(MODEL),camvid_tiny_stage1 camvid_tiny_stage2 camvid_tiny_stage3 camvid_tiny); do \
+	set -e; for recipe in $(or $(MODEL),camvid_tiny_stage1 camvid_tiny_stage2 camvid_tiny_stage3 \
+	    camvid_tiny_stage4 camvid_tiny_stage5 camvid_tiny); do \
 	  $(BIN)/clustvit-ros train config/train/$$recipe.yaml --data "$(DATA)"; done
 
 overhead: $(STAMP)

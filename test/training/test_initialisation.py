@@ -9,13 +9,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import shutil
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from toys import CLASSES
 
 from clustvit_ros.errors import ModelError
-from clustvit_ros.networks import build_network, load_segmenter, network_config, save_model
+from clustvit_ros.networks import build_network, load_config, load_segmenter, network_config, save_model
 from clustvit_ros.networks.official import to_official
 from clustvit_ros.training.initialisation import load_init, save_encoder
 from clustvit_ros.training.recipe import read_recipe
@@ -241,3 +246,19 @@ def test_pickled_code_is_never_run(tmp_path):
     with pytest.raises(ModelError, match="cannot be read as weights"):
         load_init(network(), tmp_path / "evil.pth")
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_class_that_the_start_knows_may_be_absent(train, write_recipe, toy_run, scenes, tmp_path, capsys):
+    """A robot's own pictures need not show everything that the model can tell."""
+    shutil.copytree(scenes, tmp_path / "data")
+    for path in (tmp_path / "data/train/labels").glob("*.png"):
+        labels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        cv2.imwrite(str(path), np.where(labels == 2, 1, labels))
+    start = str(toy_run / "model")
+    assert train(write_recipe(), tmp_path / "run", "--init", start, data=tmp_path / "data") == 0
+    assert "no pixel of car in the training labels: what the start knows of it fades" in capsys.readouterr().err
+    config = load_config(tmp_path / "run/model")
+    assert config.classes.names == CLASSES and math.isfinite(config.scores["per_class_iou"]["car"])
+    other = [{"name": name, "colour": [index, 0, 0]} for index, name in enumerate(("sky", "road", "cow"))]
+    assert train(write_recipe(classes=other), tmp_path / "cow", "--init", start, data=tmp_path / "data") == 2
+    assert "no pixel of cow in the training labels; check" in capsys.readouterr().err

@@ -116,7 +116,7 @@ def test_classes_may_be_named_instead_of_listed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["camvid_tiny", "camvid_tiny_stage3", "camvid_tiny_gpu", "camvid_small_gpu", "cwfid_tiny"]
+    "name", ["camvid_tiny_stage4", "camvid_tiny_stage3", "camvid_tiny_gpu", "camvid_small_gpu", "cwfid_tiny"]
 )
 def test_twins_differ_in_nothing_but_merging(name):
     merging = read_recipe(FOLDER / f"{name}.yaml")
