@@ -150,9 +150,28 @@ def _plain(value: Any) -> Any:
 
 
 def _describe(kind: Any) -> str:
-    if typing.get_origin(kind) is typing.Literal:
-        return "one of " + ", ".join(repr(option) for option in typing.get_args(kind))
-    return getattr(kind, "__name__", str(kind)) if typing.get_origin(kind) is None else str(kind)
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(repr(option) for option in args)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(option) for option in args if option is not type(None))
+    if origin is tuple and args[-1] is Ellipsis:
+        return f"a list, each {_describe(args[0])}"
+    if origin is tuple:
+        return f"a list of {len(args)}: {', '.join(map(_describe, args))}"
+    if dataclasses.is_dataclass(kind) or origin is dict or kind is dict:
+        return "key: value pairs"
+    return getattr(kind, "__name__", str(kind))
+
+
+def check_kind(kind: type, value: Any, where: str) -> None:
+    """Refuse what is there and of another kind, before anything is made of it.
+
+    Raises:
+        ConfigError: what was got, and expected.
+    """
+    if value is not None and not isinstance(value, kind):
+        raise ConfigError(f"{where}: got {value!r} ({type(value).__name__}), expected {_describe(kind)}")
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:

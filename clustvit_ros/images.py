@@ -176,18 +176,22 @@ def narrow(pixels: np.ndarray, low: int = 0, high: int = 65_535) -> np.ndarray:
     return cv2.convertScaleAbs(above, alpha=255.0 / (high - low))
 
 
+# Some ten pictures decide: a shutter that closes for one does not flicker.
+_USED_PERCENTILES, _USED_WEIGHT, _SAMPLE_STEP_PX = (1.0, 99.0), 0.1, 4
+# Some twenty of 256 levels: a 12-bit camera's pictures in 16 bits are below, dusk in a camera's full range is not.
+_LEAST_USED = 0.08
+
+
 class Intensities:
-    """Makes 8 bits of the 16 that one camera's pictures have.
+    """Makes 8 bits of the 16 that one camera's pictures have, of which a thermal one uses a small, drifting part.
 
-    Thermal cameras use a small part of 16 bits, and what they see of it drifts: an automatic range follows the
-    pictures' 1st to 99th percentile, smoothed.
-
-    Attributes:
-        problem: that a range which was given is hardly used by the pictures, and what helps; or empty.
+    An automatic range is the 1st to 99th percentile of the values, the newest picture's with a `weight` beside those
+    before; 1 takes each by itself. `problem` says that a range which was given is hardly used, and what helps.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, weight: float = _USED_WEIGHT) -> None:
         self._used: np.ndarray | None = None
+        self._weight = weight
         self.problem = ""
 
     def within(self, limits: tuple[int, int] | None) -> Callable[[np.ndarray], np.ndarray]:
@@ -197,7 +201,7 @@ class Intensities:
     def _narrow(self, pixels: np.ndarray, limits: tuple[int, int] | None) -> np.ndarray:
         used = np.percentile(pixels[::_SAMPLE_STEP_PX, ::_SAMPLE_STEP_PX], _USED_PERCENTILES)
         before = used if self._used is None else self._used
-        self._used = before + _USED_WEIGHT * (used - before)
+        self._used = before + self._weight * (used - before)
         low, high = (round(float(limit)) for limit in self._used)
         if limits is None:
             limits, share = (low, max(high, low + 1)), 1.0
@@ -210,10 +214,6 @@ class Intensities:
         return narrow(pixels, *limits)
 
 
-# Some ten pictures decide: a shutter that closes for one does not flicker.
-_USED_PERCENTILES, _USED_WEIGHT, _SAMPLE_STEP_PX = (1.0, 99.0), 0.1, 4
-# Some twenty of 256 levels: a 12-bit camera's pictures in 16 bits are below, dusk in a camera's full range is not.
-_LEAST_USED = 0.08
 _MONO = _Encoding(1, _converted(cv2.COLOR_GRAY2RGB))
 _BGR = _Encoding(3, _converted(cv2.COLOR_BGR2RGB))
 _BGRA = _Encoding(4, _converted(cv2.COLOR_BGRA2RGB))

@@ -186,6 +186,20 @@ EXIT_TIME_UP = 75
 """Exit code when the time limit ended a run that the same command continues (EX_TEMPFAIL)."""
 
 
+def make_out(asked: Path) -> None:
+    """Make the folder that `--out` names.
+
+    Raises:
+        ConfigError: it holds something, or cannot be made.
+    """
+    if asked.exists() and (not asked.is_dir() or any(asked.iterdir())):
+        raise ConfigError(f"--out: {asked} is there and not empty; expected a new or empty folder")
+    try:
+        asked.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out: {asked} cannot be made ({error.strerror}); name a folder elsewhere") from error
+
+
 def add_training_options(parser: argparse.ArgumentParser) -> None:
     """Options of `train` and `pretrain`."""
     parser.add_argument("--epochs", type=int, help="instead of the recipe's number of epochs")

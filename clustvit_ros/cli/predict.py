@@ -22,7 +22,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from clustvit_ros.cli.arguments import add_input_scale, add_threads
+from clustvit_ros.cli.arguments import add_input_scale, add_threads, make_out
 from clustvit_ros.demo.frame_source import FrameReader, FrameSource, PictureSource, SourceFrame, open_source
 from clustvit_ros.engine import ENGINES, PRECISION_CHOICES, Engine, Prediction, create_engine
 from clustvit_ros.engine.masks import draw_overlay
@@ -72,8 +72,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--intensity-range", default="0 65535", metavar="auto|'LOW HIGH'",
-        help="of 16-bit pictures, what is black and white; auto follows the pictures of one thermal camera in their "
-        "order, so give unrelated ones one by one (default: 0 65535)",
+        help="of 16-bit pictures, what is black and white, in quotes; auto, for thermal cameras, takes nearly all of "
+        "each picture's own values (default: '0 65535')",
     )  # fmt: skip
     parser.add_argument("--masks", action="store_true", help="of a video or camera, write every frame's mask as well")
     parser.add_argument("--frames", type=int, default=0, help="stop after so many frames of each source (default: all)")
@@ -102,11 +102,11 @@ def run(args: argparse.Namespace) -> int:
     if problem:
         raise ConfigError(f"--show: {problem}; leave it out, the results are written in any case")
     unreadable: list[str] = []
-    intensities = Intensities()
-    sources = _open(args.source, unreadable, intensities.within(parameters.intensity_range))
+    narrower = _Narrower(parameters.intensity_range)
+    sources = _open(args.source, unreadable, narrower)
     made = args.out is not None and not args.out.exists()
     if args.out is not None:
-        _make_folder(args.out)  # before a model is loaded for nothing
+        make_out(args.out)  # before a model is loaded for nothing
     try:
         engine = create_engine(args.model, args.engine, args.device, args.threads, args.precision)
     except ClustvitError:
@@ -128,9 +128,7 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         interrupted = not any(source.live for source in sources)  # which is how a camera ends
     finally:
-        prediction.finish(time.monotonic() - started_s, interrupted)
-        if intensities.problem:
-            print(f"  {intensities.problem}", file=sys.stderr)
+        prediction.finish(time.monotonic() - started_s, interrupted, narrower)
         engine.close()
     return 130 if interrupted else int(bool(unreadable))
 
@@ -141,15 +139,6 @@ def _open(given: list[str], unreadable: list[str], to_bytes: Callable[[np.ndarra
     if len(pictures) == len(given):
         return [PictureSource(pictures, unreadable.append, to_bytes)]
     return [open_source(text, on_unreadable=unreadable.append, to_bytes=to_bytes) for text in given]
-
-
-def _make_folder(asked: Path) -> None:
-    if asked.exists() and (not asked.is_dir() or any(asked.iterdir())):
-        raise ConfigError(f"--out: {asked} is there and not empty; expected a new or empty folder")
-    try:
-        asked.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out: {asked} cannot be made ({error.strerror}); name a folder elsewhere") from error
 
 
 class _Predictor:
@@ -178,7 +167,7 @@ class _Predictor:
         self._begun = False
         self._calibrating_s = 0.0
         self._pixels = np.zeros(len(self._palette), np.int64)
-        self._films: list[tuple[Path, str]] = []
+        self._films: list[FilmWriter] = []
         self._ended = False
 
     def run(self, source: FrameSource) -> Iterator[dict[str, Any]]:
@@ -213,6 +202,7 @@ class _Predictor:
                     if film is None:
                         name = self._stem(frame.name.rpartition("_")[0] + ".mp4", True)
                         film = stack.enter_context(FilmWriter(self._folder / f"{name}.mp4", rate_hz))
+                        self._films.append(film)
                     # A live film runs as fast as what it shows.
                     due = int((time.monotonic() - started_s) * rate_hz) if source.live else written + 1
                     while written < due:
@@ -224,8 +214,6 @@ class _Predictor:
                 yield entry
                 if self._ended:
                     break
-        if film is not None:
-            self._films.append((film.path, film.note))
 
     def _frames(self, source: FrameSource) -> Iterator[SourceFrame]:
         reader = FrameReader(source, loop=False, size=None)
@@ -294,12 +282,13 @@ class _Predictor:
         cv2.imshow(_WINDOW, cv2.cvtColor(shown, cv2.COLOR_RGB2BGR))
         return cv2.waitKey(1) & 0xFF in (ord("q"), 27)
 
-    def finish(self, elapsed_s: float, interrupted: bool) -> None:
+    def finish(self, elapsed_s: float, interrupted: bool, narrower: _Narrower) -> None:
         """Write the summary and tell it; nothing is left of a run without a frame, good or bad.
 
         Args:
             elapsed_s: since the first frame was asked for.
             interrupted: some of what was given has not been looked at.
+            narrower: what 16-bit pictures went through.
         """
         # By what was written: an interruption may come between any two lines of this program.
         with (self._folder / "frames.jsonl").open(encoding="utf-8") as log:
@@ -320,8 +309,9 @@ class _Predictor:
             ],
             "merge_threshold": self._parameters.merge_threshold, "token_capacity": self._parameters.token_capacity,
             "input_scale": self._parameters.input_scale, "intensity_range": self._args.intensity_range,
+            "hardly_in_range": narrower.count,
             "images": count, "interrupted": interrupted, "unreadable": unreadable, "turned": turned,
-            "seconds": round(elapsed_s, 3), "films": [str(path.relative_to(self._folder)) for path, _ in self._films],
+            "seconds": round(elapsed_s, 3), "films": [str(film.path.relative_to(self._folder)) for film in self._films],
         }  # fmt: skip
         if count:
             report["images_per_second"] = round(count / elapsed_s, 2)
@@ -339,6 +329,8 @@ class _Predictor:
             print(f"  left out: {problem}")
         if len(unreadable) > _PROBLEMS_TOLD:
             print(f"  left out: {len(unreadable) - _PROBLEMS_TOLD} more, see summary.json")
+        if narrower.count:
+            print(f"  {narrower.count} of {narrower.seen}: {narrower.problem}", file=sys.stderr)
         if turned:
             names = ", ".join(turned[:3]) + (", ..." if len(turned) > 3 else "")
             print(
@@ -363,10 +355,28 @@ class _Predictor:
             if 1.0 - within > TOLERATED_MISSES:
                 why = self._policy.status.problem() or "the latest hold it; the first showed how fast this machine is"
                 print(f"  this budget was missed: {why}", file=sys.stderr)
-        for path, note in self._films:
-            print(f"  film {path}{f' ({note})' if note else ''}")
+        for film in self._films:
+            print(f"  film {film.path}{f' ({film.note})' if film.note else ''}")
         unfinished = "interrupted, the rest was not looked at; " if interrupted else ""
         print(f"{unfinished}results in {self._folder}")
+
+
+class _Narrower:
+    """Makes 8 bits of 16-bit pictures, and counts those that hardly use the range that was given."""
+
+    def __init__(self, limits: tuple[int, int] | None) -> None:
+        self._intensities = Intensities(weight=1.0)
+        self._narrow = self._intensities.within(limits)
+        self.seen = self.count = 0
+        self.problem = ""
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        narrowed = self._narrow(pixels)
+        self.seen += 1
+        if self._intensities.problem:
+            self.count += 1
+            self.problem = self.problem or self._intensities.problem
+        return narrowed
 
 
 class _Notes:

@@ -52,6 +52,7 @@ from clustvit_ros.training.loop import LOG, RunOptions, TimeUp
 from clustvit_ros.training.optimisation import Optimisation
 from clustvit_ros.training.recipe import Recipe, read_recipe
 from clustvit_ros.training.run_folder import (
+    CHECKPOINT,
     check_data_listing,
     draw_log,
     list_data,
@@ -196,7 +197,8 @@ def run(args: argparse.Namespace) -> int:
             return EXIT_TIME_UP
         except KeyboardInterrupt:
             if here.is_main:
-                print(f"\nstopped; the same command continues in {run_dir} after its last epoch", file=sys.stderr)
+                where = "after its last epoch" if any(run_dir.rglob(CHECKPOINT)) else "from the start"
+                print(f"\nstopped; the same command continues in {run_dir} {where}", file=sys.stderr)
             raise
         if folds and here.is_main:
             _summarise_folds(run_dir, config, [part for part in parts if part.is_fold], results, str(device))
@@ -250,8 +252,10 @@ def _train_part(
     config = trainer.config
     if here.is_main:
         parameters = sum(parameter.numel() for parameter in trainer.network.parameters())
+        beside = zip(further, recipe.sources[1:], strict=True)
         print(
-            f"{parameters / 1e6:.2f} M parameters, {len(part.train)} training and "
+            f"{parameters / 1e6:.2f} M parameters, {len(part.train)} training"
+            f"{''.join(f', {len(data)} of {source.name}' for data, source in beside)} and "
             f"{len(part.val) if part.val else 'no'} validation images, {trainer.precision.name}, "
             f"epoch {trainer.epoch} of {recipe.schedule.epochs}"
         )

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from clustvit_ros.errors import ConfigError, ImageError
 from clustvit_ros.networks.density_peaks import density_peaks, split_windows
 from clustvit_ros.networks.heads import FeaturePyramidHead
-from clustvit_ros.networks.segmenter import Backbone, Features, NetworkConfig, Segmenter
+from clustvit_ros.networks.segmenter import Backbone, Features, NetworkConfig, Segmenter, check_drop_path
 
 BLOCK_NORM_EPS = 1e-6
 EMBED_NORM_EPS = 1e-5
@@ -312,6 +312,7 @@ class ClusTRConfig(NetworkConfig):
     drop_path: float = 0.0
 
     def __post_init__(self) -> None:
+        check_drop_path(self)
         if self.patch_size != 32:
             raise ConfigError(f"network: patch_size is {self.patch_size}, ClusTR's four stages make it 32")
         for name in ("embed_dims", "depths", "num_heads", "mlp_ratios", "sr_ratios"):

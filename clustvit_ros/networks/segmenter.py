@@ -252,5 +252,16 @@ def check_transformer(config: Any) -> None:
         heads = getattr(config, name) or config.num_heads
         if config.embed_dim % heads:
             raise ConfigError(f"network: embed_dim {config.embed_dim} is not a multiple of {name} {heads}")
+    check_drop_path(config)
     if config.stem == "conv" and config.patch_size & (config.patch_size - 1):
         raise ConfigError(f"network: patch_size is {config.patch_size}, a conv stem needs a power of two")
+
+
+def check_drop_path(config: Any) -> None:
+    """Refuse a stochastic depth that leaves nothing to learn with.
+
+    Raises:
+        ConfigError: it is no probability below 1.
+    """
+    if not 0.0 <= config.drop_path < 1.0:
+        raise ConfigError(f"network: drop_path is {config.drop_path}, expected 0 or above, and below 1")

@@ -51,6 +51,7 @@ class InitReport(NamedTuple):
         mismatched: names that exist on both sides with different shapes, and which.
         widened: how many times as wide as the file the network is; 1 is as wide.
         deepened: further blocks than the file has, which start as the identity.
+        new_classes: those that the file's model has not, where it is known which it has.
     """
 
     source: str
@@ -61,6 +62,7 @@ class InitReport(NamedTuple):
     mismatched: list[str]
     widened: int = 1
     deepened: int = 0
+    new_classes: Sequence[str] = ()
 
     def __str__(self) -> str:
         parts = [f"{self.source}: {len(self.loaded)} tensors loaded"]
@@ -69,6 +71,7 @@ class InitReport(NamedTuple):
         if self.deepened:
             parts.append(f"{self.deepened} further blocks start as the identity")
         for title, names in (
+            ("classes that start random", self.new_classes),
             ("resized", self.resized),
             ("left random", self.missing),
             ("not used", self.unknown),
@@ -80,7 +83,7 @@ class InitReport(NamedTuple):
         return "; ".join(parts)
 
 
-def load_init(network: Segmenter, source: str | Path, own_classes: int = 0) -> InitReport:
+def load_init(network: Segmenter, source: str | Path, classes: Sequence[str] = ()) -> InitReport:
     """Fill a network with what fits from a file or model folder.
 
     Weights of a ViT half as wide, or any other whole part, are widened: see `widen`. Blocks behind a shallower ViT's
@@ -90,8 +93,9 @@ def load_init(network: Segmenter, source: str | Path, own_classes: int = 0) -> I
         network: its backbone has to be a ViT as this package builds it; changed in place.
         source: a model folder, a shipped model's name, or a file of weights (.safetensors, or what `torch.load` reads
             with `weights_only=True`).
-        own_classes: classes of a joint training's own data, whose rows stand first in the classifier: a classifier of
-            just so many fills those.
+        classes: names of the network's classes, of a joint training those of its own data, which stand first in the
+            classifier. Where the weights are a model's, each class starts as the one of its name there; where nobody
+            says what their classes are, a classifier of just so many is taken row by row.
 
     Raises:
         ModelError: unreadable, or nothing in it fits.
@@ -106,11 +110,18 @@ def load_init(network: Segmenter, source: str | Path, own_classes: int = 0) -> I
     times = _times_wider(network, weights)
     if times > 1:
         weights = widen(weights, {name: value.shape for name, value in own.items()}, times)
-    for name in ("head.classify.weight", "head.classify.bias"):
-        if name in own and name in weights and len(weights[name]) == own_classes < len(own[name]):
-            further = own[name][own_classes:]
-            if weights[name].shape[1:] == further.shape[1:]:
-                weights[name] = torch.cat([weights[name].to(further.dtype), further])
+    known = _classes_beside(path)
+    if classes and known is not None:
+        rows = [known.index(name) if name in known else None for name in classes]
+    else:
+        known, rows = None, list(range(len(classes)))
+    for name, axis in _CLASS_ROWS.items():
+        if name in own and name in weights:
+            placed = _placed(weights[name], own[name], rows, axis, known is not None)
+            if placed is not None:
+                weights[name] = placed
+            elif known is not None:
+                del weights[name]  # as many classes as here, perhaps, but others
     matching = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
     # The norm statistics of a stem mean nothing without its kernels, so counters alone are no fit.
     if not any(value.ndim >= 2 for value in matching.values()):
@@ -126,13 +137,47 @@ def load_init(network: Segmenter, source: str | Path, own_classes: int = 0) -> I
     ]
     check_weights(network, {**own, **matching}, str(path))
     network.load_state_dict({name: value.to(own[name].dtype) for name, value in matching.items()}, strict=False)
-    silenced = _silence_further_blocks(network, matching)
+    further = _silence_further_blocks(network, matching)
     return InitReport(
         source=str(path), loaded=sorted(matching), resized=[name for name in resized if name in matching],
-        missing=[name for name in own if name not in matching and name not in silenced],
+        missing=[name for name in own if name not in matching and not name.startswith(tuple(further))],
         unknown=sorted([*imported.left_out, *(name for name in weights if name not in own)]), mismatched=mismatched,
-        widened=times, deepened=len(silenced) // len(_LAST_OF_BRANCHES),
+        widened=times, deepened=len(further),
+        new_classes=[name for name in classes if known is not None and name not in known],
     )  # fmt: skip
+
+
+# What of a head has a row for each class, and the axis of those.
+_CLASS_ROWS = {
+    "head.classify.weight": 0, "head.classify.bias": 0, "head.class_embed": 1, "head.mask_norm.weight": 0,
+    "head.mask_norm.bias": 0,
+}  # fmt: skip
+
+
+def _placed(value: Tensor, target: Tensor, rows: Sequence[int | None], axis: int, named: bool) -> Tensor | None:
+    """The target's tensor with rows of another network's; None where they do not fit or there are none.
+
+    Args:
+        value: what was read.
+        target: what it is for, with its initial values.
+        rows: for each of the target's first rows the one in `value`, or None.
+        axis: of the rows.
+        named: the rows are known to be those; else they are, where there are just as many.
+    """
+    if value.ndim != target.ndim or target.shape[axis] < len(rows):
+        return None
+    if value.select(axis, 0).shape != target.select(axis, 0).shape or (not named and value.shape[axis] != len(rows)):
+        return None
+    pairs = [(place, row) for place, row in enumerate(rows) if row is not None]
+    placed = target.clone()
+    for place, row in pairs:
+        placed.select(axis, place).copy_(value.select(axis, row))
+    return placed if pairs else None
+
+
+def _classes_beside(path: Path) -> tuple[str, ...] | None:
+    """Names of a model's classes; None where the weights are no model's."""
+    return load_config(path.parent).classes.names if (path.parent / MODEL_FILE).is_file() else None
 
 
 # What a block's two branches end in.
@@ -140,16 +185,16 @@ _LAST_OF_BRANCHES = ("attn.proj.weight", "attn.proj.bias", "mlp.fc2.weight", "ml
 
 
 def _silence_further_blocks(network: Segmenter, loaded: Collection[str]) -> list[str]:
-    """Blocks of which nothing was loaded, behind some of which all was, add 0; the names of what was set to that."""
+    """Blocks of which nothing was loaded, behind some of which all was, add 0; what their tensors' names begin with."""
     if not isinstance(network.backbone, VisionTransformer):
         return []
     starts = [f"backbone.blocks.{index}." for index in range(len(network.backbone.blocks))]
     filled = [any(name.startswith(start) for name in loaded) for start in starts]
     further = [start for start, full in zip(starts, filled, strict=True) if filled[0] and not full]
-    silenced = [start + name for start in further for name in _LAST_OF_BRANCHES]
-    for name in silenced:
-        nn.init.zeros_(network.get_parameter(name))
-    return silenced
+    for start in further:
+        for name in _LAST_OF_BRANCHES:
+            nn.init.zeros_(network.get_parameter(start + name))
+    return further
 
 
 def _times_wider(network: Segmenter, weights: dict[str, Tensor]) -> int:
@@ -180,17 +225,9 @@ def save_encoder(path: Path, backbone: VisionTransformer) -> None:
         partial.chmod(0o644)
 
 
-def known_classes(source: str, names: Sequence[str]) -> Sequence[str]:
-    """Those of the classes that weights can tell at the start: all, where they are a model's of the same, else none.
-
-    Args:
-        source: as for `load_init`, or empty.
-        names: classes of the network to be trained.
-    """
-    folder = _find(source).parent if source else None
-    if folder is None or not (folder / MODEL_FILE).is_file():
-        return ()
-    return names if list(load_config(folder).classes.names) == list(names) else ()
+def known_classes(source: str) -> Sequence[str]:
+    """Classes that weights can tell at the start: those of the model that `source`, as for `load_init`, is; or none."""
+    return (_classes_beside(_find(source)) if source else None) or ()
 
 
 def _find(source: str | Path) -> Path:

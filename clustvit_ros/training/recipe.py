@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from clustvit_ros.classes import IGNORE_INDEX, ClassEntry, ClassSet, write_out_classes
-from clustvit_ros.config import from_mapping, read_yaml, to_mapping
+from clustvit_ros.config import check_kind, from_mapping, read_yaml, to_mapping
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.networks.architectures import build_network, network_config, plain_twin
 from clustvit_ros.networks.model_folder import InputConfig, ModelConfig, load_config
@@ -390,9 +390,11 @@ def read_recipe(path: Path, init: str | None = None) -> Recipe:
     content = read_yaml(path)
     if init is not None:
         content["init"] = init
+    for key, kind in {"init": str, "network": dict, "augmentation": dict, "input": dict}.items():
+        check_kind(kind, content.get(key), f"{path}: {key}")
     if content.get("architecture") == "init":
         content |= _as_its_init(content, str(path))
     sources = content["data"] if isinstance(content.get("data"), list) else []
-    for section in (content, *(source for source in sources if isinstance(source, dict))):
+    for section in filter(lambda part: isinstance(part, dict), [content, *sources]):
         write_out_classes(section, str(path))
     return from_mapping(Recipe, content, str(path))

@@ -24,6 +24,7 @@ from PIL import Image
 
 from clustvit_ros.cli.main import main
 from clustvit_ros.engine import Settings, create_engine
+from clustvit_ros.engine.masks import draw_overlay
 from clustvit_ros.errors import ConfigError, DataError
 from clustvit_ros.images import read_image, write_image
 from clustvit_ros.measure.pictures import FilmWriter
@@ -279,3 +280,41 @@ def test_recipes_have_names():
     assert find_recipe(shipped_recipes()["sim_tiny"]) == shipped_recipes()["sim_tiny"]
     with pytest.raises(ConfigError, match=r"recipe 'finetunee': there is no such file, and none .*\(.*finetune"):
         find_recipe("finetunee")
+
+
+def test_each_thermal_picture_is_judged_by_itself(model_dir, tmp_path, capfd):
+    """One picture that uses all of 16 bits hides nothing of the others, wherever it stands."""
+    rng = np.random.default_rng(2)
+    (tmp_path / "in").mkdir()
+    for number, name in enumerate("abd"):
+        pixels = rng.normal(7_700 + 900 * number, 120, (120, 160)).astype(np.uint16)
+        cv2.imwrite(str(tmp_path / f"in/{name}.png"), pixels)
+    cv2.imwrite(str(tmp_path / "in/c.png"), rng.integers(0, 65_536, (120, 160), np.uint16))
+    command = ["predict", str(tmp_path / "in"), "--model", str(model_dir)]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    assert "3 of 4: intensity_range: got 0 65535, of which 16-bit pictures use" in capfd.readouterr().err
+    assert json.loads((tmp_path / "out/summary.json").read_text())["hardly_in_range"] == 3
+    assert main([*command, "--out", str(tmp_path / "auto"), "--intensity-range", "auto"]) == 0
+    assert "intensity_range" not in capfd.readouterr().err
+    alone = ["predict", str(tmp_path / "in/d.png"), "--model", str(model_dir), "--out", str(tmp_path / "alone")]
+    assert main([*alone, "--intensity-range", "auto"]) == 0
+    masks = [cv2.imread(str(tmp_path / out / "masks/d.png"), cv2.IMREAD_UNCHANGED) for out in ("auto", "alone")]
+    np.testing.assert_array_equal(*masks)
+
+
+def test_a_film_that_was_interrupted_is_told(model_dir, video, tmp_path, monkeypatch, capsys):
+    drawn = []
+
+    def interrupted(*arguments):
+        drawn.append(arguments)
+        if len(drawn) == 4:
+            raise KeyboardInterrupt
+        return draw_overlay(*arguments)
+
+    monkeypatch.setattr("clustvit_ros.cli.predict.draw_overlay", interrupted)
+    assert main(["predict", str(video), "--model", str(model_dir), "--out", str(tmp_path / "out")]) == 130
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert (summary["images"], summary["interrupted"], summary["films"]) == (3, True, ["v1.2.mp4"])
+    assert f"film {tmp_path / 'out/v1.2.mp4'}" in capsys.readouterr().out
+    film = cv2.VideoCapture(str(tmp_path / "out/v1.2.mp4"))
+    assert int(film.get(cv2.CAP_PROP_FRAME_COUNT)) == 3

@@ -139,14 +139,48 @@ def test_a_joint_network_starts_with_its_own_classifier(tmp_path, write_recipe, 
     source, joint = build_network(config, 3), build_network(config, 5)
     save_model(tmp_path / "model", recipe.model_config(), source)
     random = joint.head.classify.weight[3:].clone()
-    report = load_init(joint, tmp_path / "model", own_classes=3)
+    report = load_init(joint, tmp_path / "model", recipe.model_config().classes.names)
     assert not report.mismatched and not report.missing
     assert torch.equal(joint.head.classify.weight[3:], random)
     images = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         expected, got = source.eval()(images).logits, joint.eval()(images).logits[:, :3]
     torch.testing.assert_close(got, expected)
-    assert load_init(build_network(config, 5), tmp_path / "model", own_classes=2).mismatched
+    (tmp_path / "model/model.yaml").unlink()
+    file = tmp_path / "model/model.safetensors"
+    assert load_init(build_network(config, 5), file, ("a", "b")).mismatched
+    assert not load_init(build_network(config, 5), file, ("a", "b", "c")).mismatched
+
+
+@pytest.mark.parametrize("head", ["segmenter", "linear", "detail"])
+def test_each_class_starts_as_the_one_of_its_name(tmp_path, write_recipe, head):
+    """As many classes in another order, or others of the same number, are not the same ones."""
+    config, source = write_narrow(tmp_path / "model", write_recipe, **HEADS[head])
+    assert config.classes.names == ("sky", "road", "car")
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = source(images, merge_threshold=1.0).logits
+    turned = build_network(config.network, 3).eval()
+    report = load_init(turned, tmp_path / "model", ("car", "sky", "road"))
+    assert not report.new_classes and not report.missing
+    with torch.no_grad():
+        logits = turned(images, merge_threshold=1.0).logits
+    torch.testing.assert_close(logits, expected[:, [2, 0, 1]], rtol=1e-4, atol=1e-4)
+    fewer = build_network(config.network, 2)
+    assert not load_init(fewer, tmp_path / "model", ("road", "car")).mismatched
+    more = build_network(config.network, 4)
+    report = load_init(more, tmp_path / "model", ("dog", "sky", "car", "cat"))
+    assert report.new_classes == ["dog", "cat"] and "classes that start random: dog, cat" in str(report)
+    if head != "segmenter":
+        weights = source.head.classify.weight
+        assert torch.equal(fewer.head.classify.weight, weights[1:])
+        assert torch.equal(more.head.classify.weight[1:3], weights[[0, 2]])
+    others = build_network(config.network, 3)
+    random = {name: value.clone() for name, value in others.state_dict().items()}
+    report = load_init(others, tmp_path / "model", ("cat", "dog", "cow"))
+    rows = [name for name in random if name.startswith(("head.classify.", "head.class_embed", "head.mask_norm."))]
+    assert rows and set(report.missing) == set(rows) and report.new_classes == ["cat", "dog", "cow"]
+    assert all(torch.equal(others.state_dict()[name], random[name]) for name in rows)
 
 
 @pytest.mark.parametrize("times", [2, 3])
@@ -173,7 +207,7 @@ def test_a_deeper_network_starts_as_the_shallow_one_and_learns_on(tmp_path, writ
     target = build_network(deep, len(config.classes)).eval()
     report = load_init(target, tmp_path / "shallow")
     assert report.deepened == 3 and "3 further blocks start as the identity" in str(report)
-    assert not report.mismatched and all(name.startswith("backbone.blocks.") for name in report.missing)
+    assert not report.mismatched and not report.missing
     images = torch.randn(2, 3, 64, 64)
     for setting in ({"merge_threshold": 1.0}, {"token_capacity": 5}):
         with torch.no_grad():

@@ -78,7 +78,8 @@ def test_what_is_kept_is_a_model_of_the_first_one_s_classes(train, joint_recipe,
     assert len(listing["train"]) == 10 and len(listing["others"]) == 4
     # An interrupted run knows its data sets.
     assert train(recipe, tmp_path / "run", *folders) == 0
-    assert "already trained" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "10 training, 4 of others and 3 validation images" in printed and "already trained" in printed
     assert train(tmp_path / "run/recipe.yaml", tmp_path / "again", *folders) == 0
 
 

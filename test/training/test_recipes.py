@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from clustvit_ros.classes import ClassSet, load_class_set
 from clustvit_ros.errors import ConfigError
@@ -130,3 +131,25 @@ def test_twins_differ_in_nothing_but_merging(name):
     network = plain.model_config().network
     assert not network.merges and network == without_merging(merging.model_config().network)
     assert not {"injection_point", "cluster_mlp_dim"} & plain.network.keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"init": 5}, "init: got 5 (int), expected str"),
+        ({"init": ["camvid_tiny"]}, "init: got ['camvid_tiny'] (list), expected str"),
+        ({"architecture": "init", "init": "camvid_tiny", "network": "deep"}, "network: got 'deep' (str), expected"),
+        ({"architecture": "init", "init": "camvid_tiny", "augmentation": [1]}, "augmentation: got [1] (list)"),
+        ({"classes": 7}, "classes: got 7 (int), expected a list, each key: value pairs"),
+        ({"data": 5}, "data: got 5 (int), expected a list, each key: value pairs"),
+        ({"data": [{"name": "a", "means": {"x": "y"}}]}, "means: x: got 'y' (str), expected a list, each str"),
+        ({"input": {"size": [96]}}, "input: size: got [96] (list), expected a list of 2: int, int"),
+        ({"network": {"drop_path": 7.0}}, "drop_path is 7.0, expected 0 or above, and below 1"),
+    ],
+)
+def test_what_a_recipe_cannot_hold_is_one_message(tmp_path, change, message):
+    content = yaml.safe_load((FOLDER / "camvid_tiny_stage1.yaml").read_text(encoding="utf-8"))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**content, **change}), encoding="utf-8")
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        read_recipe(path).model_config()
