@@ -58,6 +58,7 @@ from clustvit_ros.training.run_folder import (
     list_data,
     owned,
     tensorboard_writer,
+    warn_of_leaks,
     write_run_files,
     write_text,
     writing,
@@ -184,6 +185,7 @@ def run(args: argparse.Namespace) -> int:
 
         if here.is_main:
             check_data_listing(run_dir, listing)
+            warn_of_leaks(listing, args.val_split)
             if by_group:
                 held_out = {part.val_name: len(part.val) for part in parts if part.is_fold and part.val}
                 outside = sum(map(len, (splits["train"], splits[args.val_split]))) - sum(held_out.values())

@@ -242,6 +242,23 @@ def list_data(splits: Mapping[str, LabelledImages], left_out: Sequence[BadFile])
     return listing
 
 
+def warn_of_leaks(listing: Mapping[str, Any], val_name: str) -> None:
+    """Tell which images the split that is scored has in common with what is learnt.
+
+    Args:
+        listing: as `list_data` gives it.
+        val_name: name of that split.
+    """
+    learnt = {file["sha256"] for name, files in listing.items() if name not in (val_name, "left_out") for file in files}
+    shared = [Path(file["image"]).name for file in listing.get(val_name, ()) if file["sha256"] in learnt]
+    if shared:
+        told = ", ".join(shared[:3]) + (", ..." if len(shared) > 3 else "")
+        print(
+            f"{len(shared)} of {len(listing[val_name])} images of {val_name} are learnt as well ({told}): it scores "
+            "what was seen; take them out of one of both", file=sys.stderr,
+        )  # fmt: skip
+
+
 def check_data_listing(run_dir: Path, listing: dict[str, Any]) -> None:
     """Compare with the `data.json` that a run to be continued has.
 

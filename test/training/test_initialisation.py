@@ -282,6 +282,17 @@ def test_pickled_code_is_never_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_images_that_are_learnt_and_scored_are_told(train, write_recipe, scenes, tmp_path, capsys):
+    recipe = write_recipe(schedule={"epochs": 1, "validate_every": 1})
+    assert train(recipe, tmp_path / "clean") == 0
+    assert "learnt as well" not in capsys.readouterr().err
+    shutil.copytree(scenes, tmp_path / "data")
+    for kind in ("images", "labels"):
+        shutil.copy(scenes / "train" / kind / "003.png", tmp_path / "data/val" / kind / "again.png")
+    assert train(recipe, tmp_path / "run", data=tmp_path / "data") == 0
+    assert "1 of 4 images of val are learnt as well (again.png)" in capsys.readouterr().err
+
+
 def test_a_class_that_the_start_knows_may_be_absent(train, write_recipe, toy_run, scenes, tmp_path, capsys):
     """A robot's own pictures need not show everything that the model can tell."""
     shutil.copytree(scenes, tmp_path / "data")
