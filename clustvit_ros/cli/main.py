@@ -16,6 +16,7 @@ import signal
 import sys
 import textwrap
 import threading
+import time
 from typing import Any, NamedTuple
 
 from clustvit_ros import __version__
@@ -102,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a sub-command; errors on purpose become one line and exit code 2, interruption 130, a closed pipe 141."""
     try:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, _interrupt)
+            _INTERRUPTION.install()
         code = _run(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
         return code
@@ -116,10 +117,30 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _interrupt(*_: Any) -> None:
-    """A container's stop ends a training as Ctrl-C does; asked again, what it has is still written first."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise KeyboardInterrupt
+class _Interruption:
+    """Ctrl-C, and a container's stop (SIGTERM) like it; who is impatient lets what there is be written all the same."""
+
+    def __init__(self) -> None:
+        self._first_s: float | None = None
+
+    def install(self) -> None:
+        """Listen; a job in the background goes on to ignore Ctrl-C."""
+        self._first_s = None
+        signal.signal(signal.SIGTERM, self)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self)
+
+    def __call__(self, number: int, _: Any) -> None:
+        now_s = time.monotonic()
+        if self._first_s is None:
+            self._first_s = now_s
+            raise KeyboardInterrupt
+        if number == signal.SIGINT and now_s - self._first_s > _PATIENCE_S:
+            raise KeyboardInterrupt
+
+
+_INTERRUPTION = _Interruption()
+_PATIENCE_S = 3.0
 
 
 def _run(arguments: list[str]) -> int:

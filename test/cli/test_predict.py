@@ -250,7 +250,7 @@ def test_an_interrupted_run_keeps_what_it_has(model_dir, labelled_dir, tmp_path,
     deadline_s = time.monotonic() + 120
     while len(list((tmp_path / "out").glob("masks/*"))) < 5 and time.monotonic() < deadline_s:
         time.sleep(0.05)
-    for _ in range(20 if number == signal.SIGTERM else 1):  # an impatient supervisor
+    for _ in range(20):  # an impatient supervisor
         process.send_signal(number)
         time.sleep(0.005)
     printed, problems = process.communicate(timeout=60)
