@@ -29,6 +29,7 @@ from clustvit_ros.compressed_images import compressed_size, decode_compressed
 from clustvit_ros.engine import ScriptedEngine
 from clustvit_ros.engine.worker import FrameSlot
 from clustvit_ros.errors import ImageError
+from clustvit_ros.images import Intensities
 from clustvit_ros.jpeg import KnownEdges
 from clustvit_ros.node.camera import Frame, Outputs
 from clustvit_ros.node.filling import FrameFiller
@@ -78,7 +79,7 @@ def feed(messages: Iterator[Any], count: int, seed: int) -> None:
     """Push messages through the pipeline; fails on a crash, a wrong mask, a slow rejection or growing memory."""
     sinks: dict[str, Sink] = {}
     camera = SimpleNamespace(
-        name="", ledger=Ledger(), known_edges=KnownEdges(),
+        name="", ledger=Ledger(), known_edges=KnownEdges(), intensities=Intensities(),
         parameters=build(SegmentationParameters, {"max_image_pixels": hostile.MAX_PIXELS}),
         outputs=Outputs(
             lambda _kind, topic, *_qos, **_options: sinks.setdefault(topic.removeprefix("segmentation/"), Sink())
