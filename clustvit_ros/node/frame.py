@@ -75,7 +75,7 @@ def decode(frame: Frame, camera: Camera, parameters: SegmentationParameters) -> 
         ImageError: the message holds none that can be segmented.
     """
     start_s, message = time.perf_counter(), frame.message
-    to_bytes = camera.intensities.within(parameters.intensity_range)
+    to_bytes = lambda pixels: camera.intensities.within(parameters.intensity_range)(pixels)  # noqa: E731
 
     def read() -> np.ndarray:
         if isinstance(message, Image):

@@ -328,7 +328,7 @@ def test_engines_are_freed_when_replaced_and_when_cleaned_up(models: dict[str, P
         return engine
 
     def wait_for(condition: Callable[[], bool]) -> None:
-        deadline_s = time.monotonic() + 30.0
+        deadline_s = time.monotonic() + 60.0
         while not condition():
             assert time.monotonic() < deadline_s
             time.sleep(0.01)

@@ -227,7 +227,7 @@ def test_a_rate_bounds_what_the_engine_gets(ros_client: Any, start_node: Callabl
         ros_client.spin_for(1 / 40)
     assert 0.5 * 10 * elapsed_s < len(robot.masks) <= 10 * elapsed_s + 2
     counts = robot.stats_of(robot.masks[-1])
-    assert int(counts["frames_over_rate"]) > 10
+    assert int(counts["frames_over_rate"]) > 3  # a loaded machine sends fewer
     assert robot.set(double("max_rate_hz", 0.0))[0].successful
     before = int(counts["frames_over_rate"])
     later = robot.stream(small, 5)
