@@ -94,13 +94,18 @@ class Trainer(TrainingLoop[Segmenter]):
             self._joint = JointClasses([len(names), *(part.num_classes for part in further)], meanings)
         network = build_network(self.config.network, self._joint.num_logits if self._joint else len(names))
         self.init_report: InitReport | None = None
-        if recipe.init and not (Path(run_dir) / CHECKPOINT).exists():
+        continued = (Path(run_dir) / CHECKPOINT).exists()  # what it started from may be gone by now
+        if recipe.init and not continued:
             self.init_report = load_init(network, recipe.init, names)
         self._teacher: Segmenter | None = None
         if self.schedule.teacher == "init":
             # Loaded for itself: a run that is continued has other weights by now.
             self._teacher = build_network(self.config.network, len(names))
-            load_init(self._teacher, recipe.init, names)
+            unknown = load_init(self._teacher, recipe.init, names).new_classes
+            if unknown:
+                raise ConfigError(
+                    f"recipe {recipe.name}: teacher is 'init', which knows no {', '.join(unknown)}; expected 'self'"
+                )
             self._teacher = self._teacher.requires_grad_(False).eval().to(device)
         self._teachers = [load_teacher(name, recipe).to(device) for name in self.schedule.teachers]
         self._merging = _freeze_all_but_merging(network, recipe.name) if self.schedule.trains == "merging" else []
@@ -114,7 +119,7 @@ class Trainer(TrainingLoop[Segmenter]):
         counts = self.crops.pixel_counts(images.num_classes)
         if len(images) <= COUNTED_IMAGES:  # else a rare class may be in none of those that were counted
             own_counts, *further_counts = counts.split([part.num_classes for part in (data, *further)])
-            check_counts(own_counts, names, data.where, known_classes(recipe.init))
+            check_counts(own_counts, names, data.where, names if continued else known_classes(recipe.init))
             for source, part, of_part in zip(others, further, further_counts, strict=True):
                 if not source.means:
                     check_counts(of_part, [entry.name for entry in source.classes], part.where)

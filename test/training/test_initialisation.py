@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -24,6 +25,7 @@ from clustvit_ros.networks import build_network, load_config, load_segmenter, ne
 from clustvit_ros.networks.official import to_official
 from clustvit_ros.training.initialisation import load_init, save_encoder
 from clustvit_ros.training.recipe import read_recipe
+from clustvit_ros.training.trainer import Trainer
 
 SMALL = {"image_size": [64, 64], "embed_dim": 48, "depth": 2, "head_depth": 1}
 
@@ -293,6 +295,18 @@ def test_images_that_are_learnt_and_scored_are_told(train, write_recipe, scenes,
     assert "1 of 4 images of val are learnt as well (again.png)" in capsys.readouterr().err
 
 
+def interrupted_after(epochs):
+    """Stands for `_train_epoch`: Ctrl-C comes in a later one."""
+    original = Trainer._train_epoch
+
+    def train_epoch(self, epoch):
+        if epoch == epochs:
+            raise KeyboardInterrupt
+        return original(self, epoch)
+
+    return train_epoch
+
+
 def test_a_class_that_the_start_knows_may_be_absent(train, write_recipe, toy_run, scenes, tmp_path, capsys):
     """A robot's own pictures need not show everything that the model can tell."""
     shutil.copytree(scenes, tmp_path / "data")
@@ -304,6 +318,16 @@ def test_a_class_that_the_start_knows_may_be_absent(train, write_recipe, toy_run
     assert "no pixel of car in the training labels: what the start knows of it fades" in capsys.readouterr().err
     config = load_config(tmp_path / "run/model")
     assert config.classes.names == CLASSES and math.isfinite(config.scores["per_class_iou"]["car"])
+    gone = tmp_path / "gone"  # a run goes on without what it started from
+    shutil.copytree(start, gone)
+    with mock.patch("clustvit_ros.training.trainer.Trainer._train_epoch", interrupted_after(1)):
+        assert train(write_recipe(), tmp_path / "on", "--init", str(gone), data=tmp_path / "data") == 130
+    shutil.rmtree(gone)
+    assert train(write_recipe(), tmp_path / "on", "--init", str(gone), data=tmp_path / "data") == 0
     other = [{"name": name, "colour": [index, 0, 0]} for index, name in enumerate(("sky", "road", "cow"))]
     assert train(write_recipe(classes=other), tmp_path / "cow", "--init", start, data=tmp_path / "data") == 2
     assert "no pixel of cow in the training labels; check" in capsys.readouterr().err
+    schedule = {"teacher": "init", "distillation_weight": 1.0}
+    taught = write_recipe(classes=other, schedule=schedule)
+    assert train(taught, tmp_path / "taught", "--init", start) == 2
+    assert "teacher is 'init', which knows no cow" in capsys.readouterr().err
