@@ -239,9 +239,13 @@ def test_interrupted_training_ends_with_the_same_weights(train, write_recipe, to
         return train_epoch(self, epoch)
 
     monkeypatch.setattr(trainer.Trainer, "_train_epoch", interrupted)
-    before = signal.getsignal(signal.SIGTERM)
-    assert train(write_recipe(), tmp_path / "again") == 130
-    signal.signal(signal.SIGTERM, before)
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background have Ctrl-C ignored
+    try:
+        assert train(write_recipe(), tmp_path / "again") == 130
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
     monkeypatch.undo()
     assert train(write_recipe(), tmp_path / "again") == 0
     first, second = (torch.load(run / "checkpoint.pt", weights_only=True) for run in (toy_run, tmp_path / "again"))
