@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from clustvit_ros.classes import IGNORE_INDEX
-from clustvit_ros.engine.labels import static_label_maps, upsampling
+from clustvit_ros.engine.labels import static_label_maps
+from clustvit_ros.engine.pixels import upsampling
 
 try:
     import triton

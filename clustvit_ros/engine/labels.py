@@ -16,11 +16,14 @@ So inside one cell of the patch grid a class whose greatest corner is below some
 the best, and is left out before any pixel is computed. A trained network leaves one of eleven in four of five cells, a
 random one a third of all; where many are left, cells are halved along both sides, whose corners lie closer together.
 Nothing is approximated; the work depends on the image, so this is for a CPU, where nothing waits for a shape.
+
+How sure a CPU is: between two source rows a logit rises by the same step from row to row, so its exponential is
+multiplied by the same factor. Two exponentials per source row and column take the place of one per pixel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -30,47 +33,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clustvit_ros.classes import IGNORE_INDEX
+from clustvit_ros.engine.pixels import Upsampling, upsampling
 
-# Rows of one band: all classes of it then stay in a CPU's cache.
-_BAND_ROWS = 16
-# Up to so many values in a row of all classes, wider bands still do; there, few large operations pay more (measured on
-# two cores: 22 ms instead of 55 for 10 classes from 96x128 to 480x640, 13 instead of 17 for 11 from 22x30 to 360x480).
-_FEW_VALUES = 16_000
-_WIDE_BAND_ROWS = 32
+# Exponentials of logits below this, and the factor from row to row, are far from what float32 cannot hold.
+_GENTLE = 40.0
+# Values of all classes that are gone through at once, which stay in a CPU's cache.
+_VALUES_AT_ONCE = 1 << 18
 # Interpolating and subtracting logits below this makes no infinity and no NaN, so that none has to be looked for.
 _SOUND = 1e30
 # On a GPU: 39 MB at 150 classes and 512 columns, while each kernel still has work for the whole device.
 _DEVICE_BAND_ROWS = 128
-
-
-class Upsampling(NamedTuple):
-    """Bilinear interpolation from a grid to a size, as tensors on a device.
-
-    Attributes:
-        columns: (w, W), two weights in each column.
-        upper, lower: (H,) int64, the two source rows of each row.
-        down: (H, 1), weight of the lower one.
-    """
-
-    columns: Tensor
-    upper: Tensor
-    lower: Tensor
-    down: Tensor
-
-
-@lru_cache(maxsize=16)
-def upsampling(
-    grid_size: tuple[int, int], size: tuple[int, int], device: torch.device, dtype: torch.dtype = torch.float32
-) -> Upsampling:
-    """How to get from a grid (h, w) to (H, W).
-
-    A recorded graph must hold on to what it was recorded with: the cache here forgets.
-    """
-    upper, lower, weights = zip(*_interpolation(grid_size[0], size[0]), strict=True)
-    return Upsampling(
-        _interpolation_matrix(grid_size[1], size[1], dtype, device), torch.tensor(upper, device=device),
-        torch.tensor(lower, device=device), torch.tensor(weights, dtype=dtype, device=device)[:, None],
-    )  # fmt: skip
 
 
 def label_maps(
@@ -95,13 +67,17 @@ def label_maps(
         mask, confidence = on_device(logits, size)(logits, threshold if needs_confidence else None)
         return mask, confidence if with_confidence else None
     logits = logits.float()
-    if needs_confidence:
-        mask, confidence = _banded_label_maps(logits, size, float(confidence_threshold), True)
-        return mask, confidence if with_confidence else None
     masks = [cell_labels(image, size) for image in logits]
-    pairs = zip(logits, masks, strict=True)
-    plain = (_banded_label_maps(image[None], size, 0.0, False)[0][0] if mask is None else mask for image, mask in pairs)
-    return torch.stack([*plain]), None
+    pairs = list(zip(logits, masks, strict=True))
+    if not needs_confidence:
+        return torch.stack([_banded_labels(image, size) if mask is None else mask for image, mask in pairs]), None
+    maps = [_with_probabilities(image, size, mask) for image, mask in pairs]
+    mask, probability = torch.stack([labels for labels, _ in maps]), torch.stack([sureness for _, sureness in maps])
+    if confidence_threshold > 0.0 or not _is_sound(logits):
+        unsure = ~(probability >= confidence_threshold)  # NaN as well
+        mask.masked_fill_(unsure, IGNORE_INDEX)
+        probability.masked_fill_(unsure, 0.0)
+    return mask, probability.mul_(255.0).round_().to(torch.uint8) if with_confidence else None
 
 
 DeviceMaps = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
@@ -158,92 +134,105 @@ def static_label_maps(
     return mask, confidence
 
 
-def _banded_label_maps(
-    logits: Tensor, size: tuple[int, int], confidence_threshold: float, needs_confidence: bool
-) -> tuple[Tensor, Tensor | None]:
-    B, Q, h, w = logits.shape
-    height, width = size
-    device, dtype = logits.device, logits.dtype
-    how = upsampling((h, w), size, device, dtype)
-    columns = (logits @ how.columns).transpose(1, 2).contiguous()  # B h Q W
-    mask = torch.empty(B, height, width, dtype=_mask_type(Q), device=device)
-    confidence = torch.empty(B, height, width, dtype=torch.uint8, device=device) if needs_confidence else None
-    # Falling codes make the maximum the first class of a tie; code 0 is left to pixels that equal no maximum (NaN).
-    codes = torch.arange(Q, 0, -1, dtype=dtype, device=device)[:, None]
-    for image in range(B):
-        sound = bool(logits[image].abs().amax() < _SOUND)  # nor is a comparison with NaN true
-        for rows, band in _bands(columns[image], how):  # rows Q W
-            best: Tensor | float = band.amax(dim=1, keepdim=True)
-            if confidence is not None:
-                # Logits of the best class are 0 then, and the maximum below finds them as well.
-                probability = band.sub_(best).exp().sum(dim=1).reciprocal_()
-                best = 0.0
-            # Equality in place and a second maximum: several times faster on a CPU than max() or argmax(), which find
-            # indices one by one, and than a comparison that makes booleans.
-            code = band.eq_(best).mul_(codes).amax(dim=1)
-            labels = Q - code
-            unsure = None if sound else code == 0
-            if confidence is not None:
-                if confidence_threshold > 0.0:
-                    below = probability < confidence_threshold
-                    unsure = below if unsure is None else unsure | below
-                probability.mul_(255.0).round_()
-                confidence[image, rows] = probability if unsure is None else probability.masked_fill_(unsure, 0.0)
-            mask[image, rows] = labels if unsure is None else labels.masked_fill_(unsure, IGNORE_INDEX)
-    return mask, confidence
+def _banded_labels(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """The best class of every pixel, found among all classes: (Q, h, w) float32 -> (H, W), the ignore index for NaN."""
+    Q, h, w = logits.shape
+    how = upsampling((h, w), size, logits.device)
+    labels = torch.empty(size, dtype=_mask_type(Q))
+    sound = _is_sound(logits)
+    columns = _columns(logits, how)
+    count = max(_VALUES_AT_ONCE // columns[0].numel(), 1)
+    for start in range(0, size[0], count):
+        rows = slice(start, start + count)
+        upper, lower = columns.index_select(0, how.upper[rows]), columns.index_select(0, how.lower[rows])
+        band = upper.lerp_(lower, how.down[rows, :, None])  # rows Q W
+        labels[rows] = _first_best(band, band.amax(dim=1, keepdim=True), sound)
+    return labels
 
 
-def _bands(columns: Tensor, how: Upsampling) -> Iterator[tuple[slice, Tensor]]:
-    """Bands of the result before its arg-max: (h, Q, W) -> rows, (rows, Q, W)."""
-    h, Q, width = columns.shape
-    height = len(how.upper)
-    if Q * width <= _FEW_VALUES:
-        for start in range(0, height, _WIDE_BAND_ROWS):
-            rows = slice(start, start + _WIDE_BAND_ROWS)
-            upper, lower = columns.index_select(0, how.upper[rows]), columns.index_select(0, how.lower[rows])
-            yield rows, upper.lerp_(lower, how.down[rows, :, None])
-        return
-    # All rows between the same two source rows, which need not be gathered then.
-    for above, below, start, stop in _row_spans(h, height):
-        rows = slice(start, stop)
-        yield rows, torch.lerp(columns[above], columns[below], how.down[rows, :, None])
+def _first_best(values: Tensor, best: Tensor, sound: bool) -> Tensor:
+    """The first class that has the best value: (n, Q, W), which is overwritten, and (n, 1, W) -> (n, W).
+
+    Equality in place and a second maximum, of codes that fall: several times faster on a CPU than max() or argmax(),
+    which find indices one by one, and than a comparison that makes booleans.
+    """
+    Q = values.shape[1]
+    code = values.eq_(best).mul_(_falling_codes(Q)).amax(dim=1)
+    # Code 0 is left to pixels that equal no maximum; nor is a comparison with NaN true.
+    return Q - code if sound else (Q - code).masked_fill_(code == 0, IGNORE_INDEX)
 
 
 @lru_cache(maxsize=16)
-def _row_spans(length: int, target: int) -> tuple[tuple[int, int, int, int], ...]:
-    """Result rows, at most a band, between the same two source rows: (upper row, lower row, first result row, end)."""
-    samples = _interpolation(length, target)
-    spans = []
-    start = 0
-    while start < target:
-        upper, lower, _ = samples[start]
-        stop = start
-        while stop < min(start + _BAND_ROWS, target) and samples[stop][:2] == (upper, lower):
-            stop += 1
-        spans.append((upper, lower, start, stop))
-        start = stop
-    return tuple(spans)
+def _falling_codes(count: int) -> Tensor:
+    return torch.arange(count, 0, -1, dtype=torch.float32)[:, None]
+
+
+def _is_sound(logits: Tensor, limit: float = _SOUND) -> bool:
+    """Whether all are numbers, and none is as large as the limit."""
+    return bool(logits.abs().amax() < limit)
+
+
+def _columns(logits: Tensor, how: Upsampling) -> Tensor:
+    """Logits in all columns of the result, of the source's rows: (Q, h, w) -> (h, Q, W)."""
+    return (logits @ how.columns).transpose(0, 1).contiguous()
 
 
 @lru_cache(maxsize=16)
-def _interpolation(length: int, target: int) -> tuple[tuple[int, int, float], ...]:
-    """For each of `target` samples the two source positions and the weight of the second (`align_corners=False`)."""
-    samples = []
-    for index in range(target):
-        position = max((index + 0.5) * length / target - 0.5, 0.0)
-        lower = min(int(position), length - 1)
-        samples.append((lower, min(lower + 1, length - 1), position - lower))
-    return tuple(samples)
+def _row_groups(length: int, target: int) -> tuple[Tensor, Tensor, int]:
+    """A result's rows by the source rows around them: group g has those between g - 1 and g, of `length` rows.
+
+    Returns:
+        (length + 1, 1, 1) float32, weight of a group's lower source row in its first result row, `length / target` less
+        than in the next; (target,) int64, group * most + place of each result row; and `most`, rows of the largest one.
+    """
+    position = (torch.arange(target, dtype=torch.float64) + 0.5) * length / target + 0.5
+    group = position.floor().long()
+    start = torch.searchsorted(group, torch.arange(length + 1)).clamp(max=target - 1)
+    most = int(torch.bincount(group).max())
+    first = (position[start] - group[start]).float()[:, None, None]
+    return first, group * most + torch.arange(target) - start[group], most
 
 
-@lru_cache(maxsize=16)
-def _interpolation_matrix(length: int, target: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Interpolation as a matrix: (length, target), two weights in each column."""
-    matrix = np.zeros((length, target), np.float32)
-    for column, (lower, upper, weight) in enumerate(_interpolation(length, target)):
-        matrix[lower, column] += 1.0 - weight
-        matrix[upper, column] += weight
-    return torch.from_numpy(matrix).to(device, dtype)
+def _with_probabilities(logits: Tensor, size: tuple[int, int], labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The best class of every pixel and its softmax probability.
+
+    Args:
+        logits: (Q, h, w) float32.
+        size: (H, W) of the result.
+        labels: (H, W), the best class, where it is known.
+
+    Returns:
+        The labels, and (H, W) float32, NaN where logits are none.
+    """
+    Q, h, w = logits.shape
+    columns = _columns(logits, upsampling((h, w), size, logits.device))
+    # Above the first source row the second one has no weight; a NaN there counts all the same, as on a GPU.
+    columns = torch.cat((torch.lerp(columns[:1], columns[:2][-1:], 0.0), columns, columns[-1:]))
+    first, position, most = _row_groups(h, size[0])
+    gentle, sound = _is_sound(logits, _GENTLE), _is_sound(logits)
+    best, total = torch.ones(h + 1, most, size[1]), torch.empty(h + 1, most, size[1])
+    found = torch.empty(h + 1, most, size[1] if labels is None else 0, dtype=_mask_type(Q))
+    count = max(_VALUES_AT_ONCE // (Q * size[1]), 1)
+    for start in range(0, h + 1, count):
+        groups = slice(start, min(start + count, h + 1))
+        upper, rise = columns[groups], columns[groups.start + 1 : groups.stop + 1] - columns[groups]  # groups Q W
+        power = torch.addcmul(upper, rise, first[groups]).exp_() if gentle else upper
+        factor = (rise * (h / size[0])).exp_() if gentle else rise
+        for place in range(most):
+            if gentle:
+                best[groups, place] = highest = power.amax(dim=1)
+                torch.sum(power, dim=1, out=total[groups, place])
+                values = power
+                power = power * factor if labels is None else power.mul_(factor)
+            else:
+                values = torch.addcmul(upper, rise, first[groups] + place * h / size[0])
+                highest = values.amax(dim=1)
+                total[groups, place] = (values - highest[:, None]).exp_().sum(dim=1)
+            if labels is None:
+                found[groups, place] = _first_best(values, highest[:, None], sound)
+    maps = (best.div_(total), found) if labels is None else (best.div_(total),)
+    probability, *others = (each.flatten(0, 1).index_select(0, position) for each in maps)
+    return others[0] if labels is None else labels, probability
 
 
 def _mask_type(num_classes: int) -> torch.dtype:
@@ -280,7 +269,7 @@ def cell_labels(logits: Tensor, size: tuple[int, int]) -> Tensor | None:
     Q, h, w = logits.shape
     if size[0] < _LEAST_SIDE * h or size[1] < _LEAST_SIDE * w:
         return None
-    if not bool(logits.abs().amax() < _SOUND):
+    if not _is_sound(logits):
         return None
     nodes = F.pad(logits[None], (1, 1, 1, 1), mode="replicate")[0].permute(1, 2, 0).contiguous()
     alive = _can_win(nodes)

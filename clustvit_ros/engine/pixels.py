@@ -4,13 +4,14 @@
 # applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
 # governing permissions and limitations under the License.
-"""From uint8 camera images to the network's normalised input."""
+"""From uint8 camera images to the network's normalised input, and how to get from its grid to the image's pixels."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -119,3 +120,54 @@ def device_input(images: Tensor, size: tuple[int, int], offset: Tensor, scale: T
 @lru_cache(maxsize=16)
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, device=device).view(1, 3, 1, 1)
+
+
+class Upsampling(NamedTuple):
+    """Bilinear interpolation from a grid to a size, as tensors on a device.
+
+    Attributes:
+        columns: (w, W), two weights in each column.
+        upper, lower: (H,) int64, the two source rows of each row.
+        down: (H, 1), weight of the lower one.
+    """
+
+    columns: Tensor
+    upper: Tensor
+    lower: Tensor
+    down: Tensor
+
+
+@lru_cache(maxsize=16)
+def upsampling(
+    grid_size: tuple[int, int], size: tuple[int, int], device: torch.device, dtype: torch.dtype = torch.float32
+) -> Upsampling:
+    """How to get from a grid (h, w) to (H, W).
+
+    A recorded graph must hold on to what it was recorded with: the cache here forgets.
+    """
+    upper, lower, weights = zip(*interpolation(grid_size[0], size[0]), strict=True)
+    return Upsampling(
+        _interpolation_matrix(grid_size[1], size[1], dtype, device), torch.tensor(upper, device=device),
+        torch.tensor(lower, device=device), torch.tensor(weights, dtype=dtype, device=device)[:, None],
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=16)
+def interpolation(length: int, target: int) -> tuple[tuple[int, int, float], ...]:
+    """For each of `target` samples the two source positions and the weight of the second (`align_corners=False`)."""
+    samples = []
+    for index in range(target):
+        position = max((index + 0.5) * length / target - 0.5, 0.0)
+        lower = min(int(position), length - 1)
+        samples.append((lower, min(lower + 1, length - 1), position - lower))
+    return tuple(samples)
+
+
+@lru_cache(maxsize=16)
+def _interpolation_matrix(length: int, target: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Interpolation as a matrix: (length, target), two weights in each column."""
+    matrix = np.zeros((length, target), np.float32)
+    for column, (lower, upper, weight) in enumerate(interpolation(length, target)):
+        matrix[lower, column] += 1.0 - weight
+        matrix[upper, column] += weight
+    return torch.from_numpy(matrix).to(device, dtype)

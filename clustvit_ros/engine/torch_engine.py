@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from clustvit_ros.engine.engine import Prediction, Settings, check_precision
 from clustvit_ros.engine.ladder import choose_capacity, default_ladder
-from clustvit_ros.engine.machine import CoreShare, return_freed_memory
+from clustvit_ros.engine.machine import CoreShare, CoreTeam, return_freed_memory
 from clustvit_ros.engine.network_engine import (
     Lap,
     NetworkEngine,
@@ -35,6 +36,7 @@ from clustvit_ros.networks.segmenter import Features, Segmenter
 from clustvit_ros.networks.vit import Block, grid_size_of
 
 _ALL_THREADS = torch.get_num_threads()  # before anybody changed it
+_TEAMS = threading.local()
 
 
 class TorchEngine(NetworkEngine):
@@ -52,8 +54,8 @@ class TorchEngine(NetworkEngine):
             integers, all else in float32.
         compiled: run the transformer blocks through `torch.compile`, which needs a C++ compiler on a CPU and Triton on
             a GPU, and minutes at the first start.
-        share_cores: compute with fewer threads while other processes use cores; has an effect on a CPU, with `threads`
-            0. Results may then differ in the last bit from frame to frame.
+        share_cores: compute with fewer threads while other processes use cores, and with one on each core otherwise;
+            has an effect on a CPU, with `threads` 0. Results may then differ in the last bit from frame to frame.
 
     Raises:
         ConfigError: unknown precision, or one that the device lacks.
@@ -76,8 +78,8 @@ class TorchEngine(NetworkEngine):
         if threads > 0:
             torch.set_num_threads(threads)
         elif share_cores and selected.type == "cpu":
-            torch.set_num_threads(_ALL_THREADS)  # an engine before this one may have left fewer
             self._core_share = CoreShare(_ALL_THREADS)
+            _use_threads(_ALL_THREADS)  # an engine before this one may have left fewer
         super().__init__(
             self.engine_name, config, selected, describe_device(selected), reason, weights_sha256, precision
         )
@@ -112,6 +114,8 @@ class TorchEngine(NetworkEngine):
             EngineError: the device was named and does not work.
         """
         config, weights_sha256 = load_config(model), hash_weights(model)
+        if arguments.get("share_cores"):
+            _team()  # before the network is made, which computes
         # The network as it was loaded is not kept: the engine has its own copy.
         engine = cls(load_segmenter(model), config, device, threads, weights_sha256, precision, compiled, **arguments)
         return_freed_memory()
@@ -143,11 +147,13 @@ class TorchEngine(NetworkEngine):
         return tuple(sorted({_ALL_THREADS, max(_ALL_THREADS // 2, 1), 1}, reverse=True))
 
     def segment(self, images: np.ndarray | Sequence[np.ndarray], settings: Settings = Settings()) -> Prediction:
-        if self._core_share is not None:
-            threads = settings.threads or self._core_share.threads()
-            if threads != torch.get_num_threads():
-                torch.set_num_threads(threads)
-        return super().segment(images, settings)
+        if self._core_share is None:
+            return super().segment(images, settings)
+        threads = settings.threads or self._core_share.threads()
+        if threads != torch.get_num_threads():
+            _use_threads(threads)
+        with _team().in_place():
+            return super().segment(images, settings)
 
     def close(self) -> None:
         """Forget the network, which gives its memory back."""
@@ -185,6 +191,22 @@ class TorchEngine(NetworkEngine):
     def decode(self, features: Features) -> Tensor:
         """Features to class logits (B, Q, h, w), as precise as the network has them."""
         return self._network.decode(features).logits
+
+
+def _team() -> CoreTeam:
+    """The calling thread's."""
+    if not hasattr(_TEAMS, "own"):
+        _TEAMS.own = CoreTeam(_compute, torch.get_num_threads())
+    return _TEAMS.own
+
+
+def _use_threads(threads: int) -> None:
+    torch.set_num_threads(threads)
+    _team().resize(threads)
+
+
+def _compute(threads: int) -> Tensor:
+    return torch.zeros(threads << 16, dtype=torch.uint8).add_(1)  # a part of 2^15 elements or more for each thread
 
 
 def _check_int8(device: torch.device, compiled: bool) -> None:

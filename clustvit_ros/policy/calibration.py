@@ -42,7 +42,7 @@ _LIMIT_MS = 3_500.0
 _PAUSE_S = 0.01
 # Cores that others may use on average while a calibration is made that is kept for later starts.
 _UNDISTURBED_CORES = 0.25
-_FORMAT = 4
+_FORMAT = 5
 _LOG = logging.getLogger(__name__)
 
 Tokens = tuple[int, int]

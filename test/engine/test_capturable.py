@@ -23,9 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from clustvit_ros.engine.label_kernel import fused_label_maps
-from clustvit_ros.engine.labels import static_label_maps, upsampling
+from clustvit_ros.engine.labels import static_label_maps
 from clustvit_ros.engine.network_engine import cluster_map
-from clustvit_ros.engine.pixels import device_input
+from clustvit_ros.engine.pixels import device_input, upsampling
 from clustvit_ros.networks import build_network, load_config, network_config
 from clustvit_ros.networks.inference import for_inference
 from clustvit_ros.networks.vit import grid_size_of

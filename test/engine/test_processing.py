@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clustvit_ros.engine.labels import cell_labels, label_maps, static_label_maps, upsampling
+from clustvit_ros.engine.labels import cell_labels, label_maps, static_label_maps
 from clustvit_ros.engine.ladder import choose_capacity, default_ladder
 from clustvit_ros.engine.network_engine import cluster_map
-from clustvit_ros.engine.pixels import device_input, network_size, normalisation, to_input
+from clustvit_ros.engine.pixels import device_input, network_size, normalisation, to_input, upsampling
 from clustvit_ros.networks.model_folder import InputConfig
 
 
@@ -159,6 +159,28 @@ def test_label_maps_of_static_shapes_equal_the_banded_ones(size, threshold):
         assert confidence is None
     else:
         assert (confidence.int() - expected_confidence.int()).abs().max() <= 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    classes=st.sampled_from([1, 2, 11, 160]),
+    grid=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    factor=st.tuples(st.floats(0.3, 20), st.floats(0.3, 20)),
+    scale=st.sampled_from([0.1, 5.0, 100.0]),  # the last one's exponentials would be too large for float32
+    offset=st.sampled_from([0.0, -1000.0]),
+)
+def test_confidence_is_the_softmax_of_interpolated_logits(seed, classes, grid, factor, scale, offset):
+    logits = scale * torch.randn(1, classes, *grid, generator=torch.Generator().manual_seed(seed)) + offset
+    size = (max(int(grid[0] * factor[0]), 1), max(int(grid[1] * factor[1]), 1))
+    mask, confidence = label_maps(logits, size)
+    upsampled = F.interpolate(logits.double(), size=size, mode="bilinear", align_corners=False)
+    probability = upsampled.softmax(dim=1).amax(dim=1) * 255.0
+    assert (confidence - probability).abs().max() < 0.51 + 0.0002 * scale
+    best = upsampled.gather(1, mask.long()[:, None])[:, 0]
+    assert (best >= upsampled.amax(dim=1) - 1e-6 * (scale + abs(offset))).all()
+    sure, _ = label_maps(logits, size, confidence_threshold=0.5)
+    assert ((sure == 255) == (probability < 127.5))[(probability - 127.5).abs() > 0.05 + 0.001 * scale].all()
 
 
 def test_the_devices_input_equals_the_hosts():

@@ -135,7 +135,7 @@ def test_another_key_is_another_calibration(change, key, tmp_path):
         lambda text: "",
         lambda text: "[]",
         lambda text: "\x00\xff",
-        lambda text: text.replace('"format": 4', '"format": 3'),
+        lambda text: text.replace('"format": 5', '"format": 4'),
         lambda text: text.replace('"1234"', '"4321"'),
         lambda text: text.replace("8.5", '"slow"'),
         lambda text: text.replace("8.5", "-8.5"),
