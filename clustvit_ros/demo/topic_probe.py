@@ -87,11 +87,13 @@ def probe(topic: str, seconds: float, max_pixels: int) -> dict[str, Any]:
     result["messages"] = len(arrivals_s)
     if len(arrivals_s) > 1:
         result["rate_hz"] = (len(arrivals_s) - 1) / max(arrivals_s[-1] - arrivals_s[0], 1e-9)
-    result["image_topics"] = sorted(
+    names = (
         name
         for name, types in node.get_topic_names_and_types()
         if set(types) & set(_TYPES) and name != topic and node.count_publishers(name) and "/segmentation/" not in name
     )
+    # Depth, labels and the like are images as well, and seldom called so.
+    result["image_topics"] = sorted(names, key=lambda name: ("image" not in name, name))
     node.destroy_node()
     rclpy.try_shutdown()
     return result

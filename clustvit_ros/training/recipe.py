@@ -148,7 +148,7 @@ class DataSource:
     weight: float = 1.0
     classes: tuple[ClassEntry, ...] = ()
     about: str = ""
-    means: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    means: dict[str, tuple[str, ...]] | None = None
 
     def __post_init__(self) -> None:
         if not self.weight > 0:
@@ -160,7 +160,7 @@ class DataSource:
         Raises:
             ConfigError: `means` names a class that there is not, or nothing means anything, or one class everything.
         """
-        if not self.means:
+        if self.means is None:
             return None
         names = [entry.name for entry in self.classes]
         meant = [name for may_be in self.means.values() for name in may_be]
@@ -212,14 +212,16 @@ class Recipe:
     licence: str = ""
 
     def __post_init__(self) -> None:
+        if self.name in ("", ".", "..") or "/" in self.name:
+            raise ConfigError(f"recipe: name is {self.name!r}, expected the name of a folder, which its model gets")
         names = [source.name for source in self.sources]
+        if self.data == ():
+            raise ConfigError(f"recipe {self.name}: data is an empty list; name data sets, or leave it out")
         if len(set(names)) < len(names):
             raise ConfigError(f"recipe {self.name}: data: names are {', '.join(names)}, expected each once")
         if names and self.sources[0].classes not in ((), self.classes):
-            raise ConfigError(
-                f"recipe {self.name}: data: the first, {names[0]}, has another class list than the recipe; leave it out"
-            )
-        if names and self.sources[0].means:
+            raise ConfigError(f"recipe {self.name}: data: {names[0]}, the first, lists classes of its own; drop them")
+        if names and self.sources[0].means is not None:
             raise ConfigError(f"recipe {self.name}: {names[0]}, the first, has the model's classes; leave means out")
         if len(names) > 1 and self.schedule.teacher == "init":
             raise ConfigError(
@@ -355,9 +357,7 @@ def _as_its_init(content: dict[str, Any], where: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _agreed(
-    where: str, written: tuple[ClassEntry, ...], stated: ClassSet | None
-) -> tuple[ClassEntry, ...]:
+def _agreed(where: str, written: tuple[ClassEntry, ...], stated: ClassSet | None) -> tuple[ClassEntry, ...]:
     """The class list that a recipe writes and a data set states; either may leave it out."""
     if stated is None and not written:
         raise ConfigError(

@@ -121,7 +121,7 @@ class Trainer(TrainingLoop[Segmenter]):
             own_counts, *further_counts = counts.split([part.num_classes for part in (data, *further)])
             check_counts(own_counts, names, data.where, names if continued else known_classes(recipe.init))
             for source, part, of_part in zip(others, further, further_counts, strict=True):
-                if not source.means:
+                if source.means is None:
                     check_counts(of_part, [entry.name for entry in source.classes], part.where)
         if self.schedule.class_weighting:
             counts = self._joint.pixel_counts(counts) if self._joint else counts

@@ -89,7 +89,7 @@ def test_finetuning_keeps_the_network_that_it_starts_from(model):
 def test_the_family_learns_alike_and_costs_alike():
     """Four systems differ in architecture alone, and the narrow ClusTR takes no more operations than the ViT."""
     recipes = {kind: read_recipe(FOLDER / f"family_{kind}.yaml") for kind in ("clustvit", "clustr", "cast")}
-    own = {"name": "", "architecture": "vit_t", "network": {}}
+    own = {"name": "any", "architecture": "vit_t", "network": {}}
     assert len({repr(dataclasses.replace(recipe, **own)) for recipe in recipes.values()}) == 1
     vit = recipes["clustvit"].without_merging().model_config().network
     narrow = recipes["clustr"].model_config().network
@@ -136,6 +136,8 @@ def test_twins_differ_in_nothing_but_merging(name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"name": "../camvid"}, "name is '../camvid', expected the name of a folder"),
+        ({"name": ""}, "name is '', expected the name of a folder"),
         ({"init": 5}, "init: got 5 (int), expected str"),
         ({"init": ["camvid_tiny"]}, "init: got ['camvid_tiny'] (list), expected str"),
         ({"architecture": "init", "init": "camvid_tiny", "network": "deep"}, "network: got 'deep' (str), expected"),
