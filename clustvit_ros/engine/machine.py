@@ -289,6 +289,9 @@ class CoreShare:
         return self._clock(), self._busy_s(), self._own_s()
 
 
+_PR_SET_NAME = 15  # <linux/prctl.h>
+
+
 class CoreTeam:
     """Gives the threads of one operation a core each, while they are as many as this process has cores.
 
@@ -318,11 +321,11 @@ class CoreTeam:
     def resize(self, threads: int) -> None:
         """Place the threads anew, when operations have so many of them."""
         name, mark = _thread_name(self._owner), f"team-{self._owner}"
-        _name_thread(self._owner, mark)
+        _name_this_thread(mark)
         try:
             self._compute(threads)
         finally:
-            _name_thread(self._owner, name)
+            _name_this_thread(name)
         members = [task for task in _own_tasks() if task != self._owner and _thread_name(task) == mark]
         self._allowed, self._home = _affinity(), set()
         cores = [self._allowed] * len(members)
@@ -352,9 +355,9 @@ def _thread_name(task: int) -> str:
     return _read(_ROOT / f"proc/self/task/{task}/comm")
 
 
-def _name_thread(task: int, name: str) -> None:
-    with contextlib.suppress(OSError):
-        (_ROOT / f"proc/self/task/{task}/comm").write_text(name, encoding="utf-8")
+def _name_this_thread(name: str) -> None:
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
 
 
 def _place(task: int, cores: set[int]) -> None:

@@ -211,8 +211,9 @@ def test_stamps_that_repeat_or_go_back_a_little_are_left_out_and_a_new_recording
 def test_without_it_the_engines_masks_alone_are_published_as_ever(drive: Drive) -> None:
     assert drive.robot.set(boolean("fill_frames", False))[0].successful
     drive.run([view(plane(), 0)] * 3)
+    start_s = time.monotonic()
     masks = drive.run([view(plane(), index) for index in range(30)])
-    assert len(masks) <= 30 * PERIOD_S * 1000 / ENGINE_MS + 3
+    assert len(masks) <= (time.monotonic() - start_s) * 1000 / ENGINE_MS + 1
     assert all(drive.right(mask) == 1.0 for mask in masks)
     assert not any("filled" in drive.pairs(mask) for mask in masks)
     assert drive.robot.set(boolean("fill_frames", True))[0].successful
