@@ -228,11 +228,11 @@ class Policy:
         missed = [judge(stats.total_ms, age_ms) for age_ms in ages_ms]
         # Of a batch, nobody knows what one frame costs.
         alone = len(ages_ms) == 1 and entry.calibration is None
-        if entry.controller is not None and alone and entry.knows([stats.operating_point]):
+        if entry.controller is not None and alone:
+            point, others = stats.operating_point, self._others.cores()
             overhead_ms = None if self._unsettled else max(ages_ms[0] - stats.total_ms, 0.0)
-            entry.controller.observe(
-                stats.operating_point, stats.total_ms, overhead_ms, stats.threads, self._others.cores()
-            )
+            if entry.knows([point]):
+                entry.controller.observe(point, stats.total_ms, overhead_ms, stats.threads, others)
         self._unsettled = False
         self._publish_status(entry)
         return Lesson(missed, self.misses.total, facts)
