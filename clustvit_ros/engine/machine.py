@@ -307,7 +307,7 @@ class CoreTeam:
     Args:
         compute: an operation of the calling thread in which so many threads take part; makes those that are missing,
             and no others.
-        threads: how many at first.
+        threads: how many to make at first.
     """
 
     def __init__(self, compute: Callable[[int], object], threads: int) -> None:
@@ -316,23 +316,27 @@ class CoreTeam:
         self._allowed: set[int] = set()
         self._home: set[int] = set()
         """The core that the others leave to the thread that computes; empty while the system places all of them."""
-        self.resize(threads)
+        self._gather(threads)
 
     def resize(self, threads: int) -> None:
-        """Place the threads anew, when operations have so many of them."""
-        name, mark = _thread_name(self._owner), f"team-{self._owner}"
-        _name_this_thread(mark)
-        try:
-            self._compute(threads)
-        finally:
-            _name_this_thread(name)
-        members = [task for task in _own_tasks() if task != self._owner and _thread_name(task) == mark]
+        """Place the threads, of which operations have so many from now on; before the first call the system does."""
+        members = self._gather(threads)
         self._allowed, self._home = _affinity(), set()
         cores = [self._allowed] * len(members)
         if 1 < threads == len(self._allowed) == len(members) + 1:
             self._home, *cores = ({core} for core in sorted(self._allowed))
         for member, allowed in zip(members, cores, strict=True):
             _place(member, allowed)
+
+    def _gather(self, threads: int) -> list[int]:
+        """The other threads of the team, after those that were missing have been made."""
+        name, mark = _thread_name(self._owner), f"team-{self._owner}"
+        _name_this_thread(mark)
+        try:
+            self._compute(threads)
+        finally:
+            _name_this_thread(name)
+        return [task for task in _own_tasks() if task != self._owner and _thread_name(task) == mark]
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:

@@ -145,7 +145,7 @@ def upsampling(
 
     A recorded graph must hold on to what it was recorded with: the cache here forgets.
     """
-    upper, lower, weights = zip(*interpolation(grid_size[0], size[0]), strict=True)
+    upper, lower, weights = zip(*_interpolation(grid_size[0], size[0]), strict=True)
     return Upsampling(
         _interpolation_matrix(grid_size[1], size[1], dtype, device), torch.tensor(upper, device=device),
         torch.tensor(lower, device=device), torch.tensor(weights, dtype=dtype, device=device)[:, None],
@@ -153,7 +153,7 @@ def upsampling(
 
 
 @lru_cache(maxsize=16)
-def interpolation(length: int, target: int) -> tuple[tuple[int, int, float], ...]:
+def _interpolation(length: int, target: int) -> tuple[tuple[int, int, float], ...]:
     """For each of `target` samples the two source positions and the weight of the second (`align_corners=False`)."""
     samples = []
     for index in range(target):
@@ -167,7 +167,7 @@ def interpolation(length: int, target: int) -> tuple[tuple[int, int, float], ...
 def _interpolation_matrix(length: int, target: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Interpolation as a matrix: (length, target), two weights in each column."""
     matrix = np.zeros((length, target), np.float32)
-    for column, (lower, upper, weight) in enumerate(interpolation(length, target)):
+    for column, (lower, upper, weight) in enumerate(_interpolation(length, target)):
         matrix[lower, column] += 1.0 - weight
         matrix[upper, column] += weight
     return torch.from_numpy(matrix).to(device, dtype)

@@ -46,7 +46,9 @@ def compute(threads):
 
 def team_of_all():
     torch.set_num_threads(CORES)
-    return CoreTeam(compute, CORES)
+    team = CoreTeam(compute, CORES)
+    team.resize(CORES)
+    return team
 
 
 def places(owner):
@@ -113,6 +115,20 @@ def test_another_thread_and_one_that_was_placed_from_outside_stay_where_they_are
 
     others, stayed = in_fresh_thread(placed)
     assert others == [os.sched_getaffinity(0)] and stayed
+
+
+def test_threads_that_were_asked_for_are_the_systems_to_place(toy_model):
+    """The calling thread could end on a core that another one is bound to."""
+
+    def asked():
+        engine = create_engine(str(toy_model), "torch", "cpu", threads=CORES, share_cores=True)
+        try:
+            engine.segment(np.zeros((64, 96, 3), np.uint8))
+            return places(threading.get_native_id())
+        finally:
+            engine.close()
+
+    assert all(cores == os.sched_getaffinity(0) for cores in in_fresh_thread(asked))
 
 
 def test_an_engine_that_shares_cores_places_its_threads_and_gives_the_same_masks(toy_model):
