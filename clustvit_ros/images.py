@@ -73,12 +73,13 @@ def read_image(path: Path, to_bytes: Callable[[np.ndarray], np.ndarray] | None =
         data = Path(path).read_bytes()
         if data.startswith(JPEG_SIGNATURE):
             return decode_jpeg(data, read_jpeg_header(memoryview(data)), lambda found: _tell_damage(Path(path)))
-        encoded, flags = np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-        image = cv2.imdecode(encoded, flags | cv2.IMREAD_ANYDEPTH)
+        flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION | cv2.IMREAD_ANYDEPTH
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
         if image is not None and image.dtype == np.uint16:
             image = (to_bytes or narrow)(image)
         elif image is not None and image.dtype != np.uint8:
-            image = cv2.imdecode(encoded, flags)
+            # OpenCV's own 8 bits would be black where values lie between 0 and 1.
+            raise ImageError(f"got {image.dtype} values, expected unsigned 8 or 16 bits")
     except ImageError as error:
         raise DataError(f"{path}: {str(error).removeprefix('data: ')}; replace or remove the file") from error
     except (OSError, cv2.error):

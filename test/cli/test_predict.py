@@ -90,13 +90,15 @@ def test_unreadable_pictures_are_counted_and_the_others_segmented(model_dir, tmp
     (tmp_path / "in" / "bad.png").write_bytes(b"no picture")
     cv2.imwrite(str(tmp_path / "in" / "line.png"), np.zeros((2, 9000, 3), np.uint8))
     (tmp_path / "in" / "gone.png").symlink_to("elsewhere.png")
+    cv2.imwrite(str(tmp_path / "in" / "depth.tiff"), np.zeros((96, 128, 3), np.float32))
     arguments = ["predict", str(tmp_path / "in"), "--model", str(model_dir), "--out", str(tmp_path / "out")]
     assert main(arguments) == 1
     printed = capsys.readouterr().out
     assert "bad.png: cannot be read as an image" in printed and "line.png: image size" in printed
     assert "gone.png: is a link to elsewhere.png, which is not there" in printed
+    assert "depth.tiff: got float32 values, expected unsigned 8 or 16 bits; replace or remove the file" in printed
     assert [entry["name"] for entry in entries(tmp_path / "out")] == ["good.png"]
-    assert len(json.loads((tmp_path / "out" / "summary.json").read_text())["unreadable"]) == 3
+    assert len(json.loads((tmp_path / "out" / "summary.json").read_text())["unreadable"]) == 4
     assert main(["predict", str(tmp_path / "in" / "bad.png"), *arguments[2:4], "--out", str(tmp_path / "none")]) == 1
     assert "0 images: none of 1 could be read" in capsys.readouterr().out
 
