@@ -34,7 +34,7 @@ from clustvit_ros.dds import claim_domain, dds_environment, node_environment
 from clustvit_ros.demo.frame_source import open_source
 from clustvit_ros.demo.processes import NodeProcess
 from clustvit_ros.errors import ClustvitError, ConfigError
-from clustvit_ros.measure.tables import new_figure, save_figure
+from clustvit_ros.measure.pictures import new_figure, save_figure
 from clustvit_ros.policy import percentile
 
 BUDGET_SHARE = 0.6

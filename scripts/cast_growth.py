@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from clustvit_ros.measure.tables import new_figure, save_figure
+from clustvit_ros.measure.pictures import new_figure, save_figure
 from clustvit_ros.networks.cast import CASTAttention
 from clustvit_ros.networks.vit import Attention
 

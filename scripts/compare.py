@@ -34,10 +34,10 @@ from clustvit_ros.engine.machine import machine_name
 from clustvit_ros.engine.network_engine import describe_device, select_device
 from clustvit_ros.engine.torch_engine import TorchEngine
 from clustvit_ros.errors import ClustvitError, ConfigError
-from clustvit_ros.measure.bench import BenchCase, run_cases
+from clustvit_ros.measure.bench import BenchCase, markdown_table, run_cases
 from clustvit_ros.measure.evaluation import evaluate
 from clustvit_ros.measure.flops import attention_share
-from clustvit_ros.measure.tables import markdown_table, new_figure, save_figure
+from clustvit_ros.measure.pictures import new_figure, save_figure
 from clustvit_ros.networks import ModelConfig, Segmenter, build_network, network_config, save_model
 from clustvit_ros.networks.model_folder import InputConfig
 from clustvit_ros.networks.vit import grid_size_of

@@ -18,8 +18,8 @@ import torch
 import yaml
 
 from clustvit_ros.config import read_yaml
-from clustvit_ros.errors import ConfigError
-from clustvit_ros.networks.model_folder import WEIGHTS_FILE, load_config, weights_path
+from clustvit_ros.errors import ConfigError, ModelError
+from clustvit_ros.networks.model_folder import WEIGHTS_FILE, check_folder, load_config, weights_path
 from clustvit_ros.networks.segmenter import NetworkConfig
 from clustvit_ros.networks.vit_config import DECODINGS, MERGINGS, ViTConfig
 from clustvit_ros.paths import MODEL_FILE, find_model, model_name
@@ -75,8 +75,8 @@ def parse_batch(text: str) -> int | None:
 def parse_names(text: str) -> tuple[str, ...]:
     """Names separated by commas."""
     names = tuple(name.strip() for name in text.split(","))
-    if not all(names):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected names separated by commas")
+    if not all(names) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected names separated by commas, each once")
     return names
 
 
@@ -107,8 +107,22 @@ def find_variants(args: argparse.Namespace, model: str | Path, folder: Path) -> 
             if network:
                 _check_variant(load_config(source).network, model_name(source), merging, decode)
             name = "+".join([model_name(source), *network.values()])
-            models.append(write_variant(source, folder / name, network) if network else source)
+            models.append(_variant(source, folder / name, network) if network else source)
     return models
+
+
+def _variant(source: Path, folder: Path, network: dict[str, Any]) -> Path:
+    """A variant whose weights are known to be there, before anything is computed with the first of several."""
+    write_variant(source, folder, network)
+    try:
+        check_folder(folder)
+    except ModelError as error:
+        check_folder(source)
+        raise ConfigError(
+            f"--merge: the weights of {model_name(source)} have no part for {network.get('merging')!r}; train one "
+            "(config/train/add_merging.yaml), or leave it out"
+        ) from error
+    return folder
 
 
 def _check_variant(network: NetworkConfig, name: str, merging: str, decode: str) -> None:

@@ -26,6 +26,7 @@ from clustvit_ros.measure.pictures import comparison
 from clustvit_ros.measure.report import compare_twins, write_report
 from clustvit_ros.measure.sweep import ladder_settings, sweep
 from clustvit_ros.networks.model_folder import ModelConfig, load_config, save_config
+from clustvit_ros.paths import find_model, model_name
 from clustvit_ros.training.dataset import LabelledImages, group_images, joined, usable
 from clustvit_ros.training.layouts import open_data_set
 
@@ -85,8 +86,10 @@ def run(args: argparse.Namespace) -> int:
     if args.calibrate and any((*args.merge, *args.decode)):
         raise ConfigError("--calibrate: got --merge or --decode as well, which are written nowhere; leave them out")
     with tempfile.TemporaryDirectory(prefix="clustvit_evaluate_") as folder:
-        models = [variant for model in args.model for variant in find_variants(args, model, Path(folder))]
-        configs = _with_distinct_names([load_config(model) for model in models], models)
+        variants = [find_variants(args, model, Path(folder, str(index))) for index, model in enumerate(args.model)]
+        models = [variant for of_one in variants for variant in of_one]
+        sources = [find_model(model) for model, of_one in zip(args.model, variants, strict=True) for _ in of_one]
+        configs = _with_distinct_names([load_config(model) for model in models], sources)
         results = []
         for model, config in zip(models, configs, strict=True):
             data, groups = _grouped(args, _open(args, config))
@@ -112,11 +115,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _with_distinct_names(configs: list[ModelConfig], models: list[Path]) -> list[ModelConfig]:
-    """Where names repeat, as those of two runs' folds do, the folder around tells them apart."""
+def _with_distinct_names(configs: list[ModelConfig], sources: list[Path]) -> list[ModelConfig]:
+    """Where names repeat, as those of two runs' folds do, the folder around tells them apart.
+
+    Args:
+        configs: of models, or of variants of them.
+        sources: the folder of each one's model.
+    """
     names = [config.name for config in configs]
-    around = [next(path.parent.name for path in (model.resolve(), *model.resolve().parents) if path.name == config.name)
-              for config, model in zip(configs, models, strict=True)]  # fmt: skip
+    around = [
+        next(path.parent.name for path in (folder, *folder.parents) if path.name == model_name(folder))
+        for folder in (source.resolve() for source in sources)
+    ]
     return [
         dataclasses.replace(config, name=f"{folder}-{config.name}") if names.count(config.name) > 1 else config
         for config, folder in zip(configs, around, strict=True)

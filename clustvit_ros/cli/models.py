@@ -25,15 +25,16 @@ from typing import Any
 
 from clustvit_ros.classes import ClassSet, class_set_names, load_class_set
 from clustvit_ros.config import from_mapping, read_json, to_mapping
+from clustvit_ros.download import check_address, check_weights_file, download
 from clustvit_ros.errors import ConfigError, ModelError
 from clustvit_ros.networks.architectures import network_config
 from clustvit_ros.networks.checkpoint import Checkpoint, read_checkpoint
 from clustvit_ros.networks.model_folder import InputConfig, ModelConfig, load_config, save_model
 from clustvit_ros.networks.official import hints_of
 from clustvit_ros.networks.vit_config import ViTConfig
-from clustvit_ros.networks.weights import fill_network, network_for
+from clustvit_ros.networks.weights import as_rgb, fill_network, is_as_said, network_for
 from clustvit_ros.paths import MODEL_FILE, shipped_models, shipped_recipes, user_cache_dir, user_models, user_models_dir
-from clustvit_ros.released import Released, check_address, check_weights_file, download, load_released
+from clustvit_ros.released import Released, load_released
 
 # Keys of a configuration file, as the reference cases name them, and ours.
 _CONFIG_KEYS = {
@@ -180,8 +181,13 @@ def get(args: argparse.Namespace) -> int:
     if args.file:
         if not file.is_file():
             raise ModelError(f"{file}: is no file; pass the checkpoint that {address} gives")
-        check_weights_file(file, model.sha256 if model else "")
+        try:
+            check_weights_file(file, model.sha256 if model else "")
+        except ModelError as error:
+            raise ModelError(f"{file}: {error}; fetch it again") from error
     elif not file.is_file():
+        if model is not None:  # before gigabytes have come for nothing
+            network_config(model.architecture.replace("cts_", "vit_"), model.network, f"{model.name}: network")
         download(address, file, int(args.max_gigabytes * 1e9), model.sha256 if model else "", _progress_bar())
     try:
         checkpoint = read_checkpoint(file)
@@ -197,7 +203,10 @@ def get(args: argparse.Namespace) -> int:
                 "training": {"data": f"{model.data}, by {released.source}", "checkpoint": model.address},
                 "scores": {"miou": model.miou, "split": released.split(model)}, "licence": released.terms(model),
             }  # fmt: skip
-            import_model(checkpoint, str(file), out, defaults=model.network, class_set=model.data, about=about)
+            import_model(
+                checkpoint, str(file), out, defaults=model.network, class_set=model.data, about=about,
+                said=model.architecture,
+            )  # fmt: skip
     except (ConfigError, ModelError) as error:
         more = "`clustvit-ros import-checkpoint` has more options for that file"
         raise type(error)(f"{error}; {more}") from error
@@ -237,7 +246,7 @@ def import_model(
     checkpoint: Checkpoint, path: str, out: Path, known: dict[str, Any] | None = None,
     defaults: dict[str, Any] | None = None, classes: str | None = None, class_set: str | None = None,
     arch: str | None = None, head: str | None = None, normalisation: str | None = None,
-    about: dict[str, Any] | None = None,
+    about: dict[str, Any] | None = None, said: str | None = None,
 ) -> None:  # fmt: skip
     """Make a model folder of a checkpoint, and say what was assumed.
 
@@ -251,15 +260,18 @@ def import_model(
         class_set: a packaged class list for a file without names.
         arch, head: for an encoder: architecture to put it in, and its fresh head.
         normalisation: a name in `_NORMALISATIONS`; None takes the file's own, else "half".
-        about: what the model folder says of its origin: `training`, `scores`, `licence`.
+        about: what the model folder says of its origin: `training`, `scores`, `licence`. Scores are left out where the
+            file's classes are not as many as those of `class_set`.
+        said: kind and size that the file is said to be of, e.g. "cts_b".
 
     Raises:
         ModelError: no known network, or weights that do not fit it.
         ConfigError: options that contradict the file.
     """
-    checkpoint = _as_rgb(checkpoint)
-    told = {**(defaults or {}), **hints_of(checkpoint.model), **(known or {})}
-    known = {**{name: value for name, value in told.items() if name in (defaults or {})}, **(known or {})}
+    checkpoint = as_rgb(checkpoint)
+    defaults, known = defaults or {}, known or {}
+    told = {**defaults, **hints_of(checkpoint.model), **known}
+    known = {**{name: value for name, value in told.items() if name in defaults}, **known}
     try:
         architecture, overrides, num_classes = network_for(checkpoint, known, arch)
     except (IndexError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
@@ -267,6 +279,8 @@ def import_model(
             f"{path}: holds no network of a known layout ({type(error).__name__}: {error}); expected an "
             "OpenMMLab checkpoint of ClustViT or ViT, or a ViT encoder of timm or DeiT"
         ) from error
+    if said is not None and not is_as_said(architecture, overrides, said, path):
+        print(f"warning: {path} holds no {said}, as the list says, but one of another size", file=sys.stderr)
     if num_classes is None:
         if classes is None:
             kind = "an encoder without a head; name the classes"
@@ -280,6 +294,10 @@ def import_model(
             if value:
                 raise ConfigError(f"--{option}: is for an encoder without a head, {path} has one")
         labels = _classes(classes, num_classes, checkpoint, class_set)
+        if class_set and num_classes != (expected := len(load_class_set(class_set))):
+            about = {**(about or {}), "scores": {}}
+            text = f"{path} has {num_classes} classes, {class_set} has {expected}: not what the published score is of"
+            print(f"warning: {text}, which is left out", file=sys.stderr)
     settings = network_config(architecture, overrides)
     network, left_out, fresh = fill_network(settings, len(labels), checkpoint, path)
     config = ModelConfig(
@@ -365,19 +383,6 @@ def _classes(name: str | None, count: int, checkpoint: Checkpoint, class_set: st
             print(f"{count} classes: named as in {packaged} (--classes chooses another list)")
             return classes
     return ClassSet.numbered(count)
-
-
-def _as_rgb(checkpoint: Checkpoint) -> Checkpoint:
-    """A network that was trained on BGR images, as its configuration says, takes RGB once its weights change places."""
-    stated = checkpoint.model.get("data_preprocessor")
-    if not isinstance(stated, dict) or not any(stated.get(key) is False for key in ("bgr_to_rgb", "to_rgb")):
-        return checkpoint
-    turned = {key: value[::-1] for key, value in stated.items() if isinstance(value, (list, tuple))}
-    weights = {
-        name: tensor.flip(1) if "patch_embed" in name and tensor.ndim == 4 and tensor.shape[1] == 3 else tensor
-        for name, tensor in checkpoint.weights.items()
-    }
-    return checkpoint._replace(weights=weights, model={**checkpoint.model, "data_preprocessor": {**stated, **turned}})
 
 
 def _input(normalisation: str | None, model: dict[str, Any], size: tuple[int, int]) -> InputConfig:

@@ -18,8 +18,7 @@ import numpy as np
 from clustvit_ros.classes import ClassSet
 from clustvit_ros.errors import DataError
 from clustvit_ros.images import read_image, read_stored, write_image
-from clustvit_ros.measure.pictures import FilmWriter, class_legend, cluster_overlay, titled
-from clustvit_ros.measure.tables import new_figure
+from clustvit_ros.measure.pictures import FilmWriter, class_legend, cluster_overlay, new_figure, titled
 
 if TYPE_CHECKING:
     from clustvit_ros.demo.sim_demo import Phase

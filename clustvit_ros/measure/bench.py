@@ -35,7 +35,7 @@ from clustvit_ros.engine.network_engine import NetworkEngine
 from clustvit_ros.engine.onnx_engine import OnnxEngine
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.measure.flops import count_cost
-from clustvit_ros.measure.tables import markdown_table, new_figure, save_figure
+from clustvit_ros.measure.pictures import new_figure, save_figure
 from clustvit_ros.networks.model_folder import load_config
 from clustvit_ros.policy import percentile
 
@@ -287,3 +287,14 @@ def _driver_version() -> str:
     except (OSError, subprocess.SubprocessError, IndexError):
         # Jetsons have no nvidia-smi before JetPack 7.
         return f"cuda{torch.version.cuda}"
+
+
+def markdown_table(lines: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table as lines of text, columns aligned.
+
+    Args:
+        lines: cells of each row, the titles first.
+    """
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    ruled = [lines[0], ["-" * width for width in widths], *lines[1:]]
+    return ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in ruled]

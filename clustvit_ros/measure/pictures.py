@@ -4,7 +4,7 @@
 # applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
 # governing permissions and limitations under the License.
-"""Pictures and films that show people what a model does."""
+"""Pictures, diagrams and films that show people what a model does."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from clustvit_ros.classes import ClassSet, Sample
 from clustvit_ros.engine.engine import Prediction
-from clustvit_ros.errors import DataError
+from clustvit_ros.errors import ConfigError, DataError
 from clustvit_ros.images import read_image
 from clustvit_ros.paths import video_path
 
@@ -190,3 +190,43 @@ class FilmWriter:
                 self._writer = writer
                 return
         raise DataError(f"{self.path}: this OpenCV can write neither MP4 nor AVI there; check the folder's permissions")
+
+
+def new_figure(size_in: tuple[float, float], rows: int = 1, columns: int = 1, **layout: Any) -> tuple[Any, Any]:
+    """A matplotlib figure that needs no screen and belongs to nobody else, and its axes.
+
+    Args:
+        size_in: (width, height) in inches.
+        rows: axes below each other.
+        columns: axes beside each other.
+        layout: further arguments of `Figure.subplots`.
+
+    Returns:
+        The figure, and its axes as a (rows, columns) array.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError(
+            f"plot: matplotlib cannot be imported ({error}); install clustvit_ros with its 'train' extra"
+        ) from error
+    figure = Figure(figsize=size_in, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False, **layout)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as the path's suffix says; folders are made.
+
+    Raises:
+        ConfigError: a suffix of no picture format.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        figure.savefig(path, dpi=120)
+    except ValueError as error:  # a suffix that matplotlib does not know
+        raise ConfigError(f"{path}: cannot be drawn ({error})") from error

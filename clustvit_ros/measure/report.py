@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from clustvit_ros.measure.tables import new_figure
+from clustvit_ros.measure.pictures import new_figure
 from clustvit_ros.networks.architectures import without_merging
 from clustvit_ros.networks.model_folder import ModelConfig
 from clustvit_ros.networks.vit_config import ViTConfig

@@ -25,7 +25,7 @@ from clustvit_ros.engine import Engine, Settings
 from clustvit_ros.engine.carrying import Carrier, carry
 from clustvit_ros.engine.engine import Prediction
 from clustvit_ros.measure.metrics import ConfusionMatrix
-from clustvit_ros.measure.tables import new_figure, save_figure
+from clustvit_ros.measure.pictures import new_figure, save_figure
 from clustvit_ros.policy import percentile
 
 MOST_AGE = 8

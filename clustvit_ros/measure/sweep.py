@@ -21,7 +21,7 @@ from clustvit_ros.engine.engine import Engine, Settings
 from clustvit_ros.engine.ladder import INPUT_SCALES, default_ladder, scaled_size
 from clustvit_ros.measure.evaluation import GflopsCounter
 from clustvit_ros.measure.metrics import ConfusionMatrix
-from clustvit_ros.measure.tables import new_figure, save_figure
+from clustvit_ros.measure.pictures import new_figure, save_figure
 from clustvit_ros.networks.model_folder import MeasuredPoint, ModelConfig
 from clustvit_ros.networks.vit import grid_size_of
 from clustvit_ros.policy import percentile
@@ -203,12 +203,13 @@ def measured_points(rungs: Sequence[Rung], rows: Sequence[SweepRow], config: Mod
         config: the model.
     """
     points: dict[tuple[tuple[int, int], int], MeasuredPoint] = {}
+    method = getattr(config.network, "merge_method", "")
     for rung, row in zip(rungs, rows, strict=True):
         patch_size = config.network.patch_size
         size = scaled_size(config.input.size, rung.input_scale, patch_size)
         grid_rows, columns = grid_size_of(size, patch_size)
         capacity = max(round(grid_rows * columns * rung.share), 1)
-        points[size, capacity] = MeasuredPoint(size, capacity, row.accuracy, row.agreement)
+        points[size, capacity] = MeasuredPoint(size, capacity, row.accuracy, row.agreement, method)
     return tuple(points.values())
 
 

@@ -301,5 +301,7 @@ def _standing_out(best: Tensor, layer: int) -> int:
         best: (B, A), similarity of each row of set A to the most similar row of set B.
         layer: number of the block, from 1; the later, the nearer the bar is to the mean.
     """
+    if best.shape[1] < 2:
+        return 0  # one pair stands out from none
     bar = (best.mean(dim=1) + best.std(dim=1) / layer).mean()
     return int((best >= bar).sum(dim=1).min())

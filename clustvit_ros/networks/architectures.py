@@ -42,6 +42,8 @@ ARCHITECTURES |= {
 """Published sizes by name, and `clustr_t`, half as wide as `clustr_b1`, which takes a CPU as long as `vit_t` does; a
 model's `network` section states what differs."""
 
+# Far above any vision transformer.
+_LARGEST_SIZE, _DEEPEST = 65_536, 512
 # Hyper-parameters that mean nothing to a plain ViT.
 _OF_MERGING = {
     "merging", "merge_similarity", "share_corner", "shared_windows", "num_clusters", "injection_point",
@@ -100,3 +102,16 @@ def plain_twin(architecture: str, overrides: dict[str, Any]) -> tuple[str, dict[
         raise ConfigError(f"{architecture} has no plain ViT twin, expected one of {known}")
     kept = {key: value for key, value in overrides.items() if key not in _OF_MERGING}
     return architecture.removeprefix("clust"), kept
+
+
+def check_sizes(network: dict[str, Any], where: str) -> None:
+    """Refuse hyper-parameters that would build for ever.
+
+    Raises:
+        ConfigError: which one.
+    """
+    for name, value in network.items():
+        largest = _DEEPEST if "depth" in name or "point" in name else _LARGEST_SIZE
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not abs(number) <= largest:
+                raise ConfigError(f"{where}: {name} is {value}, expected a number of at most {largest}")

@@ -206,6 +206,8 @@ def merge_most_similar(
     x, metric, size, slots, leads = groups
     cls, x = x[:, :1], x[:, 1:]
     T = x.shape[1]
+    if T < 2:
+        return groups
     second = 1 - first
     a, b = F.normalize(metric[:, first::2], dim=-1), F.normalize(metric[:, second::2], dim=-1)
     best, partner = (a @ b.transpose(1, 2)).max(dim=2)

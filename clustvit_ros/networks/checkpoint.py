@@ -31,6 +31,7 @@ from torch import Tensor
 from torch._weights_only_unpickler import _get_allowed_globals
 
 from clustvit_ros.classes import ClassSet
+from clustvit_ros.download import check_weights_file
 from clustvit_ros.errors import ConfigError, ModelError
 from clustvit_ros.networks.model_folder import WEIGHTS_FILE, load_config
 from clustvit_ros.networks.vit import grid_size_of
@@ -94,6 +95,13 @@ def read_checkpoint(path: Path, entry: str | None = None) -> Checkpoint:
         ConfigError: the `model.yaml` beside a model folder's weights cannot be used, or there is no such entry.
     """
     grid_size = None
+    if path.exists() and not path.is_file():
+        raise ModelError(f"{path}: is no regular file; expected a file of weights, .pth or .safetensors")
+    try:
+        if path.is_file():
+            check_weights_file(path)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}; fetch or save it again") from error
     try:
         if path.suffix == ".safetensors":
             content: Any = load_file(path)

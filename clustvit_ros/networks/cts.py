@@ -142,6 +142,8 @@ class TokenSharingViT(VisionTransformer):
         """Scores, and both forms of every window: (B, 3, H, W) -> state, whose cost no setting changes."""
         x, grid_size, details = self.embed_with_details(images)
         rows, columns = grid_size[0] // 2, grid_size[1] // 2
+        if rows == 0 or columns == 0:  # one row of patches has no window
+            return Sharing(x, x[:, :0], x.new_zeros(len(x), 0, 2), grid_size, details)
         height, width = (2 * self.patch_size * count for count in (rows, columns))
         whole = images
         if images.shape[2] < height or images.shape[3] < width:
@@ -194,7 +196,7 @@ class TokenSharingViT(VisionTransformer):
         if token_capacity is not None:
             most = W if isinstance(windows, Tensor) else windows
             groups = match_down(groups, capacity, N - others * most)
-        merges = isinstance(windows, Tensor) or windows > 0
+        merges = isinstance(windows, Tensor) or groups.x.shape[1] <= N
         compact = self.decode_compact and merges
         ids = group_ids(groups.slots, groups.leads)
         x, levels = groups.x, []

@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,14 +23,15 @@ from torch.overrides import TorchFunctionMode
 from clustvit_ros.classes import ClassEntry, ClassSet
 from clustvit_ros.config import from_mapping, read_yaml, to_mapping
 from clustvit_ros.errors import ConfigError, ModelError
-from clustvit_ros.networks.architectures import build_network, network_config
-from clustvit_ros.networks.segmenter import NetworkConfig, Segmenter
+from clustvit_ros.networks.architectures import build_network, check_sizes, network_config
+from clustvit_ros.networks.segmenter import NetworkConfig, Segmenter, check_shapes, check_weights
 from clustvit_ros.paths import MODEL_FILE, find_model, hash_file, model_name, replacing
+
+_LOG = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "model.safetensors"
 # Far above any vision transformer; what is within is held against the weights before memory is spent on it.
 _LARGEST_INPUT_PX, _MOST_INPUT_PIXELS = 8192, 4096 * 4096
-_LARGEST_SIZE, _DEEPEST = 65_536, 512
 TEMPERATURES = (0.05, 20.0)
 """Range of a model's temperature."""
 _MOST_CLASSES = 65_535  # of a mono16 mask
@@ -68,12 +71,14 @@ class MeasuredPoint:
         capacity: most tokens kept of those at that size.
         miou: percent.
         agreement: share of pixels that equal the full network's, 0..1.
+        merging: way to merge that it was measured with; empty is the model's.
     """
 
     size: tuple[int, int]
     capacity: int
     miou: float
     agreement: float
+    merging: str = ""
 
 
 @dataclass(frozen=True)
@@ -143,18 +148,36 @@ def load_config(model: str | Path) -> ModelConfig:
         raise ConfigError(
             f"{where}: merging is {content.merging!r} and in network {content.network['merging']!r}, expected it once"
         )
-    _check_sizes(overrides, f"{where}: network")
+    check_sizes(overrides, f"{where}: network")
     network = network_config(content.architecture, overrides, f"{where}: network")
-    check_points(content.operating_points, content.input.size, network, where)
+    points = _points_of(content.operating_points, network, where)
+    check_points(points, content.input.size, network, where)
     low, high = TEMPERATURES
     if not low <= content.temperature <= high:
         raise ConfigError(f"{where}: temperature is {content.temperature:g}, expected {low:g} to {high:g}; 1 is none")
     return ModelConfig(
         name=model_name(folder), architecture=content.architecture, network=network,
         classes=ClassSet.of(content.classes), input=content.input, overrides=overrides, training=content.training,
-        scores=content.scores, licence=content.licence, operating_points=content.operating_points,
+        scores=content.scores, licence=content.licence, operating_points=points,
         temperature=content.temperature,
     )  # fmt: skip
+
+
+def _points_of(points: tuple[MeasuredPoint, ...], network: NetworkConfig, where: str) -> tuple[MeasuredPoint, ...]:
+    """Operating points of the way to merge that the network has now; those of another one say nothing of it."""
+    method = getattr(network, "merge_method", "")
+    kept = tuple(point for point in points if point.merging in ("", method))
+    if len(kept) < len(points):
+        _tell_once(
+            f"{where}: {len(points) - len(kept)} operating_points were measured with another merging than {method!r} "
+            "and are left out; `clustvit-ros tune --write` measures them anew"
+        )
+    return kept
+
+
+@functools.cache
+def _tell_once(text: str) -> None:
+    _LOG.warning(text)
 
 
 def check_points(
@@ -298,16 +321,7 @@ def _check_file(network: Segmenter, path: Path, unused: tuple[str, ...] = ()) ->
             shapes = {name: tuple(part.get_shape()) for name, part in slices.items() if not name.startswith(unused)}
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path}: cannot be read ({error}); fetch the model again") from error
-    _check_shapes(network, shapes, str(path))
-
-
-def _check_sizes(network: dict[str, Any], where: str) -> None:
-    """Refuse hyper-parameters that would build for ever."""
-    for name, value in network.items():
-        largest = _DEEPEST if "depth" in name or "point" in name else _LARGEST_SIZE
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int | float) and not abs(number) <= largest:
-                raise ConfigError(f"{where}: {name} is {value}, expected a number of at most {largest}")
+    check_shapes(network, shapes, str(path))
 
 
 def hash_weights(model: str | Path) -> str:
@@ -321,44 +335,6 @@ def hash_weights(model: str | Path) -> str:
         return hash_file(path)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror}); fetch the model again") from error
-
-
-def check_weights(network: Segmenter, weights: dict[str, torch.Tensor], where: str) -> None:
-    """Compare names, shapes and kinds with a network's, before any is loaded.
-
-    Raises:
-        ModelError: with every missing, unknown and mis-shaped name, or those that hold no finite numbers (the first
-            ten of each).
-    """
-    _check_shapes(network, {name: tuple(tensor.shape) for name, tensor in weights.items()}, where)
-    broken = [
-        name for name, own in network.state_dict().items()
-        if (tensor := weights[name]).layout != torch.strided or tensor.is_meta or tensor.is_quantized
-        or tensor.is_complex() or tensor.is_floating_point() != own.is_floating_point()
-        or not tensor.to(own.dtype).isfinite().all()
-    ]  # fmt: skip
-    if broken:
-        raise ModelError(f"{where}: infinite or no numbers in {', '.join(broken[:10])}; train or fetch the model again")
-
-
-def _check_shapes(network: Segmenter, shapes: dict[str, tuple[int, ...]], where: str) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    findings = {
-        "missing": [name for name in expected if name not in shapes],
-        "unknown": [name for name in shapes if name not in expected],
-        "mis-shaped": [
-            f"{name} {shapes[name]} instead of {shape}"
-            for name, shape in expected.items()
-            if name in shapes and shapes[name] != shape
-        ],
-    }
-    if any(findings.values()):
-        texts = [
-            f"{kind}: {', '.join(names[:10])}{f' and {len(names) - 10} more' if len(names) > 10 else ''}"
-            for kind, names in findings.items()
-            if names
-        ]
-        raise ModelError(f"{where}: the weights do not fit the network: {'; '.join(texts)}; check model.yaml's network")
 
 
 def save_model(folder: Path, config: ModelConfig, network: Segmenter, dtype: torch.dtype = torch.float32) -> None:
@@ -394,7 +370,8 @@ def save_config(folder: Path, config: ModelConfig) -> None:
     if config.temperature != 1.0:
         content["temperature"] = config.temperature
     if config.operating_points:
-        content["operating_points"] = [to_mapping(point) for point in config.operating_points]
+        points = map(to_mapping, config.operating_points)
+        content["operating_points"] = [{k: v for k, v in point.items() if v != ""} for point in points]
     text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
     with replacing(folder / MODEL_FILE, shared=True) as partial:
         partial.write_text(text, encoding="utf-8")

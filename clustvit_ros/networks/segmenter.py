@@ -16,9 +16,10 @@ import abc
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from clustvit_ros.errors import ConfigError
+from clustvit_ros.errors import ConfigError, ModelError
 from clustvit_ros.networks.clustering import TokenGroups
 
 
@@ -265,3 +266,67 @@ def check_drop_path(config: Any) -> None:
     """
     if not 0.0 <= config.drop_path < 1.0:
         raise ConfigError(f"network: drop_path is {config.drop_path}, expected 0 or above, and below 1")
+
+
+# What the weights of a network that merges in another way have no part for.
+_MERGING_PARTS = ("backbone.policy_net.", "backbone.clusterer.", "backbone.regenerator.", "backbone.later_")
+
+
+def check_weights(
+    network: Segmenter, weights: dict[str, Tensor], where: str, remedy: str = "check model.yaml's network"
+) -> None:
+    """Compare names, shapes and kinds with a network's, before any is loaded.
+
+    Args:
+        network: stays as it is.
+        weights: parameter names to tensors.
+        where: what errors call the weights.
+        remedy: what to do where they do not fit.
+
+    Raises:
+        ModelError: with every missing, unknown and mis-shaped name, or those that hold no finite numbers (the first
+            ten of each).
+    """
+    check_shapes(network, {name: tuple(tensor.shape) for name, tensor in weights.items()}, where, remedy)
+    broken = [
+        name for name, own in network.state_dict().items()
+        if (tensor := weights[name]).layout != torch.strided or tensor.is_meta or tensor.is_quantized
+        or tensor.is_complex() or tensor.is_floating_point() != own.is_floating_point()
+        or not tensor.to(own.dtype).isfinite().all()
+    ]  # fmt: skip
+    if broken:
+        raise ModelError(f"{where}: infinite or no numbers in {', '.join(broken[:10])}; train or fetch the model again")
+
+
+def check_shapes(
+    network: Segmenter, shapes: dict[str, tuple[int, ...]], where: str, remedy: str = "check model.yaml's network"
+) -> None:
+    """Compare names and shapes with a network's.
+
+    Raises:
+        ModelError: with every missing, unknown and mis-shaped name (the first ten of each).
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    findings = {
+        "missing": [name for name in expected if name not in shapes],
+        "unknown": [name for name in shapes if name not in expected],
+        "mis-shaped": [
+            f"{name} {shapes[name]} instead of {shape}"
+            for name, shape in expected.items()
+            if name in shapes and shapes[name] != shape
+        ],
+    }
+    lacks = {part for name in findings["missing"] for part in _MERGING_PARTS if name.startswith(part)}
+    if lacks and all(name.startswith(_MERGING_PARTS) for names in findings.values() for name in names):
+        part = "policy network" if "backbone.policy_net." in lacks else "Clusterer for each injection point"
+        raise ModelError(
+            f"{where}: the weights have no {part}, which this way to merge needs; choose another merging in "
+            "model.yaml, or train it (config/train/add_merging.yaml)"
+        )
+    if any(findings.values()):
+        texts = [
+            f"{kind}: {', '.join(names[:10])}{f' and {len(names) - 10} more' if len(names) > 10 else ''}"
+            for kind, names in findings.items()
+            if names
+        ]
+        raise ModelError(f"{where}: the weights do not fit the network: {'; '.join(texts)}; {remedy}")

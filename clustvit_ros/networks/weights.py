@@ -34,7 +34,6 @@ from clustvit_ros.errors import ConfigError, ModelError
 from clustvit_ros.networks.architectures import ARCHITECTURES, build_network
 from clustvit_ros.networks.checkpoint import Checkpoint
 from clustvit_ros.networks.clustr import ClusTRConfig
-from clustvit_ros.networks.model_folder import check_weights
 from clustvit_ros.networks.official import (
     clustr_shape,
     count_blocks,
@@ -46,7 +45,7 @@ from clustvit_ros.networks.official import (
     network_of,
     sharing_of,
 )
-from clustvit_ros.networks.segmenter import NetworkConfig, Segmenter
+from clustvit_ros.networks.segmenter import NetworkConfig, Segmenter, check_weights
 from clustvit_ros.networks.vit import grid_size_of
 from clustvit_ros.networks.vit_config import ViTConfig
 
@@ -202,7 +201,8 @@ def fill_network(
         weights[POSITIONS] = fit_positions(weights[POSITIONS], imported.grid_size, grid_size)
     # How many batches a norm has seen serves training only, and converters leave it out.
     unneeded = [name for name in own if name.endswith(".num_batches_tracked")]
-    check_weights(network, {**{name: own[name] for name in (*fresh, *unneeded)}, **weights}, where)
+    remedy = "is the file whole, and of this kind? (names are this package's)"
+    check_weights(network, {**{name: own[name] for name in (*fresh, *unneeded)}, **weights}, where, remedy)
     network.load_state_dict(weights, strict=False)
     return network, sorted(left_out), fresh
 
@@ -290,3 +290,33 @@ def _fold_layer_scale(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             folded[f"{layer}.weight"] = gamma[:, None] * weights[f"{layer}.weight"]
             folded[f"{layer}.bias"] = gamma * weights[f"{layer}.bias"]
     return folded
+
+
+def as_rgb(checkpoint: Checkpoint) -> Checkpoint:
+    """A network that was trained on BGR images, as its configuration says, takes RGB once its weights change places."""
+    stated = checkpoint.model.get("data_preprocessor")
+    if not isinstance(stated, dict) or not any(stated.get(key) is False for key in ("bgr_to_rgb", "to_rgb")):
+        return checkpoint
+    turned = {key: value[::-1] for key, value in stated.items() if isinstance(value, (list, tuple))}
+    weights = {
+        name: tensor.flip(1) if "patch_embed" in name and tensor.ndim == 4 and tensor.shape[1] == 3 else tensor
+        for name, tensor in checkpoint.weights.items()
+    }
+    return checkpoint._replace(weights=weights, model={**checkpoint.model, "data_preprocessor": {**stated, **turned}})
+
+
+def is_as_said(architecture: str, overrides: dict[str, Any], said: str, path: str) -> bool:
+    """Whether a network has the size that it is said to have.
+
+    Args:
+        architecture, overrides: what a file holds, as `network_for` gives it.
+        said: kind and size, e.g. "cts_b".
+        path: what messages call the file.
+
+    Raises:
+        ModelError: it is of another kind.
+    """
+    found = architecture.replace("vit_", "cts_") if overrides.get("merging") == "cts" else architecture
+    if found.partition("_")[0] != said.partition("_")[0]:
+        raise ModelError(f"{path}: holds a {found}, expected {said}, as the list says; a CTS needs its policy network")
+    return found == said and not {"embed_dim", "depth"} & overrides.keys()

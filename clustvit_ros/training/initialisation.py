@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from clustvit_ros.errors import ConfigError, ModelError
 from clustvit_ros.networks.checkpoint import read_checkpoint
-from clustvit_ros.networks.model_folder import WEIGHTS_FILE, check_weights, load_config, load_segmenter
-from clustvit_ros.networks.segmenter import Segmenter
+from clustvit_ros.networks.model_folder import WEIGHTS_FILE, load_config, load_segmenter
+from clustvit_ros.networks.segmenter import Segmenter, check_weights
 from clustvit_ros.networks.vit import VisionTransformer
 from clustvit_ros.networks.weights import POSITIONS, fit_positions, import_weights
 from clustvit_ros.paths import MODEL_FILE, replacing, share_dir

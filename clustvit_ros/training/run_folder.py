@@ -34,7 +34,7 @@ from safetensors import SafetensorError
 import clustvit_ros
 from clustvit_ros.config import read_json, to_mapping
 from clustvit_ros.errors import ConfigError, DataError
-from clustvit_ros.measure.tables import new_figure, save_figure
+from clustvit_ros.measure.pictures import new_figure, save_figure
 from clustvit_ros.paths import hash_file, replacing
 from clustvit_ros.training.dataset import BadFile, LabelledImages
 from clustvit_ros.training.recipe import Recipe

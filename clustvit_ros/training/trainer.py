@@ -108,7 +108,9 @@ class Trainer(TrainingLoop[Segmenter]):
                 )
             self._teacher = self._teacher.requires_grad_(False).eval().to(device)
         self._teachers = [load_teacher(name, recipe).to(device) for name in self.schedule.teachers]
-        self._merging = _freeze_all_but_merging(network, recipe.name) if self.schedule.trains == "merging" else []
+        self._merging: list[nn.Module] = []
+        if self.schedule.trains == "merging":
+            self._merging = _freeze_all_but_merging(network, recipe.name, self.init_report)
         images = joined([data, *further]) if further else data
         self._counts = _images_per_epoch(recipe, [len(part) for part in (data, *further)])
         self.crops = Crops(
@@ -239,23 +241,29 @@ class Trainer(TrainingLoop[Segmenter]):
         return size, schedule.merge_thresholds[pick - len(schedule.kept_fractions)], None
 
 
-def _freeze_all_but_merging(network: Segmenter, name: str) -> list[nn.Module]:
+def _freeze_all_but_merging(network: Segmenter, name: str, init: InitReport | None) -> list[nn.Module]:
     """Leave gradients to what merging learns with: Clusterers and Regenerators, or a policy network.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or something else starts random, and would stay so.
     """
     network.requires_grad_(False)
     kinds = (Clusterer, Regenerator, PolicyNetwork)
-    parts: list[nn.Module] = [module for module in network.modules() if isinstance(module, kinds)]
+    parts = {name: module for name, module in network.named_modules() if isinstance(module, kinds)}
     if not parts:
         raise ConfigError(
             f"recipe {name}: trains is 'merging', and its network has no Clusterer; expected a ClustViT with its own "
-            "way to merge, or merging 'cts'"
+            "way to merge, or merging 'cts'; stvit's blocks learn it with trains: all, others need no training"
         )
-    for part in parts:
+    for part in parts.values():
         part.requires_grad_(True)
-    return parts
+    random = [*init.missing, *init.mismatched, *init.new_classes] if init else []
+    if stays := [name for name in random if not name.startswith(tuple(f"{part}." for part in parts))]:
+        raise ConfigError(
+            f"recipe {name}: trains is 'merging', but {', '.join(stays[:5])} would start random and stay so; expected "
+            "weights (--init) of the whole network, its head and classes included, or trains: all"
+        )
+    return list(parts.values())
 
 
 class _TrainingStep(nn.Module):

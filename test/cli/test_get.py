@@ -18,13 +18,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
+from clustvit_ros import download as downloading
 from clustvit_ros import released
 from clustvit_ros.cli.main import main
-from clustvit_ros.errors import ConfigError
+from clustvit_ros.download import download
+from clustvit_ros.errors import ConfigError, ModelError
 from clustvit_ros.networks import ViTConfig, build_network, load_config, load_segmenter
 from clustvit_ros.networks.official import to_official
 from clustvit_ros.paths import find_model
-from clustvit_ros.released import download, load_released
+from clustvit_ros.released import load_released
 
 NAME = "suim_vit_b"
 
@@ -78,10 +80,10 @@ class Server:
         request.wfile.write(content[start:end])
 
 
-def checkpoint(**changes):
+def checkpoint(classes=9, **changes):
     torch.manual_seed(0)
     config = ViTConfig(backbone="vit", image_size=(32, 32), embed_dim=64, depth=1, num_heads=1, head_depth=1)
-    weights = to_official(build_network(config, 9).state_dict())
+    weights = to_official(build_network(config, classes).state_dict())
     file = io.BytesIO()
     torch.save({"meta": {}, "state_dict": weights, **changes}, file)
     return file.getvalue()
@@ -116,8 +118,8 @@ def server(content, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     for variable in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(released.time, "sleep", lambda _: None)
-    monkeypatch.setattr(released.shutil, "disk_usage", lambda _: released.shutil._ntuple_diskusage(1, 1, 1 << 40))
+    monkeypatch.setattr(downloading.time, "sleep", lambda _: None)
+    monkeypatch.setattr(downloading.shutil, "disk_usage", lambda _: downloading.shutil._ntuple_diskusage(1, 1, 1 << 40))
     shipped = (released.share_dir() / "config" / "released.yaml").read_text()
     first = shipped.replace("https://data.dtu.dk/ndownloader/files/64205610", served.address)
     served.list = tmp_path / "list.yaml"
@@ -223,7 +225,7 @@ def test_larger_files_than_allowed_are_refused_before_they_come(server, tmp_path
 
 
 def test_a_full_disk_is_told(server, monkeypatch, capsys):
-    monkeypatch.setattr(released.shutil, "disk_usage", lambda _: released.shutil._ntuple_diskusage(1, 1, 1000))
+    monkeypatch.setattr(downloading.shutil, "disk_usage", lambda _: downloading.shutil._ntuple_diskusage(1, 1, 1000))
     assert get(server) == 2
     assert "has 0.00 GB free, expected at least 0.27" in error(capsys)
 
@@ -291,7 +293,7 @@ def test_a_compressed_archive_is_refused(server, content, capsys):
 
 
 def test_published_checksums_are_held_against_the_file(server, content, tmp_path):
-    with pytest.raises(released.ModelError, match="expected 00; it was deleted"):
+    with pytest.raises(ModelError, match="expected 00; it was deleted"):
         download(server.address, tmp_path / "a.pth", 1 << 30, sha256="00")
     download(server.address, tmp_path / "a.pth", 1 << 30, sha256=hashlib.sha256(content).hexdigest())
 
@@ -322,8 +324,25 @@ def test_any_address_is_taken_and_what_is_none_is_refused(server, tmp_path, caps
         assert message in error(capsys)
 
 
+def test_what_the_list_says_of_a_file_is_held_against_it(server, tmp_path, capsys):
+    """Another kind is refused; the score of other classes is not claimed."""
+    shipped = server.list.read_text()
+    section = shipped[shipped.index("- name: suim_vit_b") :]
+    server.list.write_text(shipped.replace(section, section.replace("{num_heads: 1}", "{num_heds: 4}", 1)))
+    assert get(server) == 2 and "num_heds" in error(capsys) and server.asked == []
+    server.list.write_text(shipped)
+    server.content = checkpoint(classes=7)
+    assert get(server) == 0
+    told = capsys.readouterr().err
+    assert "has 7 classes, suim has 9" in told and "as the list says, but one of another size" in told
+    assert load_config(NAME).scores == {}
+    server.list.write_text(shipped.replace(section, section.replace("architecture: vit_b", "architecture: cts_b", 1)))
+    assert get(server, "--force") == 2
+    assert "holds a vit_t, expected cts_b, as the list says; a CTS needs its policy network" in error(capsys)
+
+
 def test_two_downloads_of_one_file_do_not_mix(server, tmp_path):
-    with released._locked(tmp_path), pytest.raises(released.ModelError, match="another process is downloading it"):
+    with downloading._locked(tmp_path), pytest.raises(ModelError, match="another process is downloading it"):
         download(server.address, tmp_path / "a.pth", 1 << 30)
 
 
@@ -344,6 +363,13 @@ def test_a_list_of_ones_own_is_checked(tmp_path):
         ("name: suim_vit_b", "name: ../evil", "expected the name of a folder"),
         ("https://data.dtu.dk/ndownloader/files/64205610", "ftp://x/y", "expected http://"),
         ("data: suim\n", "data: mars\n", "data: mars is missing"),
+        ("https://data.dtu.dk/ndownloader/files/64205610", "http://[x/a", "expected http://"),
+        ("https://data.dtu.dk/ndownloader/files/64205610", "http://a..b/a", "expected http://"),
+        ("https://data.dtu.dk/ndownloader/files/64205610", "http://a/b c", "without spaces"),
+        ("name: suim_vit_b", "name: ade20k_vit_b", "there twice"),
+        ("name: suim_vit_b", "name: sim_tiny", "a shipped model's"),
+        ("architecture: cts_b", "architecture: foo", "architecture is 'foo', expected vit_b"),
+        ("name: suim_vit_b", "name: suim_vit_b\n  sha256: abc", "expected 64 digits"),
     ):
         (tmp_path / "list.yaml").write_text(text.replace(old, new))
         with pytest.raises(ConfigError, match=message):

@@ -8,9 +8,11 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import sys
 import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -264,3 +266,32 @@ def test_files_that_are_no_checkpoint_are_one_line(tmp_path, capsys, content, su
     (tmp_path / f"a{suffix}").write_bytes(content)
     assert import_(tmp_path / f"a{suffix}", tmp_path / "m") == 2
     assert capsys.readouterr().err.startswith("clustvit-ros: error: ")
+
+
+def test_what_is_no_regular_file_or_damaged_inside_is_one_line(tmp_path, official, capsys):
+    os.mkfifo(tmp_path / "pipe.pth")
+    torch.save({"state_dict": official}, tmp_path / "a.pth")
+    data = bytearray((tmp_path / "a.pth").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "flipped.pth").write_bytes(data)
+    with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb/data.pkl", bytes(1 << 20))
+    for name, problem in (
+        ("pipe.pth", "is no regular file"), ("zero", "is no regular file"),
+        ("flipped.pth", "fails its checksum; fetch or save it again"), ("bomb.pth", "is compressed"),
+    ):  # fmt: skip
+        path = "/dev/zero" if "zero" in name else tmp_path / name
+        assert import_(path, tmp_path / "m") == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("clustvit-ros: error: ")]
+        assert len(lines) == 1 and problem in lines[0] and not (tmp_path / "m").exists()
+
+
+def test_weights_without_checksums_are_taken(tmp_path, official):
+    """PyTorch can be told to compute none."""
+    torch.save({"state_dict": official}, tmp_path / "a.pth")
+    data = (tmp_path / "a.pth").read_bytes()
+    with zipfile.ZipFile(tmp_path / "a.pth") as archive:
+        for entry in archive.infolist():
+            data = data.replace(entry.CRC.to_bytes(4, "little"), bytes(4))
+    (tmp_path / "b.pth").write_bytes(data)
+    assert import_(tmp_path / "b.pth", tmp_path / "m") == 0

@@ -84,6 +84,18 @@ def test_capacity_is_kept(changes, images, capacity):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("size", [(16, 96), (70, 1), (1, 1)])
+def test_a_picture_of_one_row_of_patches_is_segmented(changes, size):
+    """Which has no window of 2x2 in it."""
+    network, thin = make_small(**changes), torch.rand(2, 3, *size)
+    rows, columns = -(-size[0] // 16), -(-size[1] // 16)
+    finer = 4 if changes.get("head") == "detail" else 1
+    for settings in ({}, {"merge_threshold": 0.0}, {"token_capacity": 1}, {"token_capacity": 3}):
+        output = network(thin, **settings)
+        assert output.logits.shape == (2, 5, rows * finer, columns * finer) and bool(output.logits.isfinite().all())
+
+
+@torch.no_grad()
 def test_a_batch_equals_its_images(changes, images):
     network = make_small(**changes)
     both = network(images, token_capacity=17)

@@ -188,6 +188,11 @@ def test_merging_alone_is_learned_around_a_plain_vit_that_stays(train, write_rec
         assert load_config(folder).architecture == backbone and merged.backbone.merges
         assert torch.equal(merged(images, merge_threshold=1.0, token_capacity=24).logits, before(images).logits)
         assert int((merged(images, token_capacity=12).cluster_ids == 0).sum()) == 24
+    other_head = {"injection_point": 1, "head": "linear"}
+    (tmp_path / "head.yaml").write_text(yaml.safe_dump({**shipped, "network": other_head}))
+    capsys.readouterr()
+    assert train(tmp_path / "head.yaml", tmp_path / "head", "--init", str(tmp_path / "vit/model")) == 2
+    assert "head.classify.bias would start random and stay so" in capsys.readouterr().err
     assert train(added, tmp_path / "none") == 2
     assert "architecture is that of the model to start from; name one, e.g. --init MODEL" in capsys.readouterr().err
     assert train(write_recipe(**vit, schedule=merging), tmp_path / "other") == 2
