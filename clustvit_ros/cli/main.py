@@ -110,8 +110,12 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has had enough, as `head`; the rest of it goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except (ClustvitError, OSError) as error:  # the latter: files and folders that cannot be read or written
+    except ClustvitError as error:
         print(f"clustvit-ros: error: {printable(error)}", file=sys.stderr)
+        return 2
+    except OSError as error:  # files and folders that cannot be read or written
+        told = f"{error.filename}: {error.strerror}; " if error.filename and error.strerror else f"{error}; "
+        print(f"clustvit-ros: error: {printable(told)}check path, permissions and free space", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

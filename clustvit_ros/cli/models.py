@@ -377,6 +377,8 @@ def _classes(name: str | None, count: int, checkpoint: Checkpoint, class_set: st
         return classes
     if checkpoint.classes is not None and len(checkpoint.classes) == count:
         return checkpoint.classes
+    if checkpoint.classes is not None:
+        print(f"the file names {len(checkpoint.classes)} classes, its head has {count}: names are left out")
     for packaged in [class_set] if class_set else class_set_names():
         classes = load_class_set(packaged)
         if len(classes) == count:

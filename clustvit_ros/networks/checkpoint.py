@@ -19,6 +19,7 @@ import ast
 import contextlib
 import pickletools
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -111,7 +112,8 @@ def read_checkpoint(path: Path, entry: str | None = None) -> Checkpoint:
                 height, width = map(int, text.split("x"))
                 grid_size = height, width
         else:
-            with _stand_ins(path):
+            with _stand_ins(path), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of old forms of pickles, which are read or told below
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ModelError(f"{path}: does not exist; expected a file of weights, .pth or .safetensors") from error

@@ -58,6 +58,36 @@ def test_ways_to_merge_are_scored_side_by_side(model_dir, labelled_dir, tmp_path
     assert f"--merge: got 'magic', expected one of {ways}" in capsys.readouterr().err
 
 
+def test_ways_that_weights_have_no_part_for_are_refused_before_any_is_scored(twin_dir, labelled_dir, tmp_path, capsys):
+    for ways, message in (
+        ("none,clusters", "which a plain vit has no weights for"), ("none,cts", "has no policy network"),
+        ("none,none", "expected names separated by commas, each once"),
+    ):  # fmt: skip
+        try:
+            assert evaluate(twin_dir, labelled_dir, "--merge", ways, "--json", tmp_path / "out.json") == 2
+        except SystemExit as end:
+            assert end.code == 2
+        told = capsys.readouterr()
+        assert message in told.err and "mIoU" not in told.out and "/clustvit_evaluate_" not in told.err
+
+
+def test_models_of_one_name_keep_their_own_scores(model_dir, labelled_dir, tmp_path, capsys):
+    """Ways to merge are made of each one's own weights, and told apart by the folders around."""
+    for run, gain in (("q1", 1.0), ("q2", -1.0)):
+        network = load_segmenter(model_dir)
+        turned = {name: gain if name.startswith("head") else 1.0 for name in network.state_dict()}
+        weights = {name: turned[name] * value for name, value in network.state_dict().items()}
+        network.load_state_dict(weights)
+        save_model(tmp_path / run / "m", load_config(model_dir), network)
+    models = (tmp_path / "q1" / "m", labelled_dir, "--model", tmp_path / "q2" / "m")
+    assert evaluate(*models, "--json", tmp_path / "plain.json") == 0
+    assert evaluate(*models, "--merge", "clusters,tome", "--json", tmp_path / "out.json") == 0
+    rows = json.loads((tmp_path / "out.json").read_text())["models"]
+    assert [row["model"] for row in rows] == ["q1-m+clusters", "q1-m+tome", "q2-m+clusters", "q2-m+tome"]
+    plain = [row["miou"] for row in json.loads((tmp_path / "plain.json").read_text())["models"]]
+    assert [rows[0]["miou"], rows[2]["miou"]] == plain and plain[0] != plain[1]
+
+
 def test_scores_repeat(model_dir, labelled_dir, tmp_path):
     for name in ("first", "second"):
         assert evaluate(model_dir, labelled_dir, "--json", tmp_path / name) == 0

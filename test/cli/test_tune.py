@@ -97,6 +97,11 @@ def test_points_are_written_and_what_decides_on_a_budget_knows_them(model_dir, l
     worth = WorthOrder(create_engine(str(model), "torch", "cpu").info.accuracies)
     assert worth(OperatingPoint(1.0, 48, 48))[0] == pytest.approx(max(p.miou for p in points if p.size == full.size))
     content = yaml.safe_load((model / "model.yaml").read_text())
+    # They say nothing of another way to merge.
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model.yaml").write_text(yaml.safe_dump({**content, "merging": "kmeans"}))
+    assert {point.merging for point in points} == {"clusters"}
+    assert load_config(tmp_path / "other").operating_points == ()
     before = yaml.safe_load((model_dir / "model.yaml").read_text())
     assert {key: value for key, value in content.items() if key != "operating_points"} == before
 
