@@ -281,34 +281,60 @@ def _check_images(session, network: Segmenter, images: Tensor, many_settings: bo
                 raise EngineError(
                     f"export: {int(capacity)} tokens are kept {where}, PyTorch keeps {most}; the file was removed"
                 )
-        expected = backbone.finish(state, token_capacity=int(capacity))
-        of_torch = network.decode(expected).logits
-        wrong, found = _apart(logits, ids, of_torch, expected.cluster_ids, backbone.decides)
-        # A head without a final norm has logits of any size, and rounding errors to match.
-        allowed, tied = LOGIT_TOLERANCE * max(1.0, 0.1 * float(of_torch.abs().max())), _TIED_TOKENS
-        if backbone.decides:
-            allowed = max(allowed, _undecided(network, images, of_torch))
-        is_doubtful = backbone.merges and not (wrong <= tied and found <= allowed)
-        if is_doubtful:
-            doubtful += 1
-            for rounded in _roundings(images):
-                state = backbone.encode(rounded)
-                state = backbone.exempt(state, exempt) if exempt.any() else state
-                again = backbone.finish(state, token_capacity=int(capacity))
-                flips, jump = _apart(network.decode(again).logits, again.cluster_ids, of_torch, expected.cluster_ids)
-                tied, allowed = max(tied, _JUMPS * flips), max(allowed, _JUMPS * jump)
-        if wrong > tied:
-            raise EngineError(
-                f"export: the tokens that are kept, or the clusters of merged ones, are not PyTorch's {where}: "
-                f"{wrong:.0%} differ; the file was removed; {_OTHER_VERSIONS}"
-            )
-        if not found <= allowed or doubtful > len(settings) / 2:  # a NaN is no match either
-            raise EngineError(
-                f"export: logits differ from PyTorch's by {found:.2g} {where}, allowed {allowed:.2g}; the file "
-                f"was removed; {_OTHER_VERSIONS}"
-            )
+        found, is_doubtful = _compare(network, images, state, exempt, logits, ids, int(capacity), where)
+        doubtful += is_doubtful
         difference = max(difference, 0.0 if is_doubtful else found)
+    if doubtful > len(settings) / 2:
+        raise EngineError(
+            f"export: logits differ from PyTorch's by {found:.2g} {where}, and at {doubtful - 1} other settings; the file "
+            f"was removed; {_OTHER_VERSIONS}"
+        )
     return difference
+
+
+def _compare(
+    network: Segmenter, images: Tensor, state: Any, exempt: Tensor, logits: Tensor, ids: Tensor, capacity: int,
+    where: str,
+) -> tuple[float, bool]:  # fmt: skip
+    """Hold what a file gives at one setting against PyTorch.
+
+    Args:
+        network, images: as for the check; `state` is what the backbone's first part makes of these images.
+        exempt: (N,) bool.
+        logits, ids, capacity, where: the file's outputs, and the setting, for messages.
+
+    Returns:
+        How far logits lie apart, and whether rounding decides what is merged there.
+
+    Raises:
+        EngineError: further apart than rounding explains.
+    """
+    backbone = network.backbone
+    expected = backbone.finish(state, token_capacity=capacity)
+    of_torch = network.decode(expected).logits
+    wrong, found = _apart(logits, ids, of_torch, expected.cluster_ids, backbone.decides)
+    # A head without a final norm has logits of any size, and rounding errors to match.
+    allowed, tied = LOGIT_TOLERANCE * max(1.0, 0.1 * float(of_torch.abs().max())), _TIED_TOKENS
+    if backbone.decides:
+        allowed = max(allowed, _undecided(network, images, of_torch))
+    is_doubtful = backbone.merges and not (wrong <= tied and found <= allowed)
+    for rounded in _roundings(images) if is_doubtful else ():
+        state = backbone.encode(rounded)
+        state = backbone.exempt(state, exempt) if exempt.any() else state
+        again = backbone.finish(state, token_capacity=capacity)
+        flips, jump = _apart(network.decode(again).logits, again.cluster_ids, of_torch, expected.cluster_ids)
+        tied, allowed = max(tied, _JUMPS * flips), max(allowed, _JUMPS * jump)
+    if wrong > tied:
+        raise EngineError(
+            f"export: the tokens that are kept, or the clusters of merged ones, are not PyTorch's {where}: "
+            f"{wrong:.0%} differ; the file was removed; {_OTHER_VERSIONS}"
+        )
+    if not found <= allowed:  # a NaN is no match either
+        raise EngineError(
+            f"export: logits differ from PyTorch's by {found:.2g} {where}, allowed {allowed:.2g}; the file was "
+            f"removed; {_OTHER_VERSIONS}"
+        )
+    return found, is_doubtful
 
 
 def _apart(
