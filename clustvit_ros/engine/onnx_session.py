@@ -286,8 +286,8 @@ def _check_images(session, network: Segmenter, images: Tensor, many_settings: bo
         difference = max(difference, 0.0 if is_doubtful else found)
     if doubtful > len(settings) / 2:
         raise EngineError(
-            f"export: logits differ from PyTorch's by {found:.2g} {where}, and at {doubtful - 1} other settings; the file "
-            f"was removed; {_OTHER_VERSIONS}"
+            f"export: logits differ from PyTorch's by {found:.2g} {where}, and at {doubtful - 1} others; the file was "
+            f"removed; {_OTHER_VERSIONS}"
         )
     return difference
 
