@@ -117,12 +117,21 @@ def class_set_names() -> list[str]:
     return sorted(path.stem for path in (share_dir() / "config" / "classes").glob("*.yaml"))
 
 
-def write_out_classes(content: dict[str, Any], where: str) -> None:
+def write_out_classes(content: dict[str, Any], where: str, named: bool = False) -> None:
     """Replace the name of a class list that a file's `classes` may hold by the list itself, in place.
+
+    Args:
+        content: of the file.
+        where: what messages call it.
+        named: names alone are enough, and get colours.
 
     Raises:
         ConfigError: there is none of that name.
     """
+    names = content.get("classes")
+    if named and isinstance(names, list) and names and all(isinstance(name, str) for name in names):
+        colours = ClassSet.numbered(len(names)).colours
+        content["classes"] = [{"name": n, "colour": list(c)} for n, c in zip(names, colours, strict=True)]
     if isinstance(content.get("classes"), str):
         try:
             content["classes"] = load_class_set(content["classes"]).entries()

@@ -17,6 +17,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import types
 import typing
 from pathlib import Path
@@ -28,6 +29,8 @@ from clustvit_ros.errors import ConfigError
 
 T = TypeVar("T")
 
+# YAML 1.1 takes 1e-3 for text, since it has no point.
+_EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d{1,3}")
 # Configuration is written by hand; a model.yaml has some hundred lines.
 _LONGEST_YAML_BYTES = 1 << 20
 _MOST_YAML_VALUES = 200_000
@@ -199,6 +202,8 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
             )
     if origin is dict and isinstance(value, dict):
         return {key: _convert(args[1], item, f"{where}: {key}") for key, item in value.items()}
+    if kind is float and isinstance(value, str) and _EXPONENT.fullmatch(value):
+        value = float(value)
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
     if kind in (int, str, bool) and type(value) is kind:

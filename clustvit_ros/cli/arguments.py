@@ -196,6 +196,7 @@ def parse_fractions(text: str) -> tuple[float, ...]:
     return fractions
 
 
+_MOST_OPTION = 1e9
 EXIT_TIME_UP = 75
 """Exit code when the time limit ended a run that the same command continues (EX_TEMPFAIL)."""
 
@@ -247,7 +248,8 @@ def prepare(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: an option is out of range.
     """
-    if args.time_limit < 0 or args.cache_gb < 0:
-        raise ConfigError("--time-limit and --cache-gb must be 0 or above")
+    for option, value in (("--time-limit", args.time_limit), ("--cache-gb", args.cache_gb)):
+        if not 0.0 <= value < _MOST_OPTION:
+            raise ConfigError(f"{option}: got {value:g}, expected a number of 0 or above")
     if args.threads > 0:
         torch.set_num_threads(args.threads)

@@ -55,8 +55,8 @@ def add_convert_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def convert(args: argparse.Namespace) -> int:
-    if args.val_every < 0:
-        raise ConfigError(f"--val-every: got {args.val_every}, expected 0 (none) or more")
+    if args.val_every < 0 or args.val_every == 1:
+        raise ConfigError(f"--val-every: got {args.val_every}, expected 0 (none), or 2 or more: some must be learnt")
     classes = [name.strip() for name in args.classes.split(",") if name.strip()]
     done = convert_labels(
         args.source, args.out, args.images, classes, args.background, args.val_every, args.copy,
@@ -75,7 +75,9 @@ def convert(args: argparse.Namespace) -> int:
         )  # fmt: skip
     counts = ", ".join(f"{count} for {split}" for split, count in done.counts.items())
     print(f"{len(done.classes)} classes: {', '.join(done.classes[:20])}{', ...' if len(done.classes) > 20 else ''}")
-    print(f"{counts} in {args.out}; next: clustvit-ros train finetune --data {args.out}")
+    # Without validation images, folds score what is learnt.
+    folds = "" if done.counts.get("val") else " --folds 4"
+    print(f"{counts} in {args.out}; next: clustvit-ros train finetune --data {args.out}{folds}")
     return int(bool(done.problems))
 
 

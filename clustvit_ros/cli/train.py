@@ -115,7 +115,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--val-split", default="val", help="the split that chooses the best weights (default: val)")
     parser.add_argument(
-        "--folds", default="0", metavar="N|group",
+        "--folds", default="", metavar="N|group",
         help="hold out each N-th part of the training split in turn, then train on all of it; or each group of both "
         "splits (dataset.yaml says what one is, for instance a drive), then train as without folds",
     )  # fmt: skip
@@ -137,10 +137,11 @@ class _Part(NamedTuple):
 def run(args: argparse.Namespace) -> int:
     started = time.monotonic()
     prepare(args)
-    by_group, folds = args.folds == "group", int(args.folds) if args.folds.isdecimal() else -1
-    if not by_group and (folds < 0 or folds == 1):
+    by_group = args.folds == "group"
+    folds = -1 if by_group else int(args.folds) if args.folds.isdecimal() else 0
+    if args.folds and not by_group and folds < 2:
         raise ConfigError(f"--folds: got {args.folds}, expected a number of at least 2, or group")
-    if args.folds_only and not folds:
+    if args.folds_only and not args.folds:
         raise ConfigError("--folds-only: got no --folds, expected --folds N or --folds group beside it")
     args.recipe = find_recipe(args.recipe)
     if args.init == "":

@@ -156,7 +156,7 @@ def write_dataset(
     folder: Path, count: int, seed: int, val_share: float = 0.1, size: tuple[int, int] = (480, 640),
     on_frame: Callable[[], None] = lambda: None,
 ) -> dict[str, int]:  # fmt: skip
-    """Write `folder`/{train,val}/{images,labels} and `folder`/dataset.json.
+    """Write `folder`/{train,val}/{images,labels}, `folder`/dataset.yaml and `folder`/dataset.json.
 
     Args:
         count: pictures in all.
@@ -191,6 +191,7 @@ def write_dataset(
             _write(images / f"{name}.jpg", frame.image, [cv2.IMWRITE_JPEG_QUALITY, 95])
             _write(labels / f"{name}.png", frame.labels, [])
             on_frame()
+    (folder / "dataset.yaml").write_text("classes: sim\n", encoding="utf-8")
     facts = {"classes": list(SIM_CLASSES.names), "seed": seed, "size": list(size), **counts}
     (folder / "dataset.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return counts

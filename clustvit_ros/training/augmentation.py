@@ -37,6 +37,8 @@ _THINNING = 4
 # A shadow leaves this much of the light; its edge is soft over this share of the crop.
 _SHADOW_LEAVES, _SHADOW_EDGE = (0.3, 0.8), (0.005, 0.05)
 _BEST_JPEG_QUALITY = 95
+# Far beyond what makes sense, and within what memory holds.
+_MOST_CROP_PIXELS, _LEAST_SCALE, _MOST = 4096 * 4096, 0.01, 1000.0
 
 
 class Crop(NamedTuple):
@@ -129,8 +131,15 @@ class Augmentation:
     def __post_init__(self) -> None:
         if min(self.crop_size) < 1:
             raise ConfigError(f"augmentation: crop_size is {list(self.crop_size)}, expected positive (height, width)")
-        if not 0.0 < self.scale[0] <= self.scale[1]:
-            raise ConfigError(f"augmentation: scale is {list(self.scale)}, expected (smallest, largest) above 0")
+        if self.crop_size[0] * self.crop_size[1] > _MOST_CROP_PIXELS:
+            raise ConfigError(
+                f"augmentation: crop_size is {list(self.crop_size)}, expected at most {_MOST_CROP_PIXELS} pixels"
+            )
+        if not _LEAST_SCALE <= self.scale[0] <= self.scale[1] <= 1.0 / _LEAST_SCALE:
+            raise ConfigError(
+                f"augmentation: scale is {list(self.scale)}, expected (smallest, largest) from {_LEAST_SCALE:g} to "
+                f"{1 / _LEAST_SCALE:g}"
+            )
         for name in ("stretch", "gamma"):
             if getattr(self, name) < 1.0:
                 raise ConfigError(f"augmentation: {name} is {getattr(self, name)}, expected at least 1")
@@ -142,8 +151,8 @@ class Augmentation:
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"augmentation: {name} is {getattr(self, name)}, expected 0 to 1")
         for name in ("rotation_deg", "hue_deg", "blur_px", "noise"):
-            if getattr(self, name) < 0.0:
-                raise ConfigError(f"augmentation: {name} is {getattr(self, name)}, expected 0 or above")
+            if not 0.0 <= getattr(self, name) <= _MOST:
+                raise ConfigError(f"augmentation: {name} is {getattr(self, name)}, expected 0 to {_MOST:g}")
 
     def __call__(
         self, sample: Sample, input_size: tuple[int, int], rng: np.random.Generator

@@ -197,6 +197,25 @@ def warn_of_orientation(data: LabelledImages) -> str:
     )
 
 
+def warn_of_lonely_labels(data: LabelledImages) -> str:
+    """What to tell of labels beside those of the data, which no image has; or empty."""
+    where = {
+        (pair.image.parent, pair.label.parent, pair.label.name[len(pair.stem) :].lower())
+        for pair in data.pairs if pair.label.name.startswith(pair.stem)
+    }  # fmt: skip
+    lonely = []
+    for images_dir, labels_dir, suffix in sorted(where):
+        stems = {path.stem.lower() for path in list_images(images_dir)}
+        names = [path.name for path in labels_dir.iterdir() if path.name.lower().endswith(suffix)]
+        lonely += [name for name in sorted(names) if name.lower().removesuffix(suffix) not in stems]
+    if not lonely:
+        return ""
+    return (
+        f"{data.where}: {len(lonely)} label(s) have no image ({_names(lonely, 3)}) and teach nothing; images end in "
+        f"{', '.join(IMAGE_SUFFIXES)} and lie in the folder itself"
+    )
+
+
 def check_images(
     data: LabelledImages, min_side_px: int = 1, progress: Callable[[Iterable], Iterable] = lambda items: items
 ) -> list[BadFile]:
@@ -256,7 +275,7 @@ def usable(data: LabelledImages, bad_data: str, patch_size: int) -> tuple[Labell
         lambda items: tqdm(items, desc=f"check {data.where}", total=len(data), leave=False, mininterval=1.0),
     )
     findings = [*data.findings, *found]
-    if warning := warn_of_orientation(data):
+    for warning in filter(None, (warn_of_orientation(data), warn_of_lonely_labels(data))):
         print(warning, file=sys.stderr)
     if not findings:
         return data, []

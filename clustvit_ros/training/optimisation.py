@@ -53,6 +53,7 @@ class Optimisation:
         self._require("at least 1", {n: getattr(self, n) >= 1 for n in ("epochs", "batch_size")})
         self._require("above 0", {n: getattr(self, n) > 0 for n in ("learning_rate", "clip_norm")})
         self._require("0 or above", {n: getattr(self, n) >= 0 for n in ("poly_power", "weight_decay", "seed")})
+        self._require("at most 2147483647", {"seed": self.seed < 1 << 31})
         self._require("in [0, 1)", {n: 0.0 <= getattr(self, n) < 1.0 for n in ("warmup", "ema_decay")})
 
     def _require(self, expected: str, holds: dict[str, bool]) -> None:

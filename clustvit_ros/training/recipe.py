@@ -338,7 +338,7 @@ class Recipe:
 
 def _as_its_init(content: dict[str, Any], where: str) -> dict[str, Any]:
     """What a recipe's sections become whose architecture is that of the model that it starts from."""
-    if not content.get("init"):
+    if not content.get("init") or Path(content["init"]).is_file():  # weights alone do not say of what network
         raise ConfigError(f"{where}: architecture is that of the model to start from; name one, e.g. --init MODEL")
     model = load_config(content["init"])
     if not isinstance(model.network, ViTConfig):
@@ -396,5 +396,5 @@ def read_recipe(path: Path, init: str | None = None) -> Recipe:
         content |= _as_its_init(content, str(path))
     sources = content["data"] if isinstance(content.get("data"), list) else []
     for section in filter(lambda part: isinstance(part, dict), [content, *sources]):
-        write_out_classes(section, str(path))
+        write_out_classes(section, str(path), named=True)
     return from_mapping(Recipe, content, str(path))

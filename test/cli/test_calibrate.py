@@ -22,6 +22,7 @@ from clustvit_ros.errors import ConfigError
 from clustvit_ros.images import read_image
 from clustvit_ros.measure.metrics import CalibrationError
 from clustvit_ros.networks import load_config, load_segmenter, save_model
+from clustvit_ros.paths import find_model
 
 
 def test_the_error_is_the_difference_of_confidence_and_share_of_right_pixels():
@@ -117,3 +118,12 @@ def test_variants_cannot_be_calibrated(model_dir, labelled_dir, capsys):
     paths = ["--images", str(labelled_dir / "images"), "--labels", str(labelled_dir / "labels")]
     assert main(["evaluate", "--model", str(model_dir), *paths, "--merge", "none,clusters", "--calibrate"]) == 2
     assert "--calibrate: got --merge or --decode as well" in capsys.readouterr().err
+
+
+def test_a_shipped_model_is_not_calibrated_by_its_name(labelled_dir, capsys):
+    """Every command would read it otherwise from then on."""
+    before = (find_model("sim_tiny") / "model.yaml").read_bytes()
+    labelled = ["--images", str(labelled_dir / "images"), "--labels", str(labelled_dir / "labels")]
+    assert main(["evaluate", "--model", "sim_tiny", *labelled, "--calibrate"]) == 2
+    assert "--calibrate: sim_tiny is a shipped model" in capsys.readouterr().err
+    assert (find_model("sim_tiny") / "model.yaml").read_bytes() == before

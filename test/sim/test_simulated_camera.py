@@ -21,6 +21,7 @@ from clustvit_ros.cli.main import main
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.sim import SIM_CLASSES, SimulatedCamera
 from clustvit_ros.training.dataset import LabelledImages
+from clustvit_ros.training.layouts import open_data_set
 
 SMALL = (120, 160)
 
@@ -117,7 +118,7 @@ def test_the_data_set_is_what_the_trainer_reads(tmp_path, capsys):
     # The same seed again: the same bytes; the same folder again: refused.
     assert write("b") == 0
     files = [path for path in sorted((tmp_path / "a").rglob("*")) if path.is_file()]
-    assert len(files) == 13
+    assert len(files) == 14 and open_data_set(tmp_path / "a").classes == SIM_CLASSES
     for path in files:
         assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
     assert write("a") == 2

@@ -109,5 +109,6 @@ def test_evaluate_scores_each_drive(finished, drives, tmp_path, capsys):
     assert found["model"] == "run"  # not "model", as its folder is called
     alone = evaluate("--split", "train", "val", "--group", "a")
     assert alone["images"] == 6 and alone["miou"] == found["groups"]["a"]["miou"]
+    assert evaluate("--split", "val", "val") == 2 and "expected each once" in capsys.readouterr().err
     assert evaluate("--group", "c") == 2
     assert "--group: got c; the groups of these images are a, b" in capsys.readouterr().err

@@ -16,7 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clustvit_ros.errors import ConfigError, DataError
-from clustvit_ros.training.dataset import check_images, group_images, list_findings, warn_of_orientation, without
+from clustvit_ros.training.dataset import (
+    LabelledImages,
+    check_images,
+    group_images,
+    list_findings,
+    warn_of_lonely_labels,
+    warn_of_orientation,
+    without,
+)
 from clustvit_ros.training.layouts import open_data_set
 
 RNG = np.random.default_rng(0)
@@ -372,3 +380,17 @@ def test_whatever_dataset_yaml_says_is_read_or_refused(tmp_path_factory, data):
             group_images(images, data_set.group)
     except (ConfigError, DataError) as error:
         assert str(error)
+
+
+def test_labels_that_no_image_has_are_told(tmp_path):
+    """Whose image is gone, has a name of no image or lies in a folder below; those of other splits have one."""
+    for kind in ("images", "labels"):
+        (tmp_path / kind / "below").mkdir(parents=True)
+    for stem in ("a", "b", "c", "d"):
+        cv2.imwrite(str(tmp_path / "labels" / f"{stem}.png"), np.zeros((8, 8), np.uint8))
+    for name in ("a.jpg", "b.JPG", "below/d.jpg"):
+        cv2.imwrite(str(tmp_path / "images" / name), np.zeros((8, 8, 3), np.uint8))
+    (tmp_path / "images" / "c.gif").write_bytes(b"GIF89a")
+    data = LabelledImages(tmp_path / "images", tmp_path / "labels", 2)
+    assert "2 label(s) have no image (c.png, d.png) and teach nothing" in warn_of_lonely_labels(data)
+    assert warn_of_lonely_labels(data.subset([0])) == warn_of_lonely_labels(data)

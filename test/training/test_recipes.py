@@ -155,3 +155,28 @@ def test_what_a_recipe_cannot_hold_is_one_message(tmp_path, change, message):
     path.write_text(yaml.safe_dump({**content, **change}), encoding="utf-8")
     with pytest.raises(ConfigError, match=re.escape(message)):
         read_recipe(path).model_config()
+
+
+def test_numbers_with_exponents_and_classes_by_name_are_read(tmp_path):
+    """YAML takes 1e-3 for text, and a class needs no colour of one's own."""
+    text = (FOLDER / "finetune.yaml").read_text() + "classes: [grass, path]\n"
+    (tmp_path / "a.yaml").write_text(re.sub(r"learning_rate: [\d.]+", "learning_rate: 1e-3", text))
+    recipe = read_recipe(tmp_path / "a.yaml")
+    assert recipe.schedule.learning_rate == 0.001
+    assert [entry.name for entry in recipe.classes] == ["grass", "path"]
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("schedule", "seed", 1 << 64, "seed"), ("augmentation", "crop_size", [100_000, 100_000], "at most 16777216"),
+        ("augmentation", "blur_px", 1e6, "blur_px is 1000000.0, expected 0 to 1000"),
+        ("augmentation", "scale", [1e-9, 1e9], "from 0.01 to 100"),
+    ],
+)  # fmt: skip
+def test_values_that_no_memory_holds_are_refused(section, key, value, message, tmp_path):
+    content = yaml.safe_load((FOLDER / "family_cast.yaml").read_text())
+    content[section][key] = value
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError, match=message):
+        read_recipe(tmp_path / "a.yaml")

@@ -45,6 +45,8 @@ def test_everything_optional_at_once(train, write_recipe, tmp_path):
             "precision": "bfloat16", "epochs": 3,
         },
     )  # fmt: skip
+    wrong = (("--cache-gb", "inf"), ("--time-limit", "nan"), ("--folds", "0"))
+    assert [train(recipe, tmp_path / "run", *options) for options in wrong] == [2, 2, 2]
     assert train(recipe, tmp_path / "run", "--cache-gb", "0", "--seed", "7") == 0
     assert json.loads((tmp_path / "run/run.json").read_text())["seed"] == 7
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
@@ -188,9 +190,7 @@ def test_merging_alone_is_learned_around_a_plain_vit_that_stays(train, write_rec
         assert load_config(folder).architecture == backbone and merged.backbone.merges
         assert torch.equal(merged(images, merge_threshold=1.0, token_capacity=24).logits, before(images).logits)
         assert int((merged(images, token_capacity=12).cluster_ids == 0).sum()) == 24
-    other_head = {"injection_point": 1, "head": "linear"}
-    (tmp_path / "head.yaml").write_text(yaml.safe_dump({**shipped, "network": other_head}))
-    capsys.readouterr()
+    (tmp_path / "head.yaml").write_text(yaml.safe_dump({**shipped, "network": {"injection_point": 1, "head": "linear"}}))
     assert train(tmp_path / "head.yaml", tmp_path / "head", "--init", str(tmp_path / "vit/model")) == 2
     assert "head.classify.bias would start random and stay so" in capsys.readouterr().err
     assert train(added, tmp_path / "none") == 2
