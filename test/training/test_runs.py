@@ -176,7 +176,6 @@ def test_merging_alone_is_learned_around_a_plain_vit_that_stays(train, write_rec
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert log[-1]["distillation_loss"] < log[0]["distillation_loss"]
     assert log[-1]["cluster_loss"] < log[0]["cluster_loss"]
-    capsys.readouterr()
     assert train(recipe, tmp_path / "twin", "--without-merging") == 2
     assert "trains is 'merging', which leaves its plain ViT twin nothing to learn" in capsys.readouterr().err
     shipped = yaml.safe_load((share_dir() / "config/train/add_merging.yaml").read_text())
@@ -190,7 +189,8 @@ def test_merging_alone_is_learned_around_a_plain_vit_that_stays(train, write_rec
         assert load_config(folder).architecture == backbone and merged.backbone.merges
         assert torch.equal(merged(images, merge_threshold=1.0, token_capacity=24).logits, before(images).logits)
         assert int((merged(images, token_capacity=12).cluster_ids == 0).sum()) == 24
-    (tmp_path / "head.yaml").write_text(yaml.safe_dump({**shipped, "network": {"injection_point": 1, "head": "linear"}}))
+    other = {**shipped, "network": {"injection_point": 1, "head": "linear"}}
+    (tmp_path / "head.yaml").write_text(yaml.safe_dump(other))
     assert train(tmp_path / "head.yaml", tmp_path / "head", "--init", str(tmp_path / "vit/model")) == 2
     assert "head.classify.bias would start random and stay so" in capsys.readouterr().err
     assert train(added, tmp_path / "none") == 2
