@@ -25,7 +25,7 @@ from typing import Any
 
 from clustvit_ros.classes import ClassSet, class_set_names, load_class_set
 from clustvit_ros.config import from_mapping, read_json, to_mapping
-from clustvit_ros.download import check_address, check_weights_file, download
+from clustvit_ros.download import check_address, download
 from clustvit_ros.errors import ConfigError, ModelError
 from clustvit_ros.networks.architectures import network_config
 from clustvit_ros.networks.checkpoint import Checkpoint, read_checkpoint
@@ -33,7 +33,15 @@ from clustvit_ros.networks.model_folder import InputConfig, ModelConfig, load_co
 from clustvit_ros.networks.official import hints_of
 from clustvit_ros.networks.vit_config import ViTConfig
 from clustvit_ros.networks.weights import as_rgb, fill_network, is_as_said, network_for
-from clustvit_ros.paths import MODEL_FILE, shipped_models, shipped_recipes, user_cache_dir, user_models, user_models_dir
+from clustvit_ros.paths import (
+    MODEL_FILE,
+    hash_file,
+    shipped_models,
+    shipped_recipes,
+    user_cache_dir,
+    user_models,
+    user_models_dir,
+)
 from clustvit_ros.released import Released, load_released
 
 # Keys of a configuration file, as the reference cases name them, and ours.
@@ -181,10 +189,8 @@ def get(args: argparse.Namespace) -> int:
     if args.file:
         if not file.is_file():
             raise ModelError(f"{file}: is no file; pass the checkpoint that {address} gives")
-        try:
-            check_weights_file(file, model.sha256 if model else "")
-        except ModelError as error:
-            raise ModelError(f"{file}: {error}; fetch it again") from error
+        if model is not None and model.sha256 and (found := hash_file(file)) != model.sha256:
+            raise ModelError(f"{file}: SHA-256 is {found}, expected {model.sha256}; fetch it again")
     elif not file.is_file():
         if model is not None:  # before gigabytes have come for nothing
             network_config(model.architecture.replace("cts_", "vit_"), model.network, f"{model.name}: network")
@@ -208,8 +214,7 @@ def get(args: argparse.Namespace) -> int:
                 said=model.architecture,
             )  # fmt: skip
     except (ConfigError, ModelError) as error:
-        more = "`clustvit-ros import-checkpoint` has more options for that file"
-        raise type(error)(f"{error}; {more}") from error
+        raise type(error)(f"{error}; `clustvit-ros import-checkpoint` has more options for that file") from error
     if not args.file:
         shutil.rmtree(folder, ignore_errors=True)
     print(f"use it: --model {args.model if args.out is None else out}")
@@ -269,9 +274,8 @@ def import_model(
         ConfigError: options that contradict the file.
     """
     checkpoint = as_rgb(checkpoint)
-    defaults, known = defaults or {}, known or {}
-    told = {**defaults, **hints_of(checkpoint.model), **known}
-    known = {**{name: value for name, value in told.items() if name in defaults}, **known}
+    told = {**(defaults or {}), **hints_of(checkpoint.model), **(known or {})}
+    known = {**{name: value for name, value in told.items() if name in (defaults or {})}, **(known or {})}
     try:
         architecture, overrides, num_classes = network_for(checkpoint, known, arch)
     except (IndexError, KeyError, TypeError, AttributeError, ArithmeticError) as error:

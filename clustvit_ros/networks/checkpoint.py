@@ -96,13 +96,13 @@ def read_checkpoint(path: Path, entry: str | None = None) -> Checkpoint:
         ConfigError: the `model.yaml` beside a model folder's weights cannot be used, or there is no such entry.
     """
     grid_size = None
-    if path.exists() and not path.is_file():
-        raise ModelError(f"{path}: is no regular file; expected a file of weights, .pth or .safetensors")
-    try:
-        if path.is_file():
+    if path.is_file():
+        try:
             check_weights_file(path)
-    except ModelError as error:
-        raise ModelError(f"{path}: {error}; fetch or save it again") from error
+        except ModelError as error:
+            raise ModelError(f"{path}: {error}; fetch or save it again") from error
+    elif path.exists():
+        raise ModelError(f"{path}: is no regular file; expected a file of weights, .pth or .safetensors")
     try:
         if path.suffix == ".safetensors":
             content: Any = load_file(path)

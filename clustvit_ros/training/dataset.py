@@ -207,7 +207,8 @@ def warn_of_lonely_labels(data: LabelledImages) -> str:
     for images_dir, labels_dir, suffix in sorted(where):
         stems = {path.stem.lower() for path in list_images(images_dir)}
         names = [path.name for path in labels_dir.iterdir() if path.name.lower().endswith(suffix)]
-        lonely += [name for name in sorted(names) if name.lower().removesuffix(suffix) not in stems]
+        visible = sorted(name for name in names if not name.startswith("."))
+        lonely += [name for name in visible if name.lower().removesuffix(suffix) not in stems]
     if not lonely:
         return ""
     return (
