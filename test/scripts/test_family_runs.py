@@ -8,18 +8,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import cv2
-import numpy as np
 import pytest
-
-from clustvit_ros.classes import ClassSet
-from clustvit_ros.engine import Settings, create_engine
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "family_runs.py"
 
@@ -30,26 +25,14 @@ def compare(*arguments):
 
 
 @pytest.fixture
-def runs(make_toy_model, tmp_path):
-    """Two seeds of a system that is right on drive a and says one class too many on b, and their data."""
-    model = make_toy_model(ClassSet.numbered(3))
-    engine, rng = create_engine(str(model)), np.random.default_rng(0)
-    for split, drive in (("train", "a"), ("val", "b")):
-        for kind in ("images", "labels"):
-            (tmp_path / "data" / split / kind).mkdir(parents=True)
-        for index in range(2):
-            image = cv2.resize(rng.integers(0, 256, (6, 8, 3), np.uint8), (128, 96), interpolation=cv2.INTER_CUBIC)
-            mask = engine.segment(image, Settings(1.0)).mask[0]
-            mask = mask if drive == "a" else (mask + 1) % 3
-            cv2.imwrite(str(tmp_path / f"data/{split}/images/{drive}_{index}.png"), image[..., ::-1])
-            cv2.imwrite(str(tmp_path / f"data/{split}/labels/{drive}_{index}.png"), mask)
-    names = json.dumps(list(ClassSet.numbered(3).names))
-    (tmp_path / "data/dataset.yaml").write_text(f"classes: {names}\ngroup: '[^_]+'\n")
+def runs(drives, tmp_path):
+    """Two seeds of a system, and their data."""
+    model, data = drives
     for seed in (0, 1):
         for drive in "ab":
             shutil.copytree(model, tmp_path / f"toy_{seed}" / f"fold_{drive}" / "model")
         (tmp_path / f"toy_{seed}" / "recipe.yaml").write_text("name: toy\n")
-    return [tmp_path / "toy_0", tmp_path / "toy_1"], tmp_path / "data"
+    return [tmp_path / "toy_0", tmp_path / "toy_1"], data
 
 
 def test_each_drive_is_scored_by_who_held_it_out_and_only_once(runs, tmp_path):
