@@ -60,9 +60,22 @@ def _count_values(node: yaml.Node, known: dict[int, float]) -> float:
         return 1
     if id(node) not in known:
         known[id(node)] = math.inf  # until it is done: whoever finds this is below it
+        if isinstance(node, yaml.MappingNode):
+            _refuse_repeated_keys(node)
         children = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
         known[id(node)] = 1 + sum(_count_values(child, known) for child in children)
     return known[id(node)]
+
+
+def _refuse_repeated_keys(mapping: yaml.MappingNode) -> None:
+    """YAML itself takes the last of several, so that a value that somebody reads in the file does not hold."""
+    keys: dict[tuple[str, str], yaml.ScalarNode] = {}
+    for key, _ in mapping.value:
+        if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+            first = keys.setdefault((key.tag, key.value), key)
+            if first is not key:
+                lines = first.start_mark.line + 1, key.start_mark.line + 1
+                raise yaml.YAMLError(f"{key.value!r} stands in lines {lines[0]} and {lines[1]}; expected it once")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

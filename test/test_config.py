@@ -80,6 +80,8 @@ BILLION_LAUGHS = "a: &a [x, x, x, x]\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("a: 1\nb: {c: 2,\n  d: 3, c: 4}", r"'c' stands in lines 2 and 3; expected it once"),
+        ("a: 1\n'a': 2", r"'a' stands in lines 1 and 2"),
         (BILLION_LAUGHS, "references multiply it"),
         ("a: &a [*a]", "references multiply it"),
         ("a: " + "[" * 50_000, "nested too deeply"),

@@ -198,30 +198,29 @@ def _reason(error: Exception) -> str:
     return f"{error} is missing" if isinstance(error, KeyError) else str(error)
 
 
-def _coco_source(
-    path: Path, content: Mapping[str, Any], images: Path | None, left_out: Counter[str]
-) -> Source:  # fmt: skip
+def _coco_source(path: Path, content: Mapping[str, Any], images: Path | None, left_out: Counter[str]) -> Source:
     category_names = {int(entry["id"]): str(entry["name"]).strip() for entry in content["categories"]}
     panoptic = any("segments_info" in entry for entry in content["annotations"])
-    annotations: dict[Any, list[dict[str, Any]]] = {}
+    if not (listed := content["images"]):
+        raise DataError(f"{path}: lists no images, expected at least one")
+    # Exports that were put together list an image once for each of them: what is labelled belongs to its file.
+    files = {entry["id"]: str(entry["file_name"]) for entry in listed}
+    annotations: dict[str, list[dict[str, Any]]] = {}
     used_ids: set[int] = set()
     for entry in content["annotations"]:
-        if not panoptic and not entry.get("segmentation"):
-            left_out["box"] += 1
+        if entry["image_id"] not in files or (not panoptic and not entry.get("segmentation")):
+            left_out["box" if entry["image_id"] in files else "annotation of no listed image"] += 1
             continue
-        annotations.setdefault(entry["image_id"], []).append(entry)
+        annotations.setdefault(files[entry["image_id"]], []).append(entry)
         used_ids |= {int(part["category_id"]) for part in (entry["segments_info"] if panoptic else [entry])}
     unknown = sorted(used_ids - category_names.keys())
     if unknown:
         raise DataError(f"{path}: annotations name categories {unknown[:10]}, which categories does not list")
-    if not (listed := content["images"]):
-        raise DataError(f"{path}: lists no images, expected at least one")
-    folder = _image_folder(path, [str(entry["file_name"]) for entry in listed], images)
-
+    folder = _image_folder(path, list(files.values()), images)
     found = []
-    for entry in listed:
-        name, size = str(entry["file_name"]), (int(entry["height"]), int(entry["width"]))
-        regions = functools.partial(_regions, path, annotations.get(entry["id"], []), size, category_names)
+    for name, entry in {str(entry["file_name"]): entry for entry in listed}.items():
+        size = int(entry["height"]), int(entry["width"])
+        regions = functools.partial(_regions, path, annotations.get(name, []), size, category_names)
         found.append(Annotated(name, folder / name, size, regions))
     names = tuple(dict.fromkeys(name for number, name in category_names.items() if number in used_ids))
     return Source(_split_of(path.stem, path.parent.name), names, found)

@@ -211,7 +211,14 @@ def _reader(content: _DatasetFile, classes: ClassSet, path: Path) -> LabelReader
         return IdLabels({index: index for index in range(len(classes))}, (*void, IGNORE_INDEX))
     if not all(isinstance(colour, list) and len(colour) == 3 for colour in content.ignore):
         raise ConfigError(f"{path}: ignore is {list(content.ignore)}, expected colours [red, green, blue]")
-    return ColourLabels(classes.colours, [(c[0], c[1], c[2]) for c in content.ignore])
+    ignored = [(colour[0], colour[1], colour[2]) for colour in content.ignore]
+    meanings: dict[tuple[int, int, int], str] = {}
+    for name, colour in (*zip(classes.names, classes.colours, strict=True), *(("ignore", colour) for colour in ignored)):
+        if meanings.setdefault(colour, name) != name:
+            raise ConfigError(
+                f"{path}: {list(colour)} is the colour of {meanings[colour]} and of {name}, expected another for each"
+            )
+    return ColourLabels(classes.colours, ignored)
 
 
 def _read_list(path: Path) -> list[str]:

@@ -85,6 +85,24 @@ def test_coco_polygons_and_run_lengths_become_ids(tmp_path: Path, capsys: pytest
     assert (out / "train" / "images" / "a.jpg").is_symlink() and (out / "val" / "images" / "deep_a.jpg").is_file()
 
 
+def test_what_coco_says_of_one_file_in_several_places_is_taken_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put_image(tmp_path / "a.jpg")
+    annotations = (
+        {"category_id": 3, "segmentation": [box(4, 4, 8, 8)]},
+        {"image_id": 8, "category_id": 44, "segmentation": [box(10, 10, 12, 12)]},
+        {"image_id": 99, "category_id": 44, "segmentation": [box(0, 0, 30, 30)]},
+    )
+    labels = put_json(tmp_path / "labels.json", coco(*annotations, names=("a.jpg", "a.jpg")))
+    assert main(["convert-labels", str(labels), "--out", str(tmp_path / "out")]) == 0
+    assert "left out: 1 annotation of no listed image" in capsys.readouterr().out
+    expected = np.full(SIZE, 2)
+    expected[4:8, 4:8], expected[10:12, 10:12] = 1, 0
+    np.testing.assert_array_equal(labels_of(tmp_path / "out")[1], expected)
+    assert len(list((tmp_path / "out" / "train" / "images").iterdir())) == 1
+
+
 def test_run_lengths_in_coco_s_text_form(tmp_path: Path) -> None:
     put_image(tmp_path / "a.jpg", (427, 640))
     content = coco({"category_id": 3, "segmentation": {"size": [427, 640], "counts": COCO_TEXT}})

@@ -164,6 +164,7 @@ def test_dataset_file_with_colours_and_a_list(tmp_path):
         ({"labels": "colors"}, "expected one of 'ids', 'colours'"),
         ({"ignore": [300]}, r"ignore is \[300\], expected label ids"),
         ({"labels": "colours", "ignore": [3]}, "expected colours"),
+        ({"labels": "colours", "ignore": [[255, 0, 0]]}, r"\[255, 0, 0\] is the colour of weed and of ignore"),
         ({"layout": "suim"}, "has its own classes and splits"),
         ({"splits": {"train": {"image": "x", "labels": "y"}}}, "unknown key 'image'; did you mean 'images'"),
         ({"spilts": {}}, "did you mean 'splits'"),

@@ -159,7 +159,8 @@ def test_what_a_recipe_cannot_hold_is_one_message(tmp_path, change, message):
 
 def test_numbers_with_exponents_and_classes_by_name_are_read(tmp_path):
     """YAML takes 1e-3 for text, and a class needs no colour of one's own."""
-    text = (FOLDER / "finetune.yaml").read_text() + "classes: [grass, path]\n"
+    content = yaml.safe_load((FOLDER / "finetune.yaml").read_text())
+    text = yaml.safe_dump({**content, "classes": ["grass", "path"]})
     (tmp_path / "a.yaml").write_text(re.sub(r"learning_rate: [\d.]+", "learning_rate: 1e-3", text))
     recipe = read_recipe(tmp_path / "a.yaml")
     assert recipe.schedule.learning_rate == 0.001
