@@ -117,7 +117,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--folds", default="", metavar="N|group",
         help="hold out each N-th part of the training split in turn, then train on all of it; or each group of both "
-        "splits (dataset.yaml says what one is, for instance a drive), then train as without folds",
+        "splits, or of train where there is no other (dataset.yaml says what one is, e.g. a drive), then train",
     )  # fmt: skip
     parser.add_argument("--folds-only", action="store_true", help="end when the folds are scored")
     add_training_options(parser)
@@ -156,7 +156,8 @@ def run(args: argparse.Namespace) -> int:
     recipe = recipe.with_classes(data_set.classes, *(further.classes for further in further_sets))
     config = recipe.model_config()
     run_dir = args.out or Path("runs") / recipe.name
-    names = ["train"] if folds > 0 else ["train", args.val_split]
+    alone = folds > 0 or (by_group and list(data_set.splits) == ["train"])
+    names = ["train"] if alone else ["train", args.val_split]
     # What lacks a label is listed with all else that cannot be used.
     opened = {name: data_set.open(name, len(config.classes), strict=False) for name in names}
     for source, other in zip(recipe.sources[1:], further_sets, strict=True):
@@ -166,8 +167,7 @@ def run(args: argparse.Namespace) -> int:
     for name, data in opened.items():
         splits[name], findings = usable(data, args.bad_data, config.network.patch_size)
         left_out += findings
-    parts = _group_parts(run_dir, splits, args.val_split, data_set.group) if by_group else None
-    parts = parts or _parts(run_dir, splits, args.val_split, folds)
+    parts = _group_parts(run_dir, splits, names, data_set.group) if by_group else _parts(run_dir, splits, names, folds)
     if args.folds_only:
         parts.pop()
     further = [splits[source.name] for source in recipe.sources[1:]]
@@ -189,7 +189,7 @@ def run(args: argparse.Namespace) -> int:
             warn_of_leaks(listing, args.val_split)
             if by_group:
                 held_out = {part.val_name: len(part.val) for part in parts if part.is_fold and part.val}
-                outside = sum(map(len, (splits["train"], splits[args.val_split]))) - sum(held_out.values())
+                outside = sum(len(splits[name]) for name in names) - sum(held_out.values())
                 print(f"folds: {'; '.join(f'{n} ({c} images)' for n, c in held_out.items())}; {outside} images in none")
         here.wait()
         try:
@@ -209,21 +209,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _group_parts(
-    run_dir: Path, splits: dict[str, LabelledImages], val_split: str, group: str | tuple[str, ...]
+    run_dir: Path, splits: dict[str, LabelledImages], names: list[str], group: str | tuple[str, ...]
 ) -> list[_Part]:
-    """A fold for each group, which trains on the others, and the training that there would be without folds."""
-    data = joined([splits["train"], splits[val_split]], same_classes=True)
+    """A fold for each group of `names`, train and maybe val, and the training that there would be without folds."""
+    data = joined([splits[name] for name in names], same_classes=True)
     groups = group_images(data, group)
     parts = []
     for name, held_out in groups.items():
         train = data.subset(index for other, indices in groups.items() if other != name for index in indices)
         parts.append(_Part(run_dir / f"fold_{name}", train, data.subset(held_out), f"{name}, held out", is_fold=True))
-    return [*parts, *_parts(run_dir, splits, val_split, 0)]
+    whole = _parts(run_dir, splits, names, 0) if names[1:] else [_Part(run_dir, splits["train"], None, "")]
+    return [*parts, *whole]
 
 
-def _parts(run_dir: Path, splits: dict[str, LabelledImages], val_split: str, folds: int) -> list[_Part]:
+def _parts(run_dir: Path, splits: dict[str, LabelledImages], names: list[str], folds: int) -> list[_Part]:
     if not folds:
-        return [_Part(run_dir, splits["train"], splits[val_split], val_split)]
+        return [_Part(run_dir, splits[names[0]], splits[names[1]], names[1])]
     data = splits["train"]
     if len(data) < folds:
         raise ConfigError(f"--folds: got {folds} for {len(data)} images, expected at most as many folds as images")

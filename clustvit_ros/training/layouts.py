@@ -213,7 +213,8 @@ def _reader(content: _DatasetFile, classes: ClassSet, path: Path) -> LabelReader
         raise ConfigError(f"{path}: ignore is {list(content.ignore)}, expected colours [red, green, blue]")
     ignored = [(colour[0], colour[1], colour[2]) for colour in content.ignore]
     meanings: dict[tuple[int, int, int], str] = {}
-    for name, colour in (*zip(classes.names, classes.colours, strict=True), *(("ignore", colour) for colour in ignored)):
+    pairs = [*zip(classes.names, classes.colours, strict=True), *(("ignore", colour) for colour in ignored)]
+    for name, colour in pairs:
         if meanings.setdefault(colour, name) != name:
             raise ConfigError(
                 f"{path}: {list(colour)} is the colour of {meanings[colour]} and of {name}, expected another for each"

@@ -74,6 +74,20 @@ def test_folds_alone_train_no_model_of_all(train, write_recipe, drives, tmp_path
     assert (tmp_path / "run/folds.json").exists() and not (tmp_path / "run/model").exists()
 
 
+def test_drives_of_train_alone_are_held_out_and_then_all_are_learnt(train, write_recipe, drives, tmp_path, capsys):
+    data = drives("[^_]+")
+    content = yaml.safe_load((data / "dataset.yaml").read_text())
+    del content["splits"]["val"]
+    (data / "dataset.yaml").write_text(yaml.safe_dump(content))
+    recipe = write_recipe(schedule={"epochs": 1})
+    assert train(recipe, tmp_path / "run", "--folds", "group", data=data) == 0
+    output = capsys.readouterr().out
+    assert "folds: a, held out (5 images); b, held out (5 images); 0 images in none" in output
+    assert "10 training and no validation images" in output
+    scores = load_config(tmp_path / "run/model").scores
+    assert scores["split"].startswith("mean of 2 held-out folds") and "beside" not in scores
+
+
 @pytest.mark.parametrize(
     ("group", "message"),
     [
