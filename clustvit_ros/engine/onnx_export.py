@@ -263,7 +263,7 @@ def export_static(model: str | Path, folder: Path, size: tuple[int, int] | None 
             "smaller size"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    images = check_images(size, batch)
+    images = check_images(size, batch)[1]
     settings: tuple[Tensor, ...] = (torch.tensor(0.5),) if backbone.merges else ()
     if backbone.exempts:
         settings += (torch.zeros(batch, tokens_total, dtype=torch.bool),)
@@ -274,7 +274,8 @@ def export_static(model: str | Path, folder: Path, size: tuple[int, int] | None 
     first = folder / ("stage_a.onnx" if backbone.merges else "network.onnx")
     inputs = [INPUT_NAMES[0], INPUT_NAMES[1], EXEMPT_NAME][: 1 + len(settings)]
     outputs = [*names, "kept"] if backbone.merges else [OUTPUT_NAMES[0]]
-    difference = _write_static(_First(network), (images, *settings), inputs, outputs, first, metadata)
+    deciding = network if backbone.decides else None
+    difference = _write_static(_First(network), (images, *settings), inputs, outputs, first, metadata, deciding)
     by_capacity = {}
     for capacity in default_ladder(tokens_total) if backbone.merges else ():
         by_capacity[capacity] = path = folder / f"stage_b_{capacity}.onnx"
@@ -286,7 +287,7 @@ def export_static(model: str | Path, folder: Path, size: tuple[int, int] | None 
 
 def _write_static(
     module: nn.Module, example: tuple[Tensor, ...], inputs: list[str], outputs: list[str], path: Path,
-    metadata: dict[str, str],
+    metadata: dict[str, str], deciding: Segmenter | None = None,
 ) -> float:  # fmt: skip
     """Write one file, its shapes folded into constants; returns its largest difference from PyTorch."""
     with torch.inference_mode():
@@ -294,7 +295,7 @@ def _write_static(
     names = outputs[: len(expected)]
     with replacing(path, shared=True) as partial:
         _export(module, example, partial, inputs, names, None)
-        difference = fold_and_check(partial, dict(zip(inputs, example, strict=True)), expected)
+        difference = fold_and_check(partial, dict(zip(inputs, example, strict=True)), expected, deciding)
         _write_metadata(partial, metadata)
     return difference
 

@@ -21,7 +21,7 @@ import onnx
 import onnxruntime
 
 from clustvit_ros.classes import ClassSet
-from clustvit_ros.engine import onnx_session
+from clustvit_ros.engine import onnx_export, onnx_session
 from clustvit_ros.engine.ladder import default_ladder
 from clustvit_ros.engine.onnx_export import export_static
 from clustvit_ros.errors import ConfigError, EngineError
@@ -131,6 +131,22 @@ def test_published_sizes(arch, tmp_path):
 def test_more_tokens_than_can_be_sorted_are_refused(toy_model, tmp_path):
     with pytest.raises(ConfigError, match="has 4000 tokens, TensorRT sorts at most 3840"):
         export_static(toy_model, tmp_path, (16 * 50, 16 * 80))
+
+
+def test_where_rounding_decides_other_weights_are_still_found(tmp_path, monkeypatch):
+    def moved(module, example, path, *rest):
+        # What is compared with is the network before this.
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.mul_(1.01)
+        return as_it_is(module, example, path, *rest)
+
+    as_it_is = onnx_export._export
+    model = random_model(tmp_path / "model", "clustr_t", (64, 96))
+    export_static(model, tmp_path / "files")
+    monkeypatch.setattr(onnx_export, "_export", moved)
+    with pytest.raises(EngineError, match=r"differs from PyTorch by .* the file was removed"):
+        export_static(model, tmp_path / "others")
 
 
 def test_a_file_that_differs_is_removed(toy_model, tmp_path, monkeypatch):
