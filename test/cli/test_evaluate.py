@@ -215,7 +215,8 @@ def test_a_shipped_model_keeps_its_score_on_every_eighth_image(camvid_dir, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "data"), [("camvid_tiny", "camvid_dir"), ("camvid_small", "camvid_dir"), ("offroad_tiny", "ycor_dir")]
+    ("name", "data"),
+    [*((f"camvid_{name}", "camvid_dir") for name in ("tiny", "small", "clustr")), ("offroad_tiny", "ycor_dir")],
 )
 def test_shipped_models_keep_their_scores(request, tmp_path, name, data):
     """The figures in the cards of models that have a val split come out of this command."""

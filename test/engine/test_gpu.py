@@ -98,7 +98,9 @@ def test_exempt_tokens_are_kept_by_graphs_as_by_eager_frames(engines, images):
     assert graphs.segment(images[0], Settings(merge_threshold=0.0, clusters=True)).cluster_map[0, 64:].any()
 
 
-@pytest.mark.parametrize("name", ["camvid_tiny", "camvid_small", "cwfid_tiny", "offroad_tiny", "sim_tiny"])
+@pytest.mark.parametrize(
+    "name", ["camvid_tiny", "camvid_small", "camvid_clustr", "cwfid_tiny", "offroad_tiny", "sim_tiny"]
+)
 def test_shipped_models_are_captured_and_agree(name):
     graphs = create_engine(name, "auto", "auto")
     eager = TorchEngine.from_model(name, "cuda")
