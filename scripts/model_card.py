@@ -125,9 +125,9 @@ def point_table(config: ModelConfig) -> str:
         lines.append(f"| {size[0]} x {size[1]} | {' | '.join(cells)} | {100 * points[-1][2]:.1f} % |")
     count = max(line.count("|") for line in lines) - 3
     head = {1: ["mIoU"], 4: ["an eighth", "a quarter", "half", "all"]}.get(count, [""] * count)
-    by, of_size = ("input size and share of tokens kept (tokens)", " with all\ntokens of that size")
-    if not config.network.merges:
-        by, of_size = "input size", ""
+    by, of_size = "input size", ""
+    if config.network.merges:
+        by, of_size = "input size and share of tokens kept (tokens)", " with all\ntokens of that size"
     return f"""
 mIoU by {by}, and the share of pixels that equal the full network's{of_size} (`clustvit-ros tune --write`):
 

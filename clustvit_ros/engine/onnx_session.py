@@ -344,7 +344,7 @@ def _apart(
     none = torch.zeros(1, dtype=torch.int64)
     wrong = float((none if ids is None else ids).ne(none if expected_ids is None else expected_ids).float().mean())
     differences = (logits - of_torch).abs().flatten()
-    return wrong, float(differences.quantile(0.9) if wrong or decides else differences.max())
+    return wrong, float(np.quantile(differences.numpy(), 0.9) if wrong or decides else differences.max())
 
 
 def _roundings(images: Tensor) -> Iterator[Tensor]:
@@ -362,7 +362,7 @@ def _undecided(network: Segmenter, images: Tensor, logits: Tensor) -> float:
     generator = torch.Generator().manual_seed(0)
     rounded = images + _ROUNDING * torch.randn(images.shape, generator=generator)
     differences = (network.decode(network.backbone.finish(network.backbone.encode(rounded))).logits - logits).abs()
-    return min(4 * float(differences.flatten().quantile(0.9)), 0.02 * float(logits.std()))
+    return min(4 * float(np.quantile(differences.numpy(), 0.9)), 0.02 * float(logits.std()))
 
 
 def _settings(backbone: Backbone, state: Any, tokens_total: int, many: bool) -> list[tuple[float, int]]:
