@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from clustvit_ros.errors import ConfigError, ModelError
 from clustvit_ros.networks.model_folder import WEIGHTS_FILE, check_folder, load_config, weights_path
 from clustvit_ros.networks.segmenter import NetworkConfig
 from clustvit_ros.networks.vit_config import DECODINGS, MERGINGS, ViTConfig
-from clustvit_ros.paths import MODEL_FILE, find_model, model_name
+from clustvit_ros.paths import MODEL_FILE, find_model, model_name, shipped_models
 from clustvit_ros.policy.parameters import MOST_THREADS
 
 
@@ -78,6 +79,16 @@ def parse_names(text: str) -> tuple[str, ...]:
     if not all(names) or len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected names separated by commas, each once")
     return names
+
+
+def refuse_shipped(models: Sequence[str], option: str) -> None:
+    """What `option` writes into a model, every command and node would read from then on."""
+    shipped = {path.name for path in shipped_models()}
+    if named := [model for model in models if model in shipped]:
+        raise ConfigError(
+            f"{option}: {named[0]} is a shipped model, which every command would read otherwise from then on; copy "
+            "its folder, or name it by its path to change it there"
+        )
 
 
 def add_variants(parser: argparse.ArgumentParser) -> None:

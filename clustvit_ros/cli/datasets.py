@@ -76,7 +76,8 @@ def convert(args: argparse.Namespace) -> int:
     counts = ", ".join(f"{count} for {split}" for split, count in done.counts.items())
     print(f"{len(done.classes)} classes: {', '.join(done.classes[:20])}{', ...' if len(done.classes) > 20 else ''}")
     # Without validation images, folds score what is learnt.
-    folds = "" if done.counts.get("val") else " --folds 4"
+    learnt = done.counts.get("train", 0)
+    folds = f" --folds {min(learnt, 4)}" if learnt > 1 and not done.counts.get("val") else ""
     print(f"{counts} in {args.out}; next: clustvit-ros train finetune --data {args.out}{folds}")
     return int(bool(done.problems))
 

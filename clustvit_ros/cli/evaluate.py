@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from clustvit_ros.classes import Sample
-from clustvit_ros.cli.arguments import add_input_scale, add_threads, add_variants, find_variants
+from clustvit_ros.cli.arguments import add_input_scale, add_threads, add_variants, find_variants, refuse_shipped
 from clustvit_ros.engine import PRECISIONS, Engine, Prediction, Settings, create_engine
 from clustvit_ros.engine.network_engine import NetworkEngine
 from clustvit_ros.errors import ConfigError, DataError
@@ -26,7 +26,7 @@ from clustvit_ros.measure.pictures import comparison
 from clustvit_ros.measure.report import compare_twins, write_report
 from clustvit_ros.measure.sweep import ladder_settings, sweep
 from clustvit_ros.networks.model_folder import ModelConfig, load_config, save_config
-from clustvit_ros.paths import find_model, model_name, shipped_models
+from clustvit_ros.paths import find_model, model_name
 from clustvit_ros.training.dataset import LabelledImages, group_images, joined, usable
 from clustvit_ros.training.layouts import open_data_set
 
@@ -85,12 +85,8 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     if args.calibrate and any((*args.merge, *args.decode)):
         raise ConfigError("--calibrate: got --merge or --decode as well, which are written nowhere; leave them out")
-    shipped = {path.name for path in shipped_models()}
-    if args.calibrate and (named := [model for model in args.model if model in shipped]):
-        raise ConfigError(
-            f"--calibrate: {named[0]} is a shipped model, which every command would read otherwise from then on; copy "
-            "its folder, or name it by its path to change it there"
-        )
+    if args.calibrate:
+        refuse_shipped(args.model, "--calibrate")
     if len(set(args.split)) < len(args.split):
         raise ConfigError(f"--split: got {' '.join(args.split)}, expected each once: images would count twice")
     with tempfile.TemporaryDirectory(prefix="clustvit_evaluate_") as folder:

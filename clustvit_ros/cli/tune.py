@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from clustvit_ros.cli.arguments import add_input_scale, add_threads
+from clustvit_ros.cli.arguments import add_input_scale, add_threads, refuse_shipped
 from clustvit_ros.cli.evaluate import open_labelled
 from clustvit_ros.demo.frame_source import sim_seed
 from clustvit_ros.engine import Engine, Settings, create_engine
@@ -92,6 +92,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--limit: got {args.limit}, expected at least 1 image")
     if args.write and args.labels is None and args.data is None:
         raise ConfigError("--write: expected labelled images, --data or --labels: without labels there is no accuracy")
+    if args.write:
+        refuse_shipped([args.model], "--write")
     if args.streaming is not None and not 0 < args.streaming <= 1000:
         raise ConfigError(f"--streaming: got {args.streaming:g} Hz, expected above 0 and at most 1000")
     if args.streaming is not None and args.write:
@@ -100,8 +102,10 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--engines: measures a CPU and keeps the result; leave out --streaming, --write and --device")
     if args.engines:
         return _choose_engine(args)
-    current = Settings(args.merge_threshold, args.token_capacity, confidence=False, input_scale=args.input_scale)
     config = load_config(args.model)
+    current = Settings(1.0, confidence=False, input_scale=args.input_scale)
+    if config.network.merges:
+        current = dataclasses.replace(current, merge_threshold=args.merge_threshold, token_capacity=args.token_capacity)
     engine = create_engine(args.model, args.engine, args.device, args.threads)
     images, labels = _load(args, engine.info.classes.names)
     image_size = (images[0].shape[0], images[0].shape[1])

@@ -280,8 +280,10 @@ class Policy:
 
     def _make_points(self, image_size: tuple[int, int], parameters: SegmentationParameters) -> list[OperatingPoint]:
         """The points that the user's bounds leave, ascending; never none."""
-        most, fewest = parameters.token_capacity or math.inf, parameters.fewest_tokens
         points = points_of(self._engine, image_size, _scales_of(parameters))
+        # Nothing else than merging is bounded by what may be kept.
+        merges = any(point.capacity < point.tokens_total for point in points)
+        most, fewest = (merges and parameters.token_capacity) or math.inf, parameters.fewest_tokens
         eighths = self._exempt if parameters.exempts else 0  # they come before every bound: fewer will not be kept
         enough = [p for p in reversed(points) if p.capacity >= p.tokens_total * eighths // 8]
         exempt = {p.tokens_total: p.capacity for p in enough}

@@ -340,15 +340,14 @@ def _as_its_init(content: dict[str, Any], where: str) -> dict[str, Any]:
     """What a recipe's sections become whose architecture is that of the model that it starts from."""
     if not content.get("init") or Path(content["init"]).is_file():  # weights alone do not say of what network
         raise ConfigError(f"{where}: architecture is that of the model to start from; name one, e.g. --init MODEL")
-    model = load_config(content["init"])
-    if not isinstance(model.network, ViTConfig):
-        raise ConfigError(
-            f"{where}: {content['init']} is a {model.architecture}, expected a vit or clustvit to start from"
-        )
-    wanted = content.get("network") or {}
+    model, wanted = load_config(content["init"]), content.get("network") or {}
+    architecture = model.architecture
+    if isinstance(model.network, ViTConfig):
+        if model.network.backbone == "vit" and wanted.get("merging", "clusters") == "clusters":
+            architecture = f"clust{architecture}"
+    elif "merging" in wanted or (content.get("schedule") or {}).get("trains") == "merging":
+        raise ConfigError(f"--init: {content['init']} is a {architecture}, expected a vit or clustvit for this recipe")
     overrides = {name: value for name, value in model.overrides.items() if name not in ("merging", "image_size")}
-    clusters = wanted.get("merging", "clusters") == "clusters"
-    architecture = f"clust{model.architecture}" if clusters and model.network.backbone == "vit" else model.architecture
     return {
         "architecture": architecture, "network": {**overrides, **wanted},
         "classes": content.get("classes", model.classes.entries()),

@@ -125,6 +125,12 @@ def test_points_measured_on_images_of_other_sizes_are_the_models_own(model_dir, 
     assert {c for size, c in shares if size == config.input.size} == {6, 12, 24, 48}
 
 
+def test_a_shipped_model_is_not_written_by_its_name(labelled_dir, capsys):
+    labelled = ["--images", str(labelled_dir / "images"), "--labels", str(labelled_dir / "labels")]
+    assert main(["tune", "--model", "camvid_clustr", *labelled, "--write"]) == 2
+    assert "--write: camvid_clustr is a shipped model" in capsys.readouterr().err
+
+
 def test_points_without_labels_are_not_written(model_dir, labelled_dir, capsys):
     assert main(["tune", "--model", str(model_dir), "--images", str(labelled_dir / "images"), "--write"]) == 2
     assert "--write: expected labelled images" in capsys.readouterr().err

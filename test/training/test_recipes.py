@@ -75,7 +75,7 @@ def test_recipes_start_from_what_ships_or_from_another_recipe_s_model(path):
         assert not start or load_config(start)
 
 
-@pytest.mark.parametrize("model", ["camvid_tiny", "offroad_tiny", "sim_tiny"])
+@pytest.mark.parametrize("model", ["camvid_tiny", "camvid_clustr", "offroad_tiny", "sim_tiny"])
 def test_finetuning_keeps_the_network_that_it_starts_from(model):
     recipe, start = read_recipe(FOLDER / "finetune.yaml", model), load_config(model)
     other = recipe.with_classes(ClassSet.numbered(3)).model_config()
@@ -165,6 +165,11 @@ def test_numbers_with_exponents_and_classes_by_name_are_read(tmp_path):
     recipe = read_recipe(tmp_path / "a.yaml")
     assert recipe.schedule.learning_rate == 0.001
     assert [entry.name for entry in recipe.classes] == ["grass", "path"]
+
+
+def test_merging_is_added_to_no_clustr():
+    with pytest.raises(ConfigError, match="--init: camvid_clustr is a clustr_t, expected a vit or clustvit"):
+        read_recipe(FOLDER / "add_merging.yaml", "camvid_clustr")
 
 
 @pytest.mark.parametrize(
