@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from clustvit_ros.networks.architectures import build_network
@@ -72,7 +73,7 @@ def count_cost(
 
 
 def count_flops(module: nn.Module, *arguments: Any, **options: Any) -> int:
-    """Operations of one call of a module, distances included; its tensors may lie on the meta device."""
+    """Operations of one call of a module, distances included; its tensors may lie on any device, meta included."""
     return sum(_count(module, *arguments, **options).get_flop_counts()["Global"].values())
 
 
@@ -85,9 +86,8 @@ def attention_share(embed_dim: int, num_heads: int, num_tokens: int) -> float:
         block = Block(embed_dim, num_heads, 4.0, BACKBONE_NORM_EPS)
         tokens = torch.empty(1, num_tokens, embed_dim)
     counts = _count(block, tokens).get_flop_counts()["Global"]
-    # Without values the fused product is taken apart into batched ones; a block's other products are not batched.
-    products = ("scaled_dot_product", "bmm")
-    attention = sum(flops for op, flops in counts.items() if any(name in str(op) for name in products))
+    # A block's other products are not batched.
+    attention = sum(flops for op, flops in counts.items() if "bmm" in str(op))
     return attention / sum(counts.values())
 
 
@@ -95,7 +95,8 @@ def _count(module: nn.Module, *arguments: Any, **options: Any) -> FlopCounterMod
     aten = torch.ops.aten
     mapping: dict[Any, Any] = {aten._euclidean_dist: _distance_flops, aten._cdist_forward: _distance_flops}
     counter = FlopCounterMode(display=False, custom_mapping=mapping)
-    with counter, torch.no_grad():
+    # Of a CPU's fused attention PyTorch counts nothing, so it is taken apart into its two products.
+    with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         module(*arguments, **options)
     return counter
 
