@@ -17,11 +17,11 @@ of tokens kept. Latencies are of all systems in turns. What was scored is kept i
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import statistics
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ from clustvit_ros.engine.engine import Settings
 from clustvit_ros.engine.machine import machine_name
 from clustvit_ros.engine.torch_engine import TorchEngine
 from clustvit_ros.errors import ClustvitError, ConfigError
-from clustvit_ros.measure.bench import markdown_table
+from clustvit_ros.measure.bench import markdown_table, median_times
 from clustvit_ros.measure.evaluation import evaluate
 from clustvit_ros.measure.pictures import new_figure, save_figure
 from clustvit_ros.training.dataset import LabelledImages, group_images, joined
@@ -139,15 +139,11 @@ def _settings(engine: TorchEngine, point: Point) -> Settings:
 
 def _latencies(engines: dict[str, TorchEngine], points: list[Point], image: Any) -> dict[Point, float]:
     """Median milliseconds of a call at each point, all in turns."""
-    found: dict[Point, list[float]] = {point: [] for point in points}
-    for turn in range(_TIMED_CALLS + 1):
-        for point in points:
-            engine = engines[point.system]
-            start_s = time.perf_counter()
-            engine.segment(image, _settings(engine, point))
-            if turn:
-                found[point].append(1000.0 * (time.perf_counter() - start_s))
-    return {point: statistics.median(times) for point, times in found.items()}
+    calls = {}
+    for point in points:
+        engine = engines[point.system]
+        calls[point] = functools.partial(engine.segment, image, _settings(engine, point))
+    return median_times(calls, _TIMED_CALLS)
 
 
 def _draw(points: dict[Point, list[float]], times: dict[Point, float], first: Point, path: Path) -> None:

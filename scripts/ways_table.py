@@ -18,12 +18,12 @@ scored is kept in OUT.json and not scored again.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ from clustvit_ros.engine.engine import Settings
 from clustvit_ros.engine.machine import machine_name
 from clustvit_ros.engine.torch_engine import TorchEngine
 from clustvit_ros.errors import ClustvitError, ConfigError
-from clustvit_ros.measure.bench import markdown_table
+from clustvit_ros.measure.bench import markdown_table, median_times
 from clustvit_ros.measure.evaluation import evaluate, gflops_counter
 from clustvit_ros.networks.model_folder import check_folder, load_config
 from clustvit_ros.networks.vit_config import MERGINGS, ViTConfig
@@ -162,15 +162,9 @@ def _rows(model: Path, ways: dict[str, Path], shares: tuple[float, ...]) -> list
 
 def _times(rows: list[Row], engines: dict[str, TorchEngine]) -> dict[Row, float]:
     """Median milliseconds of a call at each row, all in turns."""
-    found: dict[Row, list[float]] = {row: [] for row in rows}
     image = np.random.default_rng(0).integers(0, 256, (*engines["none"].info.input_size, 3), np.uint8)
-    for turn in range(_TIMED_CALLS + 1):
-        for row in rows:
-            start_s = time.perf_counter()
-            engines[row.way].segment(image, _settings(row))
-            if turn:
-                found[row].append(1000.0 * (time.perf_counter() - start_s))
-    return {row: statistics.median(times) for row, times in found.items()}
+    calls = {row: functools.partial(engines[row.way].segment, image, _settings(row)) for row in rows}
+    return median_times(calls, _TIMED_CALLS)
 
 
 def _table(

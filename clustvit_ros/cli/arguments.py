@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,19 @@ import torch
 import yaml
 
 from clustvit_ros.config import read_yaml
+from clustvit_ros.engine import Settings
 from clustvit_ros.errors import ConfigError, ModelError
 from clustvit_ros.networks.model_folder import WEIGHTS_FILE, check_folder, load_config, weights_path
 from clustvit_ros.networks.segmenter import NetworkConfig
 from clustvit_ros.networks.vit_config import DECODINGS, MERGINGS, ViTConfig
 from clustvit_ros.paths import MODEL_FILE, find_model, model_name, shipped_models
 from clustvit_ros.policy.parameters import MOST_THREADS
+
+# Of any command, and what says that they were not given.
+_MERGE_OPTIONS = (
+    ("merge_threshold", Settings.merge_threshold), ("token_capacity", Settings.token_capacity),
+    ("kept_fraction", None), ("capacity", None),
+)  # fmt: skip
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -91,6 +99,26 @@ def refuse_shipped(models: Sequence[str], option: str) -> None:
         )
 
 
+def add_merge_options(parser: argparse.ArgumentParser) -> None:
+    """`--merge-threshold` and `--token-capacity`: how much of an image is merged."""
+    parser.add_argument(
+        "--merge-threshold", type=float, default=Settings.merge_threshold,
+        help="0..1, 1 merges nothing (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--token-capacity", type=int, default=Settings.token_capacity,
+        help="bound on kept tokens, 0 = none (default: %(default)s)",
+    )  # fmt: skip
+
+
+def tell_merges_nothing(args: argparse.Namespace, model: str, merges: bool) -> None:
+    """Say on standard error which options change nothing because a model merges no tokens."""
+    given = [name for name, default in _MERGE_OPTIONS if getattr(args, name, default) != default]
+    if given and not merges:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        print(f"{options}: no effect, {model} merges no tokens", file=sys.stderr)
+
+
 def add_variants(parser: argparse.ArgumentParser) -> None:
     """Options that run a model's weights with another way to merge or decode."""
     parser.add_argument(
@@ -113,6 +141,8 @@ def find_variants(args: argparse.Namespace, model: str | Path, folder: Path) -> 
     """
     source, models = find_model(model), []
     for merging in args.merge:
+        if merging == "none" and not load_config(source).network.merges:
+            merging = ""  # which is all that such a model can do
         for decode in args.decode:
             network = {name: value for name, value in (("merging", merging), ("decode", decode)) if value}
             if network:

@@ -27,6 +27,7 @@ from clustvit_ros.cli.arguments import (
     parse_fractions,
     parse_names,
     parse_size,
+    tell_merges_nothing,
     write_variant,
 )
 from clustvit_ros.engine.ladder import scaled_size
@@ -41,6 +42,7 @@ from clustvit_ros.networks.vit import grid_size_of
 
 _DEFAULT_SIZE = (512, 512)
 _DEFAULT_CLASSES = 150
+_KEPT = (0.3,)  # shares of tokens
 _WEIGHT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 
@@ -62,7 +64,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--batch", type=int, default=1, help="images per call (default: 1)")
     kept = parser.add_mutually_exclusive_group()
     kept.add_argument(
-        "--kept-fraction", type=parse_fractions, default=(0.3,),
+        "--kept-fraction", type=parse_fractions,
         help="share of tokens kept, above 0 and up to 1, or several separated by commas (default: 0.3)",
     )  # fmt: skip
     kept.add_argument("--capacity", type=parse_counts, help="the same as counts of tokens")
@@ -122,8 +124,10 @@ def _cases(args: argparse.Namespace, folder: Path) -> Iterator[BenchCase]:
         random = [_random_model(folder / "random" / arch, size, classes) for arch in args.arch]
         models = [variant for model in random for variant in find_variants(args, model, folder)]
         cache_dir = folder
-    for model in models:
-        config = load_config(model)
+    configs = [load_config(model) for model in models]
+    names = ", ".join(config.name for config in configs)
+    tell_merges_nothing(args, names, any(config.network.merges for config in configs))
+    for model, config in zip(models, configs, strict=True):
         full_size, patch_size = args.size or config.input.size, config.network.patch_size
         if full_size != config.input.size:
             model = write_variant(model, folder / "sized" / config.name, {}, full_size)
@@ -145,7 +149,7 @@ def _capacities(args: argparse.Namespace, tokens_total: int) -> list[int]:
         ConfigError: more tokens than there are.
     """
     if not args.capacity:
-        return [max(round(fraction * tokens_total), 1) for fraction in args.kept_fraction]
+        return [max(round(fraction * tokens_total), 1) for fraction in args.kept_fraction or _KEPT]
     if max(args.capacity) > tokens_total:
         raise ConfigError(f"capacity: got {max(args.capacity)}, the input has {tokens_total} tokens")
     return list(args.capacity)

@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from clustvit_ros.classes import Sample
-from clustvit_ros.cli.arguments import add_input_scale, add_threads, add_variants, find_variants, refuse_shipped
+from clustvit_ros.cli.arguments import (
+    add_input_scale,
+    add_merge_options,
+    add_threads,
+    add_variants,
+    find_variants,
+    refuse_shipped,
+    tell_merges_nothing,
+)
 from clustvit_ros.engine import PRECISIONS, Engine, Prediction, Settings, create_engine
 from clustvit_ros.engine.network_engine import NetworkEngine
 from clustvit_ros.errors import ConfigError, DataError
@@ -54,10 +62,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="fit the temperature on these images, best of drives that nothing was learnt from, and write it into the "
         "model's model.yaml, so that a confidence is the share of such pixels that are right",
     )  # fmt: skip
-    parser.add_argument("--merge-threshold", type=float, default=0.5, help="0..1, 1 merges nothing (default: 0.5)")
-    parser.add_argument(
-        "--token-capacity", type=int, default=0, help="upper bound on kept tokens, 0 = none (default: 0)"
-    )
+    add_merge_options(parser)
     add_input_scale(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add_threads(parser)
@@ -97,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
         results = []
         for model, config in zip(models, configs, strict=True):
             data, groups = _grouped(args, _open(args, config))
+            tell_merges_nothing(args, config.name, config.network.merges)
             engine = create_engine(str(model), "torch", args.device, args.threads, args.precision)
             if args.calibrate:
                 found = fit_temperature(cast(NetworkEngine, engine), data, settings)

@@ -22,7 +22,7 @@ from typing import Any
 from clustvit_ros.bags import LabelOptions, LabelReport, find_bags, label_bag
 from clustvit_ros.bags.fleet import DAMAGED, FAILED, LABELLED, BagOutcome, FleetOptions, label_bags
 from clustvit_ros.bags.labelling import COMPRESSIONS, FORMATS, OUTPUT_STORAGES, shown
-from clustvit_ros.cli.arguments import add_threads, parse_size
+from clustvit_ros.cli.arguments import add_merge_options, add_threads, parse_size, tell_merges_nothing
 from clustvit_ros.engine import ENGINES, create_engine
 from clustvit_ros.errors import BagError, ConfigError
 
@@ -53,8 +53,7 @@ def add_label_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", choices=ENGINES, default="torch", help="what runs the network (default: torch)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add_threads(parser, "; another number may change confidences by 1")
-    parser.add_argument("--merge-threshold", type=float, default=0.5, help="0..1, 1 merges nothing (default: 0.5)")
-    parser.add_argument("--token-capacity", type=int, default=0, help="bound on kept tokens, 0 = none (default: 0)")
+    add_merge_options(parser)
     parser.add_argument(
         "--confidence-threshold", type=float, default=0.0, help="pixels below it become 255, 0..1 (default: 0)"
     )
@@ -101,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
     reason = f" ({info.device_reason})" if info.device_reason else ""
     told = f"engine {info.engine_told} on {info.device}{reason}"
     print(f"{args.bag} -> {args.output}: model {info.model}, {told}", flush=True)
+    tell_merges_nothing(args, info.model, info.merges)
     bar: Any = None
 
     def show(done: int, total: int) -> None:

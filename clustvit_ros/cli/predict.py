@@ -22,7 +22,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from clustvit_ros.cli.arguments import add_input_scale, add_threads, make_out
+from clustvit_ros.cli.arguments import add_input_scale, add_merge_options, add_threads, make_out, tell_merges_nothing
 from clustvit_ros.demo.frame_source import FrameReader, FrameSource, PictureSource, SourceFrame, open_source
 from clustvit_ros.engine import ENGINES, PRECISION_CHOICES, Engine, Prediction, create_engine
 from clustvit_ros.engine.masks import draw_overlay
@@ -60,8 +60,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--model", default="camvid_tiny", help="one of `clustvit-ros models`, or a model folder (default: camvid_tiny)"
     )
     parser.add_argument("--out", type=Path, help=f"new or empty folder for the results (default: {_RUNS}/<n>)")
-    parser.add_argument("--merge-threshold", type=float, default=0.5, help="0..1, 1 merges nothing (default: 0.5)")
-    parser.add_argument("--token-capacity", type=int, default=0, help="bound on kept tokens, 0 = none (default: 0)")
+    add_merge_options(parser)
     add_input_scale(parser, "0.25")
     parser.add_argument(
         "--budget-ms", type=float, default=0.0,
@@ -116,6 +115,7 @@ def run(args: argparse.Namespace) -> int:
     info = engine.info
     reason = f" ({info.device_reason})" if info.device_reason else ""
     print(f"model {info.model}, engine {info.engine_told} in {info.precision} on {info.device}{reason}", flush=True)
+    tell_merges_nothing(args, info.model, info.merges)
     folder = args.out or new_run_folder(_RUNS)
     prediction = _Predictor(engine, parameters, folder, args, unreadable)
     started_s = time.monotonic()

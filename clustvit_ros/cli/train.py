@@ -190,7 +190,8 @@ def run(args: argparse.Namespace) -> int:
             if by_group:
                 held_out = {part.val_name: len(part.val) for part in parts if part.is_fold and part.val}
                 outside = sum(len(splits[name]) for name in names) - sum(held_out.values())
-                print(f"folds: {'; '.join(f'{n} ({c} images)' for n, c in held_out.items())}; {outside} images in none")
+                counts = "; ".join(f"{name} ({count} images)" for name, count in held_out.items())
+                print(f"held out in turn: {counts}; {outside} images in no fold")
         here.wait()
         try:
             results = [_train_part(part, further, recipe, args, device, here, started, accepted) for part in parts]
@@ -217,7 +218,7 @@ def _group_parts(
     parts = []
     for name, held_out in groups.items():
         train = data.subset(index for other, indices in groups.items() if other != name for index in indices)
-        parts.append(_Part(run_dir / f"fold_{name}", train, data.subset(held_out), f"{name}, held out", is_fold=True))
+        parts.append(_Part(run_dir / f"fold_{name}", train, data.subset(held_out), name, is_fold=True))
     whole = _parts(run_dir, splits, names, 0) if names[1:] else [_Part(run_dir, splits["train"], None, "")]
     return [*parts, *whole]
 
@@ -305,9 +306,8 @@ def _finish(
         if halved["miou"] < full["miou"] - _MAX_HALF_PRECISION_LOSS:
             dtype, halved = torch.float32, full
         fitted = fit_temperature(engine(best), part.val)
-        scores = {
-            "split": part.val_name, "merge_threshold": Settings().merge_threshold, **halved, "temperature": fitted,
-        }  # fmt: skip
+        split = f"{part.val_name}, held out" if part.is_fold else part.val_name
+        scores = {"split": split, "merge_threshold": Settings().merge_threshold, **halved, "temperature": fitted}
         if not part.is_fold:
             config = dataclasses.replace(config, temperature=fitted)
     config = dataclasses.replace(config, training=_provenance(recipe, recipe_name), scores=scores)

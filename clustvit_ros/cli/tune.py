@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from clustvit_ros.cli.arguments import add_input_scale, add_threads, refuse_shipped
+from clustvit_ros.cli.arguments import add_input_scale, add_threads, refuse_shipped, tell_merges_nothing
 from clustvit_ros.cli.evaluate import open_labelled
 from clustvit_ros.demo.frame_source import sim_seed
 from clustvit_ros.engine import Engine, Settings, create_engine
@@ -103,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
     if args.engines:
         return _choose_engine(args)
     config = load_config(args.model)
+    tell_merges_nothing(args, config.name, config.network.merges)
     current = Settings(1.0, confidence=False, input_scale=args.input_scale)
     if config.network.merges:
         current = dataclasses.replace(current, merge_threshold=args.merge_threshold, token_capacity=args.token_capacity)

@@ -179,6 +179,7 @@ class EngineInfo:
         tokens_total: patch tokens at `input_size`.
         weights_sha256: hash of the weights file, so that measurements can be kept for it; empty when there is none.
         accuracies: what the model's operating points are worth, as its folder says; empty where it says nothing.
+        merges: whether the network merges tokens, so that threshold and capacity have an effect.
         execution_providers: ONNX Runtime's, with the share of the network's operations that each of them took, e.g.
             "CUDAExecutionProvider 98 %, CPUExecutionProvider 2 %"; empty for other engines.
     """
@@ -193,6 +194,7 @@ class EngineInfo:
     tokens_total: int
     weights_sha256: str = ""
     accuracies: tuple[Accuracy, ...] = ()
+    merges: bool = True
     execution_providers: str = ""
 
     @property

@@ -191,6 +191,7 @@ class NetworkEngine(Engine):
             classes=config.classes, input_size=config.input.size, tokens_total=grid_size[0] * grid_size[1],
             weights_sha256=weights_sha256,
             accuracies=tuple(_accuracy_of(point, config) for point in config.operating_points),
+            merges=config.network.merges,
         )  # fmt: skip
 
     @abc.abstractmethod

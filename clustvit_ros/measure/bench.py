@@ -20,10 +20,10 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -38,6 +38,9 @@ from clustvit_ros.measure.flops import count_cost
 from clustvit_ros.measure.pictures import new_figure, save_figure
 from clustvit_ros.networks.model_folder import load_config
 from clustvit_ros.policy import percentile
+
+K = TypeVar("K")
+T = TypeVar("T")
 
 ROW_KEYS = (
     "arch", "engine", "execution_providers", "device", "precision", "threads", "size", "batch", "classes",
@@ -112,6 +115,34 @@ class Pipeline:
         return self.engine.segment(self._images, self._settings).stats
 
 
+def time_in_turns(calls: Mapping[K, Callable[[], T]], runs: int, warmup: int = 1) -> dict[K, list[tuple[float, T]]]:
+    """Time calls in turns (A B A B), so that a busy moment falls on all alike.
+
+    Args:
+        calls: what is called, by a name for each.
+        runs: timed calls of each.
+        warmup: calls of each before them, at least one.
+
+    Returns:
+        By the same names, milliseconds and result of every timed call.
+    """
+    for call in calls.values():
+        for _ in range(max(warmup, 1)):
+            call()
+    timed: dict[K, list[tuple[float, T]]] = {name: [] for name in calls}
+    for _ in range(runs):
+        for name, call in calls.items():
+            start_s = time.perf_counter()
+            result = call()
+            timed[name].append(((time.perf_counter() - start_s) * 1000.0, result))
+    return timed
+
+
+def median_times(calls: Mapping[K, Callable[[], object]], runs: int) -> dict[K, float]:
+    """Median milliseconds of calls that are timed in turns, by the same names."""
+    return {name: statistics.median(ms for ms, _ in timed) for name, timed in time_in_turns(calls, runs).items()}
+
+
 def run_cases(cases: list[BenchCase], runs: int, warmup: int) -> list[dict[str, Any]]:
     """Measure cases side by side.
 
@@ -135,17 +166,11 @@ def run_cases(cases: list[BenchCase], runs: int, warmup: int) -> list[dict[str, 
         if key not in engines:
             engines[key] = case.open()
         pipelines.append(Pipeline(case, engines[key]))
-    for pipeline in pipelines:
-        for _ in range(max(warmup, 1)):
-            pipeline()
-    samples: list[list[Stats]] = [[] for _ in pipelines]
-    times_ms: list[list[float]] = [[] for _ in pipelines]
-    for _ in range(runs):
-        for pipeline, stats, times in zip(pipelines, samples, times_ms, strict=True):
-            start = time.perf_counter()
-            stats.append(pipeline())
-            times.append((time.perf_counter() - start) * 1000.0)
-    return [_row(*measured) for measured in zip(pipelines, samples, times_ms, strict=True)]
+    timed = time_in_turns(dict(enumerate(pipelines)), runs, warmup)
+    return [
+        _row(pipeline, [stats for _, stats in timed[index]], [ms for ms, _ in timed[index]])
+        for index, pipeline in enumerate(pipelines)
+    ]
 
 
 def _row(pipeline: Pipeline, samples: Sequence[Stats], times_ms: list[float]) -> dict[str, Any]:

@@ -77,12 +77,18 @@ class SweepRow:
     pareto: bool = False
     gflops_mean: float | None = None
 
-    @property
-    def text(self) -> str:
-        """The setting in words."""
-        capacity = f", token_capacity {self.token_capacity}" if self.token_capacity else ""
-        scale = f", input_scale {self.input_scale:g}" if self.input_scale != 1.0 else ""
-        return f"merge_threshold {self.merge_threshold:g}{capacity}{scale}"
+    def told(self, merges: bool) -> str:
+        """The setting in words.
+
+        Args:
+            merges: whether the network merges tokens; else it is the size alone.
+        """
+        words = {"merge_threshold": self.merge_threshold, "token_capacity": self.token_capacity} if merges else {}
+        if self.token_capacity in (0, self.tokens_total):
+            words.pop("token_capacity", None)
+        if self.input_scale != 1.0 or not merges:
+            words["input_scale"] = self.input_scale
+        return ", ".join(f"{name} {value:g}" for name, value in words.items())
 
 
 class _Tally:
@@ -271,9 +277,10 @@ def sweep_table(rows: Sequence[SweepRow], measure: str, suggestion: SweepRow | N
             f"{row.latency_ms_p50:8.1f} {row.latency_ms_p95:8.1f} {row.accuracy:10.2f} {100 * row.agreement:8.2f}"
             f"{front}"
         )
+    merges = any(row.tokens_kept_mean < row.tokens_total for row in rows)
     if budget_ms and suggestion:
         lines.append(
-            f"within {budget_ms:g} ms: {suggestion.text} "
+            f"within {budget_ms:g} ms: {suggestion.told(merges)} "
             f"({suggestion.accuracy:.2f} %, p95 {suggestion.latency_ms_p95:.1f} ms)"
         )
     elif budget_ms:

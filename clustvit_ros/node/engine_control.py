@@ -21,7 +21,7 @@ from rclpy.parameter import Parameter
 from rclpy.task import Future
 
 from clustvit_ros.classes import ClassSet
-from clustvit_ros.engine import Engine, ScriptedEngine, check_model, create_engine
+from clustvit_ros.engine import Engine, EngineInfo, ScriptedEngine, check_model, create_engine
 from clustvit_ros.engine.exemption import exempt_class_ids
 from clustvit_ros.engine.host import EngineHost, EngineOrder
 from clustvit_ros.engine.machine import available_bytes
@@ -105,6 +105,7 @@ class EngineControl:
         self._error: BaseException | None = None
         self._loaded: Future | None = None
         self._told_model = ""
+        self._told_idle: frozenset[str] = frozenset()
         self._classes: ClassSet | None = None
         self._before: list[Parameter] = []
         self._guard = node.create_guard_condition(self._hear)
@@ -195,12 +196,12 @@ class EngineControl:
 
     def adopt_change(self, old: SegmentationParameters, new: SegmentationParameters) -> None:
         """Start what other values ask for, or give it up where they ask for what runs."""
-        if (new.min_agreement, new.accuracy_check_period_s) != (old.min_agreement, old.accuracy_check_period_s):
-            self._tell_idle_guard(new)
         session = self.session
         if new.model == old.model and new.class_groups != old.class_groups and session is not None:
             classes = session.engine.info.classes
             self._tell_groups(classes, check_names(classes, new))
+        if new.model == old.model and session is not None:
+            self._tell_idle(new, session.engine.info)
         if new.model == old.model or not self.started:
             return
         if session is not None:
@@ -218,11 +219,15 @@ class EngineControl:
                 f"class_groups: {', '.join(grouping.ungrouped)} are in no group; their pixels become 255 (unlabelled)"
             )
 
-    def _tell_idle_guard(self, parameters: SegmentationParameters) -> None:
-        if parameters.min_agreement and not parameters.accuracy_check_period_s:
-            self._node.get_logger().warning(
-                "min_agreement has no effect while accuracy_check_period_s is 0: nothing is checked"
-            )
+    def _tell_idle(self, parameters: SegmentationParameters, info: EngineInfo) -> None:
+        """Log what has no effect, once for as long as it stays so."""
+        idle: dict[str, None] = {}
+        for each in (parameters, *(camera.parameters for camera in self._cameras.values())):
+            idle |= dict.fromkeys(each.without_effect(info.merges))
+        for sentence in idle:
+            if sentence not in self._told_idle:
+                self._node.get_logger().warning(sentence)
+        self._told_idle = frozenset(idle)
 
     def _start(self) -> None:
         parameters, start_s = self._parameters(), time.monotonic()
@@ -251,10 +256,8 @@ class EngineControl:
         node, parameters, info = self._node, self._parameters(), engine.info
         logger = node.get_logger()
         grouping = check_names(info.classes, parameters)
-        self._tell_idle_guard(parameters)
-        for name in ("latency_budget_ms", "max_rate_hz", "fill_frames"):
-            if not parameters.adapts and getattr(parameters, name):
-                logger.warning(f"{name} has no effect while processing is every_frame")
+        self._told_idle = frozenset()
+        self._tell_idle(parameters, info)
         self._tell_groups(info.classes, grouping)
         reason = f" ({info.device_reason})" if info.device_reason else ""
         self._say(

@@ -280,9 +280,9 @@ class SegmentationNode(LifecycleNode):
         self._engines.check_change(old, new)
 
     def _adopt_change(self, old: SegmentationParameters, new: SegmentationParameters) -> None:
-        self._engines.adopt_change(old, new)
         for name, camera in self._cameras.items():
             camera.parameters = self.parameters_of(name)
+        self._engines.adopt_change(old, new)
         if self._state == "active" and self._engines.slot.empty and not self._engines.loading:
             self._publish_labels()  # else the engine's thread does, before its next mask
 

@@ -66,6 +66,10 @@ def parse_intensity_range(text: str) -> tuple[int, int] | None:
     return low, high
 
 
+_OF_MERGING = ("merge_threshold", "token_capacity", "min_tokens", "merge_exempt_classes", "merge_exempt_region")
+_OF_ADAPTING = ("latency_budget_ms", "max_rate_hz", "fill_frames")
+
+
 @dataclass(frozen=True)
 class SegmentationParameters:
     """One consistent set of values; a frame is processed under exactly one of these."""
@@ -275,6 +279,25 @@ class SegmentationParameters:
     def exempts(self) -> bool:
         """Whether classes or regions are exempt from merging."""
         return bool(self.merge_exempt_classes or self.merge_exempt_region)
+
+    def without_effect(self, merges: bool) -> tuple[str, ...]:
+        """What has been set and changes nothing, and why: a sentence each.
+
+        Args:
+            merges: whether the network merges tokens.
+        """
+        reasons: dict[str, str] = {}
+        if not merges:
+            reasons |= dict.fromkeys(_OF_MERGING, "the model merges no tokens")
+        if not self.accuracy_check_period_s:
+            reasons["min_agreement"] = "accuracy_check_period_s is 0, so that nothing is checked"
+        if not self.adapts:
+            reasons |= dict.fromkeys(_OF_ADAPTING, "processing is every_frame")
+        return tuple(
+            f"{name} has no effect: {reason}"
+            for name, reason in reasons.items()
+            if getattr(self, name) != getattr(SegmentationParameters, name)
+        )
 
     @cached_property
     def is_guarded(self) -> bool:

@@ -54,5 +54,11 @@ def test_the_node_runs_it(
     mask = mask_of(robot.segment(image_message(pixels, "rgb8", header(7))))
     expected = create_engine(str(tmp_path / architecture), "torch", "cpu").segment(pixels).mask[0]
     assert (mask == expected).mean() > 0.99
-    robot.set(double("merge_threshold", 0.2))
+    idle = "merge_threshold has no effect: the model merges no tokens"
+    for threshold in (0.3, 0.2):
+        assert robot.set(double("merge_threshold", threshold))[0].successful
+    robot.process.wait_for_output(idle)
+    robot.set(double("min_agreement", 0.9))
+    robot.process.wait_for_output("min_agreement has no effect: accuracy_check_period_s is 0, so that nothing is check")
+    assert robot.process.output.count(idle) == 1, "told once"
     assert robot.segment(image_message(pixels, "rgb8", header(8))).height == 64

@@ -54,9 +54,9 @@ def test_folds_hold_each_drive_out(train, write_recipe, drives, tmp_path, capsys
     assert scores["miou_folds"] == [fold["miou"] for fold in folds["folds"]]
     assert scores["beside"]["split"] == "val" and scores["beside"]["images"] == 3
     output = capsys.readouterr().out
-    listed = f"{first}, held out ({5 if isinstance(group, list) else 6} images); {second}, held out (7 images)"
-    assert f"folds: {listed}; {1 if isinstance(group, list) else 0} images in none" in output
-    assert f"{first}, held out {folds['folds'][0]['miou']:.2f}" in output and "val mIoU" in output
+    listed = f"{first} ({5 if isinstance(group, list) else 6} images); {second} (7 images)"
+    assert f"held out in turn: {listed}; {1 if isinstance(group, list) else 0} images in no fold" in output
+    assert f"({first} {folds['folds'][0]['miou']:.2f}, {second} " in output and "val mIoU" in output
     # What a fold holds out chooses nothing: its log knows no score.
     log = [json.loads(line) for line in (tmp_path / f"run/fold_{first}/log.jsonl").read_text().splitlines()]
     assert all("miou" not in record for record in log)
@@ -82,7 +82,7 @@ def test_drives_of_train_alone_are_held_out_and_then_all_are_learnt(train, write
     recipe = write_recipe(schedule={"epochs": 1})
     assert train(recipe, tmp_path / "run", "--folds", "group", data=data) == 0
     output = capsys.readouterr().out
-    assert "folds: a, held out (5 images); b, held out (5 images); 0 images in none" in output
+    assert "held out in turn: a (5 images); b (5 images); 0 images in no fold" in output
     assert "10 training and no validation images" in output
     scores = load_config(tmp_path / "run/model").scores
     assert scores["split"].startswith("mean of 2 held-out folds") and "beside" not in scores
