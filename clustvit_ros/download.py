@@ -334,3 +334,12 @@ def _locked(folder: Path) -> Iterator[None]:
         raise ModelError(f"{folder}: another process is downloading it; wait for that one") from error
     finally:
         os.close(descriptor)
+
+
+def progress_bar() -> Callable[..., Any] | None:
+    """`tqdm`, which comes with training and prediction; a download goes without."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm

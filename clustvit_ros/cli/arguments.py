@@ -9,10 +9,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +255,19 @@ def make_out(asked: Path) -> None:
         asked.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out: {asked} cannot be made ({error.strerror}); name a folder elsewhere") from error
+
+
+@contextlib.contextmanager
+def new_folder(asked: Path) -> Iterator[None]:
+    """`make_out`, before anything is computed for nothing; gone again where that fails before anything is written."""
+    was_there = asked.exists()
+    make_out(asked)
+    try:
+        yield
+    except BaseException:
+        if not was_there and not any(asked.iterdir()):
+            asked.rmdir()
+        raise
 
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:

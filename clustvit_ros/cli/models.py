@@ -19,13 +19,13 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from clustvit_ros.classes import ClassSet, class_set_names, load_class_set
+from clustvit_ros.cli.arguments import new_folder
 from clustvit_ros.config import from_mapping, read_json, to_mapping
-from clustvit_ros.download import check_address, download
+from clustvit_ros.download import check_address, download, progress_bar
 from clustvit_ros.errors import ConfigError, ModelError
 from clustvit_ros.networks.architectures import network_config
 from clustvit_ros.networks.checkpoint import Checkpoint, read_checkpoint
@@ -55,6 +55,7 @@ _NORMALISATIONS = {
     "half": InputConfig((1, 1)),
     "imagenet": InputConfig((1, 1), mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375)),
 }
+_IMPORTED = "imported from "  # what the data of such a model begins with
 _IGNORED_CONFIG_KEYS = {"num_classes", "batch_size", "input_size", "test_cfg", "weights"}
 _CLUSTERING_ONLY = {"num_clusters", "injection_point", "cluster_mlp_dim"}
 
@@ -194,7 +195,7 @@ def get(args: argparse.Namespace) -> int:
     elif not file.is_file():
         if model is not None:  # before gigabytes have come for nothing
             network_config(model.architecture.replace("cts_", "vit_"), model.network, f"{model.name}: network")
-        download(address, file, int(args.max_gigabytes * 1e9), model.sha256 if model else "", _progress_bar())
+        download(address, file, int(args.max_gigabytes * 1e9), model.sha256 if model else "", progress_bar())
     try:
         checkpoint = read_checkpoint(file)
     except ModelError:
@@ -221,15 +222,6 @@ def get(args: argparse.Namespace) -> int:
     return 0
 
 
-def _progress_bar() -> Callable[..., Any] | None:
-    """`tqdm`, which comes with training and prediction; a download goes without."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return None
-    return tqdm
-
-
 def run(args: argparse.Namespace) -> int:
     known = _read_config(args.config) if args.config else {}
     for name in ("injection_point", "num_heads", "head_heads"):
@@ -243,7 +235,10 @@ def run(args: argparse.Namespace) -> int:
         policy = read_checkpoint(args.policy_net).weights
         named = {f"backbone.policy_net.{name.removeprefix('policy_net.')}": tensor for name, tensor in policy.items()}
         checkpoint = checkpoint._replace(weights={**checkpoint.weights, **named})
-    import_model(checkpoint, str(args.checkpoint), args.out, known, **options)
+    # What an import made can be made again; anything else in that place is kept.
+    made = (args.out / MODEL_FILE).is_file() and str(load_config(args.out).training.get("data")).startswith(_IMPORTED)
+    with contextlib.nullcontext() if made else new_folder(args.out):
+        import_model(checkpoint, str(args.checkpoint), args.out, known, **options)
     return 0
 
 
@@ -307,7 +302,7 @@ def import_model(
     config = ModelConfig(
         out.name, architecture, settings, labels, overrides=overrides,
         input=_input(normalisation, checkpoint.model, settings.image_size),
-        **{"training": {"data": f"imported from {Path(path).name}"}, **(about or {})},
+        **{"training": {"data": f"{_IMPORTED}{Path(path).name}"}, **(about or {})},
     )  # fmt: skip
     save_model(out, config, network)
     text = ""
@@ -381,6 +376,8 @@ def _classes(name: str | None, count: int, checkpoint: Checkpoint, class_set: st
         return classes
     if checkpoint.classes is not None and len(checkpoint.classes) == count:
         return checkpoint.classes
+    if checkpoint.classes_problem:
+        print(f"the names in the file are left out ({checkpoint.classes_problem})")
     if checkpoint.classes is not None:
         print(f"the file names {len(checkpoint.classes)} classes, its head has {count}: names are left out")
     for packaged in [class_set] if class_set else class_set_names():

@@ -22,11 +22,11 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from clustvit_ros.cli.arguments import add_input_scale, add_merge_options, add_threads, make_out, tell_merges_nothing
+from clustvit_ros.cli.arguments import add_input_scale, add_merge_options, add_threads, new_folder, tell_merges_nothing
 from clustvit_ros.demo.frame_source import FrameReader, FrameSource, PictureSource, SourceFrame, open_source
 from clustvit_ros.engine import ENGINES, PRECISION_CHOICES, Engine, Prediction, create_engine
 from clustvit_ros.engine.masks import draw_overlay
-from clustvit_ros.errors import ClustvitError, ConfigError, ImageError
+from clustvit_ros.errors import ConfigError, ImageError
 from clustvit_ros.images import Intensities, check_pixels, is_image, orientation, write_image
 from clustvit_ros.measure.pictures import FilmWriter, annotated, class_legend, window_problem
 from clustvit_ros.paths import new_run_folder, replacing
@@ -103,15 +103,8 @@ def run(args: argparse.Namespace) -> int:
     unreadable: list[str] = []
     narrower = _Narrower(parameters.intensity_range)
     sources = _open(args.source, unreadable, narrower)
-    made = args.out is not None and not args.out.exists()
-    if args.out is not None:
-        make_out(args.out)  # before a model is loaded for nothing
-    try:
+    with new_folder(args.out) if args.out else contextlib.nullcontext():
         engine = create_engine(args.model, args.engine, args.device, args.threads, args.precision)
-    except ClustvitError:
-        if made:
-            args.out.rmdir()
-        raise
     info = engine.info
     reason = f" ({info.device_reason})" if info.device_reason else ""
     print(f"model {info.model}, engine {info.engine_told} in {info.precision} on {info.device}{reason}", flush=True)

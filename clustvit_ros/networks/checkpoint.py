@@ -68,6 +68,7 @@ class Checkpoint(NamedTuple):
         grid_size: (h, w) patches of the position embedding, where the file or its model folder says so.
         others: names beside the weights of what is no tensor.
         classes: names and colours that the file carries for its classes.
+        classes_problem: why names that it carries cannot be used; empty where they can, or it carries none.
         left_out: names of tensors that are a second copy of the weights, or a wrapper's own.
         entry: where in the file the weights lie, e.g. "state_dict"; empty at its top.
         entries: where else weights lie.
@@ -78,6 +79,7 @@ class Checkpoint(NamedTuple):
     grid_size: tuple[int, int] | None = None
     others: Sequence[str] = ()
     classes: ClassSet | None = None
+    classes_problem: str = ""
     left_out: Sequence[str] = ()
     entry: str = ""
     entries: Sequence[str] = ()
@@ -146,7 +148,7 @@ def read_checkpoint(path: Path, entry: str | None = None) -> Checkpoint:
     text = meta.get("cfg", meta.get("config", ""))
     model = _model_section(text) if isinstance(text, str) else {}
     found = [name for name in found if name != entry]
-    return Checkpoint(weights, model, grid_size, others, _classes(meta), left_out, entry, found)
+    return Checkpoint(weights, model, grid_size, others, *_classes(meta), left_out, entry, found)
 
 
 def _entries(content: dict[Any, Any]) -> list[str]:
@@ -267,19 +269,20 @@ def _globals(path: Path) -> set[tuple[str, str]]:
     return found
 
 
-def _classes(meta: dict[str, Any]) -> ClassSet | None:
-    """Classes of a checkpoint's `meta`, as MMEngine and OpenMMLab 1.x write them; None where it has none to use."""
+def _classes(meta: dict[str, Any]) -> tuple[ClassSet | None, str]:
+    """Classes of a checkpoint's `meta`, as MMEngine and OpenMMLab 1.x write them, or why what it has cannot be used."""
     about = meta.get("dataset_meta")
     about = {str(k).lower(): v for k, v in {**meta, **(about if isinstance(about, dict) else {})}.items()}
     names, palette = about.get("classes"), about.get("palette")
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        return None
+        return None, ""
     names = [name.strip() for name in names]
     with contextlib.suppress(ConfigError, TypeError):
-        return ClassSet(tuple(names), tuple(tuple(colour) for colour in palette or ()))
-    with contextlib.suppress(ConfigError):
-        return ClassSet(tuple(names), ClassSet.numbered(len(names)).colours)
-    return None
+        return ClassSet(tuple(names), tuple(tuple(colour) for colour in palette or ())), ""
+    try:
+        return ClassSet(tuple(names), ClassSet.numbered(len(names)).colours), ""
+    except ConfigError as error:
+        return None, str(error)
 
 
 def _model_section(text: str) -> dict[str, Any]:

@@ -288,12 +288,13 @@ def check_weights(
             ten of each).
     """
     check_shapes(network, {name: tuple(tensor.shape) for name, tensor in weights.items()}, where, remedy)
-    broken = [
-        name for name, own in network.state_dict().items()
-        if (tensor := weights[name]).layout != torch.strided or tensor.is_meta or tensor.is_quantized
-        or tensor.is_complex() or tensor.is_floating_point() != own.is_floating_point()
-        or not tensor.to(own.dtype).isfinite().all()
-    ]  # fmt: skip
+    broken = []
+    for name, own in network.state_dict().items():
+        tensor = weights[name]
+        if tensor.dtype.is_complex or tensor.is_quantized or tensor.is_floating_point() != own.is_floating_point():
+            broken.append(f"{name} ({tensor.dtype}, expected {own.dtype})".replace("torch.", ""))
+        elif tensor.layout != torch.strided or tensor.is_meta or not tensor.to(own.dtype).isfinite().all():
+            broken.append(name)
     if broken:
         raise ModelError(f"{where}: infinite or no numbers in {', '.join(broken[:10])}; train or fetch the model again")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import sys
 import types
 import zipfile
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+from clustvit_ros.classes import ClassSet
 from clustvit_ros.cli.main import main
 from clustvit_ros.errors import ModelError
 from clustvit_ros.networks import ViTConfig, build_network, load_config, load_segmenter
@@ -295,3 +297,28 @@ def test_weights_without_checksums_are_taken(tmp_path, official):
             data = data.replace(entry.CRC.to_bytes(4, "little"), bytes(4))
     (tmp_path / "b.pth").write_bytes(data)
     assert import_(tmp_path / "b.pth", tmp_path / "m") == 0
+
+
+def test_a_trained_model_in_that_place_is_kept(official, make_toy_model, tmp_path, capsys):
+    torch.save(official, tmp_path / "a.pth")
+    shutil.copytree(make_toy_model(ClassSet.numbered(3)), tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    assert import_(tmp_path / "a.pth", tmp_path / "model") == 2
+    assert "model is there and not empty; expected a new or empty folder" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+
+
+def test_names_that_repeat_are_left_out_and_told(official, tmp_path, capsys):
+    names = ["road", "sky", "road"]
+    torch.save({"state_dict": official, "meta": {"dataset_meta": {"classes": names}}}, tmp_path / "b.pth")
+    assert import_(tmp_path / "b.pth", tmp_path / "model") == 0
+    output = capsys.readouterr().out
+    assert "the names in the file are left out (classes: names must be unique and non-empty, got repeated" in output
+
+
+def test_integers_are_no_weights(official, tmp_path, capsys):
+    name = "backbone.ln1.weight"
+    torch.save({"state_dict": {**official, name: official[name].long()}}, tmp_path / "b.pth")
+    assert import_(tmp_path / "b.pth", tmp_path / "model") == 2
+    assert "infinite or no numbers in backbone.norm.weight (int64, expected float32)" in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
