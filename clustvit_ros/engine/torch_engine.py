@@ -93,7 +93,7 @@ class TorchEngine(NetworkEngine):
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         if precision == "int8":
             to_int8(self._network)
-        elif precision == "float32" and selected.type == "cpu" and not compiled:
+        elif precision in ("float32", "bfloat16") and selected.type == "cpu" and not compiled:
             pack_layers(self._network)
         self._compiled = compiled
         if compiled:

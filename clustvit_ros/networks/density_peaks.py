@@ -41,12 +41,14 @@ def density_peaks(x: Tensor, num_clusters: Sequence[int]) -> list[Tensor]:
     token joins its nearest centre.
 
     Args:
-        x: (B, N, C) float.
+        x: (B, N, C) float; half precision is taken to float32.
         num_clusters: clusters per scale, each in 1..N.
 
     Returns:
         Per scale (B, N) int64, cluster of each token: 0 is that of the highest score.
     """
+    # What decides is computed in float32: half precision would overflow, and has no distances of few tokens.
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     N = int(x.shape[1])
     together = max(_CACHED_DISTANCES // N**2, 1)
     if x.device.type == "cpu" and len(x) > together and not torch.onnx.is_in_onnx_export():

@@ -43,14 +43,15 @@ def test_masks_agree_with_float32(toy_model, image, engine, precision):
         assert agreement >= (0.995 if precision == "float16" else 0.95), f"{precision} at {threshold}: {agreement:.4f}"
 
 
+@pytest.mark.parametrize("model", ["camvid_tiny", "camvid_clustr"])
 @pytest.mark.parametrize("precision", [*HALVES, "int8"])
-def test_a_trained_model_agrees_on_camera_images(camvid_dir, precision, request):
+def test_a_trained_model_agrees_on_camera_images(camvid_dir, precision, model, request):
     import cv2
 
     if precision == "int8":
         request.getfixturevalue("vnni")
 
-    engines = [create_engine("camvid_tiny", "torch", "cpu", precision=name) for name in ("float32", precision)]
+    engines = [create_engine(model, "torch", "cpu", precision=name) for name in ("float32", precision)]
     paths = sorted((camvid_dir / "val" / "images").glob("*.jpg"))[::60]
     images = [cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB) for path in paths]
     masks = [np.stack([engine.segment(image).mask for image in images]) for engine in engines]

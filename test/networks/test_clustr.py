@@ -178,6 +178,15 @@ def test_images_are_clustered_alike_a_few_at_a_time(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(density_peaks(x, (3, 12)), together, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [6, 40])
+def test_half_precision_clusters_as_float32_does(dtype, tokens):
+    """Few tokens or many, and where squares are beyond float16."""
+    x = (100.0 * torch.randn(2, tokens, 32, generator=torch.Generator().manual_seed(3))).to(dtype)
+    for found, expected in zip(density_peaks(x, (2, 4)), density_peaks(x.float(), (2, 4)), strict=True):
+        assert torch.equal(found, expected)
+
+
 def test_equal_tokens_are_clustered_all_the_same():
     ids = density_peaks(torch.zeros(1, 30, 8), (2, 8))
     assert [int(i.max()) for i in ids] == [1, 7]

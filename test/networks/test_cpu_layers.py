@@ -53,15 +53,16 @@ def whole_numbers(*shape, low, high):
     return numbers
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.01)])
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @torch.no_grad()
-def test_packed_layers_compute_the_same(needs_packing, gelu, bias):
-    layer = nn.Linear(96, 64, bias=bias)
+def test_packed_layers_compute_the_same(needs_packing, gelu, bias, dtype, tolerance):
+    layer = nn.Linear(96, 64, bias=bias).to(dtype)
     for shape in ((2, 50, 96), (1, 3, 96), (7, 96)):
-        x = torch.randn(shape)
+        x = torch.randn(shape).to(dtype)
         expected = F.gelu(layer(x)) if gelu else layer(x)
-        torch.testing.assert_close(PackedLinear(layer, gelu)(x), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(PackedLinear(layer, gelu)(x), expected, rtol=tolerance, atol=tolerance)
 
 
 @torch.no_grad()
@@ -142,19 +143,22 @@ def test_what_decides_and_regenerates_stays_in_float32(vnni):
         ("cast_t", {}),
     ],
 )
-@pytest.mark.parametrize("convert", [pack_layers, to_int8])
+@pytest.mark.parametrize(
+    ("convert", "dtype", "difference"),
+    [(pack_layers, torch.float32, 1e-5), (pack_layers, torch.bfloat16, 0.05), (to_int8, torch.float32, 0.05)],
+)
 @torch.no_grad()
-def test_networks_compute_nearly_the_same(request, arch, overrides, convert):
+def test_networks_compute_nearly_the_same(request, arch, overrides, convert, dtype, difference):
     if convert is to_int8:
         request.getfixturevalue("vnni")
-    network = for_inference(make_network(arch, **overrides))
+    network = for_inference(make_network(arch, **overrides), dtype)
     converted = copy.deepcopy(network)
     convert(converted)
-    images = torch.randn(2, 3, 64, 96)
+    images = torch.randn(2, 3, 64, 96).to(dtype)
     # Unmerged: which of a random network's tokens are merged turns on the last digit.
     options = {"merge_threshold": 1.0} if network.backbone.merges else {}
     expected, got = network(images, **options).logits, converted(images, **options).logits
-    assert (got - expected).norm() <= (0.05 if convert is to_int8 else 1e-5) * expected.norm()
+    assert (got - expected).norm() <= difference * expected.norm()
 
 
 def test_a_cpu_without_the_instructions_is_found_out():
