@@ -172,7 +172,7 @@ def _describe(kind: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_describe(option) for option in args if option is not type(None))
     if origin is tuple and args[-1] is Ellipsis:
-        return f"a list, each {_describe(args[0])}"
+        return "a list" if args[0] is Any else f"a list, each {_describe(args[0])}"
     if origin is tuple:
         return f"a list of {len(args)}: {', '.join(map(_describe, args))}"
     if dataclasses.is_dataclass(kind) or origin is dict or kind is dict:

@@ -29,6 +29,7 @@ from clustvit_ros.engine import PRECISIONS, Engine, Prediction, Settings, create
 from clustvit_ros.engine.network_engine import NetworkEngine
 from clustvit_ros.errors import ConfigError, DataError
 from clustvit_ros.images import write_image
+from clustvit_ros.measure.bench import markdown_table
 from clustvit_ros.measure.evaluation import evaluate, fit_temperature, gflops_counter
 from clustvit_ros.measure.pictures import comparison
 from clustvit_ros.measure.report import compare_twins, write_report
@@ -38,6 +39,7 @@ from clustvit_ros.paths import find_model, model_name
 from clustvit_ros.training.dataset import LabelledImages, group_images, joined, usable
 from clustvit_ros.training.layouts import open_data_set
 
+_TITLES = ("model", "tokens kept", "mIoU", "GFLOPs", "ms (p50)")
 _DETAILS = ("confusion", "per_image")
 _REPORT_PICTURES = 6
 
@@ -111,6 +113,8 @@ def run(args: argparse.Namespace) -> int:
                 print(f"{config.name}: temperature {temperature:g} instead of {config.temperature:g}, in {model}")
                 engine = create_engine(str(model), "torch", args.device, args.threads, args.precision)
             results.append(_evaluate(args, config, engine, data, groups, settings, several=len(configs) > 1))
+    if len(results) > 1:
+        print("\n".join(markdown_table([_TITLES, *map(_row, results)])))
     if args.json:
         rows = [{key: value for key, value in r.items() if key not in (*_DETAILS, "sweep")} for r in results]
         content = rows[0] if len(rows) == 1 else {"models": rows}
@@ -123,6 +127,15 @@ def run(args: argparse.Namespace) -> int:
         where = f"{args.data}: {', '.join(args.split + args.group)}" if args.data else str(args.images)
         print(f"report in {write_report(args.report, where, results, configs, comparisons)}")
     return 0
+
+
+def _row(result: dict[str, Any]) -> list[str]:
+    """The cells below `_TITLES`."""
+    kept = f"{result['tokens_kept_mean']:.0f} of {result['tokens_total']}"
+    return [
+        result["model"], kept, f"{result['miou']:.2f}", f"{result['gflops_mean']:.1f}",
+        f"{result['latency_ms_p50']:.1f}",
+    ]  # fmt: skip
 
 
 def _with_distinct_names(configs: list[ModelConfig], sources: list[Path]) -> list[ModelConfig]:
@@ -226,7 +239,8 @@ def _evaluate(
         print(f"  {name:<16}{group['miou']:6.2f} on {group['images']} images")
     result = {
         "model": config.name, "engine": info.engine, "device": info.device, "merge_threshold": settings.merge_threshold,
-        "token_capacity": settings.token_capacity, "input_scale": settings.input_scale, **scores,
+        "token_capacity": settings.token_capacity, "input_scale": settings.input_scale,
+        "merging": getattr(config.network, "merge_method", "none"), **scores,
     }  # fmt: skip
     if args.report and not args.no_sweep:
         samples = [data[index] for index in range(len(data))]

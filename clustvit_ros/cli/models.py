@@ -24,15 +24,23 @@ from typing import Any
 
 from clustvit_ros.classes import ClassSet, class_set_names, load_class_set
 from clustvit_ros.cli.arguments import new_folder
-from clustvit_ros.config import from_mapping, read_json, to_mapping
+from clustvit_ros.config import from_mapping, to_mapping
 from clustvit_ros.download import check_address, download, progress_bar
 from clustvit_ros.errors import ConfigError, ModelError
 from clustvit_ros.networks.architectures import network_config
-from clustvit_ros.networks.checkpoint import Checkpoint, read_checkpoint
+from clustvit_ros.networks.checkpoint import Checkpoint, read_checkpoint, read_hyperparameters
 from clustvit_ros.networks.model_folder import InputConfig, ModelConfig, load_config, save_model
 from clustvit_ros.networks.official import hints_of
 from clustvit_ros.networks.vit_config import ViTConfig
-from clustvit_ros.networks.weights import as_rgb, fill_network, is_as_said, network_for
+from clustvit_ros.networks.weights import (
+    as_rgb,
+    assumptions,
+    check_stated,
+    fill_network,
+    is_as_said,
+    network_for,
+    with_policy_net,
+)
 from clustvit_ros.paths import (
     MODEL_FILE,
     hash_file,
@@ -44,20 +52,11 @@ from clustvit_ros.paths import (
 )
 from clustvit_ros.released import Released, load_released
 
-# Keys of a configuration file, as the reference cases name them, and ours.
-_CONFIG_KEYS = {
-    "arch": "backbone", "embed_dims": "embed_dim", "num_layers": "depth", "num_heads": "num_heads",
-    "img_size": "image_size", "patch_size": "patch_size", "num_clusters": "num_clusters",
-    "injection_point": "injection_point", "cluster_mlp_size": "cluster_mlp_dim", "head_layers": "head_depth",
-    "head_heads": "head_heads", "out_indices": "head_blocks",
-}  # fmt: skip
 _NORMALISATIONS = {
     "half": InputConfig((1, 1)),
     "imagenet": InputConfig((1, 1), mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375)),
 }
 _IMPORTED = "imported from "  # what the data of such a model begins with
-_IGNORED_CONFIG_KEYS = {"num_classes", "batch_size", "input_size", "test_cfg", "weights"}
-_CLUSTERING_ONLY = {"num_clusters", "injection_point", "cluster_mlp_dim"}
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -181,6 +180,8 @@ def get(args: argparse.Namespace) -> int:
             raise ConfigError(f"get: {address} has no name here; pass --out FOLDER")
     out = args.out or user_models_dir() / args.model
     if (out / MODEL_FILE).is_file() and not args.force:
+        if load_config(out).training.get("checkpoint") != address:
+            raise ConfigError(f"--out: {out} is another model; name another folder, or pass --force to replace it")
         print(f"{out.name}: is here already, in {out} (--force gets it again)")
         return 0
     if not 0.0 < args.max_gigabytes < math.inf:
@@ -204,7 +205,8 @@ def get(args: argparse.Namespace) -> int:
         raise
     try:
         if model is None:
-            import_model(checkpoint, str(file), out)
+            origin = {"data": f"{_IMPORTED}{file.name}", "checkpoint": address}
+            import_model(checkpoint, str(file), out, about={"training": origin})
         else:
             about = {
                 "training": {"data": f"{model.data}, by {released.source}", "checkpoint": model.address},
@@ -223,7 +225,7 @@ def get(args: argparse.Namespace) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    known = _read_config(args.config) if args.config else {}
+    known = read_hyperparameters(args.config) if args.config else {}
     for name in ("injection_point", "num_heads", "head_heads"):
         if getattr(args, name) is not None:
             known[name] = getattr(args, name)
@@ -232,9 +234,9 @@ def run(args: argparse.Namespace) -> int:
     options = {name: getattr(args, name) for name in ("classes", "arch", "head", "normalisation")}
     checkpoint = read_checkpoint(args.checkpoint, args.entry)
     if args.policy_net:
-        policy = read_checkpoint(args.policy_net).weights
-        named = {f"backbone.policy_net.{name.removeprefix('policy_net.')}": tensor for name, tensor in policy.items()}
-        checkpoint = checkpoint._replace(weights={**checkpoint.weights, **named})
+        checkpoint, replaced = with_policy_net(checkpoint, read_checkpoint(args.policy_net).weights)
+        if replaced:
+            print(f"its own policy network gives way to that of {args.policy_net}")
     # What an import made can be made again; anything else in that place is kept.
     made = (args.out / MODEL_FILE).is_file() and str(load_config(args.out).training.get("data")).startswith(_IMPORTED)
     with contextlib.nullcontext() if made else new_folder(args.out):
@@ -261,7 +263,7 @@ def import_model(
         arch, head: for an encoder: architecture to put it in, and its fresh head.
         normalisation: a name in `_NORMALISATIONS`; None takes the file's own, else "half".
         about: what the model folder says of its origin: `training`, `scores`, `licence`. Scores are left out where the
-            file's classes are not as many as those of `class_set`.
+            file is another network than `defaults` and `said` tell, or its classes are not as many as `class_set`'s.
         said: kind and size that the file is said to be of, e.g. "cts_b".
 
     Raises:
@@ -278,8 +280,7 @@ def import_model(
             f"{path}: holds no network of a known layout ({type(error).__name__}: {error}); expected an "
             "OpenMMLab checkpoint of ClustViT or ViT, or a ViT encoder of timm or DeiT"
         ) from error
-    if said is not None and not is_as_said(architecture, overrides, said, path):
-        print(f"warning: {path} holds no {said}, as the list says, but one of another size", file=sys.stderr)
+    others = [] if said is None or is_as_said(architecture, overrides, said, path) else [f"not the size of a {said}"]
     if num_classes is None:
         if classes is None:
             kind = "an encoder without a head; name the classes"
@@ -294,10 +295,17 @@ def import_model(
                 raise ConfigError(f"--{option}: is for an encoder without a head, {path} has one")
         labels = _classes(classes, num_classes, checkpoint, class_set)
         if class_set and num_classes != (expected := len(load_class_set(class_set))):
-            about = {**(about or {}), "scores": {}}
-            text = f"{path} has {num_classes} classes, {class_set} has {expected}: not what the published score is of"
-            print(f"warning: {text}, which is left out", file=sys.stderr)
+            others.append(f"{num_classes} classes, {class_set} has {expected}")
     settings = network_config(architecture, overrides)
+    for name, expected in (defaults or {}).items():
+        if (found := getattr(settings, name)) != (tuple(expected) if isinstance(expected, list) else expected):
+            others.append(f"{name} {found}, the list says {expected}")
+    if others:
+        about = {**(about or {}), "scores": {}}
+        text = f"{path} is not what the published score is of, which is left out: {'; '.join(others)}"
+        print(f"warning: {text}", file=sys.stderr)
+    if isinstance(settings, ViTConfig):
+        check_stated(checkpoint.model, settings, path)
     network, left_out, fresh = fill_network(settings, len(labels), checkpoint, path)
     config = ModelConfig(
         out.name, architecture, settings, labels, overrides=overrides,
@@ -320,7 +328,12 @@ def import_model(
     if isinstance(settings, ViTConfig):
         backbone = checkpoint.model.get("backbone")
         scheduled = isinstance(backbone, dict) and "policy_schedule" in backbone
-        _tell_assumptions(settings, {*told, *(["shared_windows"] if scheduled else [])})
+        if assumed := assumptions(settings, {*told, *(["shared_windows"] if scheduled else [])}):
+            print(
+                f"warning: assumed, since neither the file nor you say so: {', '.join(assumed)}; with others the "
+                "weights fit as well, and masks are wrong: compare with the configuration they were trained with",
+                file=sys.stderr,
+            )
     left_out = sorted([*left_out, *checkpoint.left_out])
     if left_out:
         more = f" and {len(left_out) - 10} more" if len(left_out) > 10 else ""
@@ -328,36 +341,6 @@ def import_model(
     if fresh:
         modules = {".".join(name.split(".")[: 1 if name.startswith("head") else 2]) for name in fresh}
         print(f"fresh, to be trained: {', '.join(sorted(modules))}")
-
-
-def _tell_assumptions(settings: ViTConfig, told: set[str]) -> None:
-    """Say what no shape tells and nobody said: other values fit the weights as well, and give wrong masks."""
-    assumed = [] if "num_heads" in told else [f"{settings.num_heads} heads (--num-heads)"]
-    if settings.merge_method == "clusters" and "injection_point" not in told:
-        assumed.append(f"merging after block {settings.injection_point} (--injection-point)")
-    if settings.head == "segmenter" and not {"head_heads", "num_heads"} & told:
-        assumed.append(f"{settings.head_heads or settings.num_heads} heads in the decode head (--head-heads)")
-    if settings.head == "upernet" and "head_blocks" not in told:
-        assumed.append(f"levels after blocks {list(settings.level_blocks)} from 0 (--config with out_indices)")
-    if settings.shared_windows and "shared_windows" not in told:
-        assumed.append(f"{settings.shared_windows} windows that share a token (shared_windows in its model.yaml)")
-    if assumed:
-        print(
-            f"warning: assumed, since neither the file nor you say so: {', '.join(assumed)}; with others the weights "
-            "fit as well, and masks are wrong: compare with the configuration they were trained with",
-            file=sys.stderr,
-        )
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    content = read_json(path)
-    unknown = sorted(content.keys() - _CONFIG_KEYS.keys() - _IGNORED_CONFIG_KEYS)
-    if unknown:
-        raise ConfigError(f"{path}: unknown keys {', '.join(unknown)}; known: {', '.join(_CONFIG_KEYS)}")
-    known = {_CONFIG_KEYS[key]: value for key, value in content.items() if key in _CONFIG_KEYS and value is not None}
-    if known.get("backbone") == "vit":
-        known = {key: value for key, value in known.items() if key not in _CLUSTERING_ONLY}
-    return known
 
 
 def _size(text: str) -> list[int]:
@@ -374,12 +357,16 @@ def _classes(name: str | None, count: int, checkpoint: Checkpoint, class_set: st
         if len(classes) != count:
             raise ConfigError(f"--classes: {name} has {len(classes)} classes, the checkpoint has {count}")
         return classes
+    note = checkpoint.classes_note
     if checkpoint.classes is not None and len(checkpoint.classes) == count:
+        if note:
+            print(note)
         return checkpoint.classes
-    if checkpoint.classes_problem:
-        print(f"the names in the file are left out ({checkpoint.classes_problem})")
     if checkpoint.classes is not None:
-        print(f"the file names {len(checkpoint.classes)} classes, its head has {count}: names are left out")
+        note = f"the file names {len(checkpoint.classes)} classes, its head has {count}"
+    if note:
+        print(f"{note}; its classes are numbered (--classes names them)")
+        return ClassSet.numbered(count)
     for packaged in [class_set] if class_set else class_set_names():
         classes = load_class_set(packaged)
         if len(classes) == count:
@@ -391,7 +378,11 @@ def _classes(name: str | None, count: int, checkpoint: Checkpoint, class_set: st
 def _input(normalisation: str | None, model: dict[str, Any], size: tuple[int, int]) -> InputConfig:
     """Size and normalisation of the images: as asked for, as the file's configuration says, or the official one."""
     stated = model.get("data_preprocessor")
-    if normalisation is None and isinstance(stated, dict):
-        with contextlib.suppress(ConfigError):
-            return from_mapping(InputConfig, {"size": size, "mean": stated.get("mean"), "std": stated.get("std")}, "")
+    if normalisation is None and isinstance(stated, dict) and {"mean", "std"} & stated.keys():
+        # Without a mean, MMEngine normalises nothing.
+        mean, std = ((0, 0, 0), (1, 1, 1)) if stated.get("mean") is None else (stated["mean"], stated.get("std"))
+        try:
+            return from_mapping(InputConfig, {"size": size, "mean": mean, "std": std}, "")
+        except ConfigError as error:
+            raise ConfigError(f"data_preprocessor in the file: {error}; say what holds with --normalisation") from error
     return dataclasses.replace(_NORMALISATIONS[normalisation or "half"], size=size)

@@ -32,6 +32,7 @@ from torch import Tensor
 from torch._weights_only_unpickler import _get_allowed_globals
 
 from clustvit_ros.classes import ClassSet
+from clustvit_ros.config import read_json
 from clustvit_ros.download import check_weights_file
 from clustvit_ros.errors import ConfigError, ModelError
 from clustvit_ros.networks.model_folder import WEIGHTS_FILE, load_config
@@ -58,6 +59,16 @@ _BESIDE_NAMES = {
     "_codecs.encode",
 }  # fmt: skip
 
+# Keys of a configuration file, as the reference cases name them, and ours.
+_CONFIG_KEYS = {
+    "arch": "backbone", "embed_dims": "embed_dim", "num_layers": "depth", "num_heads": "num_heads",
+    "img_size": "image_size", "patch_size": "patch_size", "num_clusters": "num_clusters",
+    "injection_point": "injection_point", "cluster_mlp_size": "cluster_mlp_dim", "head_layers": "head_depth",
+    "head_heads": "head_heads", "out_indices": "head_blocks",
+}  # fmt: skip
+_IGNORED_CONFIG_KEYS = {"num_classes", "batch_size", "input_size", "test_cfg", "weights"}
+_CLUSTERING_ONLY = {"num_clusters", "injection_point", "cluster_mlp_dim"}
+
 
 class Checkpoint(NamedTuple):
     """A file of weights.
@@ -68,7 +79,7 @@ class Checkpoint(NamedTuple):
         grid_size: (h, w) patches of the position embedding, where the file or its model folder says so.
         others: names beside the weights of what is no tensor.
         classes: names and colours that the file carries for its classes.
-        classes_problem: why names that it carries cannot be used; empty where they can, or it carries none.
+        classes_note: what is odd about the names that it carries, and what became of it; else empty.
         left_out: names of tensors that are a second copy of the weights, or a wrapper's own.
         entry: where in the file the weights lie, e.g. "state_dict"; empty at its top.
         entries: where else weights lie.
@@ -79,7 +90,7 @@ class Checkpoint(NamedTuple):
     grid_size: tuple[int, int] | None = None
     others: Sequence[str] = ()
     classes: ClassSet | None = None
-    classes_problem: str = ""
+    classes_note: str = ""
     left_out: Sequence[str] = ()
     entry: str = ""
     entries: Sequence[str] = ()
@@ -269,20 +280,43 @@ def _globals(path: Path) -> set[tuple[str, str]]:
     return found
 
 
+def read_hyperparameters(path: Path) -> dict[str, Any]:
+    """A JSON file with what shapes cannot tell, by the names of the network's configuration.
+
+    Raises:
+        ConfigError: unreadable, or keys that mean nothing here.
+    """
+    content = read_json(path)
+    unknown = sorted(content.keys() - _CONFIG_KEYS.keys() - _IGNORED_CONFIG_KEYS)
+    if unknown:
+        raise ConfigError(f"{path}: unknown keys {', '.join(unknown)}; known: {', '.join(_CONFIG_KEYS)}")
+    known = {_CONFIG_KEYS[key]: value for key, value in content.items() if key in _CONFIG_KEYS and value is not None}
+    if known.get("backbone") == "vit":
+        known = {key: value for key, value in known.items() if key not in _CLUSTERING_ONLY}
+    return known
+
+
 def _classes(meta: dict[str, Any]) -> tuple[ClassSet | None, str]:
-    """Classes of a checkpoint's `meta`, as MMEngine and OpenMMLab 1.x write them, or why what it has cannot be used."""
+    """Classes of a checkpoint's `meta`, as MMEngine and OpenMMLab 1.x write them, and what was odd in them."""
     about = meta.get("dataset_meta")
     about = {str(k).lower(): v for k, v in {**meta, **(about if isinstance(about, dict) else {})}.items()}
     names, palette = about.get("classes"), about.get("palette")
-    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+    if not names:
         return None, ""
-    names = [name.strip() for name in names]
+    if not isinstance(names, (list, tuple)):
+        return None, f"the file's class names are of no use ({type(names).__name__}, expected a list)"
+    usable: list[str] = []
+    for index, name in enumerate(names):
+        text = "".join(filter(str.isprintable, name)).strip() if isinstance(name, str) else ""
+        text = text or f"class_{index}"
+        usable.append(text if text not in usable else f"{text}_{index}")
+    odd = [f"{name!r:.60} is {new!r:.60}" for name, new in zip(names, usable, strict=True) if name != new]
+    note = f"class names of the file that cannot be used as they are: {', '.join(odd[:5])}" if odd else ""
     with contextlib.suppress(ConfigError, TypeError):
-        return ClassSet(tuple(names), tuple(tuple(colour) for colour in palette or ())), ""
-    try:
-        return ClassSet(tuple(names), ClassSet.numbered(len(names)).colours), ""
-    except ConfigError as error:
-        return None, str(error)
+        return ClassSet(tuple(usable), tuple(tuple(colour) for colour in palette or ())), note
+    with contextlib.suppress(ConfigError):
+        return ClassSet(tuple(usable), ClassSet.numbered(len(usable)).colours), note
+    return None, f"the file's class names are of no use ({', '.join(usable[:3])}, ...)"
 
 
 def _model_section(text: str) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def sharing_of(weights: dict[str, Tensor], model: dict[str, Any]) -> dict[str, A
     """What makes a ViT one of CTS, as ClustViT's authors have it; empty for any other.
 
     Raises:
-        ModelError: its policy network is missing.
+        ModelError: its policy network is missing, or its schedule shares more windows than there are.
     """
     backbone = part if isinstance(part := model.get("backbone"), dict) else {}
     if not _shares(weights):
@@ -144,6 +144,8 @@ def sharing_of(weights: dict[str, Tensor], model: dict[str, Any]) -> dict[str, A
     schedule = backbone.get("policy_schedule")
     if isinstance(schedule, (list, tuple)) and len(schedule) == 2 and isinstance(schedule[1], int):
         shared = schedule[1]
+        if not 0 <= shared <= windows:
+            raise ModelError(f"checkpoint: policy_schedule is {schedule}, expected at most {windows} shared windows")
     return {"merging": "cts", "share_corner": True, "shared_windows": max(min(shared, windows - 1), 0)}
 
 

@@ -293,7 +293,9 @@ def check_weights(
         tensor = weights[name]
         if tensor.dtype.is_complex or tensor.is_quantized or tensor.is_floating_point() != own.is_floating_point():
             broken.append(f"{name} ({tensor.dtype}, expected {own.dtype})".replace("torch.", ""))
-        elif tensor.layout != torch.strided or tensor.is_meta or not tensor.to(own.dtype).isfinite().all():
+        elif tensor.layout != torch.strided or tensor.is_meta:
+            broken.append(f"{name} ({tensor.layout if tensor.layout != torch.strided else 'without values'})")
+        elif not tensor.to(own.dtype).isfinite().all():
             broken.append(name)
     if broken:
         raise ModelError(f"{where}: infinite or no numbers in {', '.join(broken[:10])}; train or fetch the model again")

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,7 @@ from clustvit_ros.errors import ConfigError, ModelError
 from clustvit_ros.networks.architectures import ARCHITECTURES, build_network
 from clustvit_ros.networks.checkpoint import Checkpoint
 from clustvit_ros.networks.clustr import ClusTRConfig
+from clustvit_ros.networks.heads import POOL_SCALES
 from clustvit_ros.networks.official import (
     clustr_shape,
     count_blocks,
@@ -46,7 +47,7 @@ from clustvit_ros.networks.official import (
     sharing_of,
 )
 from clustvit_ros.networks.segmenter import NetworkConfig, Segmenter, check_weights
-from clustvit_ros.networks.vit import grid_size_of
+from clustvit_ros.networks.vit import BACKBONE_NORM_EPS, grid_size_of
 from clustvit_ros.networks.vit_config import ViTConfig
 
 POSITIONS = "backbone.pos_embed"
@@ -55,6 +56,7 @@ _LEFT_OUT = re.compile(
     r"(backbone\.)?((head|head_dist|fc_norm|pre_logits|head_drop)\.|(dist_token|mask_token)$|decoder_(pos_embed$|\w+\.))"
 )
 # What an encoder's weights leave to be trained.
+_POLICY = "backbone.policy_net."
 _FRESH = ("head.", "backbone.clusterer.", "backbone.regenerator.", "backbone.later_")
 
 
@@ -150,7 +152,7 @@ def network_for(
         family, default, kind = ViTConfig, "vit_t", ""
         hints = {k: v for k, v in hints_of(checkpoint.model).items() if k in ("num_heads", "injection_point")}
         imported = import_weights(checkpoint)
-        shape = _encoder_shape(imported, known.get("image_size"))
+        shape = _encoder_shape(imported, known.get("image_size") or hints_of(checkpoint.model).get("image_size"))
         wanted = {**shape, **sharing_of(imported.weights, checkpoint.model), **hints, **known}
         size = ("embed_dim", "depth")
         if "backbone" in shape:
@@ -253,7 +255,7 @@ def _encoder_shape(imported: Imported, image_size: Sequence[int] | None) -> dict
         expected = "a square grid" if image_size is None else f"{' x '.join(map(str, grid or ()))} patches"
         raise ConfigError(
             f"position embedding: got {count + 1} entries, expected {expected} and a class token; pass the size in "
-            "pixels that it was trained with"
+            "pixels that it was trained with (--image-size HEIGHTxWIDTH)"
         )
     return {
         "image_size": [length * patch_size for length in grid],
@@ -292,6 +294,19 @@ def _fold_layer_scale(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return folded
 
 
+def with_policy_net(checkpoint: Checkpoint, policy: dict[str, Tensor]) -> tuple[Checkpoint, bool]:
+    """A checkpoint with a policy network for CTS, and whether it had one, which is left out.
+
+    Args:
+        checkpoint: as read.
+        policy: weights of a policy network alone, or of all of a CTS.
+    """
+    named = {name.partition("policy_net.")[2]: tensor for name, tensor in policy.items() if "policy_net." in name}
+    kept = {name: tensor for name, tensor in checkpoint.weights.items() if not name.startswith(_POLICY)}
+    weights = {f"{_POLICY}{name}": tensor for name, tensor in (named or policy).items()}
+    return checkpoint._replace(weights={**kept, **weights}), len(kept) < len(checkpoint.weights)
+
+
 def as_rgb(checkpoint: Checkpoint) -> Checkpoint:
     """A network that was trained on BGR images, as its configuration says, takes RGB once its weights change places."""
     stated = checkpoint.model.get("data_preprocessor")
@@ -303,6 +318,59 @@ def as_rgb(checkpoint: Checkpoint) -> Checkpoint:
         for name, tensor in checkpoint.weights.items()
     }
     return checkpoint._replace(weights=weights, model={**checkpoint.model, "data_preprocessor": {**stated, **turned}})
+
+
+def check_stated(model: dict[str, Any], network: ViTConfig, path: str) -> None:
+    """Refuse weights that are not all that their own configuration states, or need what no network here computes.
+
+    Args:
+        model: the `model` section of the configuration in the file.
+        network: what the weights' shapes make of them.
+        path: what messages call the file.
+
+    Raises:
+        ModelError: with everything that differs.
+    """
+    backbone, head = (part if isinstance(part := model.get(key), dict) else {} for key in ("backbone", "decode_head"))
+    segmenter, clusters = network.head == "segmenter", network.merge_method == "clusters"
+    activation, norm = (part if isinstance(part := backbone.get(key), dict) else {} for key in ("act_cfg", "norm_cfg"))
+    differing = []
+    for name, stated, found, concerns in (
+        ("backbone.num_layers", backbone.get("num_layers"), network.depth, True),
+        ("backbone.embed_dims", backbone.get("embed_dims"), network.embed_dim, True),
+        ("backbone.num_clusters", backbone.get("num_clusters"), network.num_clusters, clusters),
+        ("backbone.act_cfg.type", activation.get("type"), "GELU", True),
+        ("backbone.norm_cfg.eps", norm.get("eps"), BACKBONE_NORM_EPS, True),
+        ("decode_head.num_layers", head.get("num_layers"), network.head_depth, segmenter),
+        ("decode_head.pool_scales", head.get("pool_scales"), POOL_SCALES, network.head == "upernet"),
+    ):
+        stated = tuple(stated) if isinstance(stated, list) else stated
+        if concerns and stated is not None and stated != found:
+            differing.append(f"{name} {stated!r}, found {found!r}")
+    if differing:
+        raise ModelError(
+            f"{path}: differs from its own configuration: {', '.join(differing)}; is the file whole? Nothing else than "
+            "what was found can be computed"
+        )
+
+
+def assumptions(settings: ViTConfig, told: Collection[str]) -> list[str]:
+    """What no shape tells and nobody said, with the option that says it: other values fit the weights as well.
+
+    Args:
+        settings: the network as it was taken to be.
+        told: hyper-parameters that somebody stated.
+    """
+    assumed = [] if "num_heads" in told else [f"{settings.num_heads} heads (--num-heads)"]
+    if settings.merge_method == "clusters" and "injection_point" not in told:
+        assumed.append(f"merging after block {settings.injection_point} (--injection-point)")
+    if settings.head == "segmenter" and not {"head_heads", "num_heads"} & set(told):
+        assumed.append(f"{settings.head_heads or settings.num_heads} heads in the decode head (--head-heads)")
+    if settings.head == "upernet" and "head_blocks" not in told:
+        assumed.append(f"levels after blocks {list(settings.level_blocks)} from 0 (--config with out_indices)")
+    if settings.shared_windows and "shared_windows" not in told:
+        assumed.append(f"{settings.shared_windows} windows that share a token (shared_windows in its model.yaml)")
+    return assumed
 
 
 def is_as_said(architecture: str, overrides: dict[str, Any], said: str, path: str) -> bool:

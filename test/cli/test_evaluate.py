@@ -52,7 +52,7 @@ def test_ways_to_merge_are_scored_side_by_side(model_dir, labelled_dir, tmp_path
     rows = json.loads((tmp_path / "out.json").read_text())["models"]
     assert [row["model"].split("+")[1] for row in rows] == ["none", "clusters", "algm", "tome", "kmeans"]
     assert [row["tokens_kept_mean"] for row in rows] == [48, 24, 24, 24, 24]
-    assert capsys.readouterr().out.count("mIoU") == 5
+    assert capsys.readouterr().out.count("mIoU") == 6
     assert evaluate(model_dir, labelled_dir, "--merge", "magic") == 2
     ways = "none, clusters, algm, algm+clusters, cts, tome, kmeans, stvit"
     assert f"--merge: got 'magic', expected one of {ways}" in capsys.readouterr().err

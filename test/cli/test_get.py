@@ -20,6 +20,7 @@ import torch
 
 from clustvit_ros import download as downloading
 from clustvit_ros import released
+from clustvit_ros.classes import ClassSet
 from clustvit_ros.cli.main import main
 from clustvit_ros.download import download
 from clustvit_ros.errors import ConfigError, ModelError
@@ -80,9 +81,10 @@ class Server:
         request.wfile.write(content[start:end])
 
 
-def checkpoint(classes=9, **changes):
+def checkpoint(classes=9, size=(64, 1, 1), **changes):
     torch.manual_seed(0)
-    config = ViTConfig(backbone="vit", image_size=(32, 32), embed_dim=64, depth=1, num_heads=1, head_depth=1)
+    dimensions = dict(zip(("embed_dim", "depth", "num_heads"), size, strict=True))
+    config = ViTConfig(backbone="vit", image_size=(32, 32), head_depth=1, **dimensions)
     weights = to_official(build_network(config, classes).state_dict())
     file = io.BytesIO()
     torch.save({"meta": {}, "state_dict": weights, **changes}, file)
@@ -151,15 +153,12 @@ def test_one_command_makes_a_model_that_every_command_takes_by_name(server, tmp_
     assert f"use it: --model {NAME}" in told.out and "assumed" not in told.err
     config = load_config(NAME)
     assert find_model(NAME) == tmp_path / "data" / "clustvit_ros" / "models" / NAME
-    assert config.scores == {"miou": 69.91, "split": "SUIM test, published"}
     assert "SUIM's terms" in config.licence and config.training["checkpoint"] == server.address
     assert config.classes.names[:3] == ("background", "water", "sky")
     assert load_segmenter(NAME)(torch.zeros(1, 3, 32, 32)).logits.shape == (1, 9, 2, 2)
     assert left(tmp_path) == []
     assert get(server) == 0
     assert "is here already" in capsys.readouterr().out and len(server.asked) == 1
-    assert main(["models"]) == 0
-    assert f"{NAME}: mIoU 69.9 (SUIM test, published), vit_t at 32x32" in capsys.readouterr().out
     assert get(server, "--force") == 0
     assert len(server.asked) == 2
 
@@ -334,11 +333,36 @@ def test_what_the_list_says_of_a_file_is_held_against_it(server, tmp_path, capsy
     server.content = checkpoint(classes=7)
     assert get(server) == 0
     told = capsys.readouterr().err
-    assert "has 7 classes, suim has 9" in told and "as the list says, but one of another size" in told
+    assert "is not what the published score is of, which is left out: not the size of a vit_b; 7 classes, suim" in told
     assert load_config(NAME).scores == {}
     server.list.write_text(shipped.replace(section, section.replace("architecture: vit_b", "architecture: cts_b", 1)))
     assert get(server, "--force") == 2
     assert "holds a vit_t, expected cts_b, as the list says; a CTS needs its policy network" in error(capsys)
+
+
+def test_the_score_is_that_of_the_published_network(server, capsys):
+    """A file that is all that the list says has it; one that differs in a single setting has not."""
+    server.content = checkpoint(size=(192, 12, 3))
+    shipped = server.list.read_text()
+    section = shipped[shipped.index("- name: suim_vit_b") :]
+    small = section.replace("architecture: vit_b", "architecture: vit_t", 1).replace("num_heads: 1", "num_heads: 3", 1)
+    server.list.write_text(shipped.replace(section, small))
+    assert get(server) == 0
+    assert load_config(NAME).scores == {"miou": 69.91, "split": "SUIM test, published"}
+    assert "published score" not in capsys.readouterr().err and main(["models"]) == 0
+    assert f"{NAME}: mIoU 69.9 (SUIM test, published), vit_t at 32x32" in capsys.readouterr().out
+    server.list.write_text(server.list.read_text().replace("{num_heads: 3}", "{num_heads: 3, head_heads: 1}", 1))
+    server.content = checkpoint(size=(192, 12, 3), meta={"cfg": "model = dict(decode_head=dict(num_heads=3))\n"})
+    assert get(server, "--force") == 0
+    assert "which is left out: head_heads 3, the list says 1" in capsys.readouterr().err
+    assert load_config(NAME).scores == {}
+
+
+def test_a_place_that_another_model_has_is_no_success(server, make_toy_model, capsys):
+    toy = make_toy_model(ClassSet.numbered(3))
+    assert get(server, "--out", toy) == 2
+    assert "is another model; name another folder, or pass --force to replace it" in error(capsys)
+    assert server.asked == [] and len(load_config(toy).classes) == 3
 
 
 def test_two_downloads_of_one_file_do_not_mix(server, tmp_path):

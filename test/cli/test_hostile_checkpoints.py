@@ -95,9 +95,11 @@ def test_a_training_file_of_mmengine_gives_its_model_names_and_normalisation(tmp
     [
         ({"CLASSES": ["a", "b", "c"], "PALETTE": [[9, 9, 9]] * 3}, ("a", "b", "c"), (9, 9, 9)),
         ({"dataset_meta": {"CLASSES": ("a", "b", "c")}}, ("a", "b", "c"), None),
-        ({"CLASSES": ["a", "b"]}, ("background", "rumex_obtusifolius", "rumex_crispus"), (0, 0, 0)),
-        ({"CLASSES": ["a", "a", "a"]}, ("background", "rumex_obtusifolius", "rumex_crispus"), (0, 0, 0)),
-        ({"CLASSES": 7, "PALETTE": "x", "cfg": "model = dict(" * 2000}, ("background", "rumex_obtusifolius"), None),
+        # Names that are there are never those of another data set.
+        ({"CLASSES": ["a", "b"]}, ("class_0", "class_1", "class_2"), None),
+        ({"CLASSES": ["a", "a", "a"]}, ("a", "a_1", "a_2"), None),
+        ({"CLASSES": ["a\n", None, ""]}, ("a", "class_1", "class_2"), None),
+        ({"CLASSES": 7, "PALETTE": "x", "cfg": "model = dict(" * 2000}, ("class_0", "class_1", "class_2"), None),
         (None, ("background",), None),
     ],
 )
@@ -212,9 +214,15 @@ def test_a_cts_checkpoint_without_its_policy_network_is_told_or_given_one(tmp_pa
     assert import_(tmp_path / "a.pth", tmp_path / "m") == 2
     assert "is a CTS network by its own configuration, but holds no policy network" in capsys.readouterr().err
     assert not (tmp_path / "m").exists()
-    torch.save({name.removeprefix("backbone.policy_net."): t for name, t in policy.items()}, tmp_path / "policynet.pth")
-    assert import_(tmp_path / "a.pth", tmp_path / "m", "--policy-net", str(tmp_path / "policynet.pth")) == 0
-    assert load_config(tmp_path / "m").network.merge_method == "cts"
+    alone = {name.removeprefix("backbone.policy_net."): tensor for name, tensor in policy.items()}
+    for index, content in enumerate((alone, {"state_dict": sharing[1]})):  # or all of another CTS
+        torch.save(content, tmp_path / "policynet.pth")
+        assert import_(tmp_path / "a.pth", tmp_path / f"m{index}", "--policy-net", str(tmp_path / "policynet.pth")) == 0
+        assert load_config(tmp_path / f"m{index}").network.merge_method == "cts"
+    assert "gives way" not in capsys.readouterr().out
+    torch.save({"meta": {"cfg": SHARING}, "state_dict": sharing[1]}, tmp_path / "b.pth")
+    assert import_(tmp_path / "b.pth", tmp_path / "n", "--policy-net", str(tmp_path / "policynet.pth")) == 0
+    assert "its own policy network gives way to that of" in capsys.readouterr().out
 
 
 def test_a_file_that_holds_itself_ends(tmp_path):
@@ -308,12 +316,39 @@ def test_a_trained_model_in_that_place_is_kept(official, make_toy_model, tmp_pat
     assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
 
 
-def test_names_that_repeat_are_left_out_and_told(official, tmp_path, capsys):
+def test_names_that_repeat_are_told_apart(official, tmp_path, capsys):
     names = ["road", "sky", "road"]
     torch.save({"state_dict": official, "meta": {"dataset_meta": {"classes": names}}}, tmp_path / "b.pth")
     assert import_(tmp_path / "b.pth", tmp_path / "model") == 0
-    output = capsys.readouterr().out
-    assert "the names in the file are left out (classes: names must be unique and non-empty, got repeated" in output
+    told = "class names of the file that cannot be used as they are: 'road' is 'road_2'"
+    assert told in capsys.readouterr().out
+    assert load_config(tmp_path / "model").classes.names == ("road", "sky", "road_2")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("backbone=dict(num_layers=5)", "backbone.num_layers 5, found 4"),
+        ("backbone=dict(num_clusters=9)", "backbone.num_clusters 9, found 3"),
+        ("decode_head=dict(num_layers=2)", "decode_head.num_layers 2, found 1"),
+        ("backbone=dict(act_cfg=dict(type='ReLU'))", "backbone.act_cfg.type 'ReLU', found 'GELU'"),
+        ("backbone=dict(norm_cfg=dict(type='LN', eps=1e-3))", "backbone.norm_cfg.eps 0.001, found 1e-06"),
+        ("data_preprocessor=dict(mean=[1, 2, 3], std=[0, 0, 0])", "say what holds with --normalisation"),
+    ],
+)
+def test_weights_that_are_not_what_they_say_are_refused(official, text, message, tmp_path, capsys):
+    torch.save({"state_dict": official, "meta": {"cfg": f"model = dict({text})\n"}}, tmp_path / "a.pth")
+    assert import_(tmp_path / "a.pth", tmp_path / "model", "--injection-point", "1") == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
+
+
+def test_images_that_were_not_normalised_are_not(official, tmp_path):
+    text = "model = dict(data_preprocessor=dict(mean=None, std=None))\n"
+    torch.save({"state_dict": official, "meta": {"cfg": text}}, tmp_path / "a.pth")
+    assert import_(tmp_path / "a.pth", tmp_path / "model") == 0
+    images = load_config(tmp_path / "model").input
+    assert (images.mean, images.std) == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 def test_integers_are_no_weights(official, tmp_path, capsys):

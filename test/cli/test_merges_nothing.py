@@ -64,6 +64,15 @@ def test_beside_a_network_that_merges_nothing_is_said(capsys):
     assert "no effect" not in capsys.readouterr().err
 
 
+def test_several_models_and_ways_end_in_one_table(plain_dir, model_dir, labelled_dir, capsys):
+    ways = ["--merge", "none,tome", "--merge-threshold", "1", "--token-capacity", "20"]
+    assert main(["evaluate", "--model", str(model_dir), *data_of(labelled_dir), *ways]) == 0
+    table = [line.strip("| ").split() for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert table[0] == ["model", "|", "tokens", "kept", "|", "mIoU", "|", "GFLOPs", "|", "ms", "(p50)"]
+    assert [row[0] for row in table[2:]] == ["toy+none", "toy+tome"]
+    assert [row[2] for row in table[2:]] == ["48", "20"]
+
+
 def test_a_suggestion_is_a_size_alone(plain_dir, labelled_dir, tmp_path, capsys):
     arguments = [*data_of(labelled_dir), "--plot", str(tmp_path / "tune.png"), "--budget-ms", "60000"]
     assert main(["tune", "--model", str(plain_dir), *arguments]) == 0
@@ -80,5 +89,6 @@ def test_to_merge_nothing_is_what_it_does_anyway(plain_dir, labelled_dir, tmp_pa
         scores.append(json.loads(file.read_text()))
     assert scores[0]["model"] == scores[1]["model"] == "plain"
     assert scores[0]["miou"] == scores[1]["miou"]
+    assert scores[0]["merging"] == "none"
     assert main(["evaluate", "--model", str(plain_dir), *data_of(labelled_dir), "--merge", "none,algm"]) == 2
     assert "plain is of another family than ViT and ClustViT" in capsys.readouterr().err
