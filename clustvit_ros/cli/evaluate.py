@@ -101,9 +101,9 @@ def run(args: argparse.Namespace) -> int:
         models = [variant for of_one in variants for variant in of_one]
         sources = [find_model(model) for model, of_one in zip(args.model, variants, strict=True) for _ in of_one]
         configs = _with_distinct_names([load_config(model) for model in models], sources)
+        opened = [_grouped(args, _open(args, config)) for config in configs]  # all, before the first is scored
         results = []
-        for model, config in zip(models, configs, strict=True):
-            data, groups = _grouped(args, _open(args, config))
+        for model, config, (data, groups) in zip(models, configs, opened, strict=True):
             tell_merges_nothing(args, config.name, config.network.merges)
             engine = create_engine(str(model), "torch", args.device, args.threads, args.precision)
             if args.calibrate:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import yaml
 
+from clustvit_ros.classes import ClassSet
 from clustvit_ros.cli.main import main
 from clustvit_ros.networks import build_network, load_config, load_segmenter, save_model
 from clustvit_ros.networks.architectures import network_config, plain_twin
@@ -125,6 +126,20 @@ def test_labels_of_other_classes_are_refused(model_dir, labelled_dir, tmp_path, 
         cv2.imwrite(str(tmp_path / "labels" / path.name), cv2.imread(str(path), cv2.IMREAD_UNCHANGED) | 8)
     assert evaluate(model_dir, tmp_path) == 2
     assert "have no class, expected 0 to 2 or 255 for void" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_scored_is_found_before_others_are(
+    model_dir, make_toy_model, labelled_dir, tmp_path, capsys
+):
+    for name in ("images", "labels"):
+        (tmp_path / "val").mkdir(exist_ok=True)
+        (tmp_path / "val" / name).symlink_to(labelled_dir / name)
+    (tmp_path / "dataset.yaml").write_text("classes: [sky, road, car]\n")
+    other = make_toy_model(ClassSet.numbered(4))
+    command = ["evaluate", "--model", str(model_dir), str(other), "--data", str(tmp_path), "--device", "cpu"]
+    assert main(command) == 2
+    told = capsys.readouterr()
+    assert "its class list differs from the model's" in told.err and "mIoU" not in told.out
 
 
 @pytest.fixture(scope="module")
