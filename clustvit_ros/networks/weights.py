@@ -57,6 +57,7 @@ _LEFT_OUT = re.compile(
 )
 # What an encoder's weights leave to be trained.
 _POLICY = "backbone.policy_net."
+_USUAL_NORM_EPS = 1e-5  # PyTorch's own
 _FRESH = ("head.", "backbone.clusterer.", "backbone.regenerator.", "backbone.later_")
 
 
@@ -334,13 +335,15 @@ def check_stated(model: dict[str, Any], network: ViTConfig, path: str) -> None:
     backbone, head = (part if isinstance(part := model.get(key), dict) else {} for key in ("backbone", "decode_head"))
     segmenter, clusters = network.head == "segmenter", network.merge_method == "clusters"
     activation, norm = (part if isinstance(part := backbone.get(key), dict) else {} for key in ("act_cfg", "norm_cfg"))
+    eps = norm.get("eps")
     differing = []
     for name, stated, found, concerns in (
         ("backbone.num_layers", backbone.get("num_layers"), network.depth, True),
         ("backbone.embed_dims", backbone.get("embed_dims"), network.embed_dim, True),
         ("backbone.num_clusters", backbone.get("num_clusters"), network.num_clusters, clusters),
         ("backbone.act_cfg.type", activation.get("type"), "GELU", True),
-        ("backbone.norm_cfg.eps", norm.get("eps"), BACKBONE_NORM_EPS, True),
+        # Below the largest usual one it hardly shows beside the variance of trained tokens.
+        ("backbone.norm_cfg.eps", eps, BACKBONE_NORM_EPS, isinstance(eps, float) and eps > _USUAL_NORM_EPS),
         ("decode_head.num_layers", head.get("num_layers"), network.head_depth, segmenter),
         ("decode_head.pool_scales", head.get("pool_scales"), POOL_SCALES, network.head == "upernet"),
     ):
