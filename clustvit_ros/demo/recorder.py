@@ -17,6 +17,7 @@ import queue
 import sys
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.clock import Clock, ClockType
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
+from rclpy.serialization import deserialize_message
 from rclpy.task import Future
 from sensor_msgs.msg import Image
 
@@ -44,6 +46,9 @@ SUMMARY_NAME = "recording.json"
 _RECORD_QOS = QoSProfile(depth=50, reliability=ReliabilityPolicy.RELIABLE)
 _IMAGE_QOS = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
 _CHECK_PERIOD_S = 0.1
+# A frame's image and truth come while the engine begins with it: they are unpacked when it has usually ended.
+_UNPACK_AFTER_S = 0.06
+_UNPACK_PERIOD_S = 0.02
 # Companions of the last expected mask (overlay, stats) are published right after it.
 _SETTLE_S = 0.5
 _MAX_PENDING_FILES = 256
@@ -125,6 +130,7 @@ class RecorderNode(Node):
         self._writer = PictureWriter()
         self._masked: set[int] = set()
         self._waiting: dict[int, list[tuple[str, Image]]] = {}
+        self._packed: deque[tuple[float, str, bytes]] = deque()
         self._created_s = time.monotonic()
         self._last_mask_s: float | None = None
         self._ended_by = "signal"
@@ -137,11 +143,12 @@ class RecorderNode(Node):
         if self._options.overlay_every:
             self.create_subscription(Image, "segmentation/overlay", self._on_overlay, _RECORD_QOS)
         if self._options.save_ground_truth:
-            self.create_subscription(Image, "ground_truth", partial(self._on_extra, "ground_truth"), _RECORD_QOS)
+            self.create_subscription(Image, "ground_truth", partial(self._pack, "ground_truth"), _RECORD_QOS, raw=True)
         if self._options.save_clusters:
             self.create_subscription(Image, "segmentation/clusters", partial(self._on_extra, "clusters"), _RECORD_QOS)
         self._image: Any = None
         self.create_timer(_CHECK_PERIOD_S, self._check, clock=Clock(clock_type=ClockType.STEADY_TIME))
+        self.create_timer(_UNPACK_PERIOD_S, self._unpack, clock=Clock(clock_type=ClockType.STEADY_TIME))
         self.get_logger().info(f"recording {self._mask_topic} into {self._folder}")
 
     def close(self) -> int:
@@ -150,6 +157,7 @@ class RecorderNode(Node):
         Returns:
             0 when at least one mask was recorded, else 1.
         """
+        self._unpack(0.0)
         self._writer.close()
         summary = self._recording.summary(self._ended_by)
         summary["files_failed"] = self._writer.failed
@@ -159,10 +167,19 @@ class RecorderNode(Node):
         self.get_logger().info(f"recorded {self._recording.masks} masks{text}; ended by {self._ended_by}")
         return 0 if self._recording.masks else 1
 
-    def _on_image(self, message: Any) -> None:
+    def _on_image(self, message: bytes) -> None:
         self._recording.images += 1
         if self._options.save_images:
-            self._on_extra("image", message)
+            self._pack("image", message)
+
+    def _pack(self, kind: str, message: bytes) -> None:
+        self._packed.append((time.monotonic(), kind, message))
+
+    def _unpack(self, age_s: float = _UNPACK_AFTER_S) -> None:
+        """Take what came with a frame, but not while the engine works on that frame and needs the cores."""
+        while self._packed and time.monotonic() - self._packed[0][0] >= age_s:
+            _, kind, message = self._packed.popleft()
+            self._on_extra(kind, deserialize_message(message, Image))
 
     def _on_extra(self, kind: str, message: Image) -> None:
         stamp = stamp_ns(message)
@@ -213,8 +230,7 @@ class RecorderNode(Node):
     def _check(self) -> None:
         if self._image is None and self.count_publishers(self._mask_topic):
             # Serialized messages are counted without the cost of unpacking a megabyte each.
-            raw = not self._options.save_images
-            self._image = self.create_subscription(Image, CAMERA_TOPIC, self._on_image, _IMAGE_QOS, raw=raw)
+            self._image = self.create_subscription(Image, CAMERA_TOPIC, self._on_image, _IMAGE_QOS, raw=True)
         now_s, options = time.monotonic(), self._options
         elapsed_s = now_s - self._created_s
         if self._last_mask_s is None:
