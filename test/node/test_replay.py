@@ -32,6 +32,7 @@ def replay(client: Any, process: Any, namespace: str, pictures: list[np.ndarray]
     publisher = client.node.create_publisher(Image, f"{namespace}/image", reliable)
     client.spin_until(lambda: publisher.get_subscription_count() > 0, "the node's subscription")
     client.spin_until(lambda: client.node.count_publishers(f"{namespace}/segmentation/mask") > 0, "the mask")
+    client.spin_for(1.0)  # the node has to find this side, too: what it sends before is lost
     for index, pixels in enumerate(pictures):
         header = Header(frame_id="bag")
         header.stamp.sec = 1000 + index
