@@ -301,7 +301,8 @@ def _classes(meta: dict[str, Any]) -> tuple[ClassSet | None, str]:
     about = meta.get("dataset_meta")
     about = {str(k).lower(): v for k, v in {**meta, **(about if isinstance(about, dict) else {})}.items()}
     names, palette = about.get("classes"), about.get("palette")
-    if not names:
+    palette = palette if isinstance(palette, (list, tuple)) else ()
+    if names is None or (isinstance(names, (list, tuple)) and not names):
         return None, ""
     if not isinstance(names, (list, tuple)):
         return None, f"the file's class names are of no use ({type(names).__name__}, expected a list)"
@@ -313,7 +314,7 @@ def _classes(meta: dict[str, Any]) -> tuple[ClassSet | None, str]:
     odd = [f"{name!r:.60} is {new!r:.60}" for name, new in zip(names, usable, strict=True) if name != new]
     note = f"class names of the file that cannot be used as they are: {', '.join(odd[:5])}" if odd else ""
     with contextlib.suppress(ConfigError, TypeError):
-        return ClassSet(tuple(usable), tuple(tuple(colour) for colour in palette or ())), note
+        return ClassSet(tuple(usable), tuple(tuple(colour) for colour in palette)), note
     with contextlib.suppress(ConfigError):
         return ClassSet(tuple(usable), ClassSet.numbered(len(usable)).colours), note
     return None, f"the file's class names are of no use ({', '.join(usable[:3])}, ...)"

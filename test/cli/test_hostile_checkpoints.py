@@ -99,6 +99,7 @@ def test_a_training_file_of_mmengine_gives_its_model_names_and_normalisation(tmp
         ({"CLASSES": ["a", "b"]}, ("class_0", "class_1", "class_2"), None),
         ({"CLASSES": ["a", "a", "a"]}, ("a", "a_1", "a_2"), None),
         ({"CLASSES": ["a\n", None, ""]}, ("a", "class_1", "class_2"), None),
+        ({"CLASSES": torch.ones(3), "PALETTE": torch.ones(3, 3)}, ("class_0", "class_1", "class_2"), None),
         ({"CLASSES": 7, "PALETTE": "x", "cfg": "model = dict(" * 2000}, ("class_0", "class_1", "class_2"), None),
         (None, ("background",), None),
     ],
