@@ -48,6 +48,10 @@ _BEYOND_SEEN = 1.1
 # Cores that others must use less than they did for a while, for what was learnt under their load to be forgotten.
 _LOAD_FELL = 0.5
 _LEVEL_SHARE = 0.05  # how much one frame counts in the level of others' use
+# Where others use hardly a core, what slowed a count of threads was a moment of the machine's: after so many frames
+# without it, nothing speaks against it any more. Else its last spikes would bar it for as long as it is not used.
+_STALE_FRAMES = 60
+_IDLE_CORES = 0.25
 _UNTRIED = 1.1  # measured over calibrated latency of a count of threads that was not tried yet, while another one was
 # Several threads wait for each other now and then, more rarely and for longer than few frames show: so much faster they
 # must be to be preferred to one.
@@ -115,6 +119,7 @@ class BudgetController:
         self._uppers = dict.fromkeys(table.thread_counts, _Upper(1.0))
         self._loads = _Loads()
         self._overheads = _Estimate()
+        self._disuse = {threads: _Disuse() for threads in table.thread_counts}
         self._frame = 0
         self._target: tuple[float, tuple[OperatingPoint, ...], bool] | None = None
         self.retarget(budget_ms, points, counts_overhead)
@@ -125,8 +130,8 @@ class BudgetController:
         if self._target == target:
             return
         if self._target is not None and self._target[0] != budget_ms:
-            for estimate in self._slowdowns.values():
-                estimate.forget_spikes(_TAIL_AFTER_CHANGE)
+            for count, estimate in self._slowdowns.items():
+                estimate.forget_spikes(but=max(0, _TAIL_AFTER_CHANGE - self._disuse[count].frames))
             self._refresh()
         self._target = target
         self._budget_ms, self._points, self._counts_overhead = target
@@ -202,7 +207,7 @@ class BudgetController:
         elif roomy > self._index:
             self._wanted_larger += 1
             if self._wanted_larger >= _STEADY_FRAMES:
-                self._raise(roomy)
+                self._index, self._raised_at, self._wanted_larger = roomy, self._frame, 0
         else:
             self._wanted_larger = 0
 
@@ -216,6 +221,9 @@ class BudgetController:
             self._forget_failures()
             for count, estimate in self._slowdowns.items():
                 estimate.forget_spikes() if count == threads else estimate.forget()
+        for count, estimate in self._slowdowns.items():
+            if self._disuse[count].stale(count == threads, self._loads.level <= _IDLE_CORES):
+                estimate.forget()
 
     def _forget_failures(self, spikes: bool = True) -> None:
         """The load went away: what failed under it says nothing about now."""
@@ -248,26 +256,46 @@ class BudgetController:
         self._index = index
         self._wanted_larger = 0
 
-    def _raise(self, index: int) -> None:
-        self._index = index
-        self._raised_at = self._frame
-        self._wanted_larger = 0
-
 
 class _Loads:
     """Notices when other processes stop computing."""
 
     def __init__(self) -> None:
-        self._level: float | None = None
+        self.level = math.inf  # of late; nobody knows yet
         self._most = 0.0
 
     def fell(self, others: float) -> bool:
         """Whether they use clearly fewer cores than they did for a while; a load that wavers does not fall."""
-        self._level = others if self._level is None else self._level + _LEVEL_SHARE * (others - self._level)
-        self._most = max(self._most, self._level)
+        self.level = others if math.isinf(self.level) else self.level + _LEVEL_SHARE * (others - self.level)
+        self._most = max(self._most, self.level)
         if others >= self._most - _LOAD_FELL:
             return False
-        self._level = self._most = others
+        self.level = self._most = others
+        return True
+
+
+class _Disuse:
+    """Tells when a count of threads was not used for so long that what it showed is to be forgotten."""
+
+    def __init__(self) -> None:
+        self.frames = 0  # in a row without it
+        self._used = 0
+        self._patience = _STALE_FRAMES
+
+    def stale(self, used: bool, idle: bool) -> bool:
+        """Count a frame: whether it was processed with this count, and whether others leave the machine idle."""
+        if used:
+            self.frames = 0
+            self._used += 1
+            if self._used >= _STALE_FRAMES:
+                self._patience = _STALE_FRAMES
+            return False
+        self.frames += 1
+        if not idle or self.frames < self._patience:
+            return False
+        # Given up again soon, it is not tried as often: who slows it down may not be among this machine's processes.
+        self.frames = self._used = 0
+        self._patience = min(2 * self._patience, _MAX_RETRY_FRAMES)
         return True
 
 

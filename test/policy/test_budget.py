@@ -313,6 +313,33 @@ def test_what_failed_under_a_load_is_tried_again_once_it_is_gone():
         assert drive(controller, 30, 1.0, others=0.1)[-1] == (2, 875)
 
 
+def test_threads_that_met_a_bad_moment_of_an_idle_machine_are_tried_again():
+    controller = two_counts()
+    drive(controller, 40, 1.0, others=0.1)
+    assert {threads for threads, _ in drive(controller, 12, 4.0, others=0.1)[5:]} == {1}
+    after = drive(controller, 90, 1.0, others=0.1)
+    assert after[30][0] == 1 and after[-1] == (2, 875)
+
+
+def test_threads_that_keep_waiting_on_an_idle_machine_cost_few_frames():
+    controller = two_counts()
+    drive(controller, 40, 1.0, others=0.1)
+    of_two = [threads for threads, _ in drive(controller, 1000, 4.0, others=0.1)].count(2)
+    assert 3 < of_two <= 15  # tried again after 60 frames, then 120, 240 and 480 later
+
+
+def test_another_budget_is_not_kept_from_threads_by_spikes_of_long_ago():
+    controller = two_counts()
+    drive(controller, 40, 1.0, others=0.6)
+    drive(controller, 60, 1.0, others=0.6)  # a load, so that nothing is forgotten by itself
+    for _ in range(2):
+        drive(controller, 1, 2.2, others=0.6)
+        drive(controller, 1, 1.0, others=0.6)
+    alone = {threads for threads, _ in drive(controller, 50, 1.0, others=0.6)}
+    controller.retarget(0.8 * BUDGET_MS, POINTS)
+    assert alone == {1} and {threads for threads, _ in drive(controller, 10, 1.0, others=0.6)} == {2}
+
+
 def test_a_budget_moves_along_both_axes():
     front = front_of(GRID, GRID_TABLE, WorthOrder())
     controller = BudgetController(GRID_TABLE, front, 16.0)
