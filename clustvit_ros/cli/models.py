@@ -287,13 +287,13 @@ def import_model(
             if "clustr" in architecture:
                 kind = "a ClusTR classifier; name the classes to segment"
             raise ConfigError(f"{path}: is {kind} with --classes")
-        labels = load_class_set(classes)
+        labels, note = load_class_set(classes), ""
         overrides |= {"head": head} if head else {}
     else:
         for option, value in (("arch", arch), ("head", head)):
             if value:
                 raise ConfigError(f"--{option}: is for an encoder without a head, {path} has one")
-        labels = _classes(classes, num_classes, checkpoint, class_set)
+        labels, note = _classes(classes, num_classes, checkpoint, class_set)
         if class_set and num_classes != (expected := len(load_class_set(class_set))):
             others.append(f"{num_classes} classes, {class_set} has {expected}")
     settings = network_config(architecture, overrides)
@@ -319,7 +319,7 @@ def import_model(
         text += f"merging after block {settings.injection_point}, " if settings.merge_method == "clusters" else ""
         text += f"{settings.shared_windows} windows share a token (CTS), " if settings.merge_method == "cts" else ""
         text += f"{settings.head} head, "
-    print(f"{out}: {architecture}, {text}{len(labels)} classes")
+    print(f"{out}: {architecture}, {text}{len(labels)} classes" + (f"\n{note}" if note else ""))
     if checkpoint.entries:
         print(
             f"took {checkpoint.entry or 'the weights at its top'}; the file holds weights below "
@@ -350,29 +350,28 @@ def _size(text: str) -> list[int]:
     return [int(height), int(width)]
 
 
-def _classes(name: str | None, count: int, checkpoint: Checkpoint, class_set: str | None) -> ClassSet:
-    """Classes of a checkpoint with so many: as asked for, as the file names them, as its data set does, or numbers."""
+def _classes(name: str | None, count: int, checkpoint: Checkpoint, class_set: str | None) -> tuple[ClassSet, str]:
+    """Classes of a checkpoint with so many: as asked for, as the file names them, as its data set does, or numbers.
+
+    What is to be told of them comes with them.
+    """
     if name is not None:
         classes = load_class_set(name)
         if len(classes) != count:
             raise ConfigError(f"--classes: {name} has {len(classes)} classes, the checkpoint has {count}")
-        return classes
+        return classes, ""
     note = checkpoint.classes_note
     if checkpoint.classes is not None and len(checkpoint.classes) == count:
-        if note:
-            print(note)
-        return checkpoint.classes
+        return checkpoint.classes, note
     if checkpoint.classes is not None:
         note = f"the file names {len(checkpoint.classes)} classes, its head has {count}"
     if note:
-        print(f"{note}; its classes are numbered (--classes names them)")
-        return ClassSet.numbered(count)
+        return ClassSet.numbered(count), f"{note}; its classes are numbered (--classes names them)"
     for packaged in [class_set] if class_set else class_set_names():
         classes = load_class_set(packaged)
         if len(classes) == count:
-            print(f"{count} classes: named as in {packaged} (--classes chooses another list)")
-            return classes
-    return ClassSet.numbered(count)
+            return classes, f"{count} classes: named as in {packaged} (--classes chooses another list)"
+    return ClassSet.numbered(count), ""
 
 
 def _input(normalisation: str | None, model: dict[str, Any], size: tuple[int, int]) -> InputConfig:
