@@ -29,7 +29,7 @@ from clustvit_ros import __version__
 from clustvit_ros.engine.engine import Engine
 from clustvit_ros.engine.machine import machine_name, others_seconds, power_mode, usable_cores
 from clustvit_ros.errors import ClustvitError
-from clustvit_ros.networks.model_folder import hash_weights
+from clustvit_ros.networks.model_folder import hash_model, hash_weights, load_config
 from clustvit_ros.paths import replacing, user_cache_dir
 
 CANDIDATES = (("torch", "float32"), ("torch", "bfloat16"), ("torch", "int8"), ("onnxruntime", "float32"))
@@ -167,7 +167,8 @@ def load(model: str, threads: int) -> list[EngineRow]:
 
 
 def _path(model: str, threads: int) -> Path:
-    facts = (hash_weights(model), threads, machine_name(), power_mode(), usable_cores(), torch.__version__, __version__)
+    network = hash_model(load_config(model), hash_weights(model))
+    facts = (network, threads, machine_name(), power_mode(), usable_cores(), torch.__version__, __version__)
     return _folder() / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.json"
 
 

@@ -177,7 +177,9 @@ class EngineInfo:
         classes: names and colours.
         input_size: (height, width) the network sees for an image of that aspect.
         tokens_total: patch tokens at `input_size`.
-        weights_sha256: hash of the weights file, so that measurements can be kept for it; empty when there is none.
+        weights_sha256: hash of the weights file; empty when there is none.
+        model_sha256: hash of the weights, the network's configuration and its input, so that measurements can be kept
+            for them; empty when there are no weights.
         accuracies: what the model's operating points are worth, as its folder says; empty where it says nothing.
         merges: whether the network merges tokens, so that threshold and capacity have an effect.
         execution_providers: ONNX Runtime's, with the share of the network's operations that each of them took, e.g.
@@ -193,6 +195,7 @@ class EngineInfo:
     input_size: tuple[int, int]
     tokens_total: int
     weights_sha256: str = ""
+    model_sha256: str = ""
     accuracies: tuple[Accuracy, ...] = ()
     merges: bool = True
     execution_providers: str = ""

@@ -30,7 +30,7 @@ from clustvit_ros.engine.ladder import INPUT_SCALES, default_ladder, scaled_size
 from clustvit_ros.engine.machine import available_bytes, keep_freed_memory
 from clustvit_ros.engine.pixels import network_size, to_input
 from clustvit_ros.errors import ConfigError, EngineError
-from clustvit_ros.networks.model_folder import MeasuredPoint, ModelConfig
+from clustvit_ros.networks.model_folder import MeasuredPoint, ModelConfig, hash_model
 from clustvit_ros.networks.vit import grid_size_of
 
 
@@ -189,7 +189,7 @@ class NetworkEngine(Engine):
         self._info = EngineInfo(
             model=config.name, engine=engine, device=device_name, device_reason=device_reason, precision=precision,
             classes=config.classes, input_size=config.input.size, tokens_total=grid_size[0] * grid_size[1],
-            weights_sha256=weights_sha256,
+            weights_sha256=weights_sha256, model_sha256=hash_model(config, weights_sha256),
             accuracies=tuple(_accuracy_of(point, config) for point in config.operating_points),
             merges=config.network.merges,
         )  # fmt: skip

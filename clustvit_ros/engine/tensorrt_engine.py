@@ -227,7 +227,7 @@ class TensorRtEngine(GraphEngine):
     def _folder_name(self, size: tuple[int, int]) -> str:
         """A compiled file is for one device, version and network."""
         info = self._info
-        what = (info.weights_sha256, info.device, info.precision, size, self._tensorrt.__version__, __version__)
+        what = (info.model_sha256, info.device, info.precision, size, self._tensorrt.__version__, __version__)
         return f"{info.model}-{size[0]}x{size[1]}-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}"
 
 

@@ -9,8 +9,10 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -335,6 +337,20 @@ def hash_weights(model: str | Path) -> str:
         return hash_file(path)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror}); fetch the model again") from error
+
+
+def hash_model(config: ModelConfig, weights_sha256: str) -> str:
+    """SHA-256 of all that decides a model's masks and cost: what was measured or compiled for another does not hold.
+
+    Args:
+        config: the model's, whose network, input and temperature count.
+        weights_sha256: hash of its weights file.
+
+    Returns:
+        Empty where `weights_sha256` is.
+    """
+    facts = weights_sha256, asdict(config.network), asdict(config.input), config.temperature
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest() if weights_sha256 else ""
 
 
 def save_model(folder: Path, config: ModelConfig, network: Segmenter, dtype: torch.dtype = torch.float32) -> None:

@@ -269,7 +269,7 @@ class CalibrationKey:
     """Everything that makes a measured latency valid.
 
     Args:
-        weights_sha256: hash of the model's weights file.
+        model_sha256: hash of the model's weights and configuration.
         engine, precision, device: as `EngineInfo` names them.
         threads: CPU threads asked for, 0 = automatic.
         image_size: (height, width) of the camera images.
@@ -280,7 +280,7 @@ class CalibrationKey:
         version: version of this package.
     """
 
-    weights_sha256: str
+    model_sha256: str
     engine: str
     precision: str
     device: str
@@ -299,7 +299,7 @@ class CalibrationKey:
         """The key for an engine on this machine, as it is now."""
         info = engine.info
         return cls(
-            weights_sha256=info.weights_sha256, engine=info.engine, precision=info.precision, device=info.device,
+            model_sha256=info.model_sha256, engine=info.engine, precision=info.precision, device=info.device,
             threads=threads, image_size=image_size, points=tuple(points), thread_counts=engine.thread_counts,
             machine=machine_name(), power_mode=power_mode(),
         )  # fmt: skip
@@ -309,7 +309,7 @@ class CalibrationCache:
     """Calibrations in files, one for each key.
 
     A file that is damaged or belongs to another key is as good as none, and is overwritten. Engines without weights
-    (`weights_sha256` empty) are not kept: nothing says whether they are the same the next time.
+    (`model_sha256` empty) are not kept: nothing says whether they are the same the next time.
 
     Args:
         folder: None is the user's cache.
@@ -326,7 +326,7 @@ class CalibrationCache:
     def load(self, key: CalibrationKey) -> LatencyTable | None:
         """The table as stored, or None."""
         path = self.path(key)
-        if not key.weights_sha256 or not os.path.isfile(path):
+        if not key.model_sha256 or not os.path.isfile(path):
             return None
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -349,7 +349,7 @@ class CalibrationCache:
         Raises:
             OSError: the folder cannot be written.
         """
-        if not key.weights_sha256:
+        if not key.model_sha256:
             return
         path = self.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ import pytest
 from clustvit_ros.engine import ScriptedEngine, create_engine
 from clustvit_ros.engine.choice import CANDIDATES, EngineRow, fastest, load, measure, store
 from clustvit_ros.errors import ConfigError
+from clustvit_ros.networks import load_config
+from clustvit_ros.networks.model_folder import save_config
 
 FLOAT32 = EngineRow("torch", "float32", 60.0, 1.0, 1.0)
 BFLOAT16 = EngineRow("torch", "bfloat16", 44.0, 0.73, 0.9986)
@@ -68,12 +71,16 @@ def test_candidates_are_measured_in_turns_against_the_first():
     assert calls[-9:] == working * 3
 
 
-def test_what_was_measured_is_what_auto_takes_and_why_is_told(toy_model, cache, caplog):
+def test_what_was_measured_is_what_auto_takes_and_why_is_told(toy_model, cache, caplog, tmp_path):
     model = str(toy_model)
     before = create_engine(model, "auto", "cpu", precision="auto")
     assert before.info.precision == "float32" and "tune --engines" in before.info.device_reason
     store(model, 0, [FLOAT32, BFLOAT16])
     assert load(model, 0) == [FLOAT32, BFLOAT16] and load(model, 1) == []
+    other = tmp_path / "other"  # the same weights, merged in another way
+    shutil.copytree(model, other)
+    save_config(other, dataclasses.replace(config := load_config(other), temperature=2 * config.temperature))
+    assert load(str(other), 0) == []
     info = create_engine(model, "auto", "cpu", precision="auto").info
     assert (info.engine, info.precision) == ("torch", "bfloat16")
     assert info.device_reason == "torch in bfloat16 took 0.73 of float32's time here, 99.9 % of the pixels the same"

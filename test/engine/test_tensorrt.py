@@ -8,7 +8,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import shutil
 import sys
 import threading
 
@@ -26,6 +28,8 @@ from clustvit_ros.engine import Settings, create_engine
 from clustvit_ros.engine.tensorrt_engine import TensorRtEngine, compile_model, import_tensorrt
 from clustvit_ros.engine.torch_engine import TorchEngine
 from clustvit_ros.errors import EngineError
+from clustvit_ros.networks import load_config
+from clustvit_ros.networks.model_folder import save_config
 
 # Tests that make engines of their own run where they stand.
 for name, value in list(globals().items()):
@@ -119,6 +123,25 @@ def test_masks_flow_while_it_compiles_and_nothing_is_compiled_twice(make, tmp_pa
     for capacity in again.capacities((96, 128)):
         again.segment(image, Settings(1.0, capacity))
     assert len(again._recorder.recorded) == steady > recorded
+
+
+def test_files_of_the_same_weights_in_another_network_are_not_taken(make, toy_model, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(toy_model, other)
+    config = load_config(other)
+    save_config(other, dataclasses.replace(config, temperature=2.0))
+    engines = [make(folder=tmp_path)]
+    engines.append(
+        TensorRtEngine.from_model(
+            other, "cpu", recorder=CountingRecorder(), tensorrt=fake_tensorrt, compile_model=compile_here,
+            cache_dir=tmp_path,
+        )
+    )  # fmt: skip
+    for engine in engines:
+        engine.warmup((96, 128))
+        wait_for(lambda engine=engine: engine._ready)
+        engine.close()
+    assert len(list(tmp_path.glob("*-96x128-*"))) == 2
 
 
 @pytest.mark.parametrize(

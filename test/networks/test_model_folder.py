@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from clustvit_ros.classes import ClassSet
 from clustvit_ros.errors import ConfigError, ModelError
 from clustvit_ros.networks import ModelConfig, build_network, load_config, load_segmenter, network_config, save_model
-from clustvit_ros.networks.model_folder import InputConfig
+from clustvit_ros.networks.model_folder import InputConfig, hash_model
 
 OVERRIDES = {"image_size": [64, 96], "embed_dim": 24, "depth": 2, "num_heads": 2, "injection_point": 1, "head_depth": 1}
 
@@ -248,3 +248,14 @@ def test_hyper_parameters_that_no_network_has_are_errors_of_the_configuration(ch
 
     with pytest.raises(ConfigError, match="network: "):
         build_network(network_config("clustvit_t", {"image_size": [64, 64], **change}), 3)
+
+
+def test_what_decides_masks_and_cost_decides_the_models_hash():
+    config = load_config("sim_tiny")
+    changes = [
+        {"network": dataclasses.replace(config.network, merging="tome")}, {"temperature": 2.0},
+        {"input": dataclasses.replace(config.input, mean=(1.0, 2.0, 3.0))},
+    ]  # fmt: skip
+    hashes = [hash_model(dataclasses.replace(config, **change), "1234") for change in ({}, *changes)]
+    assert len({*hashes, hash_model(config, "5678")}) == 5
+    assert hash_model(dataclasses.replace(config, name="other"), "1234") == hashes[0] and hash_model(config, "") == ""

@@ -29,7 +29,7 @@ TABLE = LatencyTable({0: {(64, 8): 4.0, (64, 16): 8.5, (64, 64): 30.25}})
 @pytest.fixture
 def key():
     engine = ScriptedEngine()
-    engine._info = dataclasses.replace(engine.info, weights_sha256="1234")
+    engine._info = dataclasses.replace(engine.info, model_sha256="1234")
     return CalibrationKey.of(engine, 2, SIZE, POINTS)
 
 
@@ -116,7 +116,7 @@ def test_what_was_stored_is_found_again(key, tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"weights_sha256": "5678"}, {"engine": "torch"}, {"precision": "float16"}, {"device": "cuda:0 (Orin)"},
+        {"model_sha256": "5678"}, {"engine": "torch"}, {"precision": "float16"}, {"device": "cuda:0 (Orin)"},
         {"threads": 1}, {"image_size": (64, 64)}, {"points": POINTS[:2]}, {"thread_counts": (2, 1)},
         {"machine": "another"},
         {"power_mode": "pmode:0001"}, {"version": "9"},
@@ -157,7 +157,7 @@ def test_a_damaged_file_is_none_and_is_overwritten(damage, key, tmp_path):
 
 def test_engines_without_weights_are_not_kept(key, tmp_path):
     cache = CalibrationCache(tmp_path)
-    anonymous = dataclasses.replace(key, weights_sha256="")
+    anonymous = dataclasses.replace(key, model_sha256="")
     cache.store(anonymous, TABLE)
     assert cache.load(anonymous) is None and not list(tmp_path.iterdir())
 
@@ -180,7 +180,7 @@ def test_the_users_cache_is_the_default(key, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     CalibrationCache().store(key, TABLE)
     (path,) = (tmp_path / "clustvit_ros" / "calibration").iterdir()
-    assert json.loads(path.read_text())["key"]["weights_sha256"] == "1234"
+    assert json.loads(path.read_text())["key"]["model_sha256"] == "1234"
 
 
 def test_a_size_larger_than_was_timed_is_not_chosen_before_it_is(tmp_path):

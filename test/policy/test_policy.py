@@ -362,7 +362,7 @@ def test_an_engine_that_goes_on_without_graphs_is_measured_anew(tmp_path: Path) 
 @pytest.mark.parametrize(("others_s", "kept"), [(0.0, 1), (1000.0, 0)])
 def test_a_calibration_beside_other_work_is_used_but_not_kept(others_s: float, kept: int, tmp_path: Path) -> None:
     bench = Bench(tmp_path, latency_budget_ms=21)
-    info = replace(bench.engine.info, weights_sha256="1234")
+    info = replace(bench.engine.info, model_sha256="1234")
     bench.engine._info = info
     bench.frame()
     bench.others_s = others_s
