@@ -145,7 +145,7 @@ class BipartiteMergingViT(TrainingFreeViT):
             index = self.injection_point + step
             block = cast(Block, self.blocks[index])
             if step > 0:
-                log_size = _log_size(groups.size) if merges else None
+                log_size = _log_size(groups.size).to(groups.x.dtype) if merges else None
                 branch, metric = _attention_and_metric(block.attn, block.norm1(groups.x), log_size)
                 groups = groups._replace(x=groups.x + branch, metric=metric)
             target = N - (N - capacity) * (step + 1) // steps
@@ -215,7 +215,9 @@ def merge_most_similar(
     order = best.argsort(dim=1, descending=True, stable=True)
     merged, stays = order[:, :count], order[:, count:].sort(dim=1).values
 
-    # Features, metric and size are averaged alike, so they are merged as one.
+    # Features, metric and size are averaged alike, so they are merged as one. In half precision the sums of hundreds of
+    # tokens overflow, and so many do not even count.
+    size = size.to(torch.promote_types(x.dtype, torch.float32))
     weighted = torch.cat([x * size, metric * size, size], dim=2)
     rows_a, rows_b = weighted[:, first::2], weighted[:, second::2]
     into = partner.gather(1, merged)[..., None].expand(-1, -1, weighted.shape[2])
@@ -238,7 +240,8 @@ def merge_most_similar(
     row_of_place = torch.zeros_like(place).scatter(1, place, rows_now)
     slots = row_of_place.gather(1, slots)
     C = x.shape[2]
-    return Groups(torch.cat([cls, means[..., :C]], dim=1), means[..., C:], size, slots, leads)
+    x = torch.cat([cls, means[..., :C].to(cls.dtype)], dim=1)
+    return Groups(x, means[..., C:].to(metric.dtype), size, slots, leads)
 
 
 def at_most(count: int | Tensor, limit: int | Tensor) -> int | Tensor:

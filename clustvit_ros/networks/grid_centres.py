@@ -284,6 +284,8 @@ def local_kmeans(tokens: Tensor, grid_size: tuple[int, int], centre_grid: Centre
     Returns:
         Centres (B, T, C), row-major over their grid, and weights (B, N, T) of each token's centres, which sum to 1.
     """
+    # Squares of half-precision features overflow, and their differences are lost.
+    given, tokens = tokens.dtype, tokens.to(torch.promote_types(tokens.dtype, torch.float32))
     centres = _pooled(tokens, grid_size, centre_grid)
     near_rows, near_columns = (
         _centre_distance(length, cells, tokens) <= _WINDOW for length, cells in zip(grid_size, centre_grid, strict=True)
@@ -298,7 +300,7 @@ def local_kmeans(tokens: Tensor, grid_size: tuple[int, int], centre_grid: Centre
         weights = F.softmax((-_SHARPNESS * squared / spread).masked_fill(~near, -math.inf), dim=2)
         centres = (weights.transpose(1, 2) @ tokens) / weights.sum(dim=1).clamp(min=1e-6)[..., None]
     assert weights is not None
-    return centres, weights
+    return centres.to(given), weights.to(given)
 
 
 def _centre_distance(length: int, cells: int | Tensor, like: Tensor) -> Tensor:

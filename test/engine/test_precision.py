@@ -13,12 +13,14 @@ import pytest
 import torch
 from torch import nn
 
+from clustvit_ros.classes import IGNORE_INDEX, ClassSet
 from clustvit_ros.engine import PRECISIONS, Settings, create_engine
 from clustvit_ros.engine.torch_engine import TorchEngine
 from clustvit_ros.errors import ConfigError
 from clustvit_ros.networks import build_network, load_segmenter, network_config
 from clustvit_ros.networks.clustering import representatives
 from clustvit_ros.networks.inference import for_inference
+from clustvit_ros.networks.model_folder import InputConfig, ModelConfig
 
 HALVES = [name for name in PRECISIONS if name.endswith("float16")]
 
@@ -108,6 +110,24 @@ def test_representatives_of_many_large_tokens_neither_overflow_nor_lose_count(dt
     assert means.dtype == dtype
     torch.testing.assert_close(means[0, 0].float(), torch.full((4,), 200.0), rtol=5e-3, atol=0)
     assert not means[0, 1].any()
+
+
+@pytest.mark.parametrize("precision", HALVES)
+@pytest.mark.parametrize("way", ["clusters", "algm", "algm+clusters", "tome", "kmeans", "stvit"])
+def test_every_way_to_merge_bears_large_channels_and_hundreds_of_tokens_in_a_group(way, precision):
+    image = np.full((320, 480, 3), 120, np.uint8)
+    image[100:200, 100:300] = np.random.default_rng(0).integers(0, 255, (100, 200, 3))
+    torch.manual_seed(0)
+    network = {"image_size": [320, 480], "embed_dim": 64, "depth": 6, "num_heads": 2, "injection_point": 2}
+    config = network_config("clustvit_t" if "clusters" in way else "vit_t", {**network, "merging": way})
+    model = build_network(config, 5).eval()
+    with torch.no_grad():
+        model.backbone.pos_embed[:, :, 3] += 300.0  # as large transformers have them
+    about = ModelConfig("m", "vit_t", config, ClassSet.numbered(5), InputConfig((320, 480)))
+    engines = [TorchEngine(model, about, "cpu", 1, precision=name) for name in ("float32", precision)]
+    masks = [engine.segment(image, Settings(merge_threshold=0.5)).mask for engine in engines]
+    assert (masks[0] == masks[1]).mean() > (0.8 if precision == "float16" else 0.4)
+    assert not (masks[1] == IGNORE_INDEX).any()
 
 
 def test_an_unknown_precision_is_refused(toy_model):
