@@ -91,7 +91,8 @@ def download(
                 problem = error
             if transfer.whole:
                 break
-            failures = 0 if transfer.most_had - before >= _LEAST_PROGRESS_BYTES else failures + 1
+            came = transfer.most_had - before
+            failures = 0 if came >= (_LEAST_PROGRESS_BYTES if problem or transfer.broke_off else 1) else failures + 1
             if failures == _MOST_FAILURES or (not transfer.reached and isinstance(problem, urllib.error.URLError)):
                 raise ModelError(_gave_up(transfer, problem)) from problem
             if failures:
@@ -138,6 +139,8 @@ class _Transfer:
         reached: whether a server has answered.
         most_had: bytes of it that were here at best.
         total: its size in bytes, as the server says; None before it does.
+        part_end: where what the server sends at once ends in it, as it says.
+        broke_off: whether the latest answer ended before that.
     """
 
     def __init__(self, address: str, partial: Path, most_bytes: int, progress: Callable[..., Any] | None) -> None:
@@ -149,6 +152,8 @@ class _Transfer:
         self.whole = self.reached = False
         self.most_had = self._have()
         self.total: int | None = None
+        self.part_end: int | None = None
+        self.broke_off = True
 
     def _have(self) -> int:
         return self.partial.stat().st_size if self.partial.exists() else 0
@@ -201,7 +206,10 @@ class _Transfer:
     def _check(self, headers: Message, start: int) -> None:
         """Hold what the server says of the file against what can be taken."""
         length = headers.get("Content-Length", "")
-        self.total = start + int(length) if re.fullmatch(r"\d{1,99}", length) else None
+        self.part_end = self.total = start + int(length) if re.fullmatch(r"\d{1,99}", length) else None
+        # A part may end before the file does: servers limit how much they send at once.
+        if of_all := re.fullmatch(r"bytes \d+-\d+/(\d{1,99})", headers.get("Content-Range", "")):
+            self.total = int(of_all[1])
         if self.total is not None and self.total > self.most_bytes:
             raise ModelError(
                 f"{self.address}: has {self.total / 1e9:.2f} GB, expected at most {self.most_bytes / 1e9:.2f}; "
@@ -238,6 +246,7 @@ class _Transfer:
                         f"{self.address}: has more than {self.most_bytes / 1e9:.2f} GB; --max-gigabytes raises that"
                     )
             file.truncate()
+        self.broke_off = had != self.part_end
         self.whole = had > 0 and had == (self.total if self.total is not None else had)
 
     def _bar(self, start: int) -> Any:

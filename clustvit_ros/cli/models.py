@@ -19,6 +19,7 @@ import json
 import math
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from clustvit_ros.classes import ClassSet, class_set_names, load_class_set
 from clustvit_ros.cli.arguments import new_folder
 from clustvit_ros.config import from_mapping, to_mapping
 from clustvit_ros.download import check_address, download, progress_bar
-from clustvit_ros.errors import ConfigError, ModelError
-from clustvit_ros.networks.architectures import network_config
+from clustvit_ros.errors import ClustvitError, ConfigError, ModelError
+from clustvit_ros.networks.architectures import check_sizes, network_config
 from clustvit_ros.networks.checkpoint import Checkpoint, read_checkpoint, read_hyperparameters
 from clustvit_ros.networks.model_folder import InputConfig, ModelConfig, load_config, save_model
 from clustvit_ros.networks.official import hints_of
@@ -273,13 +274,9 @@ def import_model(
     checkpoint = as_rgb(checkpoint)
     told = {**(defaults or {}), **hints_of(checkpoint.model), **(known or {})}
     known = {**{name: value for name, value in told.items() if name in (defaults or {})}, **(known or {})}
-    try:
+    with _of_a_known_layout(path):
         architecture, overrides, num_classes = network_for(checkpoint, known, arch)
-    except (IndexError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
-        raise ModelError(
-            f"{path}: holds no network of a known layout ({type(error).__name__}: {error}); expected an "
-            "OpenMMLab checkpoint of ClustViT or ViT, or a ViT encoder of timm or DeiT"
-        ) from error
+    check_sizes(overrides, path)  # before anything is built of that size
     others = [] if said is None or is_as_said(architecture, overrides, said, path) else [f"not the size of a {said}"]
     if num_classes is None:
         if classes is None:
@@ -306,10 +303,11 @@ def import_model(
         print(f"warning: {text}", file=sys.stderr)
     if isinstance(settings, ViTConfig):
         check_stated(checkpoint.model, settings, path)
-    network, left_out, fresh = fill_network(settings, len(labels), checkpoint, path)
+    images = _input(normalisation, checkpoint.model, settings.image_size)
+    with _of_a_known_layout(path):
+        network, left_out, fresh = fill_network(settings, len(labels), checkpoint, path)
     config = ModelConfig(
-        out.name, architecture, settings, labels, overrides=overrides,
-        input=_input(normalisation, checkpoint.model, settings.image_size),
+        out.name, architecture, settings, labels, overrides=overrides, input=images,
         **{"training": {"data": f"{_IMPORTED}{Path(path).name}"}, **(about or {})},
     )  # fmt: skip
     save_model(out, config, network)
@@ -341,6 +339,20 @@ def import_model(
     if fresh:
         modules = {".".join(name.split(".")[: 1 if name.startswith("head") else 2]) for name in fresh}
         print(f"fresh, to be trained: {', '.join(sorted(modules))}")
+
+
+@contextlib.contextmanager
+def _of_a_known_layout(path: str) -> Iterator[None]:
+    """Tell as a ModelError what weights that are no network's make the code below stumble over."""
+    try:
+        yield
+    except ClustvitError:
+        raise
+    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError, MemoryError) as error:
+        raise ModelError(
+            f"{path}: holds no network of a known layout ({type(error).__name__}: {str(error)[:200]}); expected an "
+            "OpenMMLab checkpoint of ClustViT or ViT, or a ViT encoder of timm or DeiT"
+        ) from error
 
 
 def _size(text: str) -> list[int]:

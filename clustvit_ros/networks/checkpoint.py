@@ -117,7 +117,7 @@ def read_checkpoint(path: Path, entry: str | None = None) -> Checkpoint:
     elif path.exists():
         raise ModelError(f"{path}: is no regular file; expected a file of weights, .pth or .safetensors")
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix == ".safetensors" or _is_safetensors(path):
             content: Any = load_file(path)
             with safe_open(path, framework="pt") as file:
                 text = (file.metadata() or {}).get("grid_size", "")
@@ -155,11 +155,23 @@ def read_checkpoint(path: Path, entry: str | None = None) -> Checkpoint:
     weights, left_out = _unwrapped({k: v for k, v in content.items() if isinstance(v, Tensor) and isinstance(k, str)})
     if not weights:
         raise ModelError(f"{path}: holds no tensors by name; expected a state_dict of tensors")
+    for name, tensor in weights.items():
+        if (size := tensor.numel() * tensor.element_size()) > path.stat().st_size:
+            raise ModelError(
+                f"{path}: {name} stands for {size} bytes, more than there are in the file: it repeats one number, or "
+                "leaves most out; save it as a plain tensor (contiguous())"
+            )
     others = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
     text = meta.get("cfg", meta.get("config", ""))
     model = _model_section(text) if isinstance(text, str) else {}
     found = [name for name in found if name != entry]
     return Checkpoint(weights, model, grid_size, others, *_classes(meta), left_out, entry, found)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file begins as they do, whatever it is called: the length of a JSON text, and that text."""
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
 
 
 def _entries(content: dict[Any, Any]) -> list[str]:
@@ -291,9 +303,24 @@ def read_hyperparameters(path: Path) -> dict[str, Any]:
     if unknown:
         raise ConfigError(f"{path}: unknown keys {', '.join(unknown)}; known: {', '.join(_CONFIG_KEYS)}")
     known = {_CONFIG_KEYS[key]: value for key, value in content.items() if key in _CONFIG_KEYS and value is not None}
+    if "image_size" in known:
+        known["image_size"] = image_size_of(known["image_size"])
     if known.get("backbone") == "vit":
         known = {key: value for key, value in known.items() if key not in _CLUSTERING_ONLY}
     return known
+
+
+def image_size_of(stated: Any) -> list[int]:
+    """Height and width of a configuration's `img_size`, which may be one side of a square, alone or in a list.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    sides = list(stated) if isinstance(stated, (list, tuple)) else [stated]
+    sides = sides * 2 if len(sides) == 1 else sides
+    if len(sides) != 2 or any(not isinstance(side, int) or side < 1 for side in sides):
+        raise ConfigError(f"img_size: got {stated!r}, expected height and width in pixels, or one side of a square")
+    return sides
 
 
 def _classes(meta: dict[str, Any]) -> tuple[ClassSet | None, str]:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from clustvit_ros.errors import ConfigError, ModelError
 from clustvit_ros.networks.architectures import ARCHITECTURES
+from clustvit_ros.networks.checkpoint import image_size_of
 from clustvit_ros.networks.heads import NUM_LEVELS
 from clustvit_ros.networks.vit_config import ViTConfig
 
@@ -328,7 +329,7 @@ def hints_of(model: dict[str, Any]) -> dict[str, Any]:
         hints["head_blocks"] = list(blocks)
     size = backbone.get("img_size")
     if size:
-        hints["image_size"] = [size, size] if isinstance(size, int) else list(size)
+        hints["image_size"] = image_size_of(size)
     if isinstance(head.get("num_heads"), int):
         hints["head_heads"] = head["num_heads"]
     return hints
@@ -341,7 +342,7 @@ def _fold_positions(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     if pos_embed is not None and (bias is not None or _shares(weights)):
         cls, grid = pos_embed[:, :1], pos_embed[:, 1:]
         cls = torch.zeros_like(cls) if _shares(weights) else cls
-        weights["backbone.pos_embed"] = torch.cat([cls, grid if bias is None else grid + bias], dim=1)
+        weights["backbone.pos_embed"] = torch.cat([cls, grid if bias is None else grid.float() + bias.float()], dim=1)
     return weights
 
 

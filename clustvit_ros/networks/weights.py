@@ -290,8 +290,9 @@ def _fold_layer_scale(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         if found:
             del folded[name]
             layer = found[1] + ("attn.proj" if "1" in found[2] else "mlp.fc2")
-            folded[f"{layer}.weight"] = gamma[:, None] * weights[f"{layer}.weight"]
-            folded[f"{layer}.bias"] = gamma * weights[f"{layer}.bias"]
+            for kind in ("weight", "bias"):  # of small scales' products, half precision would leave nothing
+                factor = gamma.float()[:, None] if kind == "weight" else gamma.float()
+                folded[f"{layer}.{kind}"] = factor * weights[f"{layer}.{kind}"].float()
     return folded
 
 

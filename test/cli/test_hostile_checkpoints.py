@@ -18,6 +18,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from clustvit_ros.classes import ClassSet
 from clustvit_ros.cli.main import main
@@ -358,3 +359,31 @@ def test_integers_are_no_weights(official, tmp_path, capsys):
     assert import_(tmp_path / "b.pth", tmp_path / "model") == 2
     assert "infinite or no numbers in backbone.norm.weight (int64, expected float32)" in capsys.readouterr().err
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("size", ["64", "(64,)", "[64, 64]"])
+def test_an_image_size_may_be_one_side_of_a_square(size, tmp_path):
+    config = ViTConfig(image_size=(64, 64), embed_dim=64, depth=4, num_heads=1)
+    text = f"model = dict(backbone=dict(img_size={size}))"
+    weights = to_official(build_network(config, 3).state_dict())
+    torch.save({"state_dict": weights, "meta": {"cfg": text}}, tmp_path / "a.pth")
+    assert import_(tmp_path / "a.pth", tmp_path / "model") == 0
+    assert load_config(tmp_path / "model").network.image_size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("backbone.patch_embed.projection.bias", torch.zeros(3), "holds no network of a known layout"),
+        ("backbone.pos_embed", torch.zeros(1, 1, 64).expand(1, 1 + 3000 * 3000, 64), "stands for 2304000256 bytes"),
+    ],
+)
+def test_weights_of_absurd_sizes_end_in_one_line(official, name, tensor, message, tmp_path, capsys):
+    torch.save({**official, name: tensor}, tmp_path / "a.pth")
+    assert import_(tmp_path / "a.pth", tmp_path / "model") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_safetensors_are_known_by_their_content(official, tmp_path):
+    save_file({name: tensor.contiguous() for name, tensor in official.items()}, tmp_path / "a.bin")
+    assert import_(tmp_path / "a.bin", tmp_path / "model") == 0

@@ -227,6 +227,16 @@ def test_an_encoder_of_timm_gives_the_tokens_timm_computes(tmp_path, capsys, cha
     assert load_config(tmp_path / "model").input.mean == (123.675, 116.28, 103.53)
 
 
+def test_small_layer_scales_of_half_precision_are_folded_in_float32(tmp_path):
+    weights = {name: tensor.half() for name, tensor in timm_weights(**{"blocks.0.ls1.gamma": (64,)}).items()}
+    weights["blocks.0.ls1.gamma"] = torch.full((64,), 1e-4).half()
+    torch.save(weights, tmp_path / "a.pth")
+    assert import_(tmp_path / "a.pth", tmp_path / "model", "--classes", "camvid") == 0
+    folded = load_segmenter(tmp_path / "model").backbone.blocks[0].attn.proj.weight
+    expected = weights["blocks.0.attn.proj.weight"].float() * weights["blocks.0.ls1.gamma"].float()[:, None]
+    torch.testing.assert_close(folded, expected, rtol=1e-6, atol=0)
+
+
 def test_an_encoder_goes_into_a_clustvit_of_another_size(tmp_path, capsys):
     torch.save(timm_weights(), tmp_path / "a.pth")
     options = ("--classes", "camvid", "--arch", "clustvit_t", "--head", "linear", "--image-size", "96x128")
