@@ -363,8 +363,9 @@ class StageTimer:
 
 
 def cluster_map(cluster_ids: Tensor, grid_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Cluster id per pixel, nearest: (B, N) int64 -> (B, H, W) uint8, 0 = kept."""
-    grid = cluster_ids.to(torch.uint8).unflatten(1, grid_size)
+    """Cluster id per pixel, nearest: (B, N) int64 -> (B, H, W) uint8, 0 = kept; ids above 255 begin at 1 again."""
+    grid = torch.where(cluster_ids > 255, (cluster_ids - 1) % 255 + 1, cluster_ids)
+    grid = grid.to(torch.uint8).unflatten(1, grid_size)
     rows = torch.arange(size[0], device=grid.device) * grid_size[0] // size[0]
     columns = torch.arange(size[1], device=grid.device) * grid_size[1] // size[1]
     return grid.index_select(2, columns).index_select(1, rows)  # small maps first; a tenth of indexing's time on a CPU

@@ -108,10 +108,11 @@ class OnnxEngine(NetworkEngine):
         A batch's images share their exempt tokens: what must be kept in one is kept in all.
         """
         output = self._run(x, settings.merge_threshold, settings.token_capacity, exempt)
-        floor = min(settings.min_tokens, settings.token_capacity or settings.min_tokens)
+        total = output.grid_size[0] * output.grid_size[1]
+        floor = min(settings.min_tokens, settings.token_capacity or total, total)
         if self._config.network.merges and output.token_capacity < floor:
             # The file knows an upper bound only. With a threshold of 1 that is what is kept.
-            rung = choose_capacity(default_ladder(output.grid_size[0] * output.grid_size[1]), floor)
+            rung = choose_capacity(default_ladder(total), floor)
             bound = min(rung, settings.token_capacity or rung)
             output = self._run(x, 1.0, bound, exempt)
         lap("network")

@@ -275,7 +275,8 @@ def merge_windows(
     B, N = x.shape[0], x.shape[1] - 1
     tokens, width = x[:, 1:], grid_size[1]
     best = score.argsort(dim=1, descending=True, stable=True)[:, :count]
-    corner = best // (width // 2) * (2 * width) + best % (width // 2) * 2
+    across = max(width // 2, 1)  # ONNX computes with it even where there is no window
+    corner = best // across * (2 * width) + best % across * 2
     member = torch.arange(WINDOW_TOKENS, device=x.device)
     members = corner[:, None] + (member // 2 * width + member % 2)[:, None]  # B 4 count
     position = torch.arange(N, device=x.device).expand(B, -1)

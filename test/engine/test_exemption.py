@@ -132,6 +132,15 @@ def test_min_tokens_bounds_merging_below_capacity(engine, images):
     assert engine.segment(images[0], Settings(merge_threshold=0.0, min_tokens=9999)).stats.tokens_kept == 48
 
 
+def test_more_tokens_asked_for_than_there_are_cost_no_second_run(toy_model, images):
+    pytest.importorskip("onnxruntime", reason="needs onnxruntime, of the extra 'onnx'")
+    engine = create_engine(str(toy_model), "onnxruntime", "cpu")
+    runs, run = [], engine._run
+    engine._run = lambda *arguments: runs.append(arguments) or run(*arguments)
+    assert engine.segment(images[0], Settings(merge_threshold=1.0, min_tokens=1000)).stats.tokens_kept == 48
+    assert len(runs) == 1
+
+
 def test_regions_touch_every_token_they_overlap():
     assert region_tokens((6, 8), [(2 / 3, 0.0, 1.0, 1.0)]).sum() == 16
     assert region_tokens((6, 8), [(0.0, 0.0, 0.01, 0.01)]).sum() == 1

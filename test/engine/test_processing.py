@@ -51,6 +51,8 @@ def test_many_classes_get_a_wider_mask():
 def test_cluster_map_is_nearest():
     ids = torch.tensor([[0, 1, 2, 3, 0, 1]])
     assert cluster_map(ids, (2, 3), (4, 6))[0].tolist() == [[0, 0, 1, 1, 2, 2]] * 2 + [[3, 3, 0, 0, 1, 1]] * 2
+    many = torch.tensor([[0, 255, 256, 510, 511, 1]])  # 0 says that a token was kept
+    assert cluster_map(many, (2, 3), (2, 3))[0].tolist() == [[0, 255, 1], [255, 1, 1]]
 
 
 @pytest.mark.parametrize(

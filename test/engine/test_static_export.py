@@ -154,3 +154,17 @@ def test_a_file_that_differs_is_removed(toy_model, tmp_path, monkeypatch):
     with pytest.raises(EngineError, match=r"differs from PyTorch by .* the file was removed"):
         export_static(toy_model, tmp_path)
     assert not list(tmp_path.glob("*.onnx"))
+
+
+@pytest.mark.parametrize("merging", ["algm", "tome", "kmeans"])
+def test_a_single_patch_can_be_exported(merging, tmp_path):
+    network = {"image_size": [32, 32], "embed_dim": 32, "depth": 3, "num_heads": 1, "merging": merging,
+               "injection_point": 1}  # fmt: skip
+    config = network_config("vit_t", network)
+    model = ModelConfig("m", "vit_t", config, ClassSet.numbered(3), InputConfig((32, 32)), overrides=network)
+    torch.manual_seed(0)
+    save_model(tmp_path / "m", model, build_network(config, 3).eval())
+    onnx_export.export_onnx(tmp_path / "m", tmp_path / "m.onnx", (16, 16))
+    feed = {"images": np.zeros((1, 3, 16, 16), np.float32), "merge_threshold": np.array(0.5, np.float32),
+            "token_capacity": np.array(0, np.int64)}  # fmt: skip
+    assert run(tmp_path / "m.onnx", **feed)["logits"].shape == (1, 3, 1, 1)
