@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -262,9 +263,10 @@ class _Predictor:
     def _stem(self, name: str, with_suffix: bool) -> str:
         """A name for what is written, without suffix unless another has that name already."""
         stem = str(Path(name).with_suffix("")) if with_suffix else name
-        candidates = (stem, name, *(f"{stem}_{number}" for number in range(2, len(self._names) + 3)))
-        chosen = next(candidate for candidate in candidates if candidate not in self._names)
-        self._names.add(chosen)
+        candidates = itertools.chain((stem, name), (f"{stem}_{number}" for number in itertools.count(2)))
+        # Folders of results may lie where A and a are one file.
+        chosen = next(candidate for candidate in candidates if candidate.lower() not in self._names)
+        self._names.add(chosen.lower())
         return chosen
 
     def _is_closed(self, overlay: np.ndarray, prediction: Prediction, rate_hz: float | None) -> bool:

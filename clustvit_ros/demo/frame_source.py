@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import glob
 import itertools
+import os
 import queue
 import re
 import threading
@@ -93,14 +94,14 @@ class PictureSource(FrameSource):
         to_bytes: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:  # fmt: skip
         self._files, self._on_unreadable, self.length, self._to_bytes = files, on_unreadable, len(files), to_bytes
-        folders = [file.absolute().parent for file in files]
-        self.folder = next(
-            folder for folder in (folders[0], *folders[0].parents) if all(f.is_relative_to(folder) for f in folders)
-        )
+        # Without "..", which in a name would lead out of a folder of results; links stay as they are called.
+        whole = [Path(os.path.abspath(file)) for file in files]
+        self.folder = Path(os.path.commonpath([file.parent for file in whole]))
+        self._names = [str(file.relative_to(self.folder)) for file in whole]
         super().__init__(f"{len(files)} pictures of {self.folder}" if len(files) > 1 else f"picture {files[0]}")
 
     def __iter__(self) -> Iterator[SourceFrame]:
-        for file in self._files:
+        for file, name in zip(self._files, self._names, strict=True):
             try:
                 pixels = cv2.cvtColor(read_image(file, self._to_bytes), cv2.COLOR_RGB2BGR)
             except DataError as error:
@@ -108,7 +109,7 @@ class PictureSource(FrameSource):
                     raise DataError(f"source: {error}") from error
                 self._on_unreadable(str(error))
                 continue
-            yield SourceFrame(pixels, str(file.absolute().relative_to(self.folder)))
+            yield SourceFrame(pixels, name)
 
 
 class VideoSource(FrameSource):
@@ -288,7 +289,7 @@ def open_source(
     if seed is not None:
         return SimSource(seed, (height or 480, width or 640), rate_hz, points, loop_frames)
     device = re.fullmatch(r"(?:/dev/video)?(\d{1,3})", source)
-    if device:
+    if device and not Path(source).is_dir():  # of pictures, as drives are numbered
         return DeviceSource(int(device[1]), width, height)
     if is_url(source):
         return VideoSource(source)

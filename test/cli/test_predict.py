@@ -84,6 +84,29 @@ def test_patterns_keep_pictures_of_one_name_apart(model_dir, tmp_path):
     assert [entry["name"] for entry in entries(tmp_path / "again")] == ["front/1.png", "rear/1.png"]
 
 
+def test_results_stay_in_their_folder_wherever_pictures_come_from(tmp_path, monkeypatch):
+    for name in ("pics/x.png", "w/a/b/here.png", "w/a/b/X.png", "w/a/b/001/y.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(tmp_path / name), np.full((48, 64, 3), 90, np.uint8))
+    (tmp_path / "w/a/b/link.png").symlink_to(tmp_path / "pics/x.png")
+    before = (tmp_path / "pics/x.png").read_bytes()
+    monkeypatch.chdir(tmp_path / "w/a/b")
+    arguments = ["predict", "--engine", "scripted"]
+    given = ["../../../pics/x.png", "here.png", "../b/here.png", "X.png", "link.png", str(tmp_path / "pics/x.png")]
+    assert main([*arguments, *given, "--out", "../../out"]) == 0
+    masks = sorted(str(p.relative_to(tmp_path / "w/out/masks")) for p in (tmp_path / "w/out/masks").rglob("*.png"))
+    inside = ["X.png", "here.png", "here.png.png", "link.png"]
+    assert masks == [*("pics/x.png", "pics/x.png.png"), *(f"w/a/b/{name}" for name in inside)]
+    assert (tmp_path / "pics/x.png").read_bytes() == before and len(list((tmp_path / "pics").iterdir())) == 1
+    # Of two names that some file systems take for one, each gets its own.
+    (tmp_path / "w/a/b/here.png").rename("x.png")
+    assert main([*arguments, "x.png", "X.png", "--out", "../../two"]) == 0
+    assert sorted(path.name for path in (tmp_path / "w/two/masks").iterdir()) == ["X.png.png", "x.png"]
+    # A folder whose name is a number is no camera.
+    assert main([*arguments, "001", "--out", "../../numbered"]) == 0
+    assert [entry["name"] for entry in entries(tmp_path / "w/numbered")] == ["y.png"]
+
+
 def test_unreadable_pictures_are_counted_and_the_others_segmented(model_dir, tmp_path, capsys):
     (tmp_path / "in").mkdir()
     cv2.imwrite(str(tmp_path / "in" / "good.png"), np.zeros((96, 128, 3), np.uint8))
