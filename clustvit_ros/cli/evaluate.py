@@ -34,7 +34,7 @@ from clustvit_ros.measure.evaluation import evaluate, fit_temperature, gflops_co
 from clustvit_ros.measure.pictures import comparison
 from clustvit_ros.measure.report import compare_twins, write_report
 from clustvit_ros.measure.sweep import ladder_settings, sweep
-from clustvit_ros.networks.model_folder import ModelConfig, load_config, save_config
+from clustvit_ros.networks.model_folder import TEMPERATURES, ModelConfig, load_config, save_config
 from clustvit_ros.paths import find_model, model_name
 from clustvit_ros.training.dataset import LabelledImages, group_images, joined, usable
 from clustvit_ros.training.layouts import open_data_set
@@ -109,6 +109,12 @@ def run(args: argparse.Namespace) -> int:
             if args.calibrate:
                 found = fit_temperature(cast(NetworkEngine, engine), data, settings)
                 temperature = round(config.temperature * found, 3)
+                if not TEMPERATURES[0] <= temperature <= TEMPERATURES[1]:
+                    raise DataError(
+                        f"--calibrate: got a temperature of {temperature:g} for {config.name}, expected "
+                        f"{TEMPERATURES[0]:g} to {TEMPERATURES[1]:g}; nothing is written: on these images it is right, "
+                        "or wrong, nearly everywhere; check the labels, and calibrate on images that it did not learn"
+                    )
                 save_config(model, dataclasses.replace(load_config(model), temperature=temperature))
                 print(f"{config.name}: temperature {temperature:g} instead of {config.temperature:g}, in {model}")
                 engine = create_engine(str(model), "torch", args.device, args.threads, args.precision)
@@ -236,7 +242,8 @@ def _evaluate(
         f"{scores['latency_ms_p50']:.1f} ms per image (p50) on {info.device}"
     )
     for name, group in scores.get("groups", {}).items():
-        print(f"  {name:<16}{group['miou']:6.2f} on {group['images']} images")
+        miou = f"{'-':>6}" if group["miou"] is None else f"{group['miou']:6.2f}"
+        print(f"  {name:<16}{miou} on {group['images']} images")
     result = {
         "model": config.name, "engine": info.engine, "device": info.device, "merge_threshold": settings.merge_threshold,
         "token_capacity": settings.token_capacity, "input_scale": settings.input_scale,

@@ -27,7 +27,7 @@ from clustvit_ros.config import read_json, to_mapping
 from clustvit_ros.engine import Settings
 from clustvit_ros.engine.network_engine import select_device
 from clustvit_ros.engine.torch_engine import TorchEngine
-from clustvit_ros.errors import ConfigError
+from clustvit_ros.errors import ConfigError, DataError
 from clustvit_ros.measure.evaluation import evaluate, fit_temperature
 from clustvit_ros.networks.model_folder import (
     WEIGHTS_FILE,
@@ -39,13 +39,7 @@ from clustvit_ros.networks.model_folder import (
 )
 from clustvit_ros.networks.segmenter import Segmenter
 from clustvit_ros.paths import find_recipe
-from clustvit_ros.training.dataset import (
-    BadFile,
-    LabelledImages,
-    group_images,
-    joined,
-    usable,
-)
+from clustvit_ros.training.dataset import BadFile, LabelledImages, group_images, joined, usable
 from clustvit_ros.training.distributed import Processes, processes
 from clustvit_ros.training.layouts import open_data_set
 from clustvit_ros.training.loop import LOG, RunOptions, TimeUp
@@ -305,7 +299,11 @@ def _finish(
         halved, full = (evaluate(engine(network), part.val) for network in (_rounded(best), best))
         if halved["miou"] < full["miou"] - _MAX_HALF_PRECISION_LOSS:
             dtype, halved = torch.float32, full
-        fitted = fit_temperature(engine(best), part.val)
+        try:
+            fitted = fit_temperature(engine(best), part.val)
+        except DataError as error:  # of hardly any labelled pixel, which is no reason to lose a training
+            fitted = 1.0
+            print(f"the temperature stays 1: {error}", file=sys.stderr)
         split = f"{part.val_name}, held out" if part.is_fold else part.val_name
         scores = {"split": split, "merge_threshold": Settings().merge_threshold, **halved, "temperature": fitted}
         if not part.is_fold:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from clustvit_ros.classes import Sample
 from clustvit_ros.engine.engine import Engine, Prediction, Settings
 from clustvit_ros.engine.network_engine import NetworkEngine
+from clustvit_ros.errors import DataError
 from clustvit_ros.measure.flops import count_cost
 from clustvit_ros.measure.metrics import BoundaryIoU, CalibrationError, ConfusionMatrix
 from clustvit_ros.networks.model_folder import TEMPERATURES, ModelConfig
@@ -59,9 +60,9 @@ def evaluate(
         `miou`, `per_class_iou` (None for a class that occurs nowhere) and `pixel_accuracy` in percent; `images`;
         `tokens_total` and `tokens_kept_mean` per image, `tokens_merged_mean` as a share 0..1; `latency_ms_p50` and
         `latency_ms_p95`, from image in to mask out; `ece`, the expected calibration error 0..1, where there is a
-        confidence map; `gflops_mean` per image when counted; `groups`, `miou` and `images` of each. With `details`,
-        `boundary_iou` and `per_class_boundary_iou` in percent, `confusion` (rows: truth, columns: prediction, the last
-        one unlabelled; pixels), and `per_image` records.
+        confidence map; `gflops_mean` per image when counted; `groups`, `miou` (None without a labelled pixel) and
+        `images` of each. With `details`, `boundary_iou` and `per_class_boundary_iou` in percent, `confusion` (rows:
+        truth, columns: prediction, the last one unlabelled; pixels), and `per_image` records.
     """
     names = engine.info.classes.names
     matrix, calibration = ConfusionMatrix(len(names)), CalibrationError()
@@ -100,7 +101,7 @@ def evaluate(
         scores["ece"] = round(calibration.value(), 4)
     if by_group:
         scores["groups"] = {
-            name: {"miou": round(100 * each.miou(), 3), "images": len(indices)}
+            name: {"miou": round(100 * each.miou(), 3) if each.counts.any() else None, "images": len(indices)}
             for name, (indices, each) in by_group.items()
         }
     if gflops:
@@ -123,6 +124,9 @@ def fit_temperature(engine: NetworkEngine, data: LabelledSamples, settings: Sett
         engine: what it runs already divides its logits by is part of the result.
         data: images that nothing was learnt from; some hundred of them are used, and every fourth logit of those.
         settings: settings of the calls.
+
+    Raises:
+        DataError: none of the pixels that are used has a class.
     """
     found = []
     for index in range(0, len(data), -(-len(data) // _MOST_FITTED)):
@@ -135,6 +139,11 @@ def fit_temperature(engine: NetworkEngine, data: LabelledSamples, settings: Sett
         sampled = logits[:, ::_FITTED_STRIDE, ::_FITTED_STRIDE].flatten(1).T
         found.append((sampled[truth < len(logits)], truth[truth < len(logits)]))
     sampled, truth = (torch.cat(part) for part in zip(*found, strict=True))
+    if not len(truth):
+        raise DataError(
+            f"a temperature cannot be fitted: none of the {len(found)} images used has a labelled pixel where one in "
+            f"{_FITTED_STRIDE}x{_FITTED_STRIDE} is looked at; expected labels that are not all void"
+        )
     low, high = TEMPERATURES
 
     def loss(temperature: float) -> float:

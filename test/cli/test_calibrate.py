@@ -127,3 +127,24 @@ def test_a_shipped_model_is_not_calibrated_by_its_name(labelled_dir, capsys):
     assert main(["evaluate", "--model", "sim_tiny", *labelled, "--calibrate"]) == 2
     assert "--calibrate: sim_tiny is a shipped model" in capsys.readouterr().err
     assert (find_model("sim_tiny") / "model.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("labels", "problem"),
+    [
+        ("void", "none of the 3 images used has a labelled pixel"),
+        ("wrong", "got a temperature of 400 for sure, expected 0.05 to 20; nothing is written"),
+    ],
+)
+def test_what_gives_no_temperature_changes_no_model(overconfident, labelled_dir, tmp_path, capsys, labels, problem):
+    file = overconfident / "model.yaml"
+    file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), "temperature": 20.0}))
+    before, engine = file.read_bytes(), create_engine(str(overconfident), "torch", "cpu")
+    (tmp_path / "labels").mkdir()
+    for path in (labelled_dir / "images").iterdir():
+        mask = engine.segment(read_image(path)).mask[0]
+        pixels = np.full_like(mask, 255) if labels == "void" else (mask + 1) % 3
+        cv2.imwrite(str(tmp_path / "labels" / path.name), pixels)
+    paths = ["--images", str(labelled_dir / "images"), "--labels", str(tmp_path / "labels")]
+    assert main(["evaluate", "--model", str(overconfident), *paths, "--device", "cpu", "--calibrate"]) == 2
+    assert problem in capsys.readouterr().err and file.read_bytes() == before

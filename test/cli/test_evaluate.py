@@ -206,6 +206,17 @@ def test_data_sets_are_taken_as_train_takes_them(model_dir, labelled_dir, tmp_pa
     assert "expected --images and --labels, or --data" in capsys.readouterr().err
 
 
+def test_a_drive_without_labelled_pixels_costs_no_evaluation(model_dir, labelled_dir, tmp_path, capsys):
+    shutil.copytree(labelled_dir, tmp_path / "val")
+    cv2.imwrite(str(tmp_path / "val/labels/b.png"), np.full((120, 160), 255, np.uint8))
+    (tmp_path / "dataset.yaml").write_text("classes: [sky, road, car]\ngroup: .\n")
+    command = ["evaluate", "--model", str(model_dir), "--data", str(tmp_path), "--device", "cpu"]
+    assert main([*command, "--json", str(tmp_path / "out.json")]) == 0
+    groups = json.loads((tmp_path / "out.json").read_text())["groups"]
+    assert groups["b"] == {"miou": None, "images": 1} and groups["a"]["miou"] > 0
+    assert "  b                    - on 1 images" in capsys.readouterr().out
+
+
 def test_bad_files_are_skipped_on_request(model_dir, labelled_dir, tmp_path, capsys):
     shutil.copytree(labelled_dir, tmp_path / "data")
     (tmp_path / "data/labels/b.png").write_bytes(b"")
