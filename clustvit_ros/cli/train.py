@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 
 from clustvit_ros.cli.arguments import EXIT_TIME_UP, add_training_options, parse_size, prepare
-from clustvit_ros.config import read_json, to_mapping
+from clustvit_ros.config import to_mapping
 from clustvit_ros.engine import Settings
 from clustvit_ros.engine.network_engine import select_device
 from clustvit_ros.engine.torch_engine import TorchEngine
@@ -42,7 +42,7 @@ from clustvit_ros.paths import find_recipe
 from clustvit_ros.training.dataset import BadFile, LabelledImages, group_images, joined, usable
 from clustvit_ros.training.distributed import Processes, processes
 from clustvit_ros.training.layouts import open_data_set
-from clustvit_ros.training.loop import LOG, RunOptions, TimeUp
+from clustvit_ros.training.loop import LOG, RunOptions, TimeUp, tensorboard_writer
 from clustvit_ros.training.optimisation import Optimisation
 from clustvit_ros.training.recipe import Recipe, read_recipe
 from clustvit_ros.training.run_folder import (
@@ -51,8 +51,9 @@ from clustvit_ros.training.run_folder import (
     draw_log,
     list_data,
     owned,
-    tensorboard_writer,
+    read_done,
     warn_of_leaks,
+    write_done,
     write_run_files,
     write_text,
     writing,
@@ -85,7 +86,6 @@ def run_options(args: argparse.Namespace, run_dir: Path, is_main: bool, spent_s:
 
 # mIoU points; half-precision weights that cost more than this are not shipped.
 _MAX_HALF_PRECISION_LOSS = 0.1
-_DONE_FILE = "done.json"
 _FOLDS_FILE = "folds.json"
 
 
@@ -187,6 +187,8 @@ def run(args: argparse.Namespace) -> int:
                 counts = "; ".join(f"{name} ({count} images)" for name, count in held_out.items())
                 print(f"held out in turn: {counts}; {outside} images in no fold")
         here.wait()
+        for part in parts:  # all, before the first is trained
+            read_done(part.run_dir, recipe, part.train, part.val, part.val_name)
         try:
             results = [_train_part(part, further, recipe, args, device, here, started, accepted) for part in parts]
         except TimeUp:
@@ -237,13 +239,11 @@ def _train_part(
     here: Processes, started: float, accepted: Callable[[], None],
 ) -> dict[str, Any]:  # fmt: skip
     """Train one part to its end, or look up what came of it before; its scores."""
-    done = part.run_dir / _DONE_FILE
-    if done.exists():
-        content = read_json(done)
-        if content.get("recipe") == to_mapping(recipe) and "scores" in content:
-            if here.is_main:
-                print(f"{part.run_dir}: already trained, {_describe(content['scores'])}")
-            return content["scores"]
+    before = read_done(part.run_dir, recipe, part.train, part.val, part.val_name)
+    if before is not None:
+        if here.is_main:
+            print(f"{part.run_dir}: already trained, {_describe(before)}")
+        return before
     options = run_options(args, part.run_dir, here.is_main, spent_s=time.monotonic() - started)
     cache_bytes = round(args.cache_gb * 1e9)
     trainer = Trainer(recipe, part.train, part.run_dir, device, here, options, cache_bytes, further)
@@ -277,7 +277,7 @@ def _train_part(
         draw_log(part.run_dir / LOG)
         origin = args.recipe.name + (" --without-merging" if args.without_merging else "")
         scores = _finish(model_dir, config, recipe, origin, part, engine)
-        write_text(done, json.dumps({"recipe": to_mapping(recipe), "scores": scores}, indent=1) + "\n")
+        write_done(part.run_dir, recipe, part.train, part.val, scores)
     here.wait()
     return scores
 

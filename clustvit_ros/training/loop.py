@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from clustvit_ros.errors import DataError
+from clustvit_ros.errors import ConfigError, DataError
 from clustvit_ros.training.crops import Batch, Place
 from clustvit_ros.training.distributed import Processes
 from clustvit_ros.training.optimisation import (
@@ -77,6 +77,34 @@ class RunOptions(NamedTuple):
     checkpoint_every_s: float = 120.0
     compile: bool = False
     on_record: Callable[[dict[str, Any]], None] = lambda record: None
+
+
+def tensorboard_writer(run_dir: Path) -> Callable[[dict[str, Any]], None]:
+    """A function that logs an epoch's record for TensorBoard.
+
+    Raises:
+        ConfigError: TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            "--tensorboard needs the Python package tensorboard; install it, or this package with its "
+            "'tensorboard' extra"
+        ) from error
+    writer = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def write(record: dict[str, Any]) -> None:
+        for name, value in record.items():
+            if isinstance(value, dict):
+                for part, number in value.items():
+                    if number is not None:
+                        writer.add_scalar(f"{name}/{part}", number, record["epoch"])
+            elif isinstance(value, (int, float)) and name != "epoch":
+                writer.add_scalar(name, value, record["epoch"])
+        writer.flush()
+
+    return write
 
 
 class TrainingLoop(abc.ABC, Generic[Network]):

@@ -37,7 +37,7 @@ from clustvit_ros.training.distributed import Processes
 from clustvit_ros.training.initialisation import ENCODER_FILE, save_encoder
 from clustvit_ros.training.loop import Losses, RunOptions, TrainingLoop
 from clustvit_ros.training.recipe import Pretraining, Recipe
-from clustvit_ros.training.run_folder import writing
+from clustvit_ros.training.run_folder import hash_names, writing
 
 _HEAD_DIM = 32
 
@@ -125,7 +125,7 @@ class Pretrainer(TrainingLoop[MaskedAutoencoder]):
 
     Raises:
         ConfigError: the recipe has no `pretraining`, or its crop is not whole patches.
-        DataError: the checkpoint in `run_dir` was made with another recipe.
+        DataError: the checkpoint in `run_dir` was made with another recipe or other images.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class Pretrainer(TrainingLoop[MaskedAutoencoder]):
         fingerprint = {
             "name": f"{recipe.name} (pre-training)", "architecture": recipe.architecture, "network": recipe.network,
             "input": to_mapping(recipe.input), "augmentation": to_mapping(augmentation),
-            "pretraining": to_mapping(self.pretraining),
+            "pretraining": to_mapping(self.pretraining), "images": hash_names(images),
         }  # fmt: skip
         super().__init__(
             autoencoder, self.pretraining, len(images), fingerprint, run_dir, device, processes, options

@@ -23,7 +23,7 @@ import json
 import pickle
 import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from clustvit_ros.paths import hash_file, replacing
 from clustvit_ros.training.dataset import BadFile, LabelledImages
 from clustvit_ros.training.recipe import Recipe
 
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT, DONE_FILE = "checkpoint.pt", "done.json"
 _LOCK = ".lock"
 
 
@@ -136,12 +136,62 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
+def hash_names(images: Iterable[Path]) -> str:
+    """Of which images something learns: a hash of their names in any order, wherever they lie."""
+    names = "\0".join(sorted(image.name for image in images))
+    return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
+
+
+def write_done(
+    run_dir: Path, recipe: Recipe, train: LabelledImages, val: LabelledImages | None, scores: dict[str, Any]
+) -> None:
+    """Note for `read_done` what a training that came to its end learnt, and its scores."""
+    content = {"recipe": to_mapping(recipe), "images": _hash_names_of(train, val), "scores": scores}
+    write_text(run_dir / DONE_FILE, json.dumps(content, indent=1) + "\n")
+
+
+def read_done(
+    run_dir: Path, recipe: Recipe, train: LabelledImages, val: LabelledImages | None, split: str
+) -> dict[str, Any] | None:
+    """The scores of what was trained to its end in a folder; None where nothing was, or by another recipe.
+
+    Args:
+        run_dir: of a run, or of one of its folds.
+        recipe, train, val: what it would be trained by and on, and scored on, now.
+        split: what those that score it are called; empty for none.
+
+    Raises:
+        DataError: it was trained or scored on other images, as folds of another number are.
+        ConfigError: the file cannot be read.
+    """
+    path, images = run_dir / DONE_FILE, _hash_names_of(train, val)
+    content = read_json(path) if path.exists() else {}
+    scores = content.get("scores")
+    if content.get("recipe") != to_mapping(recipe) or not isinstance(scores, dict):
+        return None
+    # Versions that noted no names noted these two.
+    before = str(scores.get("split", "")).removesuffix(", held out"), scores.get("images", 0)
+    now = split, len(val) if val else 0
+    if before != now or content.get("images", images) != images:
+        told = [f"scored on {count} images of {name}" if name else "scored on none" for name, count in (before, now)]
+        raise DataError(
+            f"{run_dir}: was trained on other images: {told[0]}, this run would be {told[1]}; pass another run folder "
+            "(--out), or the data, --folds and group that it was made with"
+        )
+    return scores
+
+
+def _hash_names_of(train: LabelledImages, val: LabelledImages | None) -> dict[str, str]:
+    parts = {"train": train.pairs, "val": val.pairs if val else []}
+    return {name: hash_names(pair.image for pair in pairs) for name, pairs in parts.items()}
+
+
 def check_fingerprint(path: Path, saved: str, current: dict[str, Any]) -> None:
     """Refuse to continue a run that was made in another way.
 
     Args:
         path: checkpoint file, for the message.
-        saved: JSON of the fingerprint in it.
+        saved: JSON of the fingerprint in it; of versions that noted no images, without `images`.
         current: fingerprint of this run.
 
     Raises:
@@ -149,6 +199,12 @@ def check_fingerprint(path: Path, saved: str, current: dict[str, Any]) -> None:
     """
     before = json.loads(saved)
     after = json.loads(json.dumps(current))
+    images = after.pop("images", None)
+    if before.pop("images", images) != images:
+        raise DataError(
+            f"{path} was made with other images; pass an empty run folder (--out), or the images, --folds and group "
+            "that it was made with"
+        )
     if before.get("classes") != after.get("classes"):
         old, new = ([entry["name"] for entry in fingerprint.get("classes", [])] for fingerprint in (before, after))
         raise DataError(
@@ -275,34 +331,6 @@ def check_data_listing(run_dir: Path, listing: dict[str, Any]) -> None:
                 f"{run_dir}: the data changed since this run began: {', '.join(changed[:5])} ({len(changed)} "
                 f"file(s) of {split}); restore them, or pass an empty run folder (--out)"
             )
-
-
-def tensorboard_writer(run_dir: Path) -> Callable[[dict[str, Any]], None]:
-    """A function that logs an epoch's record for TensorBoard.
-
-    Raises:
-        ConfigError: TensorBoard is not installed.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigError(
-            "--tensorboard needs the Python package tensorboard; install it, or this package with its "
-            "'tensorboard' extra"
-        ) from error
-    writer = SummaryWriter(str(run_dir / "tensorboard"))
-
-    def write(record: dict[str, Any]) -> None:
-        for name, value in record.items():
-            if isinstance(value, dict):
-                for part, number in value.items():
-                    if number is not None:
-                        writer.add_scalar(f"{name}/{part}", number, record["epoch"])
-            elif isinstance(value, (int, float)) and name != "epoch":
-                writer.add_scalar(name, value, record["epoch"])
-        writer.flush()
-
-    return write
 
 
 def _is_number(value: Any) -> bool:

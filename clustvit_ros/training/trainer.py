@@ -44,7 +44,7 @@ from clustvit_ros.training.losses import (
     shareable,
 )
 from clustvit_ros.training.recipe import Recipe, Schedule
-from clustvit_ros.training.run_folder import CHECKPOINT
+from clustvit_ros.training.run_folder import CHECKPOINT, hash_names
 
 __all__ = ["CHECKPOINT", "LOG", "Trainer"]
 
@@ -67,7 +67,7 @@ class Trainer(TrainingLoop[Segmenter]):
         further: training images of a joint training's other data sets, in the recipe's order.
 
     Raises:
-        DataError: the checkpoint in `run_dir` was made with another recipe or class list.
+        DataError: the checkpoint in `run_dir` was made with another recipe, class list or images.
         ModelError: the weights of `init` do not fit.
         ConfigError: only merging is to be trained, and the network does not merge.
         DataError: a class never occurs in the training labels.
@@ -128,7 +128,7 @@ class Trainer(TrainingLoop[Segmenter]):
         if self.schedule.class_weighting:
             counts = self._joint.pixel_counts(counts) if self._joint else counts
             self._class_weights = frequency_weights(counts).to(device)
-        fingerprint = to_mapping(recipe)
+        fingerprint = {**to_mapping(recipe), "images": hash_names(pair.image for pair in images.pairs)}
         super().__init__(
             network, self.schedule, sum(drawn for _, drawn in self._counts), fingerprint, run_dir, device, processes,
             options,

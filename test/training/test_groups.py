@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 import yaml
 from toys import RECIPE
 
@@ -72,6 +73,40 @@ def test_folds_alone_train_no_model_of_all(train, write_recipe, drives, tmp_path
     recipe = write_recipe(schedule={"epochs": 1})
     assert train(recipe, tmp_path / "run", "--folds", "group", "--folds-only", data=drives("[^_]+")) == 0
     assert (tmp_path / "run/folds.json").exists() and not (tmp_path / "run/model").exists()
+
+
+def test_folds_of_other_images_are_neither_taken_over_nor_continued(train, write_recipe, tmp_path, capsys):
+    recipe, run = write_recipe(schedule={"epochs": 1}), tmp_path / "run"
+
+    def folds(count):
+        code = train(recipe, run, "--folds", str(count), "--folds-only")
+        return code, "".join(capsys.readouterr())
+
+    def change(file, alter):
+        content = json.loads(file.read_text())
+        alter(content)
+        file.write_text(json.dumps(content))
+
+    assert folds(2)[0] == 0
+    scores = (run / "folds.json").read_bytes()
+    told = "scored on 5 images of fold 1 of 2, this run would be scored on 4 images of fold 1 of 3; pass another run"
+    assert told in folds(3)[1]
+    # What earlier versions left says less, and is taken where that is no contradiction.
+    for fold in ("fold1", "fold2"):
+        change(run / fold / "done.json", lambda content: content.pop("images"))
+    assert told in folds(3)[1] and folds(2)[1].count("already trained") == 2
+    change(run / "fold2/done.json", lambda content: content.update(images={"train": "0", "val": "1"}))
+    assert "fold2: was trained on other images" in folds(2)[1]
+    for fold in ("fold1", "fold2"):
+        (run / fold / "done.json").unlink()
+    assert "checkpoint.pt was made with other images; pass an empty run folder" in folds(3)[1]
+    for fold in ("fold1", "fold2"):
+        state = torch.load(run / fold / "checkpoint.pt", weights_only=True)
+        state["fingerprint"] = json.dumps({k: v for k, v in json.loads(state["fingerprint"]).items() if k != "images"})
+        torch.save(state, run / fold / "checkpoint.pt")
+    code, printed = folds(2)
+    assert code == 0 and "epoch 1 of 1" in printed
+    assert json.loads((run / "folds.json").read_text())["summary"]["miou"] == json.loads(scores)["summary"]["miou"]
 
 
 def test_drives_of_train_alone_are_held_out_and_then_all_are_learnt(train, write_recipe, drives, tmp_path, capsys):

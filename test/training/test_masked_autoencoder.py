@@ -83,12 +83,15 @@ def test_pretrain_then_train_from_it(scenes, train, write_recipe, tmp_path, caps
     assert set(report["loaded"]) == set(weights) and not report["unknown"]
 
 
-def test_pretraining_continues_with_the_same_weights(scenes, write_recipe, tmp_path):
+def test_pretraining_continues_with_the_same_weights(scenes, write_recipe, tmp_path, capsys):
     recipe = write_recipe(pretraining={"epochs": 4, "batch_size": 5, "decoder_dim": 32, "decoder_depth": 1})
     command = ["pretrain", str(recipe), "--images", str(scenes / "train/images"), "--device", "cpu"]
     assert main([*command, "--out", str(tmp_path / "whole")]) == 0
     assert main([*command, "--out", str(tmp_path / "parts"), "--time-limit", "0.00001"]) == 75
     assert main([*command, "--out", str(tmp_path / "parts")]) == 0
+    other = [*command[:3], str(scenes / "val/images"), *command[4:]]
+    assert main([*other, "--out", str(tmp_path / "parts")]) == 2
+    assert "checkpoint.pt was made with other images" in capsys.readouterr().err
     whole, parts = (load_file(tmp_path / name / "encoder.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
 
