@@ -30,14 +30,14 @@ import yaml
 
 from clustvit_ros.classes import IGNORE_INDEX, ClassSet
 from clustvit_ros.errors import ConfigError, DataError, ImageError
-from clustvit_ros.images import check_pixels, read_image
-from clustvit_ros.training.label_files import fill_polygon, paint_mask, read_points, read_run_lengths
+from clustvit_ros.images import IMAGE_SUFFIXES, check_pixels, orientation, read_image
+from clustvit_ros.training import label_files
 from clustvit_ros.training.layouts import DATASET_FILE
 
 VOID = "void"
 _BACKGROUNDS, _VOIDS = ("background", "_background_"), ("void", "ignore", "__ignore__")
 _SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-_MAX_PIXELS = 1 << 28
+_MAX_PIXELS, _LONGEST_STEM_BYTES = 1 << 28, 200
 # What values of other types, sizes and signs than expected lead to.
 _MALFORMED = KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError, cv2.error
 _LABELME_SHAPES = {"polygon": 3, "rectangle": 2, "circle": 2, "mask": 2}
@@ -255,8 +255,8 @@ def _image_folder(path: Path, names: Sequence[str], given: Path | None) -> Path:
 def _painter(segmentation: Any, size: tuple[int, int]) -> Callable[[np.ndarray, int], None]:
     """What paints a COCO segmentation."""
     if isinstance(segmentation, dict):
-        return functools.partial(_set_where, read_run_lengths(segmentation, size))
-    return functools.partial(_fill, [read_points(flat) for flat in segmentation])
+        return functools.partial(label_files.paint_where, label_files.read_run_lengths(segmentation, size))
+    return functools.partial(_fill, [label_files.read_points(flat) for flat in segmentation])
 
 
 def _segments(path: Path, entry: Mapping[str, Any], category_names: Mapping[int, str]) -> Iterator[Region]:
@@ -269,7 +269,7 @@ def _segments(path: Path, entry: Mapping[str, Any], category_names: Mapping[int,
     ids = read_image(file).astype(np.int64) @ (1, 256, 65536)
     for part in entry["segments_info"]:
         mask = ids == int(part["id"])
-        yield Region(category_names[int(part["category_id"])], 0.0, functools.partial(_set_where, mask))
+        yield Region(category_names[int(part["category_id"])], 0.0, functools.partial(label_files.paint_where, mask))
 
 
 def _open_labelme(folder: Path, done: Conversion) -> Source:
@@ -301,17 +301,10 @@ def _labelme_shape(shape: Mapping[str, Any], left_out: Counter[str]) -> Region |
     if kind not in _LABELME_SHAPES:
         left_out[kind] += 1
         return None
-    points = read_points(shape["points"])
+    points = label_files.read_points(shape["points"])
     if len(points) < _LABELME_SHAPES[kind]:
         raise ValueError(f"{kind} {name!r} with {len(points)} points")
-    if kind == "circle":
-        angles = np.linspace(0.0, 2.0 * np.pi, 64, endpoint=False)
-        radius_px = float(np.hypot(*(points[1] - points[0])))
-        points = points[0] + radius_px * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    elif kind == "rectangle":
-        (left, top), (right, bottom) = points[:2]
-        points = np.array([(left, top), (right, top), (right, bottom), (left, bottom)])
-    elif kind == "mask":
+    if kind == "mask":
         try:
             data = base64.b64decode(shape["mask"], validate=True)
         except binascii.Error as error:
@@ -320,19 +313,13 @@ def _labelme_shape(shape: Mapping[str, Any], left_out: Counter[str]) -> Region |
         if mask is None:
             raise ValueError(f"mask {name!r} is no image")
         left, top = (round(float(value)) for value in points[0])
-        return Region(name, 0.0, lambda labels, value: paint_mask(labels, mask > 0, (top, left), value))
-    return Region(name, 0.0, functools.partial(_fill, [points]))
+        return Region(name, 0.0, lambda labels, value: label_files.paint_mask(labels, mask > 0, (top, left), value))
+    return Region(name, 0.0, functools.partial(_fill, [label_files.outline(kind, points)]))
 
 
 def _fill(polygons: Sequence[np.ndarray], labels: np.ndarray, value: int) -> None:
     for points in polygons:
-        fill_polygon(labels, points, value)
-
-
-def _set_where(mask: np.ndarray, labels: np.ndarray, value: int) -> None:
-    if mask.shape != labels.shape:
-        raise DataError(f"its segments are {mask.shape}, the image {labels.shape}")
-    labels[mask] = value
+        label_files.fill_polygon(labels, points, value)
 
 
 def _chosen_classes(found: Sequence[str], asked: Sequence[str], background: str) -> tuple[str, ...]:
@@ -355,9 +342,16 @@ def _paint(annotated: Annotated, place: Mapping[str, int], unlabelled: int) -> n
     check_pixels(*annotated.size, _MAX_PIXELS)
     if not annotated.image.is_file():
         raise DataError(f"the image {annotated.image} is missing")
+    if _suffix(annotated.image) not in IMAGE_SUFFIXES:
+        raise DataError(f"{annotated.image} cannot be trained on, expected {', '.join(IMAGE_SUFFIXES)}; convert it")
     size = read_image(annotated.image).shape[:2]
     if size != annotated.size:
         raise DataError(f"labelled as {annotated.size}, the image is {size}: it was turned or resized since")
+    if orientation(annotated.image) != 1:  # which keeps the size: nothing tells on which pixels was drawn
+        raise DataError(
+            f"the image {annotated.image} is stored turned or mirrored, its labels may be drawn on it as viewers show "
+            "it or as stored; turn its pixels (exiftran -ai) for the former, drop its orientation tag for the latter"
+        )
     labels = np.full(annotated.size, unlabelled, np.uint8)
     try:
         for region in sorted(annotated.regions(), key=lambda region: -region.area):
@@ -378,7 +372,8 @@ def _split_of(*names: str) -> str:
 
 def _free_stem(name: str, split: str, used: set[str]) -> str:
     """A stem in one flat folder for a name that may have folders in it, or anything else."""
-    base = re.sub(r"[^\w.-]+", "_", re.sub(r"\.\w+$", "", name)).strip("._")[:200] or "image"
+    base = re.sub(r"[^\w.-]+", "_", re.sub(r"\.\w+$", "", name)).strip("._")
+    base = base.encode()[:_LONGEST_STEM_BYTES].decode(errors="ignore") or "image"
     stem, number = base, 1
     while f"{split}/{stem.lower()}" in used:
         number += 1
@@ -387,10 +382,16 @@ def _free_stem(name: str, split: str, used: set[str]) -> str:
     return stem
 
 
+def _suffix(image: Path) -> str:
+    """What its file is called at the end in a data set: JPEGs have names that `train` does not look for."""
+    suffix = image.suffix.lower()
+    return ".jpg" if suffix in (".jfif", ".jpe") else suffix
+
+
 def _write_pair(folder: Path, stem: str, image: Path, labels: np.ndarray, copy: bool) -> None:
     for name in ("images", "labels"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    target = folder / "images" / (stem + image.suffix)
+    target = folder / "images" / (stem + _suffix(image))
     if not copy:
         with suppress(OSError):  # file systems without links
             target.symlink_to(image.resolve())

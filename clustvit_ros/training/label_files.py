@@ -252,6 +252,24 @@ def read_points(values: Any) -> np.ndarray:
     return points
 
 
+def outline(kind: str, points: np.ndarray) -> np.ndarray:
+    """(N, 2) corners of a shape of labelme's.
+
+    Args:
+        kind: "rectangle", "circle" or any other.
+        points: (M, 2) two opposite corners of a rectangle, or all four, as other programs write them; centre of a
+            circle and a point on it; else the corners themselves.
+    """
+    if kind == "rectangle":
+        (left, top), (right, bottom) = points.min(axis=0), points.max(axis=0)
+        return np.array([(left, top), (right, top), (right, bottom), (left, bottom)])
+    if kind == "circle":
+        angles = np.linspace(0.0, 2.0 * np.pi, 64, endpoint=False)
+        radius_px = float(np.hypot(*(points[1] - points[0])))
+        return points[0] + radius_px * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    return points
+
+
 def fill_polygon(labels: np.ndarray, points: np.ndarray, value: int) -> None:
     """Set the pixels whose centres lie inside; OpenCV's fillPoly adds half a pixel all around.
 
@@ -282,3 +300,14 @@ def paint_mask(labels: np.ndarray, mask: np.ndarray, corner: tuple[int, int], va
     top, left = corner
     inside = labels[max(top, 0) : max(top + mask.shape[0], 0), max(left, 0) : max(left + mask.shape[1], 0)]
     inside[mask[max(-top, 0) :, max(-left, 0) :][: inside.shape[0], : inside.shape[1]]] = value
+
+
+def paint_where(mask: np.ndarray, labels: np.ndarray, value: int) -> None:
+    """Set the pixels of an (H, W) bool `mask`.
+
+    Raises:
+        DataError: it is of another size.
+    """
+    if mask.shape != labels.shape:
+        raise DataError(f"its segments are {mask.shape}, the image {labels.shape}")
+    labels[mask] = value

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from clustvit_ros.classes import IGNORE_INDEX
 from clustvit_ros.cli.main import main
@@ -157,6 +158,38 @@ def test_labelme_shapes(tmp_path: Path) -> None:
     assert (labels[20:23, 1:5] == 1).all() and (labels[20:, 28:] == IGNORE_INDEX).all()
     assert abs((labels[:, 23:] == 0).sum() - np.pi * 9) < 4
     assert not (tmp_path / "out" / "train" / "images" / "0.jpg").is_symlink()
+
+
+def test_rectangles_of_four_corners_and_what_a_file_is_called(tmp_path: Path) -> None:
+    """As forks of labelme write them, and browsers and cameras name pictures."""
+    names = ("a.JFIF", "b.jpe", "drive/" + "\u753b" * 83 + ".JPG")
+    for name in names:
+        put_image(tmp_path / "in" / "picture.jpg")
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / "picture.jpg").rename(tmp_path / "in" / name)
+        shape = {"label": "crop", "points": [[4, 8], [12, 8], [12, 20], [4, 20]], "shape_type": "rectangle"}
+        put_json(tmp_path / "in" / Path(name).with_suffix(".json"), labelme(shape, image=Path(name).name))
+    put_image(tmp_path / "in" / "c.png")
+    (tmp_path / "in" / "c.png").rename(tmp_path / "in" / "c.ppm")
+    put_json(tmp_path / "in" / "c.json", labelme(shape, image="c.ppm"))
+    done = convert_labels([tmp_path / "in"], tmp_path / "out", val_every=0)
+    assert done.counts == {"train": 3} and "c.ppm cannot be trained on, expected .jpg, .jpeg" in done.problems[0]
+    assert len(open_data_set(tmp_path / "out").open("train", 2)) == 3
+    assert (labels_of(tmp_path / "out")[1] == 0).sum() == 12 * 8
+
+
+@pytest.mark.parametrize("tag", [2, 3, 4])
+def test_pictures_that_are_stored_turned_are_told(tmp_path: Path, tag: int) -> None:
+    """Nothing says whether their labels are drawn on what is stored, or on what viewers show."""
+    tags = Image.Exif()
+    tags[0x0112] = tag
+    Image.new("RGB", SIZE[::-1]).save(tmp_path / "a.jpg", exif=tags)
+    put_image(tmp_path / "b.jpg")
+    for name in ("a", "b"):
+        shape = {"label": "crop", "points": [[0, 0], [9, 9]], "shape_type": "rectangle"}
+        put_json(tmp_path / f"{name}.json", labelme(shape, image=f"{name}.jpg"))
+    done = convert_labels([tmp_path], tmp_path / "out", val_every=0)
+    assert done.counts == {"train": 1} and "a.jpg is stored turned or mirrored" in done.problems[0]
 
 
 def test_classes_are_chosen_and_ordered(tmp_path: Path) -> None:
