@@ -94,8 +94,9 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--calibrate: got --merge or --decode as well, which are written nowhere; leave them out")
     if args.calibrate:
         refuse_shipped(args.model, "--calibrate")
-    if len(set(args.split)) < len(args.split):
-        raise ConfigError(f"--split: got {' '.join(args.split)}, expected each once: images would count twice")
+    for option, names in (("split", args.split), ("group", args.group)):
+        if len(set(names)) < len(names):
+            raise ConfigError(f"--{option}: got {' '.join(names)}, expected each once: images would count twice")
     with tempfile.TemporaryDirectory(prefix="clustvit_evaluate_") as folder:
         variants = [find_variants(args, model, Path(folder, str(index))) for index, model in enumerate(args.model)]
         models = [variant for of_one in variants for variant in of_one]

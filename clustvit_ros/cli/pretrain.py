@@ -21,7 +21,7 @@ from clustvit_ros.classes import ClassEntry
 from clustvit_ros.cli.arguments import EXIT_TIME_UP, add_training_options, prepare
 from clustvit_ros.cli.train import overridden, run_options
 from clustvit_ros.engine.network_engine import select_device
-from clustvit_ros.errors import DataError
+from clustvit_ros.errors import ConfigError, DataError
 from clustvit_ros.images import read_image
 from clustvit_ros.paths import find_recipe
 from clustvit_ros.training.dataset import BadFile, find_images, list_findings
@@ -54,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
         # The encoder does not depend on the classes, and the images need not have any.
         recipe = dataclasses.replace(recipe, classes=(ClassEntry("none", (0, 0, 0)),))
     run_dir = args.out or Path("runs") / f"{recipe.name}_pretraining"
+    if len({folder.resolve() for folder in args.images}) < len(args.images):
+        raise ConfigError(f"--images: got {' '.join(map(str, args.images))}, expected each folder once")
     images = _usable([path for folder in args.images for path in find_images(folder).values()], args.bad_data)
     with processes(args.device) as (here, device_name), owned(run_dir) if here.is_main else nullcontext():
         device, reason = select_device(device_name)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import concurrent.futures
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -46,7 +47,7 @@ class LabelledImages:
         strict: False leaves images without label out, and lists them in `findings`.
 
     Raises:
-        DataError: a folder is missing or empty, or files lack their partner (each is named).
+        DataError: a folder is missing or empty, files lack their partner, or an image is there twice (each is named).
     """
 
     def __init__(self, images_dir: Path, labels_dir: Path, num_classes: int, strict: bool = True) -> None:
@@ -65,6 +66,11 @@ class LabelledImages:
     def _fill(self, pairs: list[Pair], num_classes: int, read: LabelReader, where: str, strict: bool) -> None:
         self.num_classes, self.where = num_classes, where
         self._read = read
+        if again := [pair.stem for pair, count in Counter(pairs).items() if count > 1]:
+            raise DataError(
+                f"{where}: {len(again)} image(s) are there more than once, and would count as often: {_names(again)}; "
+                "name each once, in one list or split"
+            )
         missing = [pair for pair in pairs if not pair.label.is_file()]
         if missing and strict:
             stems = _names([pair.stem for pair in missing])
@@ -166,6 +172,12 @@ def joined(data: Sequence[LabelledImages], same_classes: bool = False) -> Labell
     Args:
         data: the data sets.
         same_classes: whether they have the same classes; else the ids of each follow on those of the ones before.
+
+    Returns:
+        All images, with the `findings` of all.
+
+    Raises:
+        DataError: an image is in several of them.
     """
     readers: dict[Pair, tuple[LabelReader, int]] = {}
     first_id, total = 0, 0
@@ -180,7 +192,9 @@ def joined(data: Sequence[LabelledImages], same_classes: bool = False) -> Labell
         return np.where(labels == IGNORE_INDEX, IGNORE_INDEX, labels + first).astype(np.uint8)
 
     pairs = [pair for part in data for pair in part.pairs]
-    return LabelledImages.of_pairs(pairs, total, read, " and ".join(part.where for part in data))
+    whole = LabelledImages.of_pairs(pairs, total, read, " and ".join(part.where for part in data))
+    whole.findings = [finding for part in data for finding in part.findings]
+    return whole
 
 
 _ORIENTATION_REMEDY = "whose orientation tag is not applied, as in messages; turn its pixels and drop the tag"

@@ -222,12 +222,19 @@ def _reader(content: _DatasetFile, classes: ClassSet, path: Path) -> LabelReader
     return ColourLabels(classes.colours, ignored)
 
 
-def _read_list(path: Path) -> list[str]:
+def _read_lines(path: Path) -> list[str]:
+    """What a text file names, one a line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    names = [Path(line.strip()) for line in lines if line.strip()]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: cannot be read ({error.reason}), expected text in UTF-8; save it as that") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _read_list(path: Path) -> list[str]:
+    names = [Path(line) for line in _read_lines(path)]
     # Stems may hold dots, as 2007.00001 does.
     return [name.stem if name.suffix.lower() in IMAGE_SUFFIXES else name.name for name in names]
 
@@ -276,8 +283,7 @@ def _rumexweeds(root: Path) -> DataSet:
     def listed(split: str) -> Callable[[int, bool], LabelledImages]:
         def open_split(num_classes: int, strict: bool) -> LabelledImages:
             lists = sorted((root / "dataset_splits").glob(f"*random_{split}.txt"))
-            names = [line.strip() for path in lists for line in path.read_text(encoding="utf-8").splitlines()]
-            images = [root / name for name in dict.fromkeys(names) if name]
+            images = [root / name for name in dict.fromkeys(line for path in lists for line in _read_lines(path))]
             pairs = [Pair(image, image.parent.parent / "annotations_seg.xml") for image in images]
             return LabelledImages.of_pairs(pairs, num_classes, read, f"{root} ({split})", strict)
 

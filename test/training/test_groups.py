@@ -159,5 +159,31 @@ def test_evaluate_scores_each_drive(finished, drives, tmp_path, capsys):
     alone = evaluate("--split", "train", "val", "--group", "a")
     assert alone["images"] == 6 and alone["miou"] == found["groups"]["a"]["miou"]
     assert evaluate("--split", "val", "val") == 2 and "expected each once" in capsys.readouterr().err
+    assert evaluate("--group", "a", "a") == 2 and "--group: got a a, expected each once" in capsys.readouterr().err
+    # What has no label is told of all splits.
+    next((data / "train/labels").iterdir()).unlink()
+    assert evaluate("--split", "train", "val", "--bad-data", "skip")["images"] == 12
+    assert "1 file(s) cannot be used" in capsys.readouterr().err
     assert evaluate("--group", "c") == 2
     assert "--group: got c; the groups of these images are a, b" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("train_list", "val_list", "message"),
+    [
+        (b"000\n001\n000.png\n", b"002\n", "1 image(s) are there more than once, and would count as often: 000; name"),
+        (b"000\n001\n", b"001\n", "1 image(s) are there more than once, and would count as often: 001; name"),
+        (b"000\nstra\xdfe\n", b"001\n", "train.txt: cannot be read (invalid continuation byte), expected text"),
+    ],
+)
+def test_lists_that_name_an_image_twice_or_are_no_text(
+    scenes, finished, tmp_path, capsys, train_list, val_list, message
+):
+    for name, names in (("train", train_list), ("val", val_list)):
+        (tmp_path / f"{name}.txt").write_bytes(names)
+    places = {"images": str(scenes / "train/images"), "labels": str(scenes / "train/labels")}
+    splits = {name: {**places, "list": f"{name}.txt"} for name in ("train", "val")}
+    (tmp_path / "dataset.yaml").write_text(yaml.safe_dump({"classes": RECIPE["classes"], "splits": splits}))
+    command = ["evaluate", "--model", str(finished / "model"), "--data", str(tmp_path), "--device", "cpu"]
+    assert main([*command, "--split", "train", "val"]) == 2
+    assert message in capsys.readouterr().err

@@ -100,6 +100,8 @@ def test_recipes_that_cannot_pretrain(scenes, write_recipe, tmp_path, capsys):
     images = ["--images", str(scenes / "train/images"), "--out", str(tmp_path / "x"), "--device", "cpu"]
     assert main(["pretrain", str(write_recipe()), *images]) == 2
     assert "pretraining is missing" in capsys.readouterr().err
+    assert main(["pretrain", str(write_recipe()), *images[:2], images[1], *images[2:]]) == 2
+    assert "expected each folder once" in capsys.readouterr().err
     recipe = write_recipe(pretraining={"epochs": 1, "crop_size": [40, 64]})
     assert main(["pretrain", str(recipe), *images]) == 2
     assert "crop_size is [40, 64], expected multiples of the patch size 16" in capsys.readouterr().err
