@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         sources = [find_model(model) for model, of_one in zip(args.model, variants, strict=True) for _ in of_one]
         configs = _with_distinct_names([load_config(model) for model in models], sources)
         opened = [_grouped(args, _open(args, config)) for config in configs]  # all, before the first is scored
-        results = []
+        results, shown = [], list[Path]()
         for model, config, (data, groups) in zip(models, configs, opened, strict=True):
             tell_merges_nothing(args, config.name, config.network.merges)
             engine = create_engine(str(model), "torch", args.device, args.threads, args.precision)
@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
                 save_config(model, dataclasses.replace(load_config(model), temperature=temperature))
                 print(f"{config.name}: temperature {temperature:g} instead of {config.temperature:g}, in {model}")
                 engine = create_engine(str(model), "torch", args.device, args.threads, args.precision)
-            results.append(_evaluate(args, config, engine, data, groups, settings, several=len(configs) > 1))
+            results.append(_evaluate(args, config, engine, data, groups, settings, len(configs) > 1, shown))
     if len(results) > 1:
         print("\n".join(markdown_table([_TITLES, *map(_row, results)])))
     if args.json:
@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
         for line in comparisons:
             print(line["text"])
         where = f"{args.data}: {', '.join(args.split + args.group)}" if args.data else str(args.images)
-        print(f"report in {write_report(args.report, where, results, configs, comparisons)}")
+        print(f"report in {write_report(args.report, where, results, configs, comparisons, sorted(shown))}")
     return 0
 
 
@@ -215,9 +215,9 @@ def open_labelled(
 
 def _evaluate(
     args: argparse.Namespace, config: ModelConfig, engine: Engine, data: LabelledImages, groups: dict[str, list[int]],
-    settings: Settings, several: bool,
+    settings: Settings, several: bool, shown: list[Path],
 ) -> dict[str, Any]:  # fmt: skip
-    """Scores of one model; printed, and with its pictures written."""
+    """Scores of one model; printed, and with its pictures written, those of the report added to `shown`."""
     palette = config.classes.palette()
     chosen = {data.pairs[(2 * i + 1) * len(data) // (2 * _REPORT_PICTURES)].stem for i in range(_REPORT_PICTURES)}
 
@@ -226,8 +226,8 @@ def _evaluate(
         if args.pictures:
             write_image(args.pictures / f"{name}.png", comparison(sample, prediction, palette))
         if args.report and sample.stem in chosen:
-            picture = args.report / "pictures" / f"{config.name}_{sample.stem}.jpg"
-            write_image(picture, comparison(sample, prediction, palette))
+            shown.append(args.report / "pictures" / f"{config.name}_{sample.stem}.jpg")
+            write_image(shown[-1], comparison(sample, prediction, palette))
 
     count_gflops = gflops_counter(config)
     draws = args.pictures is not None or args.report is not None
@@ -253,9 +253,10 @@ def _evaluate(
     if args.report and not args.no_sweep:
         samples = [data[index] for index in range(len(data))]
         merges = config.network.merges
+        merging = ladder_settings(scores["tokens_total"]) if merges else [Settings(1.0, confidence=False)]
         rows = sweep(
             engine, [sample.image for sample in samples], [sample.labels for sample in samples],
-            ladder_settings(scores["tokens_total"]) if merges else [Settings(1.0, confidence=False)], count_gflops,
+            [dataclasses.replace(each, input_scale=settings.input_scale) for each in merging], count_gflops,
         )  # fmt: skip
         result["sweep"] = [dataclasses.asdict(row) for row in rows]
     return result

@@ -86,30 +86,33 @@ def _points(result: dict[str, Any], twin: dict[str, Any]) -> list[tuple[str, flo
     merged = f"{100 * result['tokens_merged_mean']:.0f} % merged"
     points = [("as evaluated", result["miou"], f"{merged}, {result['gflops_mean']:.1f} GFLOPs")]
     rows = result.get("sweep", [])
-    total = result["tokens_total"]
-    enough = [row for row in rows if 1 - row["tokens_kept_mean"] / total >= _MERGED_POINT]
+    enough = [row for row in rows if _merged(row) >= _MERGED_POINT]
     halved = [row for row in rows if row["gflops_mean"] <= twin["gflops_mean"] / 2]
     if enough:
         row = max(enough, key=lambda row: (row["tokens_kept_mean"], row["accuracy"]))
-        points.append((f"at {100 * _MERGED_POINT:.0f} % merged", row["accuracy"], _setting(row, total)))
+        points.append((f"at {100 * _MERGED_POINT:.0f} % merged", row["accuracy"], _setting(row)))
     if halved:
         row = max(halved, key=lambda row: row["accuracy"])
-        points.append(("at half the GFLOPs", row["accuracy"], _setting(row, total)))
+        points.append(("at half the GFLOPs", row["accuracy"], _setting(row)))
     return points
 
 
-def _setting(row: dict[str, Any], total: int) -> str:
+def _merged(row: dict[str, Any]) -> float:
+    """Share of its own tokens that a setting merges."""
+    return 1 - row["tokens_kept_mean"] / row["tokens_total"]
+
+
+def _setting(row: dict[str, Any]) -> str:
     capacity = f", token_capacity {row['token_capacity']}" if row["token_capacity"] else ""
-    merged = 100 * (1 - row["tokens_kept_mean"] / total)
-    threshold = row["merge_threshold"]
+    merged, threshold = 100 * _merged(row), row["merge_threshold"]
     return f"merge_threshold {threshold:g}{capacity}: {merged:.0f} % merged, {row['gflops_mean']:.1f} GFLOPs"
 
 
 def write_report(
     folder: Path, data: str, results: Sequence[dict[str, Any]], configs: Sequence[ModelConfig],
-    comparisons: Sequence[dict[str, Any]],
+    comparisons: Sequence[dict[str, Any]], pictures: Sequence[Path] = (),
 ) -> Path:  # fmt: skip
-    """Write `report.json` and `report.html`; pictures in `pictures/` of the folder are shown.
+    """Write `report.json` and `report.html`.
 
     Args:
         folder: made if it does not exist.
@@ -117,6 +120,7 @@ def write_report(
         results: scores of the models, with details.
         configs: configurations of the models.
         comparisons: what `compare_twins` gave.
+        pictures: JPEGs to show.
 
     Returns:
         The HTML file.
@@ -135,7 +139,6 @@ def write_report(
     parts.append("<h2>Confusion</h2><p>Rows: truth. Columns: prediction. Percent of the row's pixels.</p>")
     for result, config in zip(results, configs, strict=True):
         parts.append(f"<h3>{html.escape(result['model'])}</h3>" + _embedded(_plot_confusion(result, config)))
-    pictures = sorted((folder / "pictures").glob("*.jpg"))
     if pictures:
         parts.append("<h2>Pictures</h2>")
         for path in pictures:
@@ -178,7 +181,6 @@ def _plot_sweeps(results: Sequence[dict[str, Any]]):
     figure, axes = new_figure((16.5, 4.0), columns=3)
     for index, result in enumerate(results):
         rows = result.get("sweep", [])
-        total = result["tokens_total"]
         for kind, marker in (("threshold", "o"), ("capacity", "s")):
             chosen = [row for row in rows if bool(row["token_capacity"]) == (kind == "capacity")]
             if not chosen:
@@ -191,7 +193,7 @@ def _plot_sweeps(results: Sequence[dict[str, Any]]):
                 (
                     [row["gflops_mean"] for row in chosen],
                     [row["latency_ms_p50"] for row in chosen],
-                    [100 * (1 - row["tokens_kept_mean"] / total) for row in chosen],
+                    [100 * _merged(row) for row in chosen],
                 ),
                 strict=True,
             ):

@@ -182,6 +182,13 @@ def test_report_compares_models_and_settings(model_dir, twin_dir, labelled_dir, 
     page = (tmp_path / "report/report.html").read_text()
     assert page.count("data:image/png;base64,") == 5 and page.count("data:image/jpeg;base64,") == 6
     assert "http" not in page  # it holds everything it shows
+    # Another one in the same place shows its own pictures, and sweeps at the size that it scores.
+    one = ["evaluate", "--model", str(model_dir), *paths, "--device", "cpu", "--report", str(tmp_path / "report")]
+    assert main([*one, "--input-scale", "0.5"]) == 0
+    small = json.loads((tmp_path / "report/report.json").read_text())["models"][0]
+    assert {(r["input_scale"], r["tokens_total"]) for r in small["sweep"]} == {(0.5, small["tokens_total"])}
+    assert small["tokens_total"] == 12 and max(r["gflops_mean"] for r in small["sweep"]) < operations[-1] / 2
+    assert (tmp_path / "report/report.html").read_text().count("data:image/jpeg;base64,") == 3
 
 
 def test_several_models_go_into_one_file(model_dir, twin_dir, labelled_dir, tmp_path):
