@@ -33,7 +33,7 @@ from clustvit_ros.networks.model_folder import WEIGHTS_FILE, load_config, load_s
 from clustvit_ros.networks.segmenter import Segmenter, check_weights
 from clustvit_ros.networks.vit import VisionTransformer
 from clustvit_ros.networks.weights import POSITIONS, fit_positions, import_weights
-from clustvit_ros.paths import MODEL_FILE, replacing, share_dir
+from clustvit_ros.paths import MODEL_FILE, find_model, replacing
 from clustvit_ros.training.recipe import Recipe
 
 ENCODER_FILE = "encoder.safetensors"
@@ -91,8 +91,8 @@ def load_init(network: Segmenter, source: str | Path, classes: Sequence[str] = (
 
     Args:
         network: its backbone has to be a ViT as this package builds it; changed in place.
-        source: a model folder, a shipped model's name, or a file of weights (.safetensors, or what `torch.load` reads
-            with `weights_only=True`).
+        source: a model folder, the name of one that is shipped or that the user got, or a file of weights
+            (.safetensors, or what `torch.load` reads with `weights_only=True`).
         classes: names of the network's classes, of a joint training those of its own data, which stand first in the
             classifier. Where the weights are a model's, each class starts as the one of its name there; where nobody
             says what their classes are, a classifier of just so many is taken row by row.
@@ -234,13 +234,14 @@ def _find(source: str | Path) -> Path:
     path = Path(source).expanduser()
     if path.is_file():
         return path
-    for folder in (path, share_dir() / "models" / str(source)):
-        if (folder / MODEL_FILE).is_file():
-            return folder / WEIGHTS_FILE
-    found = f"is a folder without {MODEL_FILE}" if path.is_dir() else "does not exist"
-    raise ModelError(
-        f"init: {source} {found}; expected a file of weights, a model folder or a shipped model's name"
-    )
+    try:
+        return find_model(source) / WEIGHTS_FILE
+    except ModelError as error:
+        found = f"is a folder without {MODEL_FILE}" if path.is_dir() else "does not exist"
+        raise ModelError(
+            f"init: {source} {found}; expected a file of weights, a model folder, or the name of a model that is "
+            "shipped or that `clustvit-ros get` brought"
+        ) from error
 
 
 # Weights that hold several matrices side by side: queries, keys and values along the rows; token and representative

@@ -23,7 +23,8 @@ from toys import CLASSES
 from clustvit_ros.errors import ModelError
 from clustvit_ros.networks import build_network, load_config, load_segmenter, network_config, save_model
 from clustvit_ros.networks.official import to_official
-from clustvit_ros.training.initialisation import load_init, save_encoder
+from clustvit_ros.paths import find_recipe
+from clustvit_ros.training.initialisation import known_classes, load_init, save_encoder
 from clustvit_ros.training.recipe import read_recipe
 from clustvit_ros.training.trainer import Trainer
 
@@ -271,6 +272,18 @@ def test_what_cannot_be_used_is_said(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(ModelError, match="no tensors by name"):
         load_init(target, tmp_path / "list.pth")
+
+
+def test_a_model_that_the_user_got_is_found_by_its_name(toy_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    shutil.copytree(toy_run / "model", tmp_path / "clustvit_ros/models/got")
+    config, trained = load_config("got"), load_segmenter("got")
+    network = build_network(config.network, len(config.classes))
+    report = load_init(network, "got", config.classes.names)
+    assert report.source == str(tmp_path / "clustvit_ros/models/got/model.safetensors") and not report.missing
+    assert all(torch.equal(value, network.state_dict()[name]) for name, value in trained.state_dict().items())
+    recipe = read_recipe(find_recipe("add_merging"), "got")
+    assert (recipe.init, recipe.architecture) == ("got", "clustvit_t") and known_classes(recipe.init) == CLASSES
 
 
 def test_pickled_code_is_never_run(tmp_path):
