@@ -116,7 +116,7 @@ class Carrier(Generic[T]):
     """Knows how the newest picture of a camera moved since the newest engine result was made. For one thread.
 
     Args:
-        memory: how many pictures a result may be late.
+        memory: how many pictures a result may be late; what came before the newest result's is forgotten.
     """
 
     def __init__(self, memory: int) -> None:
@@ -166,7 +166,13 @@ class Carrier(Generic[T]):
                 return False
             source.motion = motion if source.motion is None else motion.after(source.motion)
         self.source = source
+        while self._motions[0][0] < number:
+            self._motions.popleft()
         return True
+
+    def has_forgotten(self, number: int) -> bool:
+        """Whether a picture is longer ago than `memory` pictures, so that no result of it can be carried."""
+        return len(self._motions) == self._motions.maxlen and number < self._motions[0][0]
 
     def forget(self) -> None:
         """What comes next has nothing to do with what was."""

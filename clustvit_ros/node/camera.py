@@ -62,6 +62,7 @@ class Fate:
     Args:
         arrival_s: monotonic seconds of its arrival.
         taken_s: monotonic seconds at which the engine's thread took it; None before.
+        expected: the engine had nothing else to do when it came, and was to get it.
         over_rate: there are more frames than `max_rate_hz`, and this is one too many.
         dropped: the engine will not see it.
         left: no mask will be carried to it.
@@ -71,6 +72,7 @@ class Fate:
 
     arrival_s: float = field(default_factory=time.monotonic)
     taken_s: float | None = None
+    expected: bool = False
     over_rate: bool = False
     dropped: bool = False
     left: bool = True

@@ -13,6 +13,7 @@ published, it is what later frames get, brought forward to the present.
 
 from __future__ import annotations
 
+import math
 import statistics
 import threading
 import time
@@ -33,10 +34,11 @@ from clustvit_ros.node.frame import Decoded, Made, MaskPublisher, decode, is_wat
 _LOG_PERIOD_S = 5.0
 # Frames that wait to be followed; with more, the oldest goes unfilled.
 _MOST_WAITING = 2
-# Mades that come later than so many pictures are of no use.
-_MEMORY_FRAMES = 32
+# An engine's mask that comes later than so many pictures is not carried; 0.2 MB are kept of each until it comes.
+_MEMORY_FRAMES = 128
 # Further back, stamps are those of another recording or clock; and a mask is not carried over a longer pause.
 _RESTART_S = 1.0
+_TOLD_S = 2.0
 _SAMPLES = 9
 # After so long without a frame the engine may have the core back.
 _IDLE_S = 1.0
@@ -54,6 +56,7 @@ class _Lane:
         # The executor's.
         self.stamp_ns = 0
         self.arrival_s: float | None = None
+        self.left_out_s = -math.inf
         # The filling thread's; `engine_s` and `period_s` are only appended to by others.
         self.carrier: Carrier[tuple[Frame, Made]] = Carrier(_MEMORY_FRAMES)
         self.left: tuple[Decoded, float] | None = None
@@ -62,12 +65,14 @@ class _Lane:
 
     def engine_is_in_time(self, frame: Frame) -> bool:
         """Whether the engine's own mask is expected before the camera's next frame."""
-        taken_s = frame.fate.taken_s
+        fate = frame.fate
+        # Flow may be done before the thread of an idle engine has woken up.
+        taken_s = fate.arrival_s if fate.taken_s is None and fate.expected and not fate.dropped else fate.taken_s
         if taken_s is None:
             return False
         if not self.engine_s or not self.period_s:
             return True
-        return taken_s + statistics.median(self.engine_s) < frame.fate.arrival_s + statistics.median(self.period_s)
+        return taken_s + statistics.median(self.engine_s) < fate.arrival_s + statistics.median(self.period_s)
 
 
 class FrameFiller:
@@ -86,6 +91,7 @@ class FrameFiller:
         self._cameras, self._publisher = cameras, publisher
         self._logger, self._context_ok = logger, context_ok
         self._lanes: dict[str, _Lane] = {}
+        self._opencv_threads = cv2.getNumThreads()
         self._condition = threading.Condition()
         self._jobs: deque[tuple[_Lane, Frame, Made | None, bool]] = deque()
         self._thread: threading.Thread | None = None
@@ -111,9 +117,15 @@ class FrameFiller:
                 self._leave(frame)
         if thread is not None and thread is not threading.current_thread():
             thread.join(1.0)
+        for lane in self._lanes.values():
+            self._leave_waiting(lane)
 
-    def offer(self, frame: Frame) -> bool:
+    def offer(self, frame: Frame, engine_is_idle: bool = False) -> bool:
         """Take notice of a frame that has arrived, before anybody else gets it.
+
+        Args:
+            frame: the frame.
+            engine_is_idle: whether it would be the engine's next, at once.
 
         Returns:
             False for a frame that the engine is not to get: there are more than `max_rate_hz`, or its mask would come
@@ -122,11 +134,15 @@ class FrameFiller:
         lane = self._lanes.get(frame.camera)
         if lane is None or not lane.camera.parameters.fills or not is_watched(lane.camera):
             return not frame.fate.over_rate
-        restarts, behind_s = False, (lane.stamp_ns - frame.stamp_ns) / 1e9
+        arrival_s, before_s = frame.fate.arrival_s, lane.arrival_s
+        behind_s = (lane.stamp_ns - frame.stamp_ns) / 1e9
+        # Also where all that came for so long has been left out: a short recording in a loop, a stamp that never moves.
+        restarts = before_s is not None and arrival_s - before_s > _RESTART_S
         if frame.stamp_ns and lane.stamp_ns and behind_s >= 0.0:
             name = f"{frame.camera}: " if frame.camera else ""
-            restarts = behind_s > _RESTART_S
+            restarts |= behind_s > _RESTART_S
             if not restarts:
+                lane.left_out_s = arrival_s
                 self._logger.warning(
                     f"{name}an image's stamp is {1000 * behind_s:.1f} ms before its predecessor's, or the same: it is "
                     "left out, masks come in the order of stamps; does a second camera publish on this topic?",
@@ -137,15 +153,22 @@ class FrameFiller:
                 f"{name}stamps went back by {behind_s:.1f} s: masks start over from here",
                 throttle_duration_sec=_LOG_PERIOD_S,
             )
-        self.used, lane.stamp_ns = True, frame.stamp_ns
-        arrival_s, before_s = frame.fate.arrival_s, lane.arrival_s
-        lane.arrival_s = arrival_s
-        if before_s is not None:
-            restarts |= arrival_s - before_s > _RESTART_S
-            if not restarts:
-                lane.period_s.append(arrival_s - before_s)
+        self.used, lane.stamp_ns, lane.arrival_s = True, frame.stamp_ns, arrival_s
+        if before_s is not None and not restarts:
+            lane.period_s.append(arrival_s - before_s)
+        frame.fate.expected = engine_is_idle and not frame.fate.over_rate
         self._put(lane, frame, None, restarts)
         return not frame.fate.over_rate
+
+    def problem_of(self, camera: str) -> str:
+        """Why frames of a camera were left out of late, in a sentence; empty where none were."""
+        lane = self._lanes.get(camera)
+        if lane is None or time.monotonic() - lane.left_out_s > _TOLD_S:
+            return ""
+        return (
+            "images are left out, their stamps go back or repeat, and masks come in the order of stamps (fill_frames): "
+            "does a second camera publish on this topic, or a recording in a loop?"
+        )
 
     def give_up(self, frame: Frame) -> None:
         """The engine will not see this frame; it is dropped unless it gets a carried mask."""
@@ -168,6 +191,16 @@ class FrameFiller:
             yield is_next
             if is_next:
                 lane.newest_out = frame.number
+
+    def end(self, frame: Frame) -> bool:
+        """Settle that a frame gets no carried mask any more.
+
+        Returns:
+            Whether it has got one, and been counted, before.
+        """
+        with self.turn(frame):
+            frame.fate.ended = True
+        return frame.fate.filled
 
     def learn(self, frame: Frame, result: Made) -> None:
         """An engine is done with a frame: what it made is carried from now on."""
@@ -196,22 +229,19 @@ class FrameFiller:
             self._leave(surplus)
 
     def _run(self) -> None:
-        # Beside an engine, which has the other cores.
-        cv2.setNumThreads(1)
         while True:
             with self._condition:
-                idle = not self._condition.wait_for(self._is_called, _IDLE_S)
-                if idle:
-                    compute_beside(0)
+                if not self._condition.wait_for(self._is_called, _IDLE_S):
+                    self._occupy(False)
                     self._condition.wait_for(self._is_called)
                 if self._thread is not threading.current_thread():
-                    compute_beside(0)
+                    self._occupy(False)
                     return
                 lane, frame, result, restarts = self._jobs.popleft()
-            compute_beside(1)
+            self._occupy(True)
             try:
                 if result is not None:
-                    lane.carrier.adopt(frame.number, (frame, result))
+                    self._adopt(lane, frame, result)
                 else:
                     self._follow(lane, frame, restarts)
             except Exception as error:  # one frame's fault is no reason to leave the others unfilled
@@ -225,10 +255,24 @@ class FrameFiller:
     def _is_called(self) -> bool:
         return bool(self._jobs) or self._thread is not threading.current_thread()
 
+    def _occupy(self, one_core: bool) -> None:
+        """Take one core beside the engine, which has the others, or leave all of them to it."""
+        compute_beside(int(one_core))
+        cv2.setNumThreads(1 if one_core else self._opencv_threads)  # of the whole process
+
+    def _adopt(self, lane: _Lane, frame: Frame, result: Made) -> None:
+        if not lane.carrier.adopt(frame.number, (frame, result)) and lane.carrier.has_forgotten(frame.number):
+            name = f"{frame.camera}: " if frame.camera else ""
+            self._logger.warning(
+                f"{name}fill_frames: the engine's mask came more than {_MEMORY_FRAMES} pictures after its own, and is "
+                "not carried; bound what the engine does (latency_budget_ms, input_scale), or the camera's rate",
+                throttle_duration_sec=_LOG_PERIOD_S,
+            )
+
     def _follow(self, lane: _Lane, frame: Frame, restarts: bool) -> None:
         if restarts:
             lane.carrier.forget()
-            lane.left = None
+            self._leave_waiting(lane)
         try:
             one = decode(frame, lane.camera, lane.camera.parameters)
         except ImageError:
@@ -293,3 +337,8 @@ class FrameFiller:
             dropped = frame.fate.dropped
         if dropped:
             self._cameras[frame.camera].ledger.drop(frame.fate.over_rate)
+
+    def _leave_waiting(self, lane: _Lane) -> None:
+        waiting, lane.left = lane.left, None
+        if waiting is not None:
+            self._leave(waiting[0].frame)

@@ -264,7 +264,8 @@ class FrameSession:
         camera = self._cameras[frame.camera]
         parameters = self._in_force(camera)  # asked for once: a frame sees one consistent set
         if not is_watched(camera) and self._ready.get(camera.name) == (_kind_of(frame.message), parameters):
-            camera.ledger.add(FrameRecord(camera.name, "unwatched"))
+            if not self._filler.end(frame):  # filled while somebody watched
+                camera.ledger.add(FrameRecord(camera.name, "unwatched"))
             return None
         return decode(frame, camera, parameters)
 
@@ -280,12 +281,12 @@ class FrameSession:
         return None
 
     def _in_force(self, camera: Camera) -> SegmentationParameters:
-        parameters, named = camera.parameters, self.named
+        # Names are held before values for another model come, and let go after them: asked for on both sides, they fit.
+        before, parameters = self.named, camera.parameters
+        named = self.named or before
         if named is None:
             return parameters
-        return replace(
-            parameters, class_groups=named.class_groups, merge_exempt_classes=named.merge_exempt_classes
-        )
+        return replace(parameters, class_groups=named.class_groups, merge_exempt_classes=named.merge_exempt_classes)
 
     def _group(self, groups: Groups) -> ClassGrouping:
         if groups is not self._grouping[0]:
@@ -301,7 +302,8 @@ class FrameSession:
             # Planned all the same: whoever subscribes finds the engine warm for this size, and a budget calibrated.
             for one in batch:
                 self._ready[one.camera.name] = _kind_of(one.frame.message), one.parameters
-                one.camera.ledger.add(FrameRecord(one.camera.name, "unwatched"))
+                if not self._filler.end(one.frame):
+                    one.camera.ledger.add(FrameRecord(one.camera.name, "unwatched"))
             return
         result = self.engine.segment(images[0] if len(images) == 1 else images, plan.settings)
         masks = result if grouping.table is None else grouping.apply(result)
@@ -361,19 +363,17 @@ class FrameSession:
     def _fail(self, frame: Frame, error: Exception) -> None:
         if not self._context_ok():
             return
-        camera = frame.camera
-        ledger, name = self._cameras[camera].ledger, f"{camera}: " if camera else ""
-        with self._filler.turn(frame):  # what is rejected, or failed, is not filled any more
-            frame.fate.ended = True
+        ledger, name = self._cameras[frame.camera].ledger, f"{frame.camera}: " if frame.camera else ""
+        self._filler.end(frame)
         if isinstance(error, ImageError):
-            ledger.add(FrameRecord(camera, "rejected", str(error)))
+            ledger.add(FrameRecord(frame.camera, "rejected", str(error)))
             self._logger.error(
                 f"{name}image not segmented ({ledger.count('rejected')} so far): {error}",
                 throttle_duration_sec=_LOG_PERIOD_S,
             )
             return
         outcome = OVERTAKEN if frame.fate.filled else "failed"
-        ledger.add(FrameRecord(camera, outcome, str(error) or type(error).__name__))
+        ledger.add(FrameRecord(frame.camera, outcome, str(error) or type(error).__name__))
         # An error of our own says all there is to say; any other needs its origin to be found.
         detail = str(error) if isinstance(error, ClustvitError) else "".join(traceback.format_exception(error)).rstrip()
         self._logger.error(

@@ -233,9 +233,11 @@ class SegmentationNode(LifecycleNode):
         self._server.warn_of_unknown_qos()
 
     def _accept(self, frame: Frame, camera: str) -> None:
-        fills = self._cameras[camera].parameters.fills
-        if self._filler.offer(frame) if fills else not frame.fate.over_rate:
-            self._engines.slot.put(frame, camera)
+        slot, fills = self._engines.slot, self._cameras[camera].parameters.fills
+        # In this order: a slot is busy before it is empty.
+        idle = slot.empty and not slot.busy
+        if self._filler.offer(frame, idle) if fills else not frame.fate.over_rate:
+            slot.put(frame, camera)
         else:
             self._filler.give_up(frame)
 
@@ -329,7 +331,8 @@ class SegmentationNode(LifecycleNode):
                     state=self._state, fault=self._fault,
                     loading=self._engines.loading,
                     info=session.engine.info if session is not None else None, engine_fault=self._engine_fault,
-                    budget=budget, parameters=parameters, camera=camera, clock_problem=clock_problem, losses=losses,
+                    budget=budget, parameters=parameters, camera=camera, clock_problem=clock_problem,
+                    losses=losses or self._filler.problem_of(name),
                 )
             )  # fmt: skip
         self._diagnostics.publish(array)

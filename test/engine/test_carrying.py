@@ -139,7 +139,9 @@ def test_results_too_old_unknown_or_from_before_a_cut_are_not_taken() -> None:
     assert not carrier.adopt(0, result)
     for index in range(6):
         carrier.see(index, view(picture, index, 0))
+    assert carrier.has_forgotten(1) and not carrier.has_forgotten(2)
     assert not carrier.adopt(1, result) and carrier.adopt(3, result)
+    assert not carrier.adopt(2, result), "a newer one is carried"
     carrier.see(6, world(5)[0][100:340, 100:420].copy())
     assert carrier.source is None and not carrier.adopt(5, result)
     assert carrier.adopt(6, result)
