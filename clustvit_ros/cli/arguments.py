@@ -100,6 +100,19 @@ def refuse_shipped(models: Sequence[str], option: str) -> None:
         )
 
 
+def refuse_other_data(args: argparse.Namespace) -> None:
+    """Options of labelled images that contradict each other: one of them would count for nothing.
+
+    Raises:
+        ConfigError: `--data` beside `--images` or `--labels`, or `--split` without it.
+    """
+    if args.data is not None and (args.images is not None or args.labels is not None):
+        other = "--labels" if args.images is None else "--images"
+        raise ConfigError(f"--data: got {other} as well, expected either --data or --images and --labels")
+    if args.data is None and args.split is not None:
+        raise ConfigError("--split: got no --data, which is what has splits; leave it out, or pass --data")
+
+
 def add_merge_options(parser: argparse.ArgumentParser) -> None:
     """`--merge-threshold` and `--token-capacity`: how much of an image is merged."""
     parser.add_argument(

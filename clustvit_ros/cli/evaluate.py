@@ -22,6 +22,7 @@ from clustvit_ros.cli.arguments import (
     add_threads,
     add_variants,
     find_variants,
+    refuse_other_data,
     refuse_shipped,
     tell_merges_nothing,
 )
@@ -54,7 +55,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--labels", type=Path, help="folder of <stem>.png with class ids, 255 = void")
     parser.add_argument("--data", type=Path, help="a data set as `train` takes it, instead of --images and --labels")
     parser.add_argument(
-        "--split", nargs="+", default=["val"], help="split of --data, or several together (default: val)"
+        "--split", nargs="+", help="split of --data, or several together (default: val)"
     )
     parser.add_argument(
         "--group", nargs="+", default=[], metavar="NAME", help="only images of these groups of --data, e.g. drives"
@@ -94,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--calibrate: got --merge or --decode as well, which are written nowhere; leave them out")
     if args.calibrate:
         refuse_shipped(args.model, "--calibrate")
+    refuse_other_data(args)
+    args.split = args.split or ["val"]
     for option, names in (("split", args.split), ("group", args.group)):
         if len(set(names)) < len(names):
             raise ConfigError(f"--{option}: got {' '.join(names)}, expected each once: images would count twice")

@@ -17,7 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from clustvit_ros.cli.arguments import add_input_scale, add_threads, refuse_shipped, tell_merges_nothing
+from clustvit_ros.cli.arguments import (
+    add_input_scale,
+    add_threads,
+    refuse_other_data,
+    refuse_shipped,
+    tell_merges_nothing,
+)
 from clustvit_ros.cli.evaluate import open_labelled
 from clustvit_ros.demo.frame_source import sim_seed
 from clustvit_ros.engine import Engine, Settings, create_engine
@@ -55,7 +61,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--images", type=Path, help="folder of images, or sim:SEED, a simulated drive with its labels")
     parser.add_argument("--labels", type=Path, help="folder of labels; without it, agreement with the full result")
     parser.add_argument("--data", type=Path, help="a data set as `train` takes it, instead of --images and --labels")
-    parser.add_argument("--split", default="val", help="split of --data (default: val)")
+    parser.add_argument("--split", help="split of --data (default: val)")
     parser.add_argument("--budget-ms", type=float, help="suggest a setting for this latency (p95)")
     parser.add_argument("--merge-threshold", type=float, default=0.5, help="the current setting, marked in the picture")
     parser.add_argument("--token-capacity", type=int, default=0, help="likewise (default: 0, no bound)")
@@ -90,6 +96,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.limit is not None and args.limit < 1:
         raise ConfigError(f"--limit: got {args.limit}, expected at least 1 image")
+    refuse_other_data(args)
+    if args.labels is not None and sim_seed(str(args.images)) is not None:
+        raise ConfigError(f"--labels: got {args.labels} for --images {args.images}, which has its own; leave it out")
     if args.write and args.labels is None and args.data is None:
         raise ConfigError("--write: expected labelled images, --data or --labels: without labels there is no accuracy")
     if args.write:
@@ -216,7 +225,7 @@ def _load(
     if seed is not None:
         return _drive(seed, args.streaming or 1.0, limit or _DEFAULT_LIMIT, class_names)
     if args.data is not None:
-        data = open_labelled(args.data, args.split, class_names, args.model)
+        data = open_labelled(args.data, args.split or "val", class_names, args.model)
     elif args.images is None:
         raise ConfigError("tune: expected --images, with or without --labels, or --data")
     elif args.labels is None:

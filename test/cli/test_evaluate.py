@@ -117,6 +117,20 @@ def test_bad_options_give_one_line_and_exit_code_2(model_dir, labelled_dir, caps
     assert error.startswith("clustvit-ros: error: ") and message in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", ["evaluate", "tune"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--data", "{data}", "--images", "{data}/images"), "--data: got --images as well, expected either --data or"),
+        (("--data", "{data}", "--labels", "{data}/labels"), "--data: got --labels as well"),
+        (("--images", "{data}/images", "--labels", "{data}/labels", "--split", "val"), "--split: got no --data"),
+    ],
+)
+def test_options_of_data_that_contradict_are_refused(model_dir, labelled_dir, capsys, command, arguments, message):
+    assert main([command, "--model", str(model_dir), *(each.format(data=labelled_dir) for each in arguments)]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_labels_of_other_classes_are_refused(model_dir, labelled_dir, tmp_path, capsys):
     for name in ("images", "labels"):
         (tmp_path / name).symlink_to(labelled_dir / name)

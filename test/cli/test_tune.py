@@ -132,6 +132,8 @@ def test_a_shipped_model_is_not_written_by_its_name(labelled_dir, capsys):
 
 
 def test_points_without_labels_are_not_written(model_dir, labelled_dir, capsys):
+    assert main(["tune", "--model", str(model_dir), "--images", "sim:3", "--labels", str(labelled_dir / "labels")]) == 2
+    assert "for --images sim:3, which has its own; leave it out" in capsys.readouterr().err
     assert main(["tune", "--model", str(model_dir), "--images", str(labelled_dir / "images"), "--write"]) == 2
     assert "--write: expected labelled images" in capsys.readouterr().err
 
