@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
 import importlib.util
 import itertools
@@ -18,7 +19,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,11 @@ from clustvit_ros.demo.frame_source import VideoSource, sim_seed
 from clustvit_ros.demo.processes import NodeProcess
 from clustvit_ros.demo.sim_demo import DEFAULT_SEED, SIM_RATE_HZ, Phase, run_sim
 from clustvit_ros.errors import ClustvitError, ConfigError, DataError
-from clustvit_ros.images import read_stored, write_image
+from clustvit_ros.images import list_images, read_stored, write_image
 from clustvit_ros.measure.metrics import ConfusionMatrix
 from clustvit_ros.measure.pictures import contact_sheet, window_problem
 from clustvit_ros.networks.model_folder import load_config
-from clustvit_ros.training.dataset import find_images, read_labels
+from clustvit_ros.training.dataset import LabelledImages, find_images, find_pairs, read_labels
 
 _MODEL, _SIM_MODEL = "camvid_tiny", "sim_tiny"
 _MIN_FRAMES, _MAX_FRAMES = 60, 300
@@ -131,15 +132,18 @@ def run(args: argparse.Namespace) -> int:
         return run_sim(args, seed, environ)
     classes = load_config(args.model).classes
     source = find_source(args.source, args.frames)
+    labels = find_labels(source, len(classes))
+    if source.labels is not None and not labels:
+        print(f"not scored: no file in {source.labels} is called <stem of an image>.png")
+        source = dataclasses.replace(source, labels=None)
     args.output = make_run_folder(args.output, source.location)
     (args.output / "logs").mkdir()
     recording = _record(args, source, environ)
     report = {key: value for key, value in recording.items() if key != "frames"}
     report["model"] = args.model
-    if source.labels is not None:
-        matrix = score(recording["frames"], args.output, source.labels, len(classes))
-        report["miou"] = round(100 * matrix.miou(), 3)
-        report["images_scored"] = sum(1 for frame in recording["frames"] if frame["mask"])
+    matrix, scored = score(recording["frames"], args.output, labels, len(classes))
+    if matrix.counts.any():
+        report |= {"miou": round(100 * matrix.miou(), 3), "images_scored": scored}
     (args.output / "summary.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     complete = ("image", "mask", "clusters", "stats")
     frames = [frame for frame in recording["frames"] if all(frame[key] for key in complete)]
@@ -182,20 +186,46 @@ def find_source(text: str | None, frames: int = 0) -> DemoSource:
     return DemoSource(str(images.absolute()), labels, frames or min(max(count, _MIN_FRAMES), _MAX_FRAMES), count)
 
 
-def score(frames: Sequence[dict[str, Any]], folder: Path, labels: Path, num_classes: int) -> ConfusionMatrix:
+def find_labels(source: DemoSource, num_classes: int) -> dict[str, Path]:
+    """Files of labels by the stem of their image, of the images that are sent; each is read once.
+
+    Raises:
+        DataError: one cannot be used, which is better known before a run than after it.
+    """
+    if source.labels is None:
+        return {}
+    folder = Path(source.location)
+    sent = set(list_images(folder)[: source.frames])
+    pairs = [pair for pair in find_pairs(folder, source.labels) if pair.image in sent and pair.label.is_file()]
+    if pairs:
+        data = LabelledImages.of_pairs(
+            pairs, num_classes, lambda pair: read_labels(pair.label, num_classes), str(source.labels)
+        )
+        for index in range(len(data)):
+            data[index]
+    return {pair.stem: pair.label for pair in pairs}
+
+
+def score(
+    frames: Sequence[dict[str, Any]], folder: Path, labels: Mapping[str, Path], num_classes: int
+) -> tuple[ConfusionMatrix, int]:
     """Compare recorded masks with the labels of the pictures they were made from.
 
     Args:
         frames: entries of the recording; those without a mask or without a label do not count.
         folder: what their file names are relative to.
-        labels: folder of <stem>.png.
+        labels: as `find_labels` gives them.
+
+    Returns:
+        Pixels counted, and of how many masks.
     """
-    matrix = ConfusionMatrix(num_classes)
+    matrix, scored = ConfusionMatrix(num_classes), 0
     for frame in frames:
-        label_path = labels / f"{Path(frame.get('name', '')).stem}.png"
-        if frame["mask"] and label_path.is_file():
-            matrix.add(read_labels(label_path, num_classes), read_stored(folder / frame["mask"]))
-    return matrix
+        label = labels.get(Path(frame.get("name", "")).stem)
+        if frame["mask"] and label is not None:
+            matrix.add(read_labels(label, num_classes), read_stored(folder / frame["mask"]))
+            scored += 1
+    return matrix, scored
 
 
 def _record(args: argparse.Namespace, source: DemoSource, environ: dict[str, str]) -> dict[str, Any]:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 
 import cv2
 import numpy as np
 import pytest
 
 from clustvit_ros.classes import load_class_set
-from clustvit_ros.cli.demo import find_source, make_run_folder, score
+from clustvit_ros.cli.demo import find_labels, find_source, make_run_folder, score
 from clustvit_ros.cli.main import main
 from clustvit_ros.engine import create_engine
 from clustvit_ros.errors import ConfigError, DataError
@@ -52,13 +53,35 @@ def test_masks_are_scored_against_the_labels_of_their_picture(tmp_path):
     labels = np.zeros((4, 4), np.uint8)
     labels[2:] = 1
     cv2.imwrite(str(tmp_path / "labels" / "a.png"), labels)
+    (tmp_path / "labels" / "a.png").rename(tmp_path / "labels" / "A.PNG")
+    for name in ("a", "unknown"):
+        cv2.imwrite(str(tmp_path / f"{name}.jpg"), np.zeros((4, 4, 3), np.uint8))
+    found = find_labels(find_source(str(tmp_path)), 2)
     cv2.imwrite(str(tmp_path / "m.png"), np.zeros((4, 4), np.uint8))
     frames = [
         {"name": "a.jpg", "mask": "m.png"}, {"name": "a.jpg", "mask": None}, {"name": "unknown.jpg", "mask": "m.png"},
         {"mask": "m.png"},
     ]  # fmt: skip
-    matrix = score(frames, tmp_path, tmp_path / "labels", 2)
-    assert matrix.counts.tolist() == [[8, 0, 0], [8, 0, 0]]
+    matrix, scored = score(frames, tmp_path, found, 2)
+    assert matrix.counts.tolist() == [[8, 0, 0], [8, 0, 0]] and scored == 1
+
+
+@needs_ros
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (np.full((120, 160, 3), (9, 8, 7), np.uint8), "b.png: got shape (120, 160, 3) of uint8 of colours"),
+        (np.zeros((12, 16), np.uint8), "b.png: labels are (12, 16), the image b.png is (120, 160)"),
+    ],
+)
+def test_labels_that_cannot_be_used_are_told_before_the_run(
+    model_dir, labelled_dir, tmp_path, capsys, pixels, message
+):
+    shutil.copytree(labelled_dir, tmp_path / "in")
+    cv2.imwrite(str(tmp_path / "in/labels/b.png"), pixels)
+    arguments = ["demo", "--source", str(tmp_path / "in"), "--model", str(model_dir)]
+    assert main([*arguments, "--output", str(tmp_path / "demo")]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "demo").exists()
 
 
 def test_contact_sheet_fills_its_rows(labelled_dir):
