@@ -93,6 +93,11 @@ class LabelledImages:
             [self.pairs[index] for index in indices], self.num_classes, self._read, self.where
         )
 
+    @property
+    def meaning(self) -> str:
+        """Which values or colours of its labels are which class, and which void; empty where they are ids as such."""
+        return getattr(self._read, "meaning", "")
+
     def __len__(self) -> int:
         return len(self.pairs)
 

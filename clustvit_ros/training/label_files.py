@@ -53,6 +53,8 @@ class IdLabels:
         for value, class_id in ids.items():
             self._table[value] = class_id
         self._table[list(void)] = IGNORE_INDEX
+        plain = set(void) == {IGNORE_INDEX} and all(value == class_id for value, class_id in ids.items())
+        self.meaning = "" if plain else f"ids {sorted(ids.items())}, void {sorted(set(void))}"
         self._expected = f"one of {sorted(set(ids) - set(void))} or {sorted(set(void))} for void"
 
     def __call__(self, pair: Pair) -> np.ndarray:
@@ -77,7 +79,7 @@ class ColourLabels:
     def __init__(
         self, colours: Sequence[tuple[int, int, int]], void: Sequence[tuple[int, int, int]] = (), binary: bool = False,
     ) -> None:  # fmt: skip
-        self._binary = binary
+        self._binary, self.meaning = binary, f"colours {list(colours)}, void {sorted(set(void))}"
         table = {int(_code(np.array(colour))): index for index, colour in enumerate(colours)}
         table.update({int(_code(np.array(colour))): IGNORE_INDEX for colour in void})
         self._codes = np.array(sorted(table), np.int64)

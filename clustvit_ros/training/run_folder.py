@@ -40,7 +40,7 @@ from clustvit_ros.training.dataset import BadFile, LabelledImages
 from clustvit_ros.training.recipe import Recipe
 
 CHECKPOINT, DONE_FILE = "checkpoint.pt", "done.json"
-_LOCK = ".lock"
+_LOCK, _MEANINGS = ".lock", "meanings"
 
 
 @contextlib.contextmanager
@@ -294,6 +294,7 @@ def list_data(splits: Mapping[str, LabelledImages], left_out: Sequence[BadFile])
                 {"image": str(p.image), "sha256": digest, "label": str(p.label), "label_sha256": labels[p.label]}
                 for p, digest in zip(data.pairs, images, strict=True)
             ]
+    listing[_MEANINGS] = {name: data.meaning for name, data in splits.items()}
     listing["left_out"] = [{"file": str(finding.file), "problem": finding.problem} for finding in left_out]
     return listing
 
@@ -305,7 +306,8 @@ def warn_of_leaks(listing: Mapping[str, Any], val_name: str) -> None:
         listing: as `list_data` gives it.
         val_name: name of that split.
     """
-    learnt = {file["sha256"] for name, files in listing.items() if name not in (val_name, "left_out") for file in files}
+    no_learnt = val_name, "left_out", _MEANINGS
+    learnt = {file["sha256"] for name, files in listing.items() if name not in no_learnt for file in files}
     shared = [Path(file["image"]).name for file in listing.get(val_name, ()) if file["sha256"] in learnt]
     if shared:
         told = ", ".join(shared[:3]) + (", ..." if len(shared) > 3 else "")
@@ -323,7 +325,7 @@ def check_data_listing(run_dir: Path, listing: dict[str, Any]) -> None:
     """
     path = run_dir / DATA_FILE
     before = read_json(path) if path.exists() else listing
-    for split in sorted(set(before) | set(listing)):
+    for split in sorted((set(before) | set(listing)) - {_MEANINGS}):
         old, new = (_digests(content.get(split, [])) for content in (before, listing))
         changed = [file for file in sorted(old.keys() | new.keys()) if old.get(file) != new.get(file)]
         if changed:
@@ -331,6 +333,11 @@ def check_data_listing(run_dir: Path, listing: dict[str, Any]) -> None:
                 f"{run_dir}: the data changed since this run began: {', '.join(changed[:5])} ({len(changed)} "
                 f"file(s) of {split}); restore them, or pass an empty run folder (--out)"
             )
+    if before.get(_MEANINGS, listing[_MEANINGS]) != listing[_MEANINGS]:  # which earlier versions did not note
+        raise DataError(
+            f"{run_dir}: labels are read otherwise than when this run began; restore classes, labels and ignore in "
+            "dataset.yaml, or pass an empty run folder (--out)"
+        )
 
 
 def _is_number(value: Any) -> bool:

@@ -109,6 +109,23 @@ def test_folds_of_other_images_are_neither_taken_over_nor_continued(train, write
     assert json.loads((run / "folds.json").read_text())["summary"]["miou"] == json.loads(scores)["summary"]["miou"]
 
 
+def test_labels_that_mean_something_else_continue_no_run(train, write_recipe, drives, tmp_path, capsys):
+    data, recipe, run = drives("[^_]+"), write_recipe(schedule={"epochs": 1}), tmp_path / "run"
+    said = yaml.safe_load((data / "dataset.yaml").read_text())
+    assert train(recipe, run, data=data) == 0
+    (data / "dataset.yaml").write_text(yaml.safe_dump({**said, "ignore": [0]}))
+    assert train(recipe, run, data=data) == 2
+    assert "labels are read otherwise than when this run began; restore classes, labels and" in capsys.readouterr().err
+    (data / "dataset.yaml").unlink()  # plain folders of the same ids
+    assert train(recipe, run, data=data) == 0 and "already trained" in capsys.readouterr().out
+    # Earlier versions did not note it.
+    listing = json.loads((run / "data.json").read_text())
+    assert listing.pop("meanings") == {"train": "", "val": ""}
+    (run / "data.json").write_text(json.dumps(listing))
+    (data / "dataset.yaml").write_text(yaml.safe_dump({**said, "ignore": [0]}))
+    assert train(recipe, run, data=data) == 0
+
+
 def test_drives_of_train_alone_are_held_out_and_then_all_are_learnt(train, write_recipe, drives, tmp_path, capsys):
     data = drives("[^_]+")
     content = yaml.safe_load((data / "dataset.yaml").read_text())
