@@ -68,6 +68,8 @@ def parse_intensity_range(text: str) -> tuple[int, int] | None:
 
 _OF_MERGING = ("merge_threshold", "token_capacity", "min_tokens", "merge_exempt_classes", "merge_exempt_region")
 _OF_ADAPTING = ("latency_budget_ms", "max_rate_hz", "fill_frames")
+# As in topics: \w would be letters of every script.
+_NAME = "[A-Za-z][A-Za-z0-9_]*"
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class SegmentationParameters:
     )  # fmt: skip
     device: str = parameter(
         "auto", "Where it runs; `auto` takes the GPU when a real kernel runs on it.",
-        pattern=r"auto|cpu|cuda(:\d{1,3})?", form="auto, cpu, cuda or cuda:N",
+        pattern=r"auto|cpu|cuda(:[0-9]{1,3})?", form="auto, cpu, cuda or cuda:N",
     )  # fmt: skip
     precision: str = parameter(
         "auto", "What it computes in; `auto`: float16 on a GPU, float32 or what `tune --engines` found on a CPU.",
@@ -131,7 +133,7 @@ class SegmentationParameters:
     )  # fmt: skip
     merge_exempt_region: tuple[Region, ...] = parameter(
         "", "Rectangles whose tokens are never merged, e.g. the lower third: `0.67 0 1 1`.",
-        pattern=r"\s*|[-+.\deE,\s]+(;[-+.\deE,\s]+)*;?\s*", form="TOP LEFT BOTTOM RIGHT; ... as fractions of the image",
+        pattern=r"\s*|[-+.0-9eE,\s]+(;[-+.0-9eE,\s]+)*;?", form="TOP LEFT BOTTOM RIGHT; ... as fractions of the image",
         separator=";", parse=parse_regions, live=True,
     )  # fmt: skip
     merge_exempt_source: str = parameter(
@@ -158,12 +160,12 @@ class SegmentationParameters:
     )
     class_groups: tuple[tuple[str, tuple[str, ...]], ...] = parameter(
         "", "Replaces the model's classes by fewer; ids follow the order, what no group names becomes 255.",
-        pattern=r"\s*|[^;:]+:[^;:]+(;[^;:]+:[^;:]+)*;?\s*", form="GROUP: CLASS, CLASS; GROUP: CLASS", separator=";",
+        pattern=r"\s*|[^;:]+:[^;:]+(;[^;:]+:[^;:]+)*(;\s*)?", form="GROUP: CLASS, CLASS; GROUP: CLASS", separator=";",
         parse=parse_groups, live=True,
     )  # fmt: skip
     cameras: tuple[str, ...] = parameter(
         "", "Several cameras share the engine; the topics of each are below its name (`front/image`).",
-        pattern=r"|[A-Za-z]\w*(\s*,\s*[A-Za-z]\w*)*", form="names of letters, digits and _", separator=",",
+        pattern=rf"|{_NAME}(\s*,\s*{_NAME})*", form="names of letters, digits and _", separator=",",
         parse=parse_cameras, fixed=True,
     )  # fmt: skip
     batching: bool = parameter(
@@ -176,7 +178,7 @@ class SegmentationParameters:
     )  # fmt: skip
     output_size: str | tuple[int, int] = parameter(
         "input", "Size of mask, confidence and clusters: the image's, the network's, or fixed.",
-        pattern=r"input|model|[1-9]\d{0,3}x[1-9]\d{0,3}", form="input, model or HEIGHTxWIDTH",
+        pattern=r"input|model|[1-9][0-9]{0,3}x[1-9][0-9]{0,3}", form="input, model or HEIGHTxWIDTH",
         parse=parse_output_size, live=True,
     )  # fmt: skip
     points_slop_ms: float = parameter(
@@ -204,7 +206,7 @@ class SegmentationParameters:
     )  # fmt: skip
     intensity_range: tuple[int, int] | None = parameter(
         "0 65535", "Of 16-bit images, what is black and white; `auto` follows the pictures, for thermal cameras.",
-        pattern=r"auto|\d{1,5}\s+\d{1,5}", form="auto or LOW HIGH", parse=parse_intensity_range, live=True,
+        pattern=r"auto|[0-9]{1,5}\s+[0-9]{1,5}", form="auto or LOW HIGH", parse=parse_intensity_range, live=True,
     )  # fmt: skip
     processing: str = parameter(
         "live", "`every_frame` queues all frames and adapts nothing, so that masks of a replay repeat bit for bit.",

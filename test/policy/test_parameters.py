@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 from hypothesis import given
@@ -54,6 +55,10 @@ def test_integer_is_accepted_for_a_double() -> None:
         ("output_size", "0x10", "output_size: got '0x10', expected input, model or HEIGHTxWIDTH"),
         ("output_size", "99999x1", "output_size: got '99999x1', expected input, model or HEIGHTxWIDTH"),
         ("device", "gpu", "device: got 'gpu', expected auto, cpu, cuda or cuda:N"),
+        ("device", "cuda:\u0661", "device: got 'cuda:\u0661', expected auto, cpu, cuda or cuda:N"),
+        ("cameras", "vorn, h\u00f6he", "cameras: got 'vorn, h\u00f6he', expected names of letters, digits and _"),
+        ("intensity_range", "\u0661 9", "intensity_range: got '\u0661 9', expected auto or LOW HIGH"),
+        ("output_size", "1\u0662x10", "output_size: got '1\u0662x10', expected input, model or HEIGHTxWIDTH"),
         ("engine", "magic", f"engine: got 'magic', expected one of {', '.join(ENGINES)}"),
         ("autostart", "yes", "autostart: got 'yes' (string), expected a bool"),
     ],
@@ -62,6 +67,23 @@ def test_refusals_name_what_is_expected(name: str, value: object, message: str) 
     with pytest.raises(ConfigError) as error:
         SPECS[name].coerce(value)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("class_groups", "a: x, y ; b: z{} ;{}", "a: x{}:"),
+        ("merge_exempt_region", "{}0 0 1 1{};{}0.5 0 1 1 ;{}", "0 0 1 1{}x"),
+        ("cameras", "a{},{}b_2", "a{}b"),
+    ],
+)
+def test_texts_with_very_long_blanks_are_read_at_once(name: str, good: str, bad: str) -> None:
+    blanks = 100_000 * " "
+    start_s = time.monotonic()
+    assert len(SPECS[name].parsed(good.replace("{}", blanks))) == 2
+    with pytest.raises(ConfigError, match=f"^{name}: got "):
+        SPECS[name].coerce(bad.replace("{}", blanks))
+    assert time.monotonic() - start_s < 1.0  # 15 s and more where each blank is tried with every other
 
 
 @given(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.lists(st.integers())))
