@@ -194,8 +194,14 @@ class EngineControl:
         if new.model != old.model and not self._host.loading:
             self._before = [self._node.get_parameter(name) for name in _NAMED]
 
+    def hold_names(self, old: SegmentationParameters, new: SegmentationParameters) -> None:
+        """Have classes named as before until another model takes over; to be called before frames see new values."""
+        session = self.session
+        if session is not None and new.model not in (old.model, self._host.model):
+            session.named = session.named or old
+
     def adopt_change(self, old: SegmentationParameters, new: SegmentationParameters) -> None:
-        """Start what other values ask for, or give it up where they ask for what runs."""
+        """Start what other values ask for, or give it up where they ask for what runs; once frames see them."""
         session = self.session
         if new.model == old.model and new.class_groups != old.class_groups and session is not None:
             classes = session.engine.info.classes
@@ -204,11 +210,14 @@ class EngineControl:
             self._tell_idle(new, session.engine.info)
         if new.model == old.model or not self.started:
             return
-        if session is not None:
-            # Until the other model takes over, classes are named as before.
-            session.named = None if new.model == self._host.model else session.named or old
         self._order = None  # what was on its way is given up, which is no failure
-        if not self._host.keep(new.model):
+        self._host.cancel()
+        kept, session = self._host.keep(new.model), self.session
+        if session is not None:  # another one than above if it took over meanwhile
+            session.named = None if kept else session.named or old
+        if kept:  # perhaps since a moment ago, and nobody has heard of it
+            self._see_in_charge(new.model)
+        else:
             self._start()
 
     def _tell_groups(self, classes: ClassSet, grouping: ClassGrouping) -> None:
@@ -285,17 +294,26 @@ class EngineControl:
                 continue
             self._error = error
             if error is None:
-                self._classes = None
-                if self._told_model:
-                    self._say(f"model {order.model} takes over from {self._told_model}")
-                    self._on_change()
-                self._told_model = order.model
-            elif self._told_model:
+                self._see_in_charge(order.model)
+                continue
+            if self._told_model:
                 self._node.get_logger().error(self._why_not(order.model, error))
                 # At once: class names of one model are not those of the other.
                 self._node.set_parameters_atomically(self._before)
-            if self._loaded is not None and not self._loaded.done():
-                self._loaded.set_result(None)
+            self._end_load()
+
+    def _see_in_charge(self, model: str) -> None:
+        self._error = self._classes = None
+        if self._told_model not in ("", model):
+            self._say(f"model {model} takes over from {self._told_model}")
+            self._on_change()
+        self._told_model = model
+        self._has_ended.set()
+        self._end_load()
+
+    def _end_load(self) -> None:
+        if self._loaded is not None and not self._loaded.done():
+            self._loaded.set_result(None)
 
     def _check_successor(self, new: SegmentationParameters) -> ClassSet | None:
         """Everything about a model that a moment tells; its classes, None where they are not known yet."""

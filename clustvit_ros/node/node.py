@@ -22,6 +22,7 @@ from builtin_interfaces.msg import Time
 from diagnostic_msgs.msg import DiagnosticArray
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState
+from rcl_interfaces.msg import SetParametersResult
 from rclpy.callback_groups import CallbackGroup, ReentrantCallbackGroup
 from rclpy.clock import Clock, ClockType
 from rclpy.duration import Duration
@@ -76,7 +77,7 @@ class SegmentationNode(LifecycleNode):
         self._state = "unconfigured"
         self._fault = self._engine_fault = ""
         self._exit_code = 0
-        self._recalibrated: object = None
+        self._recalibrated: SegmentationParameters | None = None
         self._reports_without_clock = 0
         self._cameras: dict[str, Camera] = {}
         publisher = MaskPublisher(self.get_name(), self.get_logger(), lambda: self.get_clock().now().nanoseconds)
@@ -102,6 +103,13 @@ class SegmentationNode(LifecycleNode):
     def create_service(self, srv_type: Any, srv_name: str, callback: Any, **arguments: Any) -> Any:
         """As rclpy's, which uses it for the parameter services, too; whoever calls it is answered in any case."""
         return super().create_service(srv_type, srv_name, answered(srv_type, callback, self.has_parameter), **arguments)
+
+    def set_parameters_atomically(self, parameter_list: list[Parameter]) -> SetParametersResult:
+        """As rclpy's; what that refuses by itself leaves the types that parameters are described with."""
+        result = super().set_parameters_atomically(parameter_list)
+        if not result.successful:
+            self._server.keep_types(parameter_list)
+        return result
 
     @property
     def default_callback_group(self) -> CallbackGroup:
@@ -185,11 +193,13 @@ class SegmentationNode(LifecycleNode):
 
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Free the engine and the publishers."""
-        return self._transition("cleaning up", "unconfigured", self._clean_up, partial(super().on_cleanup, state))
+        steps = self._refuse_while_busy, self._free, partial(super().on_cleanup, state)
+        return self._transition("cleaning up", "unconfigured", *steps)
 
     def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Stop and free everything, from any state."""
-        return self._transition("shutting down", "finalized", self._shut_down, partial(super().on_shutdown, state))
+        steps = self._deactivate, self._free, partial(super().on_shutdown, state)
+        return self._transition("shutting down", "finalized", *steps)
 
     def _transition(self, what: str, reached: str, *steps: Callable[[], Any]) -> TransitionCallbackReturn:
         try:
@@ -248,20 +258,14 @@ class SegmentationNode(LifecycleNode):
         if not self._engines.slot.close(_FINISH_S):
             self.get_logger().warning("the engine is still busy with the last frame; its mask will not be published")
 
-    def _clean_up(self) -> None:
-        self._refuse_while_busy()
-        self._free()
-
-    def _shut_down(self) -> None:
-        self._deactivate()
-        if not self._engines.slot.busy:
-            self._free()  # else a hanging engine keeps its memory until the process ends
-
     def _refuse_while_busy(self) -> None:
         if self._engines.slot.busy:
             raise ClustvitError("the engine is still busy with the last frame; try again in a moment")
 
     def _free(self) -> None:
+        if self._engines.slot.busy:
+            self._engines.free(0.0)  # by its own thread, once it returns; publishers are in use until then
+            return
         for camera in self._cameras.values():
             camera.destroy()
         self._cameras.clear()
@@ -282,6 +286,7 @@ class SegmentationNode(LifecycleNode):
         self._engines.check_change(old, new)
 
     def _adopt_change(self, old: SegmentationParameters, new: SegmentationParameters) -> None:
+        self._engines.hold_names(old, new)
         for name, camera in self._cameras.items():
             camera.parameters = self.parameters_of(name)
         self._engines.adopt_change(old, new)
@@ -313,8 +318,7 @@ class SegmentationNode(LifecycleNode):
         session, parameters = self._engines.session, self.parameters
         budget = session.policy.status if session is not None else BudgetStatus()
         # Once for each table of values: as long as no frame comes, the status is that of an earlier one.
-        asked = budget if budget.plan is None else budget.plan.parameters
-        if budget.recalibrated and parameters.recalibrate and asked is not self._recalibrated:
+        if (asked := budget.recalibrated) and parameters.recalibrate and asked is not self._recalibrated:
             self._recalibrated = asked
             self.set_parameters([Parameter("recalibrate", value=False)])
         self._tell_engine_fault()

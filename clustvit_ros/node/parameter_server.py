@@ -138,7 +138,19 @@ class ParameterServer(Generic[T]):
         hint = reason or (f"did you mean {nearest[0]}?" if nearest else "`ros2 param list` shows all")
         self._node.get_logger().warning(f"parameter {name}: has no effect, there is none of that name; {hint}")
 
+    def keep_types(self, parameters: Sequence[Parameter]) -> None:
+        """Describe parameters by the types that they have; rclpy has noted those of a request that was refused."""
+        for item in parameters:
+            if item.name in self._specs:
+                self._node.describe_parameter(item.name).type = self._node.get_parameter(item.name).type_.value
+
     def _on_set(self, parameters: list[Parameter]) -> SetParametersResult:
+        result = self._answer(parameters)
+        if not result.successful:
+            self.keep_types(parameters)
+        return result
+
+    def _answer(self, parameters: list[Parameter]) -> SetParametersResult:
         changes: dict[str, dict[str, Any]] = {}
         for item in parameters:
             # The clock's own callback runs after this one: what it would refuse must not be half applied.

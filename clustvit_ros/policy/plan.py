@@ -31,6 +31,8 @@ _MIN_FRAMES = 50
 _RECENT_FRAMES = 300
 # What is named as the smallest budget must be held, and the estimate is of frames at other points.
 _BEYOND_LEAST = 0.1
+# An infinite interval would make every moment that is due NaN.
+_FOR_EVER_S = 1e9
 
 
 class FramePace:
@@ -50,7 +52,7 @@ class FramePace:
         gap_s, self._arrived_s = now_s - self._arrived_s, now_s
         if not rate_hz:
             return True
-        interval_s = 1.0 / rate_hz
+        interval_s = min(1.0 / rate_hz, _FOR_EVER_S)
         if gap_s < interval_s:  # a pause says nothing about the camera's period
             self._period_s += 0.1 * (gap_s - self._period_s) if self._period_s else gap_s
         due_s = min(self._due_s, self._taken_s + 1.5 * interval_s)  # the rate may have been lower
@@ -183,7 +185,7 @@ class BudgetStatus:
         slowdown: measured over calibrated latency of recent frames, its upper estimate.
         overhead_ms: milliseconds outside the engine of recent frames, their upper estimate.
         failure: why there is no calibration; empty when there is one, or none was tried.
-        recalibrated: whether what `recalibrate` asked for is done.
+        recalibrated: values that asked to `recalibrate`, once that is done; else None.
     """
 
     plan: Plan | None = None
@@ -194,7 +196,7 @@ class BudgetStatus:
     slowdown: float = 1.0
     overhead_ms: float = 0.0
     failure: str = ""
-    recalibrated: bool = False
+    recalibrated: SegmentationParameters | None = None
 
     def problem(self) -> str:
         """What keeps the budget from being held, in a sentence; empty when nothing does."""

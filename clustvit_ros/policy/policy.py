@@ -220,7 +220,7 @@ class Policy:
         self._exempt_eighths.append(math.ceil(8 * stats.tokens_exempt / stats.tokens_total))
         self._exempt = max(self._exempt_eighths)
         if not plan.parameters.adapts:
-            self._status = BudgetStatus(recalibrated=True)  # there is no budget to report about
+            self._status = BudgetStatus(recalibrated=plan.parameters)  # there is no budget to report about
             return Lesson([False] * len(ages_ms), 0, facts)
         assert self._newest is not None  # `plan` came before
         entry = self._sizes[self._newest]
@@ -374,7 +374,7 @@ class Policy:
             misses=self.misses.total, recent=self.misses.recent, table=entry.table, image_size=self._newest,
             slowdown=controller.slowdown if controller is not None else 1.0,
             overhead_ms=controller.overhead_ms if controller is not None else 0.0, failure=entry.failure,
-            recalibrated=self._recalibrated,
+            recalibrated=self._parameters if self._recalibrated else None,
         )  # fmt: skip
 
 

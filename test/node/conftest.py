@@ -214,6 +214,29 @@ def end_with_the_test(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture
+def own_node() -> Iterator[Callable[..., Any]]:
+    """Makes nodes in this process, whose executor's thread is the test's."""
+    import rclpy
+    from rclpy.parameter import Parameter
+
+    from clustvit_ros.node.node import SegmentationNode
+
+    context, nodes = rclpy.Context(), []
+    rclpy.init(context=context)
+
+    def make(factory: Callable[..., Any], **values: Any) -> SegmentationNode:
+        overrides = [Parameter(name, value=value) for name, value in values.items()]
+        nodes.append(SegmentationNode(factory, context=context, parameter_overrides=overrides))
+        return nodes[-1]
+
+    yield make
+    for node in nodes:
+        node.close()
+        node.destroy_node()
+    rclpy.shutdown(context=context)
+
+
+@pytest.fixture
 def rng() -> np.random.Generator:
     """Random numbers that are the same in every run."""
     return np.random.default_rng(7)

@@ -92,6 +92,33 @@ def test_a_guard_survives_its_deletion(robot: Robot) -> None:
     assert robot.get("merge_exempt_region").string_value == "0.5 0 1 1"
 
 
+def test_a_refused_value_leaves_the_type_that_a_parameter_is_described_with(robot: Robot) -> None:
+    names = ["merge_threshold", "fill_frames", "min_tokens"]
+
+    def types() -> list[int]:
+        request = DescribeParameters.Request(names=names)
+        return [each.type for each in call(robot, DescribeParameters, "describe_parameters", request).descriptors]
+
+    before = types()
+    assert not any(result.successful for result in robot.set(*(string(name, "1") for name in names)))
+    assert types() == before
+    # rclpy itself refuses what is out of range, before anybody else is asked.
+    assert not robot.set_atomically(string("fill_frames", "1"), double("merge_threshold", 7.0)).successful
+    assert types() == before
+
+
+def test_any_nodes_table_keeps_its_types(ros_client: Any) -> None:
+    import rclpy.parameter
+
+    from clustvit_ros.node.parameter_server import ParameterServer
+    from clustvit_ros.policy.parameters import CameraParameters
+
+    ParameterServer(ros_client.node, CameraParameters)
+    result = ros_client.node.set_parameters([rclpy.parameter.Parameter("rotate", value="upright")])[0]
+    assert not result.successful
+    assert ros_client.node.describe_parameter("rotate").type == ParameterType.PARAMETER_INTEGER
+
+
 def test_names_that_nothing_has_are_refused_by_name(robot: Robot) -> None:
     for name in ("", "no_such_parameter", "Merge_Threshold"):
         for result in (robot.set(double(name, 0.5))[0], robot.set_atomically(double(name, 0.5))):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,11 +26,14 @@ from diagnostic_msgs.msg import DiagnosticArray
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState, GetAvailableTransitions, GetState
 from rcl_interfaces.srv import SetParameters
+from rclpy.lifecycle import TransitionCallbackReturn
+from rclpy.parameter import Parameter
 from robot import string
 from sensor_msgs.msg import Image
 from std_msgs.msg import Header
 
 from clustvit_ros.classes import ClassSet
+from clustvit_ros.engine import ScriptedEngine
 from clustvit_ros.node.messages import image_message
 
 pytestmark = pytest.mark.ros
@@ -238,6 +242,79 @@ def test_an_activation_that_fails_leaves_no_camera_subscribed(ros_client: Any, s
         camera.publish(image_message(np.zeros((8, 8, 3), np.uint8), "rgb8", Header()))
         ros_client.spin_for(0.1)
     assert camera.get_subscription_count() == 0 and not masks
+
+
+class HeldEngine(ScriptedEngine):
+    """Stays in every call until it is told to go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entered, self.go_on, self.closed = threading.Event(), threading.Event(), threading.Event()
+
+    def segment(self, *arguments: Any) -> Any:
+        self.entered.set()
+        self.go_on.wait(30.0)
+        return super().segment(*arguments)
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+def send(node: Any) -> None:
+    node._cameras[""]._on_image(image_message(np.zeros((32, 32, 3), np.uint8), "rgb8", Header()))
+
+
+def wait_until_idle(node: Any) -> None:
+    deadline_s = time.monotonic() + 10.0
+    while node._engines.slot.busy or not node._engines.slot.empty:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+def test_a_shutdown_with_a_frame_in_the_engine_frees_it_once_it_returns(
+    own_node: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clustvit_ros.node.node._FINISH_S", 0.05)
+    engine = HeldEngine()
+    node = own_node(lambda *_asked: engine, lazy=False)
+    assert node.autostart()
+    send(node)
+    assert engine.entered.wait(10.0)
+    assert node.trigger_shutdown() == TransitionCallbackReturn.SUCCESS
+    assert not engine.closed.is_set()
+    engine.go_on.set()
+    assert engine.closed.wait(10.0)
+
+
+def test_frames_tell_whether_they_found_the_engine_idle(own_node: Callable[..., Any]) -> None:
+    engine = HeldEngine()
+    node = own_node(lambda *_asked: engine, lazy=False, fill_frames=True)
+    assert node.autostart()
+    frames, put = [], node._engines.slot.put
+    node._engines.slot.put = lambda frame, camera: (frames.append(frame), put(frame, camera))
+    send(node)
+    assert engine.entered.wait(10.0)
+    send(node)
+    send(node)
+    engine.go_on.set()
+    wait_until_idle(node)
+    send(node)
+    assert [frame.fate.expected for frame in frames] == [True, False, False, True]
+
+
+def test_recalibrate_becomes_false_each_time_though_nobody_subscribes(own_node: Callable[..., Any]) -> None:
+    node = own_node(lambda *_asked: ScriptedEngine())
+    assert node.autostart()
+    for _ in range(2):
+        send(node)
+        wait_until_idle(node)
+        assert node.set_parameters([Parameter("recalibrate", value=True)])[0].successful
+        deadline_s = time.monotonic() + 10.0
+        while node.parameters.recalibrate:
+            assert time.monotonic() < deadline_s
+            send(node)
+            time.sleep(0.02)
+            node._report()
 
 
 def test_autostart_without_a_model_ends_with_an_error(start_node: Callable[..., Any]) -> None:

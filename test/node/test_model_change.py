@@ -32,6 +32,7 @@ from std_msgs.msg import Header, String
 from test_interface import LATCHED
 
 from clustvit_ros.classes import ClassSet
+from clustvit_ros.node.camera import Frame
 from clustvit_ros.node.messages import image_message
 
 pytestmark = pytest.mark.ros
@@ -254,23 +255,58 @@ def test_a_model_that_fails_late_leaves_the_old_one_and_its_groups(
     context = rclpy.Context()
     rclpy.init(context=context)
     before = values("three", "last: class_2")
-    others = [Parameter("device", value="cpu"), Parameter("threads", value=1)]
+    others = [Parameter("device", value="cpu"), Parameter("threads", value=1), Parameter("lazy", value=False)]
     node = SegmentationNode(context=context, parameter_overrides=[*before, *others])
     executor = SingleThreadedExecutor(context=context)
     executor.add_node(node)
     try:
         executor.spin_until_future_complete(node.load())
         assert node.autostart()
+        adopt = node._engines.adopt_change
+
+        def adopt_after_a_frame(*changed: Any) -> None:
+            node._engines.session.handle(Frame(image_message(np.zeros((48, 64, 3), np.uint8), "rgb8", Header()), 1))
+            adopt(*changed)
+
+        node._engines.adopt_change = adopt_after_a_frame
         assert node.set_parameters_atomically(values("five", "last: class_4")).successful
         deadline_s = time.monotonic() + 30.0
         while node.parameters.model == str(models["five"]) and time.monotonic() < deadline_s:
             executor.spin_once(timeout_sec=0.1)
         assert [node.get_parameter(each.name).value for each in before] == [each.value for each in before]
         assert node.parameters.class_groups == (("last", ("class_2",)),)
+        counts = node._cameras[""].ledger.counts()
+        assert (counts["segmented"], counts["failed"]) == (2, 0), "there and back, of the model whose names they have"
     finally:
         node.close()
         node.destroy_node()
         rclpy.shutdown(context=context)
+
+
+def test_a_model_that_is_set_and_set_back_when_its_load_has_ended_is_in_charge(own_node: Callable[..., Any]) -> None:
+    from rclpy.parameter import Parameter
+
+    from clustvit_ros.engine import ScriptedEngine
+
+    go_on = threading.Event()
+
+    def factory(parameters: Any, _device: str) -> Any:
+        if parameters.model == "second":
+            go_on.wait(30.0)
+        return ScriptedEngine()
+
+    node = own_node(factory, model="first")
+    loaded = node.load()
+    deadline_s = time.monotonic() + 30.0
+    while node._engines.session is None:  # the executor's thread is about to serve these requests first
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+    for name in ("second", "first"):
+        assert node.set_parameters([Parameter("model", value=name)])[0].successful
+    go_on.set()
+    assert loaded.done() and not node._engines.loading
+    assert node._engines._has_ended.is_set(), "else configuring waits for ever"
+    assert node.autostart()
 
 
 def test_a_budget_set_together_with_a_faster_model_is_that_models(ros_client: Any) -> None:
